@@ -1,0 +1,1 @@
+"""Attention operations for long contexts: Dual Chunk Attention on a paged cache."""
