@@ -1,12 +1,58 @@
-"""Block and Qwen2: tokens + Step -> logits."""
+"""Block and Qwen2: tokens + step -> logits."""
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Int
 
+from qwen_jax import rope
 from qwen_jax.attention import Attention
+from qwen_jax.cache import Cache
 from qwen_jax.config import ModelConfig
 from qwen_jax.layers import Embedding, GatedMLP, Projection, RMSNorm
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillStep:
+    """A slice of one sequence's prompt.
+
+    Attributes:
+        tokens: the slice, padded to its fixed shape.
+        start: position of the first token.
+        length: tokens that count.
+        page_table: pages of the sequence, in order; 0 where none is needed yet.
+        query_scale: temperature factor on queries, beside `1 / sqrt(head_dim)`.
+        key_scale: temperature factor on keys before they are cached.
+    """
+
+    tokens: Int[Array, " T"]
+    start: Int[Array, ""]
+    length: Int[Array, ""]
+    page_table: Int[Array, " P"]
+    query_scale: Float[Array, ""]
+    key_scale: Float[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeStep:
+    """The next token of each of B sequences.
+
+    Attributes:
+        positions: position of each token; -1 marks an idle row.
+        page_table: pages of each sequence, in order; 0 where none is needed yet.
+        query_scale: temperature factor on queries, beside `1 / sqrt(head_dim)`.
+        key_scale: temperature factor on keys before they are cached.
+    """
+
+    tokens: Int[Array, " B"]
+    positions: Int[Array, " B"]
+    page_table: Int[Array, "B P"]
+    query_scale: Float[Array, " B"]
+    key_scale: Float[Array, " B"]
 
 
 class Block(nnx.Module):
@@ -17,6 +63,12 @@ class Block(nnx.Module):
         self.attention = Attention(config, rngs=rngs, dtype=dtype)
         self.mlp_norm = RMSNorm(config.embed_dim, eps=config.norm_eps, dtype=dtype)
         self.mlp = GatedMLP(config, rngs=rngs, dtype=dtype)
+
+    def __call__(self, x: Float[Array, "T D"], attend) -> tuple[Float[Array, "T D"], Cache]:
+        """`attend(attention, normed)` returns the attention's output and the cache."""
+        attended, cache = attend(self.attention, self.attention_norm(x))
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), cache
 
 
 class Qwen2(nnx.Module):
@@ -37,3 +89,67 @@ class Qwen2(nnx.Module):
         if not config.tie_embeddings:
             self.head = Projection("TD,DV->TV", rngs=rngs, dtype=dtype, embed=D, vocab=V)
         self.config = config
+
+    def prefill(
+        self, cache: Cache, step: PrefillStep, rotary: rope.Rotary, *, backend: str | None = None
+    ) -> tuple[Float[Array, " V"], Cache]:
+        """Logits of the slice's last token, in float32, and the cache with the slice written.
+
+        DONATES nothing itself: callers donate `cache` when they jit.
+
+        Args:
+            rotary: `rope.table` of the configuration.
+            backend: of the attention operations, or None for the preferred one.
+        """
+        x, cache = self._slice(cache, step, rotary, backend)
+        last = jax.lax.dynamic_slice_in_dim(x, step.length - 1, 1)
+        return self.logits(last)[0], cache
+
+    def score(
+        self, cache: Cache, step: PrefillStep, rotary: rope.Rotary, *, backend: str | None = None
+    ) -> tuple[Float[Array, "T V"], Cache]:
+        """As `prefill`, with the logits of every token; rows of padding mean nothing."""
+        x, cache = self._slice(cache, step, rotary, backend)
+        return self.logits(x), cache
+
+    def decode(
+        self, cache: Cache, step: DecodeStep, rotary: rope.Rotary, *, backend: str | None = None
+    ) -> tuple[Float[Array, "B V"], Cache]:
+        """Logits of one token of each sequence and the cache with those tokens written."""
+        angles = rope.angles(self.config, rotary, jnp.maximum(step.positions, 0))
+
+        def attend(attention, x, cache, layer):
+            return attention.decode(x, cache, layer, step, angles, backend)
+
+        x, cache = self._layers(self.embed(step.tokens), cache, attend)
+        return self.logits(x), cache
+
+    def logits(self, x: Float[Array, "T D"]) -> Float[Array, "T V"]:
+        """Scores of every token, in float32."""
+        x = self.norm(x)
+        if self.config.tie_embeddings:
+            return self.embed.logits(x)
+        kernel = self.head.kernel[...]
+        return jnp.einsum(self.head.equation, x, kernel, preferred_element_type=jnp.float32)
+
+    def _slice(self, cache, step, rotary, backend):
+        positions = step.start + jnp.arange(step.tokens.shape[0], dtype=jnp.int32)
+        angles = rope.angles(self.config, rotary, positions)
+
+        def attend(attention, x, cache, layer):
+            return attention.prefill(x, cache, layer, step, angles, backend)
+
+        return self._layers(self.embed(step.tokens), cache, attend)
+
+    def _layers(self, x, cache, attend):
+        graph, weights = nnx.split(self.blocks)
+
+        def layer(carry, scanned):
+            x, cache = carry
+            weights, number = scanned
+            block = nnx.merge(graph, weights)
+            return block(x, lambda attention, x: attend(attention, x, cache, number)), None
+
+        numbers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
+        (x, cache), _ = jax.lax.scan(layer, (x, cache), (weights, numbers))
+        return x, cache

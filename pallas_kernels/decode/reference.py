@@ -1,0 +1,42 @@
+"""Decode as a prefill of one token a sequence, by the reference: for tests."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.geometry import ChunkGeometry
+
+
+def decode(
+    queries: Float[Array, "views B N H"],
+    keys: Float[Array, "L K pages page H"],
+    values: Float[Array, "L K pages page H"],
+    layer: Int[Array, ""],
+    page_table: Int[Array, "B P"],
+    positions: Int[Array, " B"],
+    *,
+    geometry: ChunkGeometry | None,
+) -> tuple[Float[Array, "B N H"], Float[Array, "B N"]]:
+    """See `api.decode`. Gathers every page of every sequence."""
+    _, B, N, H = queries.shape
+    K = keys.shape[1]
+    k, v = (
+        cache[layer][:, page_table]
+        .transpose(1, 0, 2, 3, 4)
+        .reshape(B, K, -1, H)
+        .repeat(N // K, 1)
+        .astype(jnp.float32)
+        for cache in (keys, values)
+    )
+    k_pos = jnp.arange(k.shape[2], dtype=jnp.int32)
+    scores = jnp.einsum("VBNH,BNSH->VBNS", queries.astype(jnp.float32), k)
+    if geometry is None:
+        scores = scores[0]
+    else:
+        view = geometry.view(positions[:, None], k_pos[None, :])
+        scores = jnp.take_along_axis(scores, view[None, :, None], axis=0)[0]
+    visible = k_pos <= positions[:, None]
+    scores = jnp.where(visible[:, None], scores, -jnp.inf)
+    lse = jnp.logaddexp.reduce(scores, axis=-1)
+    weights = jnp.where(visible[:, None], jnp.exp(scores - lse[..., None]), 0)
+    out = jnp.einsum("BNS,BNSH->BNH", weights, jnp.where(visible[:, None, :, None], v, 0))
+    return out.astype(queries.dtype), lse

@@ -1,0 +1,47 @@
+"""The prefill operation that users call."""
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import backend
+from pallas_kernels.geometry import ChunkGeometry
+
+
+def prefill(
+    queries: Float[Array, "views T N H"],
+    keys: Float[Array, "L K pages page H"],
+    values: Float[Array, "L K pages page H"],
+    layer: Int[Array, ""],
+    page_table: Int[Array, " P"],
+    start: Int[Array, ""],
+    length: Int[Array, ""],
+    *,
+    geometry: ChunkGeometry | None,
+    backend_name: str | None = None,
+) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
+    """Attention of a slice over its own keys and all before, which the cache holds.
+
+    Query head n reads kv head `n // (N / K)`. Key s of the sequence lies in page
+    `page_table[s // page]`, row `s % page`, rotated to `geometry.key_position(s)`.
+
+    Args:
+        queries: rotated to each of `geometry.query_positions`, in their order, and
+            multiplied by the softmax scale; one view if `geometry` is None.
+        keys: the cache of all layers; it is read in place.
+        layer: which layer of the cache to read.
+        start: position of the first query.
+        length: queries that count; the rows after them are padding.
+        backend_name: one of `backend.NAMES`, or None for the preferred one.
+
+    Returns:
+        The output, in the dtype of the queries, and the natural log-sum-exp, in
+        float32. Rows of padding are finite and mean nothing.
+
+    Raises:
+        Unsupported: if the backend cannot take these shapes.
+    """
+    name = backend.choose(jax.default_backend(), backend_name)
+    module = backend.load("prefill", name)
+    return module.prefill(
+        queries, keys, values, layer, page_table, start, length, geometry=geometry
+    )

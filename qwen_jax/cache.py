@@ -1,0 +1,99 @@
+"""Paged key and value arrays as a pytree: init, write.
+
+A page holds consecutive tokens of one sequence, for all layers. Page 0 belongs to no
+sequence: padding is written there.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from qwen_jax.config import ModelConfig
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cache:
+    """Keys, rotated to position modulo chunk length and unscaled, and values beside them."""
+
+    keys: Float[Array, "L K pages page H"]
+    values: Float[Array, "L K pages page H"]
+
+    @property
+    def page(self) -> int:
+        """Tokens a page."""
+        return self.keys.shape[3]
+
+
+def init(config: ModelConfig, num_pages: int, page: int, dtype=jnp.bfloat16) -> Cache:
+    """An empty cache; the trash page counts among `num_pages`."""
+    shape = (config.num_layers, config.num_kv_heads, num_pages, page, config.head_dim)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def write_slice(
+    cache: Cache,
+    layer: Int[Array, ""],
+    keys: Float[Array, "T K H"],
+    values: Float[Array, "T K H"],
+    page_table: Int[Array, " P"],
+    start: Int[Array, ""],
+    length: Int[Array, ""],
+) -> Cache:
+    """The cache with the first `length` of T consecutive tokens written, in place if donated.
+
+    Goes page by page: a scatter of single rows would be slower by the page.
+    """
+    T, page, P = keys.shape[0], cache.page, page_table.shape[0]
+    offset = start % page
+    row = jnp.arange(page, dtype=jnp.int32)
+
+    def write(i, arrays):
+        slot = start // page + i
+        index = i * page + row - offset  # of each row of this page in the slice
+        mine = (index >= 0) & (index < length)
+        target = jnp.where(mine.any() & (slot < P), page_table[jnp.minimum(slot, P - 1)], 0)
+        at = (layer, 0, target, 0, 0)
+
+        def put(array, new):
+            # Shifted by one page, so that rows before the slice do not clamp the window.
+            padded = jnp.pad(new, ((page, page), (0, 0), (0, 0)))
+            window = jax.lax.dynamic_slice_in_dim(padded, page + i * page - offset, page)
+            window = window.swapaxes(0, 1)[None, :, None].astype(array.dtype)
+            old = jax.lax.dynamic_slice(array, at, window.shape)
+            window = jnp.where(mine[:, None], window, old)
+            return jax.lax.dynamic_update_slice(array, window, at)
+
+        return put(arrays[0], keys), put(arrays[1], values)
+
+    pages = -(-T // page) + 1 if T > 1 else 1  # that T consecutive tokens can touch
+    arrays = jax.lax.fori_loop(0, pages, write, (cache.keys, cache.values))
+    return Cache(*arrays)
+
+
+def write_tokens(
+    cache: Cache,
+    layer: Int[Array, ""],
+    keys: Float[Array, "B K H"],
+    values: Float[Array, "B K H"],
+    page_table: Int[Array, "B P"],
+    positions: Int[Array, " B"],
+) -> Cache:
+    """The cache with one token of each sequence written; an idle row (-1) goes to page 0."""
+    page = cache.page
+    slot = jnp.maximum(positions, 0) // page
+    target = jnp.take_along_axis(page_table, slot[:, None], axis=1)[:, 0]
+    target = jnp.where(positions >= 0, target, 0)
+
+    def write(b, arrays):
+        at = (layer, 0, target[b], positions[b] % page, 0)
+
+        def put(array, new):
+            row = new[b][None, :, None, None].astype(array.dtype)
+            return jax.lax.dynamic_update_slice(array, row, at)
+
+        return put(arrays[0], keys), put(arrays[1], values)
+
+    return Cache(*jax.lax.fori_loop(0, keys.shape[0], write, (cache.keys, cache.values)))

@@ -1,0 +1,71 @@
+"""Rotary positions: angles built on the host, query views, rotation.
+
+Angles near 1e5 radians need float32 products rounded as PyTorch rounds them, since the
+weights were trained on those, and no on-device sine. So a table of every rotary position
+is built once in numpy and indexed by position modulo the chunk length.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from qwen_jax.config import ModelConfig
+
+
+class Rotary(NamedTuple):
+    """Cosine and sine of each rotary position (rows) and pair of dimensions (columns)."""
+
+    cos: Float[Array, "*B pairs"]
+    sin: Float[Array, "*B pairs"]
+
+    def at(self, positions: Int[Array, "*B"]) -> "Rotary":
+        """The rows of some positions."""
+        take = {"axis": 0, "mode": "clip"}
+        return Rotary(jnp.take(self.cos, positions, **take), jnp.take(self.sin, positions, **take))
+
+
+def table(config: ModelConfig, max_len: int) -> Rotary:
+    """Angles of all rotary positions that sequences of up to `max_len` tokens use, float32."""
+    rows = max_len
+    geometry = config.dual_chunk
+    if geometry is not None and max_len > geometry.chunk_len:
+        rows = min(geometry.chunk_size, 2 * geometry.chunk_len - 1) + 1
+    exponent = np.arange(0, config.head_dim, 2).astype(np.float32) / np.float32(config.head_dim)
+    power = np.float64(config.rope_theta) ** exponent.astype(np.float64)
+    frequency = np.float32(1) / power.astype(np.float32)
+    angle = np.arange(rows, dtype=np.float32)[:, None] * frequency
+    return Rotary(jnp.asarray(np.cos(angle)), jnp.asarray(np.sin(angle)))
+
+
+def rotate(x: Float[Array, "*B heads H"], rotary: Rotary) -> Float[Array, "*B heads H"]:
+    """`x` turned by the angles of its row, in float32 (arXiv:2104.09864, half-split pairs)."""
+    cos, sin = rotary.cos[..., None, :], rotary.sin[..., None, :]
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+
+
+class Angles(NamedTuple):
+    """Rotations of the tokens of one step, gathered once for all layers."""
+
+    query: Rotary  # rows [views, T]
+    key: Rotary  # rows [T]
+
+
+def angles(config: ModelConfig, rotary: Rotary, positions: Int[Array, " T"]) -> Angles:
+    """How the tokens at absolute `positions` are rotated, as queries and as keys."""
+    geometry = config.dual_chunk
+    if geometry is None:
+        return Angles(query=rotary.at(positions[None]), key=rotary.at(positions))
+    return Angles(
+        query=rotary.at(jnp.stack(geometry.query_positions(positions))),
+        key=rotary.at(geometry.key_position(positions)),
+    )
+
+
+def views(x: Float[Array, "T N H"], query: Rotary, scale: jax.Array) -> Float[Array, "V T N H"]:
+    """Each view of the queries, multiplied by `scale` ([] or [T]) before it is rounded."""
+    scale = jnp.broadcast_to(scale, x.shape[:1])[:, None, None]
+    return (rotate(x[None], query) * scale).astype(x.dtype)
