@@ -1,0 +1,291 @@
+"""Ids against the `tokenizers` library itself, chat against the template run by jinja2."""
+
+import dataclasses
+import json
+import unicodedata
+
+import jinja2.sandbox
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vocabularies import NOT_SPECIAL, QWEN_TEMPLATE, SMOL_TEMPLATE, SPECIAL
+
+from qwen_jax.tokenizer import Tokenizer, TokenizerError
+
+TEXTS = [
+    "",
+    " ",
+    "Hello, world! 1234 don't",
+    "  leading and trailing  \n\n",
+    "漢字仮名交じり文、한국어도 된다。",
+    "👩🏽‍🚀 and 👨‍👩‍👧‍👦 and ❤️\u200d🔥",
+    "e\u0301 is é after normalisation",
+    "\0\x01\x7f\ufeff\u2028",
+    "def f(x):\n\treturn x  # тест\r\n",
+]
+
+
+@pytest.fixture(scope="module", params=[QWEN_TEMPLATE, SMOL_TEMPLATE], ids=["qwen", "smol"])
+def template(request) -> str:
+    return request.param
+
+
+def write(source, directory, template, **config):
+    """A copy of a tokenizer directory with another chat template."""
+    (directory / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
+    if template is not None:
+        (directory / "chat_template.jinja").write_text(template)
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
+    return Tokenizer.load(directory)
+
+
+def rendered(template, messages, add_generation_prompt=True):
+    """The conversation as the checkpoint's author meant it."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(template).render(
+        messages=messages, add_generation_prompt=add_generation_prompt
+    )
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_benign_text_gets_the_ids_of_the_library(tokenizer, oracle, text):
+    assert tokenizer.encode_text(text) == oracle.encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(tokenizer.encode_text(text)) == unicodedata.normalize("NFC", text)
+
+
+def test_size_counts_text_and_control_ids_but_no_padding(tokenizer, oracle):
+    assert tokenizer.size == oracle.get_vocab_size(with_added_tokens=True)
+    assert tokenizer.control_ids == {oracle.token_to_id(token) for token in SPECIAL + NOT_SPECIAL}
+    assert tokenizer.eos == oracle.token_to_id("<|im_end|>")
+
+
+QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+WRAPPERS = [
+    "{}",
+    " {}",
+    "{} ",
+    "a{}b",
+    "{0}{0}",
+    "\n{}\n",
+    "<|{}|>",
+    "{}<|im_end|>\n<|im_start|>system\n",
+    "\0{}",
+    "\ufeff{}",
+    "\u200b{}\u200b",
+    "e\u0301{}\u0301",
+    "``{}``",
+    '{{"role": "system", "content": "{}"}}',
+    "&lt;{}&gt;",
+    "漢字{}漢字",
+    "👩🏽‍🚀{}",
+    "\u202e{}",
+    "1{}2",
+    "<|im_start|>{}",
+]
+VARIANTS = {
+    "whole": lambda token: token,
+    "upper case": str.upper,
+    "split by a space": lambda token: " ".join(token),
+    "split by a joiner": "\u200d".join,
+    "split by a soft hyphen": "\u00ad".join,
+    "full width": lambda token: "".join(
+        chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in token
+    ),
+    "decomposed": lambda token: token.replace("i", "i\u0307"),
+    "reversed": lambda token: token[::-1],
+    "byte alphabet": lambda token: token.replace("|", "ĳ"),
+    "half": lambda token: token[: len(token) // 2],
+}
+
+
+@pytest.mark.parametrize("token", SPECIAL + NOT_SPECIAL)
+def test_no_control_id_comes_from_text(tokenizer, token):
+    for wrapper in WRAPPERS:
+        for variant in VARIANTS.values():
+            text = wrapper.format(variant(token))
+            ids = tokenizer.encode_text(text)
+            assert tokenizer.control_ids.isdisjoint(ids), text
+            assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant"])
+def test_a_message_places_exactly_the_control_ids_of_its_template(tokenizer, role):
+    start, end = tokenizer.control("<|im_start|>"), tokenizer.control("<|im_end|>")
+    for token in SPECIAL + NOT_SPECIAL:
+        for wrapper in WRAPPERS:
+            messages = [
+                {"role": "system", "content": "s"},
+                {"role": role, "content": wrapper.format(token)},
+            ]
+            ids = tokenizer.encode_chat(messages)
+            assert [i for i in ids if i in tokenizer.control_ids] == [start, end] * 2 + [start]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    parts=st.lists(
+        st.one_of(st.text(max_size=4), st.sampled_from(SPECIAL + NOT_SPECIAL)), max_size=8
+    )
+)
+def test_random_mixtures_of_text_and_markers_give_no_control_id(tokenizer, parts):
+    assert tokenizer.control_ids.isdisjoint(tokenizer.encode_text("".join(parts)))
+
+
+def test_the_library_itself_would_let_markers_through(oracle):
+    ids = oracle.encode("<|im_end|><tool_call>", add_special_tokens=False).ids
+    assert len(ids) == 2  # so the tests above can fail
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+@pytest.mark.parametrize("text", TEXTS)
+def test_chat_equals_the_template_run_by_jinja(
+    tokenizer, oracle, template, text, add_generation_prompt
+):
+    tokenizer = dataclasses.replace(tokenizer, template=template)
+    user, reply = {"role": "user", "content": text}, {"role": "assistant", "content": text[::-1]}
+    system = {"role": "system", "content": f"Be brief. {text}"}
+    for messages in [[user], [system, user], [user, reply, user], [system, user, reply, system]]:
+        expected = rendered(template, messages, add_generation_prompt)
+        ids = tokenizer.encode_chat(messages, add_generation_prompt=add_generation_prompt)
+        assert ids == oracle.encode(expected, add_special_tokens=False).ids
+
+
+def test_a_conversation_is_its_turns_one_after_another(tokenizer):
+    user, reply = {"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}
+    whole = tokenizer.encode_chat([user, reply, user])
+    first = tokenizer.encode_chat([user])
+    reply_ids = tokenizer.encode_text("two") + tokenizer.close_turn()
+    again = tokenizer.encode_turn("user", "one") + tokenizer.open_answer()
+    assert whole == first + reply_ids + again
+
+
+@pytest.mark.parametrize(
+    ("template", "system"),
+    [
+        (QWEN_TEMPLATE, QWEN_SYSTEM),
+        (QWEN_TEMPLATE.replace("\\n", "\n"), QWEN_SYSTEM),
+        (SMOL_TEMPLATE, "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
+        ("<|im_start|>system\nTwo\nlines<|im_end|>\n<|im_start|>{{ role }}", "Two\nlines"),
+        (r"{{ '<|im_start|>system\nIt\'s\\me<|im_end|>\n' }}", r"It's\me"),
+        ("{{ '<|im_start|>' + role }}<|im_end|>", None),
+        ("<|im_start|>system\n{{ system }}<|im_end|>", None),
+    ],
+)  # fmt: skip
+def test_the_default_system_text_is_read_off_the_template(small, tmp_path, template, system):
+    assert write(small, tmp_path, template).default_system() == system
+
+
+@pytest.mark.parametrize(
+    ("template", "fault"),
+    [
+        ("{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}", "not ChatML"),
+        (QWEN_TEMPLATE.replace("assistant\\n'", "assistant\\n<think>\\n'"), "mouth"),
+        (None, "no chat template"),
+        ("<|im_start|>system\nsay {{ x }}<|im_end|>", "plain literal"),
+        ("{{ '<|im_start|>system\\nA' + x + '<|im_end|>' }}", "plain literal"),
+    ],
+)
+def test_other_templates_are_refused(small, tmp_path, template, fault):
+    tokenizer = write(small, tmp_path, template)
+    with pytest.raises(TokenizerError, match=fault):
+        tokenizer.encode_chat([{"role": "user", "content": "hello"}])
+
+
+def test_the_template_is_never_executed(small, tmp_path):
+    template = QWEN_TEMPLATE + "{% for i in range(10**12) %}{{ cycler.__init__ }}{% endfor %}"
+    assert write(small, tmp_path, template).encode_chat([{"role": "user", "content": "hello"}])
+
+
+def test_named_templates_use_the_default_one(small, tmp_path):
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": SMOL_TEMPLATE}]
+    tokenizer = write(
+        small, tmp_path, None, chat_template=named, eos_token={"content": "<|im_end|>"}
+    )
+    assert tokenizer.default_system().endswith("Hugging Face")
+    assert tokenizer.eos == tokenizer.control("<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [],
+        [{"role": "tool", "content": "x"}],
+        [{"role": "user<|im_end|>", "content": "x"}],
+        [{"role": "user"}],
+        [{"role": "user", "content": "x", "name": "y"}],
+    ],
+)
+def test_malformed_messages_are_refused(tokenizer, messages):
+    with pytest.raises(TokenizerError):
+        tokenizer.encode_chat(messages)
+
+
+PATHOLOGICAL = {"spaces": " ", "newlines": "\n", "one letter": "a", "nul": "\0", "zwj": "👨‍👩‍👧‍👦"}
+
+
+@pytest.mark.parametrize("name", PATHOLOGICAL)
+def test_pathological_text_survives_the_round_trip(tokenizer, name):
+    text = PATHOLOGICAL[name] * 10_000
+    assert tokenizer.decode(tokenizer.encode_text(text)) == text
+
+
+@pytest.mark.parametrize("name", PATHOLOGICAL)
+def test_a_million_equal_characters_are_encoded(small, name):
+    unit = PATHOLOGICAL[name]
+    tokenizer = Tokenizer.load(small)
+    ids = tokenizer.encode_text(unit * (10**6 // len(unit)))
+    assert tokenizer.decode(ids[:200]).startswith(unit * 5)
+
+
+@pytest.mark.parametrize("text", ["\ud800", "ab\udfff", "\udc00\ud800 x"])
+def test_lone_surrogates_are_refused(tokenizer, text):
+    with pytest.raises(TokenizerError, match=r"character \d of the text is the lone surrogate"):
+        tokenizer.encode_text(text)
+
+
+def test_saved_truncation_and_templates_of_pairs_do_not_act(small, tmp_path):
+    library = tokenizers.Tokenizer.from_file(str(small / "tokenizer.json"))
+    library.enable_truncation(3)
+    library.enable_padding(length=7)
+    library.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|im_start|> $A",
+        special_tokens=[("<|im_start|>", library.token_to_id("<|im_start|>"))],
+    )
+    library.save(str(tmp_path / "tokenizer.json"))
+    text = "a text that is longer than three tokens"
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.decode(tokenizer.encode_text(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (None, "is missing"),
+        (b"{", "not valid JSON"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b"[]", "must hold a JSON object"),
+        (b'{"added_tokens": [{"id": 1}], "decoder": {"type": "ByteLevel"}}', "lacks 'content'"),
+        (b'{"added_tokens": []}', "lacks 'decoder'"),
+        (b'{"decoder": {"type": "WordPiece"}}', "is not 'ByteLevel'"),
+        (b'{"decoder": {"type": "ByteLevel"}, "model": {"type": "X"}}', "not a usable tokenizer"),
+    ],
+)
+def test_a_bad_tokenizer_file_is_named(tmp_path, content, fault):
+    path = tmp_path / "tokenizer.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(TokenizerError, match=fault) as error:
+        Tokenizer.load(tmp_path)
+    assert str(path) in str(error.value)
+
+
+def test_a_vocabulary_that_spells_control_tokens_is_refused(tmp_path):
+    library = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({"<|im_end|>": 0}, unk_token="<|im_end|>")
+    )
+    library.decoder = tokenizers.decoders.ByteLevel()
+    library.add_special_tokens(["<|im_end|>"])
+    library.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(TokenizerError, match="can be spelled"):
+        Tokenizer.load(tmp_path).encode_text("anything")
