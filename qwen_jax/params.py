@@ -1,11 +1,40 @@
-"""Parameters as a tree: abstract(config), save, load. The only file that knows the checkpoint."""
+"""Parameters as a tree: abstract(config), save, load. The only file that knows the checkpoint.
+
+A checkpoint is a directory:
+
+    manifest.json            what must be there, with checksums (see `Manifest`)
+    config.json, ...         files that came with the weights, byte for byte
+    params/embed             Orbax checkpoints, one per part of the tree: the embedding,
+    params/block_000 ...     each layer (arrays without the layer axis),
+    params/final             the last norm and the output head
+
+Parts are what fits in memory at once: loading a model needs its parameters and one part.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from orbax.checkpoint import v1 as ocp
 
-from qwen_jax.config import ModelConfig
+from qwen_jax import manifest as manifests
+from qwen_jax.config import ModelConfig, model_config
+from qwen_jax.manifest import DTYPES, CheckpointError, File, Manifest, Tensor
 from qwen_jax.model import Qwen2
+
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
+_STORED_CHUNK_BYTES = 64 << 20  # the least that a device reads at once
 
 
 def abstract(config: ModelConfig, dtype=jnp.bfloat16) -> dict:
@@ -17,3 +46,325 @@ def abstract(config: ModelConfig, dtype=jnp.bfloat16) -> dict:
 def count(tree) -> int:
     """Numbers in all leaves of a parameter tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def parts(tree: Mapping[str, Any]) -> dict[str, dict]:
+    """The parts of an abstract parameter tree, in the order in which they are stored."""
+    layers = jax.tree.leaves(tree["blocks"])[0].shape[0]
+    block = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree["blocks"])
+    return {
+        "embed": {"embed": tree["embed"]},
+        **{f"block_{layer:03d}": {"blocks": block} for layer in range(layers)},
+        "final": {name: tree[name] for name in ("norm", "head") if name in tree},
+    }
+
+
+def is_converted(directory: str | os.PathLike) -> bool:
+    """Whether a directory is a converted checkpoint, damaged or not."""
+    return (Path(directory) / "manifest.json").is_file()
+
+
+def read_manifest(directory: str | os.PathLike) -> Manifest:
+    """The manifest of a converted checkpoint, whose table of tensors agrees with config.json.
+
+    Raises:
+        CheckpointError: if it is missing, damaged or contradicts config.json.
+        qwen_jax.config.ConfigError: if config.json cannot be used.
+    """
+    path = Path(directory) / "manifest.json"
+    manifest = manifests.read(path)
+    expected = {
+        (part, keys): leaf.shape
+        for part, subtree in parts(abstract(model_config(path.parent))).items()
+        for keys, leaf in _leaves(subtree)
+    }
+    actual = {(tensor.part, tensor.path): tensor.shape for tensor in manifest.tensors}
+    for key in sorted(expected.keys() | actual.keys()):
+        if expected.get(key) != actual.get(key):
+            raise CheckpointError(
+                f"{path}: {'.'.join(key[1])} of {key[0]} has shape {actual.get(key)}, "
+                f"config.json asks for {expected.get(key)}"
+            )
+    return manifest
+
+
+def verify(
+    directory: str | os.PathLike, *, full: bool = False, progress: Progress | None = None
+) -> Manifest:
+    """Check a converted checkpoint against its manifest.
+
+    The fast check covers the presence and size of every file and the checksums of
+    small ones; the full check reads every file and every tensor.
+
+    Raises:
+        CheckpointError: naming the first file or tensor that differs.
+        qwen_jax.config.ConfigError: if config.json cannot be used.
+    """
+    directory = Path(directory)
+    manifest = manifests.read(directory / "manifest.json")
+    total = manifest.num_bytes + sum(tensor.num_bytes for tensor in manifest.tensors)
+    done = 0
+
+    def on_bytes(count: int):
+        nonlocal done
+        done += count
+        if progress and full:
+            progress(done, total)
+
+    manifests.check_files(directory, manifest, full=full, on_bytes=on_bytes)
+    read_manifest(directory)
+    for part, tensors in manifest.by_part().items() if full else ():
+        leaves = load_part(directory, part, tensors)
+        for tensor in tensors:
+            if manifests.array_sha256(tensor.to_source(leaves[tensor.path])) != tensor.sha256:
+                raise CheckpointError(
+                    f"{directory / 'params' / part}: {tensor.name} is damaged: "
+                    "its SHA-256 is not the manifest's"
+                )
+            on_bytes(tensor.num_bytes)
+    return manifest
+
+
+def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if not isinstance(tree, Mapping):
+        yield path, tree
+        return
+    for key, value in tree.items():
+        yield from _leaves(value, (*path, key))
+
+
+def nest(leaves: Mapping[tuple[str, ...], Any]) -> dict:
+    """The nested dict with these leaves."""
+    tree: dict = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return tree
+
+
+def save_part(
+    directory: str | os.PathLike, part: str, leaves: Mapping[tuple[str, ...], np.ndarray]
+) -> dict[str, File]:
+    """Write a part, read it back, flush it; returns its files, by path in the checkpoint.
+
+    What an interrupted attempt left behind is removed first.
+
+    Raises:
+        CheckpointError: if it cannot be written, or reads back different.
+    """
+    directory = Path(directory).resolve()
+    folder = directory / "params" / part
+    with _orbax(f"{folder} cannot be written"):
+        for rest in (folder, *folder.parent.glob(f"{part}.*")):
+            if rest.exists():
+                shutil.rmtree(rest)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        ocp.save(str(folder), nest(leaves))
+    target = {path: np.empty(array.shape, array.dtype) for path, array in leaves.items()}
+    back = _restore(directory, part, target)
+    for path, array in leaves.items():
+        same = np.array_equal(manifests.array_bytes(array), manifests.array_bytes(back[path]))
+        if not same:
+            raise CheckpointError(f"{folder}: {'.'.join(path)} reads back different")
+    with _orbax(f"{folder} cannot be written"):
+        inside = sorted(folder.rglob("*"))
+        for path in (*inside, folder, folder.parent):
+            sync(path)
+        return {
+            path.relative_to(directory).as_posix(): manifests.file_sums(path)
+            for path in inside
+            if path.is_file()
+        }
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the entries of a directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _orbax(doing: str):
+    """Storage options of our files; errors become a `CheckpointError`, without Orbax's log of them.
+
+    Raises:
+        CheckpointError: with `doing`, then the operating system's reason where there is one.
+    """
+    context = ocp.Context()
+    context.array.saving.use_compression = False  # weights do not shrink, but take thrice as long
+    context.array.saving.storage_options.chunk_byte_size = _STORED_CHUNK_BYTES
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with context:
+            yield
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code:
+            reason = os.strerror(int(code[1]))
+        elif isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
+        else:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"{doing}: {reason}") from None
+    finally:
+        logger.setLevel(level)
+
+
+def load_part(
+    directory: str | os.PathLike, part: str, tensors: list[Tensor]
+) -> dict[tuple[str, ...], np.ndarray]:
+    """The arrays of a part, by path, in host memory.
+
+    Raises:
+        CheckpointError: if it cannot be read or differs from what `tensors` say.
+    """
+    target = {
+        tensor.path: np.empty(tensor.shape, DTYPES[tensor.dtype])  # never touched: no memory
+        for tensor in tensors
+    }
+    return _restore(directory, part, target)
+
+
+def _restore(directory: str | os.PathLike, part: str, target: dict) -> dict:
+    """The arrays of a part, by path, on the host or on devices as `target` says."""
+    folder = Path(directory).resolve() / "params" / part
+    with _orbax(f"{folder} cannot be read"):
+        leaves = dict(_leaves(ocp.load(str(folder), nest(target))))
+    for path, expected in target.items():
+        if leaves[path].shape != expected.shape or leaves[path].dtype != expected.dtype:
+            raise CheckpointError(
+                f"{folder}: {'.'.join(path)} is {leaves[path].dtype}{leaves[path].shape}, "
+                f"the manifest says {expected.dtype}{expected.shape}"
+            )
+    return leaves
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(stack, layer, index):
+    """`stack` with `layer` at `index` of the leading axis, in place."""
+    return jax.tree.map(
+        lambda whole, one: jax.lax.dynamic_update_index_in_dim(
+            whole, one.astype(whole.dtype), index, 0
+        ),
+        stack,
+        layer,
+    )
+
+
+class Stack:
+    """A parameter tree on its devices that is filled part by part.
+
+    Memory is that of the parameters and of one part.
+
+    Args:
+        tree: abstract parameters, as `abstract` gives them.
+        shardings: where each array goes, a tree like `tree`; None for the first device.
+    """
+
+    def __init__(self, tree: dict, shardings: dict | None = None):
+        if shardings is None:
+            first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            shardings = jax.tree.map(lambda _: first, tree)
+        self._shardings = dict(_leaves(shardings))
+        self._missing = parts(tree)
+        self._order = tuple(tree)
+        self._blocks = {
+            path: jnp.zeros(leaf.shape, leaf.dtype, device=self._shardings[path])
+            for path, leaf in _leaves(tree)
+            if path[0] == "blocks"
+        }
+        self._rest: dict[tuple[str, ...], jax.Array] = {}
+
+    def sharding(self, path: tuple[str, ...]) -> jax.sharding.Sharding:
+        """Where an array of a part goes: a layer's is its stack's, without the layer axis."""
+        sharding = self._shardings[path]
+        if path[0] == "blocks" and isinstance(sharding, jax.sharding.NamedSharding):
+            spec = jax.sharding.PartitionSpec(*sharding.spec[1:])
+            return jax.sharding.NamedSharding(sharding.mesh, spec)
+        return sharding
+
+    def put(self, part: str, leaves: Mapping[tuple[str, ...], Any]) -> None:
+        """Place the arrays of a part, converted to the dtypes of the tree.
+
+        Raises:
+            CheckpointError: if they are not the part's arrays, or it is there already.
+        """
+        expected = dict(_leaves(self._missing.pop(part, {})))
+        if {path: leaf.shape for path, leaf in expected.items()} != {
+            path: leaf.shape for path, leaf in leaves.items()
+        }:
+            raise CheckpointError(f"part {part} does not hold the arrays it should")
+        placed = {path: jax.device_put(leaf, self.sharding(path)) for path, leaf in leaves.items()}
+        if part.startswith("block_"):
+            index = int(part.removeprefix("block_"))
+            self._blocks = _write(self._blocks, placed, index)
+        else:
+            for path, leaf in placed.items():
+                self._rest[path] = leaf.astype(expected[path].dtype)
+
+    def tree(self) -> dict:
+        """The filled tree.
+
+        Raises:
+            CheckpointError: if parts are missing.
+        """
+        if self._missing:
+            raise CheckpointError(f"parts {', '.join(self._missing)} were not loaded")
+        done = nest({**self._blocks, **self._rest})
+        return {name: done[name] for name in self._order}
+
+
+def stored_dtype(dtypes: Iterable[str]) -> np.dtype:
+    """The dtype that holds tensors of all of these: their own, or float32 if they differ."""
+    found = set(dtypes)
+    return DTYPES[found.pop()] if len(found) == 1 else DTYPES["float32"]
+
+
+_check = verify  # the name is an argument of `load`
+
+
+def load(
+    directory: str | os.PathLike,
+    *,
+    dtype: Any = None,
+    shardings: dict | None = None,
+    verify: str = "fast",
+    progress: Progress | None = None,
+) -> dict:
+    """The parameters of a converted checkpoint: nested dicts of arrays like `abstract`.
+
+    Args:
+        dtype: of all arrays; None for what is stored.
+        shardings: where each array goes, a tree like `abstract`; None for the first device.
+        verify: "fast" or "full", how much to check first.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged.
+        qwen_jax.config.ConfigError: if config.json cannot be used.
+    """
+    if verify not in ("fast", "full"):
+        raise ValueError(f"{verify=} must be 'fast' or 'full'")
+    manifest = _check(directory, full=verify == "full")
+    dtype = stored_dtype(tensor.dtype for tensor in manifest.tensors) if dtype is None else dtype
+    stack = Stack(abstract(model_config(Path(directory)), dtype), shardings)
+    total = sum(tensor.num_bytes for tensor in manifest.tensors)
+    done = 0
+    for part, tensors in manifest.by_part().items():
+        target = {
+            tensor.path: jax.ShapeDtypeStruct(
+                tensor.shape, DTYPES[tensor.dtype], sharding=stack.sharding(tensor.path)
+            )
+            for tensor in tensors
+        }
+        stack.put(part, _restore(directory, part, target))
+        done += sum(tensor.num_bytes for tensor in tensors)
+        if progress:
+            progress(done, total)
+    return stack.tree()

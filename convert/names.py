@@ -1,0 +1,81 @@
+"""Table: Hugging Face name <-> our path and transform, both directions."""
+
+import dataclasses
+import re
+
+import numpy as np
+
+from qwen_jax.config import ModelConfig
+from qwen_jax.manifest import transpose
+
+# Buffers that old files carry; they follow from config.json.
+DROPPED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+# Tied models may repeat the embedding under this name.
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """Where a Hugging Face tensor goes.
+
+    Attributes:
+        name: of the tensor.
+        source_shape: of the tensor.
+        part: of our checkpoint that holds the array.
+        path: keys that lead to the array in the parameter tree.
+        shape: of the array, a layer's without the layer axis.
+        transposed: whether the tensor, `[out, in]`, is transposed before it is reshaped.
+    """
+
+    name: str
+    source_shape: tuple[int, ...]
+    part: str
+    path: tuple[str, ...]
+    shape: tuple[int, ...]
+    transposed: bool
+
+    def to_ours(self, tensor: np.ndarray) -> np.ndarray:
+        """The array for a tensor; a view if it is only reshaped."""
+        return (transpose(tensor) if self.transposed else tensor).reshape(self.shape)
+
+
+def table(config: ModelConfig) -> dict[str, Entry]:
+    """Every tensor of a model by its Hugging Face name, in the order of our parts."""
+    D, F, V = config.embed_dim, config.mlp_dim, config.vocab_size
+    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
+    block = {
+        "input_layernorm.weight": ("attention_norm.scale", (D,), (D,)),
+        "self_attn.q_proj.weight": ("attention.q.kernel", (N * H, D), (D, N, H)),
+        "self_attn.q_proj.bias": ("attention.q.bias", (N * H,), (N, H)),
+        "self_attn.k_proj.weight": ("attention.k.kernel", (K * H, D), (D, K, H)),
+        "self_attn.k_proj.bias": ("attention.k.bias", (K * H,), (K, H)),
+        "self_attn.v_proj.weight": ("attention.v.kernel", (K * H, D), (D, K, H)),
+        "self_attn.v_proj.bias": ("attention.v.bias", (K * H,), (K, H)),
+        "self_attn.o_proj.weight": ("attention.o.kernel", (D, N * H), (N, H, D)),
+        "post_attention_layernorm.weight": ("mlp_norm.scale", (D,), (D,)),
+        "mlp.gate_proj.weight": ("mlp.gate.kernel", (F, D), (D, F)),
+        "mlp.up_proj.weight": ("mlp.up.kernel", (F, D), (D, F)),
+        "mlp.down_proj.weight": ("mlp.down.kernel", (D, F), (F, D)),
+    }
+    rows: list[tuple[str, str, str, tuple[int, ...], tuple[int, ...]]] = [
+        (EMBEDDING, "embed", "embed.embedding", (V, D), (V, D))
+    ]
+    for layer in range(config.num_layers):
+        rows.extend(
+            (f"model.layers.{layer}.{name}", f"block_{layer:03d}", f"blocks.{path}", theirs, ours)
+            for name, (path, theirs, ours) in block.items()
+        )
+    rows.append(("model.norm.weight", "final", "norm.scale", (D,), (D,)))
+    if not config.tie_embeddings:
+        rows.append((HEAD, "final", "head.kernel", (V, D), (D, V)))
+    return {
+        name: Entry(
+            name=name,
+            source_shape=theirs,
+            part=part,
+            path=tuple(path.split(".")),
+            shape=ours,
+            transposed=path.endswith(".kernel"),
+        )
+        for name, part, path, theirs, ours in rows
+    }

@@ -1,0 +1,271 @@
+"""Stream shards, apply the table, check, write a manifest, resume; or load without converting."""
+
+import dataclasses
+import importlib.metadata
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from convert import names, publish, source
+from qwen_jax import manifest as manifests
+from qwen_jax import params
+from qwen_jax.manifest import DTYPES, CheckpointError, File, Manifest, Tensor
+from qwen_jax.params import Progress
+
+_LIBRARIES = ("qwen-jax", "jax", "orbax-checkpoint", "safetensors", "numpy")
+_SPARE_BYTES = 64 << 20  # of disk, for what Orbax keeps beside the arrays
+
+
+def load(
+    directory: str | os.PathLike,
+    *,
+    dtype: Any = None,
+    shardings: dict | None = None,
+    verify: str = "fast",
+    progress: Progress | None = None,
+) -> dict:
+    """The parameters in a converted checkpoint or a Hugging Face directory.
+
+    See `qwen_jax.params.load`; `verify` is for converted checkpoints, others have no sums.
+
+    Raises:
+        CheckpointError: if a file is missing, damaged or does not fit config.json.
+        qwen_jax.config.ConfigError: if config.json cannot be used.
+    """
+    if params.is_converted(directory):
+        return params.load(
+            directory, dtype=dtype, shardings=shardings, verify=verify, progress=progress
+        )
+    return load_huggingface(directory, dtype=dtype, shardings=shardings, progress=progress)
+
+
+def load_huggingface(
+    directory: str | os.PathLike,
+    *,
+    dtype: Any = None,
+    shardings: dict | None = None,
+    progress: Progress | None = None,
+) -> dict:
+    """The parameters in a Hugging Face directory, read a layer at a time.
+
+    Raises:
+        CheckpointError: if a file is missing, damaged or does not fit config.json.
+        qwen_jax.config.ConfigError: if config.json cannot be used.
+    """
+    checked = source.check(directory)
+    if dtype is None:
+        dtype = params.stored_dtype(tensor.dtype for tensor in checked.tensors.values())
+    stack = params.Stack(params.abstract(checked.config, dtype), shardings)
+    on_bytes = _counter(progress, checked.num_bytes)
+    for part, entries in _by_part(checked).items():
+        stack.put(
+            part,
+            {entry.path: entry.to_ours(checked.read(entry.name, on_bytes)[0]) for entry in entries},
+        )
+    return stack.tree()
+
+
+def convert(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    *,
+    dtype: str = "keep",
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Turn a Hugging Face directory into a converted checkpoint.
+
+    Every header is checked before anything is written. `dst` appears when it is complete;
+    a stopped run leaves `dst.partial`, which `resume` continues. Peak memory is about that of a
+    layer or of the output head, whichever is larger, twice over.
+
+    Args:
+        dtype: "bfloat16", "float32", or "keep" to leave tensors as they are.
+        overwrite: replace an existing checkpoint, or start a stopped run again.
+        resume: continue a stopped run; without one, start or, if `dst` is there, do nothing.
+
+    Raises:
+        CheckpointError: if the source is damaged or `dst` cannot be written.
+        qwen_jax.config.ConfigError: if config.json cannot be used.
+    """
+    if dtype not in ("keep", *DTYPES):
+        raise ValueError(f"{dtype=} must be 'keep', 'bfloat16' or 'float32'")
+    checked = source.check(src)
+    output = Path(dst).resolve()
+    if checked.directory.is_relative_to(output) or output.is_relative_to(checked.directory):
+        raise CheckpointError(f"{dst} and {src} lie in one another: choose another output")
+    fingerprint = checked.fingerprint()
+
+    def same(directory: Path) -> bool:
+        there = manifests.read(directory / "manifest.json")
+        return there.source_sha256 == fingerprint and there.dtype == dtype
+
+    with publish.Staging(dst) as staging:
+        if staging.begin(
+            {"source": fingerprint, "dtype": dtype},
+            overwrite=overwrite,
+            resume=resume,
+            same=same,
+            ours=params.is_converted,
+        ):
+            return params.read_manifest(output)
+        with publish.errors(output):
+            manifest = _write(checked, staging, dtype, fingerprint, progress)
+        staging.publish()
+    return manifest
+
+
+def _write(
+    checked: source.Source,
+    staging: publish.Staging,
+    dtype: str,
+    fingerprint: str,
+    progress: Progress | None,
+) -> Manifest:
+    """Write what is missing of the checkpoint, then its manifest."""
+    records = staging.partial / "parts"
+    records.mkdir(exist_ok=True)
+    whole = Manifest(
+        versions={name: importlib.metadata.version(name) for name in _LIBRARIES},
+        dtype=dtype,
+        num_parameters=0,
+        source_sha256=fingerprint,
+        tensors=(),
+        aliases=checked.aliases,
+        dropped=checked.dropped,
+        shards=tuple(
+            manifests.Shard(file=shard.file, header=shard.header.decode("utf-8"))
+            for shard in checked.shards.values()
+        ),
+        files={},
+    )
+    grouped = _by_part(checked)
+    done = {part: _recorded(staging.directory, records / f"{part}.json") for part in grouped}
+    _clean(staging.directory, {part for part, record in done.items() if record})
+    sizes = {part: sum(checked.tensors[e.name].size for e in grouped[part]) for part in grouped}
+    _check_space(checked, staging.directory, dtype, [p for p in grouped if done[p] is None])
+    on_bytes = _counter(progress, checked.num_bytes)
+    tensors: list[Tensor] = []
+    files: dict[str, File] = {}
+    for part, entries in grouped.items():
+        record = done[part]
+        if record is None:
+            record = _write_part(checked, staging.directory, part, entries, dtype, whole, on_bytes)
+            publish.write(records / f"{part}.json", record.encode())
+        else:
+            on_bytes(sizes[part])
+        tensors.extend(record.tensors)
+        files.update(record.files)
+    for name, path in checked.companions.items():
+        copy = staging.directory / name
+        shutil.copyfile(path, copy)
+        params.sync(copy)
+        files[name] = manifests.file_sums(copy)
+    manifest = dataclasses.replace(
+        whole,
+        num_parameters=sum(tensor.num_elements for tensor in tensors),
+        tensors=tuple(tensors),
+        files=files,
+    )
+    publish.write(staging.directory / "manifest.json", manifest.encode())
+    params.read_manifest(staging.directory)
+    manifests.check_files(staging.directory, manifest, full=True)
+    return manifest
+
+
+def _write_part(
+    checked: source.Source,
+    directory: Path,
+    part: str,
+    entries: list[names.Entry],
+    dtype: str,
+    whole: Manifest,
+    on_bytes: Callable[[int], None],
+) -> Manifest:
+    """Convert a part; returns a manifest of it alone."""
+    leaves, tensors = {}, []
+    for entry in entries:
+        raw, source_sha256 = checked.read(entry.name, on_bytes)
+        found = checked.tensors[entry.name].dtype
+        kept = found if dtype == "keep" else dtype
+        if kept != found:
+            raw = raw.astype(DTYPES[kept])
+        tensors.append(
+            Tensor(
+                name=entry.name,
+                part=part,
+                path=entry.path,
+                shape=entry.shape,
+                dtype=kept,
+                source_shape=entry.source_shape,
+                source_dtype=found,
+                transposed=entry.transposed,
+                sha256=source_sha256 if kept == found else manifests.array_sha256(raw),
+                source_sha256=source_sha256,
+            )
+        )
+        leaves[entry.path] = entry.to_ours(raw)
+        del raw
+    files = params.save_part(directory, part, leaves)
+    return dataclasses.replace(whole, tensors=tuple(tensors), files=files, shards=())
+
+
+def _recorded(directory: Path, record: Path) -> Manifest | None:
+    """The record of a part whose files are as they were written; else None."""
+    try:
+        manifest = manifests.read(record)
+        for name, expected in manifest.files.items():
+            if manifests.file_sums(directory / name) != expected:
+                return None
+    except (CheckpointError, OSError):
+        return None
+    return manifest
+
+
+def _clean(directory: Path, keep: set[str]) -> None:
+    """Remove everything but the parts to keep."""
+    for path in [*directory.iterdir(), *(directory / "params").glob("*")]:
+        if path.name == "params" or (path.parent.name == "params" and path.name in keep):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _check_space(checked: source.Source, directory: Path, dtype: str, parts: list[str]) -> None:
+    """Raise CheckpointError if the disk cannot take the parts."""
+    needed = _SPARE_BYTES
+    for entry in checked.table.values():
+        if entry.part in parts:
+            found = checked.tensors[entry.name]
+            kept = found.dtype if dtype == "keep" else dtype
+            needed += found.size // DTYPES[found.dtype].itemsize * DTYPES[kept].itemsize
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise CheckpointError(
+            f"{directory} needs {needed / 1e9:.1f} GB, the disk has {free / 1e9:.1f} GB free"
+        )
+
+
+def _by_part(checked: source.Source) -> dict[str, list[names.Entry]]:
+    grouped: dict[str, list[names.Entry]] = {}
+    for entry in checked.table.values():
+        grouped.setdefault(entry.part, []).append(entry)
+    return grouped
+
+
+def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
+    """A function that adds up bytes and reports them."""
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress:
+            progress(done, total)
+
+    return on_bytes
