@@ -1,0 +1,1 @@
+"""Serving: requests in, events out, token ids only."""

@@ -1,0 +1,366 @@
+"""Engine: many requests at once over one model, one cache and few compiled steps."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+import jax
+import numpy as np
+from jaxtyping import Float32
+
+from pallas_kernels import backend
+from pallas_kernels.geometry import ChunkGeometry
+from qwen_jax.config import ConfigError, ModelConfig
+from qwen_jax.engine import batch
+from qwen_jax.engine.pages import Pages
+from qwen_jax.engine.request import (
+    Event,
+    Finish,
+    Request,
+    RequestError,
+    Sampling,
+    Sequence,
+    check_ids,
+)
+from qwen_jax.engine.runner import Runner
+from qwen_jax.engine.scheduler import Decode, Scheduler, Slice, cut
+
+_CPU_SLICES = (1024, 256, 32)
+_ACCELERATOR_SLICES = (32768, 8192, 1024, 128)
+_GREEDY = Sampling()
+_SCORE_BYTES = 1 << 28  # logits that one slice of `score` may hold, if there is a slice so small
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Capacity of an engine.
+
+    Attributes:
+        max_len: longest prompt and answer together, in tokens.
+        max_seqs: requests that run at once; others wait.
+        num_pages: cache pages, one of which is for padding; None for enough
+            that `max_seqs` sequences of `max_len` fit.
+        page: tokens a page; None to fit the model's chunks.
+        slices: lengths that prefill is compiled for, largest first; None to
+            fit the device and the model's chunks.
+        vllm_parity: scale cached keys with the attention temperature, as vLLM
+            does, instead of scaling queries twice.
+        vocab_limit: ids from here on are never sampled; None for all of them.
+        backend: of the attention operations; None for the device's preferred one.
+
+    Raises:
+        ConfigError: if a number is out of range.
+    """
+
+    max_len: int
+    max_seqs: int = 1
+    num_pages: int | None = None
+    page: int | None = None
+    slices: tuple[int, ...] | None = None
+    vllm_parity: bool = False
+    vocab_limit: int | None = None
+    backend: str | None = None
+
+    def __post_init__(self):
+        least = {"max_len": 1, "max_seqs": 1, "num_pages": 2, "page": 1, "vocab_limit": 1}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value < 2**31:
+                raise ConfigError(f"{name}={value} must be at least {low}")
+        if self.slices is not None:
+            descending = sorted(set(self.slices), reverse=True)
+            if not self.slices or list(self.slices) != descending or min(self.slices) < 1:
+                raise ConfigError(f"slices={self.slices} must be positive, largest first")
+
+
+class Engine:
+    """Serves requests by continuous batching; knows token ids, never text.
+
+    Args:
+        model: the configuration that the weights belong to.
+        weights: parameter tree on the device, nested dicts as in `params.abstract`.
+
+    Attributes:
+        num_prefilled: prompt tokens computed so far; shared pages do not count.
+
+    Raises:
+        ConfigError: if the configuration asks for what the model or device cannot do.
+    """
+
+    def __init__(self, model: ModelConfig, weights, config: EngineConfig):
+        self._model = model
+        self._config = config
+        self._device = next(iter(jax.tree.leaves(weights)[0].devices()))
+        if config.vocab_limit is not None and config.vocab_limit > model.vocab_size:
+            raise ConfigError(
+                f"vocab_limit={config.vocab_limit} exceeds the {model.vocab_size} tokens "
+                "of the model: is this its tokenizer?"
+            )
+        try:
+            self._backend = backend.choose(self._device.platform, config.backend)
+        except backend.Unsupported as error:
+            raise ConfigError(f"backend={config.backend!r}: {error}") from None
+        platform, geometry = self._device.platform, model.dual_chunk
+        self._page = config.page or default_page(platform, geometry)
+        self._slices = config.slices or default_slices(platform, geometry)
+        self._boundary = None
+        if geometry is not None and geometry.chunk_len >= self._slices[0]:
+            self._boundary = geometry.chunk_len
+        self._table_len = -(-config.max_len // self._page)
+        num_pages = config.num_pages or config.max_seqs * self._table_len + 1
+        self._pages = Pages(num_pages)
+        self._scheduler = Scheduler(
+            self._pages,
+            page=self._page,
+            max_seqs=config.max_seqs,
+            slices=self._slices,
+            boundary=self._boundary,
+            scales=self._scales,
+        )
+        self._runner = Runner(
+            model,
+            weights,
+            num_pages=num_pages,
+            page=self._page,
+            table_len=self._table_len,
+            max_seqs=config.max_seqs,
+            vocab_limit=config.vocab_limit,
+            backend=self._backend,
+        )
+        self._sequences: dict[int, Sequence] = {}
+        self._num_requests = 0
+        self._roster: tuple[tuple[int, ...], batch.Roster] | None = None
+        self.num_prefilled = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has something to do."""
+        return self._scheduler.busy
+
+    @property
+    def num_compilations(self) -> int:
+        """Programs compiled so far: no more than the slices and a few, whatever is asked."""
+        return self._runner.num_compilations
+
+    def describe(self) -> str:
+        """One line on what runs where and how."""
+        slices = "/".join(map(str, self._slices))
+        return (
+            f"{self._device.platform} ({self._device.device_kind}), 1 device; "
+            f"prefill {self._backend}, decode {self._backend}; "
+            f"weights and cache {self._runner.cache_dtype}; "
+            f"{self._pages.total} pages of {self._page} tokens; slices {slices}; "
+            f"up to {self._config.max_seqs} x {self._config.max_len} tokens"
+        )
+
+    def add(self, request: Request) -> int:
+        """Queue a request; returns the id that its events will carry.
+
+        Raises:
+            RequestError: if it can never be served.
+        """
+        self._check(request)
+        number = self._num_requests
+        self._num_requests += 1
+        self._sequences[number] = Sequence(id=number, request=request)
+        self._scheduler.add(self._sequences[number])
+        return number
+
+    def cancel(self, request_id: int) -> None:
+        """End a request before the next step; ignored if it has ended already."""
+        if request_id in self._sequences:
+            self._sequences[request_id].cancelled = True
+
+    def step(self) -> list[Event]:
+        """Run one prefill slice or one decode step; returns what it brought, [] when idle."""
+        events = [self._end(each, "cancelled") for each in self._scheduler.cancelled()]
+        work = self._scheduler.next()
+        if isinstance(work, Slice):
+            events.append(self._prefill(work))
+        elif isinstance(work, Decode):
+            events.extend(self._decode(work))
+        return events
+
+    def run(self, requests: Iterable[Request]) -> list[list[int]]:
+        """The answers to some requests, for callers with nothing else to serve.
+
+        Raises:
+            RequestError: if one of them cannot be served or fails.
+        """
+        requests = list(requests)
+        for request in requests:
+            self._check(request)
+        answers: dict[int, list[int]] = {self.add(request): [] for request in requests}
+        while self.busy:
+            for event in self.step():
+                if event.error is not None:
+                    raise RequestError(event.error)
+                answers.get(event.request_id, []).extend(event.tokens)
+        return list(answers.values())
+
+    def score(
+        self, tokens: Iterable[int], *, last: int | None = None
+    ) -> Iterator[Float32[np.ndarray, "n V"]]:
+        """Logits after each of the last `last` tokens (None: of all), slice by slice.
+
+        Holds pages while it is being iterated.
+
+        Raises:
+            RequestError: if the tokens are none of the model's or do not fit.
+        """
+        tokens = tuple(tokens)
+        check_ids("tokens", tokens, self._model.vocab_size)
+        self._check_length(f"{len(tokens)} tokens", len(tokens))
+        if last is not None and not 1 <= last <= len(tokens):
+            raise RequestError(f"{last=} must be from 1 to the {len(tokens)} tokens there are")
+        return self._score(tokens, 0 if last is None else len(tokens) - last)
+
+    def _score(self, tokens: tuple[int, ...], first: int) -> Iterator[np.ndarray]:
+        count = -(-len(tokens) // self._page)
+        if count > self._pages.free:
+            raise RequestError(
+                f"{len(tokens)} tokens need {count} cache pages, {self._pages.free} are free: "
+                "wait for other requests to end"
+            )
+        row_bytes = 4 * self._model.vocab_size
+        small = tuple(size for size in self._slices if size * row_bytes <= _SCORE_BYTES)
+        small = small or self._slices[-1:]
+        scales = self._scales(len(tokens))
+        pages = self._pages.take(count)
+        try:
+            start = 0
+            while start < len(tokens):
+                length, size = cut(start, len(tokens), self._slices, self._boundary)
+                if start + length > first:
+                    length, size = cut(start, len(tokens), small, self._boundary)
+                stop = start + length
+                step = batch.prefill(
+                    tokens[start:stop],
+                    size=size,
+                    start=start,
+                    pages=pages,
+                    table_len=self._table_len,
+                    scales=scales,
+                )
+                if stop > first:
+                    yield self._runner.score(step)[max(first - start, 0) :]
+                else:
+                    self._runner.prefill(step)
+                start = stop
+        finally:
+            self._pages.give(pages)
+
+    def _check(self, request: Request) -> None:
+        check_ids("prompt", request.prompt, self._model.vocab_size)
+        if request.eos_ids:
+            check_ids("eos_ids", request.eos_ids, self._model.vocab_size)
+        prompt, answer = len(request.prompt), request.max_new_tokens
+        self._check_length(
+            f"{prompt} prompt tokens and up to {answer} new ones, {prompt + answer} in all,",
+            prompt + answer,
+        )
+
+    def _check_length(self, what: str, length: int) -> None:
+        room = min(self._config.max_len, self._pages.total * self._page)
+        if length > room:
+            raise RequestError(
+                f"{what} do not fit: the engine holds {room} "
+                f"(max_len={self._config.max_len}, {self._pages.total} pages of {self._page})"
+            )
+
+    def _scales(self, length: int) -> tuple[float, float]:
+        """Factors on queries and keys in a sequence of this length (arXiv:2501.15383, eq. 1)."""
+        factor = self._model.temperature(length)
+        return (factor, factor) if self._config.vllm_parity else (factor * factor, 1.0)
+
+    def _prefill(self, piece: Slice) -> Event:
+        sequence = piece.sequence
+        sampling = sequence.request.sampling if piece.is_last else _GREEDY
+        if sampling.repetition_penalty != 1:
+            self._runner.mark(sequence.row, sequence.request.prompt)
+        stop = piece.start + piece.length
+        logits = self._runner.prefill(
+            batch.prefill(
+                sequence.span(piece.start, stop),
+                size=piece.size,
+                start=piece.start,
+                pages=sequence.pages,
+                table_len=self._table_len,
+                scales=sequence.scales,
+            )
+        )
+        # After every slice, to wait for it and to see at once when numbers go wrong.
+        token = self._runner.choose(logits, batch.choice(sampling, row=sequence.row, position=stop))
+        if token < 0:
+            return self._fail(sequence)
+        self._scheduler.prefilled(piece)
+        self.num_prefilled += piece.length
+        if not piece.is_last:
+            return Event(request_id=sequence.id, prefilled=sequence.prefilled)
+        return self._take(sequence, token)
+
+    def _decode(self, work: Decode) -> list[Event]:
+        sequences, max_seqs = work.sequences, self._config.max_seqs
+        ids = tuple(sequence.id for sequence in sequences)
+        if self._roster is None or self._roster[0] != ids:
+            roster = batch.roster(sequences, max_seqs=max_seqs, table_len=self._table_len)
+            self._roster = ids, self._runner.place(roster)
+        step = batch.tokens(sequences, max_seqs=max_seqs, scales=self._scales)
+        new = self._runner.decode(self._roster[1], step).tolist()
+        events = []
+        for sequence in sequences:
+            token = new[sequence.row]
+            if token < 0:
+                events.append(self._fail(sequence))
+            else:
+                self._scheduler.decoded(sequence)
+                events.append(self._take(sequence, token))
+        return events
+
+    def _take(self, sequence: Sequence, token: int) -> Event:
+        """Add a token to an answer, which may end it."""
+        if token in sequence.request.eos_ids:
+            return self._end(sequence, "stop")
+        sequence.answer.append(token)
+        if len(sequence.answer) == sequence.request.max_new_tokens:
+            return self._end(sequence, "length", tokens=(token,))
+        return Event(request_id=sequence.id, tokens=(token,), prefilled=sequence.prefilled)
+
+    def _fail(self, sequence: Sequence) -> Event:
+        return self._end(
+            sequence,
+            "error",
+            error=f"request {sequence.id}: the logits after token {sequence.filled} are not "
+            "finite: the weights are damaged, or overflow in their dtype",
+        )
+
+    def _end(self, sequence: Sequence, finish: Finish, **more) -> Event:
+        del self._sequences[sequence.id]
+        event = Event(request_id=sequence.id, prefilled=sequence.prefilled, finish=finish, **more)
+        self._scheduler.finish(sequence)
+        return event
+
+
+def default_page(platform: str, geometry: ChunkGeometry | None) -> int:
+    """Tokens a page so that no page straddles two chunks, if their length allows it."""
+    if geometry is None:
+        return 256 if platform == "cpu" else 1024
+    return _divisor(geometry.chunk_len, least=64) or 256
+
+
+def default_slices(platform: str, geometry: ChunkGeometry | None) -> tuple[int, ...]:
+    """Lengths of prefill slices, largest first.
+
+    On a CPU, where chunks may be short, the largest divides the chunk, so that
+    cutting at chunk borders leaves no small rest.
+    """
+    if platform != "cpu":
+        return _ACCELERATOR_SLICES
+    largest = _CPU_SLICES[0]
+    if geometry is not None and geometry.chunk_len < 8 * largest:
+        largest = _divisor(geometry.chunk_len, least=256) or largest
+    return (largest, *(size for size in _CPU_SLICES[1:] if size < largest))
+
+
+def _divisor(length: int, *, least: int) -> int | None:
+    """The largest divisor from `least` to 1024, or None."""
+    return next((d for d in range(1024, least - 1, -1) if length % d == 0), None)

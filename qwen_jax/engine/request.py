@@ -1,0 +1,162 @@
+"""Request, its sampling settings, its events, and the counters of one that runs."""
+
+import dataclasses
+import math
+from typing import Literal
+
+Finish = Literal["stop", "length", "cancelled", "error"]
+
+
+class RequestError(ValueError):
+    """A request that cannot be served; the text names the field and the way out."""
+
+
+def check_ids(field: str, ids, vocab_size: int) -> None:
+    """Refuse token ids that are no integers in `[0, vocab_size)`.
+
+    Raises:
+        RequestError: naming the field, the place and the value.
+    """
+    if not isinstance(ids, tuple):
+        raise RequestError(f"{field} must be a tuple of token ids, got {type(ids).__name__}")
+    if not ids:
+        raise RequestError(f"{field} is empty: give at least one token id")
+    for index, token in enumerate(ids):
+        if type(token) is not int or not 0 <= token < vocab_size:
+            raise RequestError(
+                f"{field}[{index}]={token!r} is not a token id: "
+                f"ids are integers from 0 to {vocab_size - 1}"
+            )
+
+
+def _check_number(field: str, value, low: float, high: float, hint: str = "") -> None:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or not low <= value <= high:
+        raise RequestError(f"{field}={value!r} must be a number from {low} to {high}{hint}")
+
+
+def _check_integer(field: str, value, low: int, high: int) -> None:
+    if type(value) is not int or not low <= value <= high:
+        raise RequestError(f"{field}={value!r} must be an integer from {low} to {high}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen; the fields mean what they mean in transformers.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the most likely token and
+            ignores `top_k`, `top_p`, `min_p` and `seed`.
+        top_k: number of most likely tokens kept; 0 keeps all.
+        top_p: probability mass of the most likely tokens kept.
+        min_p: least probability kept, as a share of the most likely token's.
+        repetition_penalty: divides positive and multiplies negative logits of
+            tokens that the prompt or the answer holds (arXiv:1909.05858).
+        seed: chooses the random stream; the same seed gives the same answer
+            whatever else the engine is serving.
+
+    Raises:
+        RequestError: if a value is out of range.
+    """
+
+    temperature: int | float = 0.0
+    top_k: int = 0
+    top_p: int | float = 1.0
+    min_p: int | float = 0.0
+    repetition_penalty: int | float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.temperature != 0:
+            _check_number("temperature", self.temperature, 1e-5, 1e5, hint=", or 0 for greedy")
+        _check_integer("top_k", self.top_k, 0, 2**31 - 1)
+        _check_number("top_p", self.top_p, 0.0, 1.0)
+        _check_number("min_p", self.min_p, 0.0, 1.0)
+        _check_number("repetition_penalty", self.repetition_penalty, 1e-4, 1e4)
+        _check_integer("seed", self.seed, 0, 2**32 - 1)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A prompt and what to do with it.
+
+    Attributes:
+        prompt: token ids, at least one.
+        max_new_tokens: longest answer, in tokens; at least one.
+        eos_ids: token ids that end the answer.
+
+    Raises:
+        RequestError: if a field is malformed.
+    """
+
+    prompt: tuple[int, ...]
+    max_new_tokens: int
+    sampling: Sampling = Sampling()
+    eos_ids: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        _check_integer("max_new_tokens", self.max_new_tokens, 1, 2**31 - 1)
+        check_ids("prompt", self.prompt, 2**31)
+        if self.eos_ids:
+            check_ids("eos_ids", self.eos_ids, 2**31)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """What one step did for one request.
+
+    Attributes:
+        tokens: new tokens of the answer; never the one that ended it.
+        prefilled: prompt tokens that are in the cache, computed or shared.
+        finish: why the request has ended, or None while it goes on.
+        error: for `finish == "error"`, one line that says what went wrong.
+    """
+
+    request_id: int
+    tokens: tuple[int, ...] = ()
+    prefilled: int
+    finish: Finish | None = None
+    error: str | None = None
+
+
+@dataclasses.dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """A request the engine has accepted, with its counters.
+
+    Attributes:
+        scales: factors on queries and keys while the prompt is prefilled.
+        row: its row in decode batches; -1 while it waits.
+        pages: its cache pages in order, enough for prompt and longest answer.
+        filled: tokens whose keys and values are in the cache.
+        num_linked: leading pages that `link` covers.
+        link: identity of those pages' content; see `pages.Pages.record`.
+    """
+
+    id: int
+    request: Request
+    scales: tuple[float, float] = (1.0, 1.0)
+    row: int = -1
+    pages: list[int] = dataclasses.field(default_factory=list)
+    filled: int = 0
+    answer: list[int] = dataclasses.field(default_factory=list)
+    num_linked: int = 0
+    link: object = None
+    cancelled: bool = False
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.request.prompt)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens it may hold at most."""
+        return self.prompt_len + self.request.max_new_tokens
+
+    @property
+    def prefilled(self) -> int:
+        return min(self.filled, self.prompt_len)
+
+    def span(self, start: int, stop: int) -> tuple[int, ...]:
+        """Its tokens from `start` to `stop`, prompt and answer alike."""
+        tail = self.answer[max(start - self.prompt_len, 0) : max(stop - self.prompt_len, 0)]
+        return self.request.prompt[start:stop] + tuple(tail)

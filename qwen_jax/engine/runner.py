@@ -1,0 +1,159 @@
+"""The model on its device: weights, cache and the compiled steps."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float32, Int
+
+from qwen_jax import cache as caches
+from qwen_jax import rope
+from qwen_jax.config import ModelConfig
+from qwen_jax.engine import sampling
+from qwen_jax.engine.batch import Choice, Prefill, Roster, Tokens
+from qwen_jax.model import DecodeStep, PrefillStep, Qwen2
+
+
+class Runner:
+    """Runs steps one at a time, each with one host synchronisation.
+
+    The cache is donated to every step and comes back from it, so that there is
+    never a second one. Shapes depend on the slice and on the sizes given here,
+    never on a prompt, and so does the number of programs.
+
+    Args:
+        weights: parameter tree, on the device.
+        table_len: pages of the longest sequence.
+        vocab_limit: ids from here on are never sampled.
+        backend: of the attention operations, or None for the preferred one.
+
+    Attributes:
+        num_compilations: programs traced so far.
+
+    Raises:
+        ValueError: if the weights are not those of this configuration.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights,
+        *,
+        num_pages: int,
+        page: int,
+        table_len: int,
+        max_seqs: int,
+        vocab_limit: int | None,
+        backend: str | None,
+    ):
+        self.num_compilations = 0
+        self._vocab_limit = vocab_limit
+        self._backend = backend
+        dtype = jax.tree.leaves(weights)[0].dtype
+        # As a plain list, which costs less to hand over at every step than a module's state.
+        self._weights, self._structure = _flatten(config, weights, dtype)
+        self._rotary = rope.table(config, table_len * page)
+        self._cache = caches.init(config, num_pages, page, dtype)
+        self._seen = jnp.zeros((max_seqs, config.vocab_size), bool)
+        self._prefill = jax.jit(self._prefill_step, donate_argnames="cache")
+        self._choose = jax.jit(self._choose_step)
+        self._score = jax.jit(self._score_step, donate_argnames="cache")
+        self._decode = jax.jit(self._decode_step, donate_argnames=("cache", "seen"))
+        self._mark = jax.jit(self._mark_step, donate_argnames="seen")
+
+    @property
+    def cache_dtype(self) -> np.dtype:
+        return self._cache.keys.dtype
+
+    def prefill(self, step: Prefill) -> Float32[Array, " V"]:
+        """Fill the cache with a slice; returns the logits of its last token, on the device."""
+        logits, self._cache = self._prefill(self._weights, self._rotary, self._cache, step)
+        return logits
+
+    def choose(self, logits: Float32[Array, " V"], choice: Choice) -> int:
+        """A token by what `prefill` returned, -1 if that is not finite."""
+        return int(self._choose(logits, self._seen, choice))
+
+    def score(self, step: Prefill) -> Float32[np.ndarray, "T V"]:
+        """Fill the cache with a slice; returns the logits of each of its tokens."""
+        logits, self._cache = self._score(self._weights, self._rotary, self._cache, step)
+        return np.asarray(logits)[: int(step.length)]
+
+    def place(self, roster: Roster) -> Roster:
+        """The roster on the device, for as long as it does not change."""
+        return jax.device_put(roster)
+
+    def decode(self, roster: Roster, step: Tokens) -> Int[np.ndarray, " B"]:
+        """The token after the given one in every row, -1 if not finite."""
+        token, self._cache, self._seen = self._decode(
+            self._weights, self._rotary, self._cache, self._seen, roster, step
+        )
+        return np.asarray(token)
+
+    def mark(self, row: int, prompt: tuple[int, ...]) -> None:
+        """Say which tokens the repetition penalty of a row begins with."""
+        mask = np.zeros(self._seen.shape[1], bool)
+        mask[np.asarray(prompt)] = True
+        self._seen = self._mark(self._seen, np.asarray(row, np.int32), mask)
+
+    def _model(self, weights) -> Qwen2:
+        # Runs when a step is traced, which is once for each program.
+        self.num_compilations += 1
+        graph, structure = self._structure
+        return nnx.merge(graph, jax.tree.unflatten(structure, weights))
+
+    def _prefill_step(self, weights, rotary, cache, step):
+        return self._model(weights).prefill(cache, _slice(step), rotary, backend=self._backend)
+
+    def _choose_step(self, logits, seen, choice):
+        self.num_compilations += 1
+        rows, seen = choice.sampling, seen[choice.row][None]
+        return sampling.sample(logits[None], rows, seen, vocab_limit=self._vocab_limit)[0]
+
+    def _score_step(self, weights, rotary, cache, step):
+        return self._model(weights).score(cache, _slice(step), rotary, backend=self._backend)
+
+    def _decode_step(self, weights, rotary, cache, seen, roster, step):
+        tokens = DecodeStep(**step._asdict(), page_table=roster.page_table)
+        logits, cache = self._model(weights).decode(cache, tokens, rotary, backend=self._backend)
+        rows = roster.sampling._replace(position=step.positions + 1)
+        seen = _see(seen, step, rows)
+        token = sampling.sample(logits, rows, seen, vocab_limit=self._vocab_limit)
+        return token, cache, seen
+
+    def _mark_step(self, seen, row, mask):
+        self.num_compilations += 1
+        return seen.at[row].set(mask)
+
+
+def _flatten(config: ModelConfig, weights, dtype):
+    """The parameters as a list, and the structure that makes a model of them again.
+
+    Raises:
+        ValueError: if the weights are not those of this configuration.
+    """
+    model = nnx.eval_shape(lambda: Qwen2(config, key=jax.random.key(0), dtype=dtype))
+    graph, state = nnx.split(model)
+    expected = jax.tree.map(lambda leaf: leaf.shape, nnx.to_pure_dict(state))
+    actual = jax.tree.map(lambda leaf: leaf.shape, weights)
+    if actual != expected:
+        raise ValueError(f"the weights have shapes {actual}, the configuration asks for {expected}")
+    nnx.replace_by_pure_dict(state, weights)
+    leaves, structure = jax.tree.flatten(state)
+    return leaves, (graph, structure)
+
+
+def _slice(step: Prefill) -> PrefillStep:
+    return PrefillStep(**step._asdict())
+
+
+def _see(seen: Bool[Array, "B V"], step: Tokens, rows: sampling.Rows) -> Bool[Array, "B V"]:
+    """Tokens that are now part of the sequences marked, in rows that penalise them."""
+
+    def see():
+        B = seen.shape[0]
+        # Rows that need no mark point out of range, where `drop` leaves them.
+        row = jnp.where(rows.penalty != 1, jnp.arange(B), B)
+        return seen.at[row, step.tokens].set(True, mode="drop")
+
+    return jax.lax.cond((rows.penalty != 1).any(), see, lambda: seen)

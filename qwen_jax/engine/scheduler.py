@@ -1,0 +1,185 @@
+"""What runs next: a prefill slice of one sequence, or a decode step of all that decode."""
+
+import collections
+import dataclasses
+import heapq
+from collections.abc import Callable
+
+from qwen_jax.engine.pages import Pages
+from qwen_jax.engine.request import Sequence
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Slice:
+    """Prompt tokens `start` to `start + length` of one sequence, padded to `size`."""
+
+    sequence: Sequence
+    start: int
+    length: int
+    size: int
+
+    @property
+    def is_last(self) -> bool:
+        return self.start + self.length == self.sequence.prompt_len
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Decode:
+    """One more token for each of some sequences."""
+
+    sequences: tuple[Sequence, ...]
+
+
+def cut(start: int, stop: int, slices: tuple[int, ...], boundary: int | None) -> tuple[int, int]:
+    """Tokens that the slice at `start` takes of those before `stop`, and its padded size."""
+    length = min(stop - start, slices[0])
+    if boundary is not None:
+        length = min(length, boundary - start % boundary)
+    return length, min(size for size in slices if size >= length)
+
+
+class Scheduler:
+    """Continuous batching over fixed shapes.
+
+    A sequence is admitted when a row and the pages of its prompt and longest
+    answer are there, in order of arrival; it then never waits for memory
+    again. Prefill slices alternate with decode steps, and sequences that
+    prefill take turns, so that nothing starves.
+
+    Args:
+        page: tokens a page.
+        slices: lengths that prefill is compiled for, largest first.
+        boundary: a slice never crosses a multiple of it; None for no such limit.
+        scales: attention scales of a sequence of so many tokens. Pages are
+            shared only between prompts for which they are equal.
+    """
+
+    def __init__(
+        self,
+        pages: Pages,
+        *,
+        page: int,
+        max_seqs: int,
+        slices: tuple[int, ...],
+        boundary: int | None,
+        scales: Callable[[int], tuple[float, float]],
+    ):
+        self._pages = pages
+        self._page = page
+        self._slices = slices
+        self._boundary = boundary
+        self._scales = scales
+        self._rows = list(range(max_seqs))
+        self._waiting: collections.deque[Sequence] = collections.deque()
+        self._prefilling: collections.deque[Sequence] = collections.deque()
+        self._decoding: list[Sequence] = []
+        self._turn_to_decode = False
+        self._is_full = False
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._prefilling or self._decoding)
+
+    def add(self, sequence: Sequence) -> None:
+        sequence.scales = self._scales(sequence.prompt_len)
+        sequence.link = sequence.scales
+        self._waiting.append(sequence)
+
+    def cancelled(self) -> list[Sequence]:
+        """Take out the sequences that are marked as cancelled."""
+        everyone = (*self._waiting, *self._prefilling, *self._decoding)
+        taken = [sequence for sequence in everyone if sequence.cancelled]
+        for sequence in taken:
+            self.finish(sequence)
+        return taken
+
+    def next(self) -> Slice | Decode | None:
+        """The work of the next step, or None if there is none."""
+        self._admit()
+        if self._decoding and (self._turn_to_decode or not self._prefilling):
+            self._turn_to_decode = False
+            return Decode(sequences=tuple(self._decoding))
+        if not self._prefilling:
+            return None
+        self._turn_to_decode = True
+        sequence = self._prefilling[0]
+        self._prefilling.rotate(-1)
+        self._share(sequence)
+        return self._slice(sequence)
+
+    def prefilled(self, piece: Slice) -> None:
+        """Note that a slice is in the cache."""
+        sequence = piece.sequence
+        sequence.filled += piece.length
+        self._record(sequence)
+        if piece.is_last:
+            self._prefilling.remove(sequence)
+            self._decoding.append(sequence)
+
+    def decoded(self, sequence: Sequence) -> None:
+        """Note that the last token of the answer so far is in the cache."""
+        sequence.filled += 1
+        # A prompt that repeats this answer would be prefilled with its own scales.
+        if self._scales(sequence.filled) == sequence.scales:
+            self._record(sequence)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Take a sequence out and free what it holds."""
+        for queue in (self._waiting, self._prefilling, self._decoding):
+            if sequence in queue:
+                queue.remove(sequence)
+        self._pages.give(sequence.pages)
+        sequence.pages = []
+        if sequence.row >= 0:
+            heapq.heappush(self._rows, sequence.row)
+            sequence.row = -1
+        self._is_full = False
+
+    def _admit(self) -> None:
+        while self._waiting and self._rows and not self._is_full:
+            sequence = self._waiting[0]
+            self._share(sequence)
+            missing = -(-sequence.capacity // self._page) - len(sequence.pages)
+            if missing > self._pages.free:
+                self._pages.give(sequence.pages)
+                sequence.pages, sequence.filled, sequence.num_linked = [], 0, 0
+                sequence.link = sequence.scales
+                # Not tried again, which costs a walk over the prompt, until something is freed.
+                self._is_full = True
+                return
+            sequence.pages += self._pages.take(missing)
+            sequence.row = heapq.heappop(self._rows)
+            self._prefilling.append(self._waiting.popleft())
+
+    def _share(self, sequence: Sequence) -> None:
+        """Put known pages in the place of those that the sequence would fill next."""
+        while sequence.filled == sequence.num_linked * self._page:
+            stop = sequence.filled + self._page
+            # The last token is always computed: its logits choose the first new one.
+            if stop >= sequence.prompt_len:
+                return
+            found = self._pages.find(sequence.link, sequence.span(sequence.filled, stop))
+            if found is None:
+                return
+            page, sequence.link = found
+            self._pages.share(page)
+            if sequence.num_linked < len(sequence.pages):
+                self._pages.give([sequence.pages[sequence.num_linked]])
+                sequence.pages[sequence.num_linked] = page
+            else:
+                sequence.pages.append(page)
+            sequence.num_linked += 1
+            sequence.filled = stop
+
+    def _record(self, sequence: Sequence) -> None:
+        """Make the pages that have become full known to others."""
+        while (stop := (sequence.num_linked + 1) * self._page) <= sequence.filled:
+            tokens = sequence.span(stop - self._page, stop)
+            page = sequence.pages[sequence.num_linked]
+            sequence.link = self._pages.record(sequence.link, tokens, page)
+            sequence.num_linked += 1
+
+    def _slice(self, sequence: Sequence) -> Slice:
+        start = sequence.filled
+        length, size = cut(start, sequence.prompt_len, self._slices, self._boundary)
+        return Slice(sequence=sequence, start=start, length=length, size=size)

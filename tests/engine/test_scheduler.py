@@ -1,0 +1,203 @@
+"""The scheduler: fixed shapes, fair turns, arrival order."""
+
+import itertools
+
+import pytest
+
+from qwen_jax.engine.pages import Pages
+from qwen_jax.engine.request import Request, Sequence
+from qwen_jax.engine.scheduler import Decode, Scheduler, Slice, cut
+
+PAGE = 4
+numbers = itertools.count()
+
+
+def scheduler(num_pages=101, max_seqs=4, slices=(16, 8, 2), boundary=None, scales=lambda n: (1, 1)):
+    pages = Pages(num_pages)
+    return pages, Scheduler(
+        pages, page=PAGE, max_seqs=max_seqs, slices=slices, boundary=boundary, scales=scales
+    )
+
+
+def sequence(length, new=4, first=0):
+    prompt = tuple(range(first, first + length))
+    return Sequence(id=next(numbers), request=Request(prompt=prompt, max_new_tokens=new))
+
+
+def run(scheduler, steps):
+    """Run some steps with answers that never end; returns what each did."""
+    done = []
+    for _ in range(steps):
+        work = scheduler.next()
+        done.append(work)
+        if isinstance(work, Slice):
+            scheduler.prefilled(work)
+            if work.is_last:
+                work.sequence.answer.append(0)
+        elif isinstance(work, Decode):
+            for each in work.sequences:
+                scheduler.decoded(each)
+                each.answer.append(0)
+    return done
+
+
+@pytest.mark.parametrize("boundary", [None, 16, 24, 40])
+@pytest.mark.parametrize("length", [1, 2, 3, 8, 9, 16, 17, 23, 24, 25, 95, 96, 97])
+def test_slices_cover_the_prompt_in_compiled_shapes_within_the_boundary(length, boundary):
+    start = 0
+    while start < length:
+        taken, size = cut(start, length, (16, 8, 2), boundary)
+        assert 1 <= taken <= size
+        assert size in (16, 8, 2)
+        assert not any(smaller >= taken for smaller in (16, 8, 2) if smaller < size)
+        if boundary is not None:
+            assert start // boundary == (start + taken - 1) // boundary
+        start += taken
+    assert start == length
+
+
+def test_decode_and_prefill_take_turns():
+    _, queue = scheduler()
+    short = sequence(3, new=60)
+    queue.add(short)
+    run(queue, 1)
+    queue.add(sequence(160, new=60))
+    kinds = [type(work).__name__ for work in run(queue, 20)]
+    assert kinds == ["Decode", "Slice"] * 10
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one():
+    _, queue = scheduler()
+    long, short = sequence(160), sequence(5)
+    queue.add(long)
+    run(queue, 2)
+    queue.add(short)
+    run(queue, 2)
+    assert short.filled == 5
+    assert long.filled < 160
+
+
+def test_prompts_that_prefill_together_take_turns():
+    _, queue = scheduler()
+    first, second = sequence(64, first=0), sequence(64, first=100)
+    queue.add(first)
+    queue.add(second)
+    owners = [work.sequence for work in run(queue, 6)]
+    assert owners == [first, second] * 3
+
+
+def test_requests_start_in_the_order_of_arrival_even_if_a_later_one_would_fit():
+    pages, queue = scheduler(num_pages=15, max_seqs=3)
+    holder, large, small = sequence(20, new=20), sequence(36, new=20), sequence(4, new=4)
+    for each in (holder, large, small):
+        queue.add(each)
+    run(queue, 10)
+    assert (holder.row, large.row, small.row) == (0, -1, -1)
+    assert pages.used == 10
+    queue.finish(holder)
+    run(queue, 10)
+    assert (large.row, small.row) == (0, -1)
+
+
+def test_no_more_sequences_run_than_there_are_rows():
+    _, queue = scheduler(max_seqs=2)
+    waiting = [sequence(3, new=50, first=10 * i) for i in range(5)]
+    for each in waiting:
+        queue.add(each)
+    run(queue, 20)
+    assert [each.row for each in waiting] == [0, 1, -1, -1, -1]
+    queue.finish(waiting[0])
+    run(queue, 5)
+    assert [each.row for each in waiting] == [-1, 1, 0, -1, -1]
+
+
+def test_a_sequence_holds_all_pages_it_may_need_from_its_start():
+    pages, queue = scheduler()
+    queue.add(sequence(5, new=8))
+    run(queue, 1)
+    assert pages.used == 4
+    run(queue, 7)
+    assert pages.used == 4
+
+
+def test_equal_beginnings_share_full_pages_and_recompute_the_last_token():
+    pages, queue = scheduler()
+    first, second = sequence(8), sequence(8)
+    queue.add(first)
+    run(queue, 1)
+    queue.add(second)
+    run(queue, 1)
+    (work,) = [w for w in run(queue, 1) if isinstance(w, Slice)]
+    assert (work.sequence, work.start, work.length) == (second, 4, 4)
+    assert second.pages[0] == first.pages[0]
+    assert second.pages[1] != first.pages[1]
+    assert pages.used == 5
+
+
+def test_pages_of_an_ended_sequence_are_still_shared():
+    _, queue = scheduler()
+    first, second = sequence(17), sequence(17)
+    queue.add(first)
+    run(queue, 2)
+    queue.finish(first)
+    queue.add(second)
+    (work,) = run(queue, 1)
+    assert (work.start, work.length, work.size) == (16, 1, 2)
+
+
+def test_two_that_prefill_the_same_prompt_share_the_work():
+    _, queue = scheduler()
+    first, second = sequence(65), sequence(65)
+    queue.add(first)
+    queue.add(second)
+    starts = [work.start for work in run(queue, 7) if isinstance(work, Slice)]
+    assert starts == [0, 16, 32, 48, 64, 64]
+    assert first.pages[:16] == second.pages[:16]
+
+
+def test_a_conversation_goes_on_from_the_pages_of_its_answer():
+    _, queue = scheduler()
+    first = sequence(6, new=20)
+    queue.add(first)
+    run(queue, 12)
+    assert first.filled == 17
+    said = first.span(0, 17)
+    queue.finish(first)
+    queue.add(Sequence(id=99, request=Request(prompt=(*said, 1, 2), max_new_tokens=4)))
+    (work,) = run(queue, 1)
+    assert work.start == 16
+
+
+def test_pages_are_not_shared_between_different_scales():
+    _, queue = scheduler(scales=lambda n: (1.0 if n <= 40 else n / 40, 1.0))
+    for length, start in [(40, 0), (44, 0), (44, 40), (45, 0), (39, 36)]:
+        each = sequence(length, new=1)
+        queue.add(each)
+        assert queue.next().start == start, length
+        while each.filled < length:
+            taken, size = cut(each.filled, length, (16, 8, 2), None)
+            queue.prefilled(Slice(sequence=each, start=each.filled, length=taken, size=size))
+        queue.finish(each)
+
+
+def test_an_answer_decoded_at_other_scales_is_not_shared():
+    _, queue = scheduler(scales=lambda n: (1.0 if n <= 10 else n / 10, 1.0))
+    first = sequence(6, new=20)
+    queue.add(first)
+    run(queue, 12)
+    assert first.filled == 17
+    assert first.num_linked == 2
+
+
+def test_cancelled_sequences_free_their_rows_and_pages_wherever_they_are():
+    pages, queue = scheduler(max_seqs=2)
+    each = [sequence(5, first=0), sequence(40, first=50), sequence(5, first=100)]
+    for one in each:
+        queue.add(one)
+    run(queue, 2)
+    for one in each:
+        one.cancelled = True
+    assert sorted(one.id for one in queue.cancelled()) == [one.id for one in each]
+    assert not queue.busy
+    assert pages.used == 0
+    assert queue.next() is None
