@@ -178,6 +178,16 @@ class Staging:
             self._lock = None
 
 
+def check_apart(source: Path, output: Path) -> None:
+    """Refuse to write a directory into its own source, or over a directory that holds it.
+
+    Raises:
+        CheckpointError: if one of two resolved paths lies in the other.
+    """
+    if source.is_relative_to(output) or output.is_relative_to(source):
+        raise CheckpointError(f"{output} and {source} lie in one another: choose another output")
+
+
 def write(path: Path, content: str | bytes) -> None:
     """Put a file in place whole, flushed to the disk."""
     temporary = path.with_name(path.name + ".tmp")

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from convert import names
 from qwen_jax.config import ModelConfig, model_config
-from qwen_jax.manifest import DTYPES, CheckpointError
+from qwen_jax.manifest import DTYPES, CheckpointError, Progress, file_sums
 
 INDEX = "model.safetensors.index.json"
 # What ships with the weights and is copied byte for byte.
@@ -185,7 +185,7 @@ def check(directory: str | os.PathLike) -> Source:
         if name not in found:
             problems.append(f"{name} is missing")
         elif name not in table:
-            problems.append(f"{found[name].shard}: {name} is no tensor of this model")
+            problems.append(f"{found[name].shard}: {_shown(name)} is no tensor of this model")
         elif found[name].shape != table[name].source_shape:
             problems.append(
                 f"{found[name].shard}: {name} has shape {list(found[name].shape)}, "
@@ -205,6 +205,35 @@ def check(directory: str | os.PathLike) -> Source:
         dropped=dropped,
         companions=companions,
     )
+
+
+def verify_blobs(checked: Source, progress: Progress | None = None) -> int:
+    """Check the shards whose SHA-256 is known: in a Hugging Face cache it is the blob's name.
+
+    Returns:
+        How many shards were checked.
+
+    Raises:
+        CheckpointError: naming the file that differs.
+    """
+    known = [
+        shard for shard in checked.shards.values() if re.fullmatch("[0-9a-f]{64}", shard.path.name)
+    ]
+    total = sum(shard.path.stat().st_size for shard in known)
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress:
+            progress(done, total)
+
+    for shard in known:
+        if file_sums(shard.path, on_bytes).sha256 != shard.path.name:
+            raise CheckpointError(
+                f"{checked.directory / shard.file} is damaged: its SHA-256 is not its blob's name"
+            )
+    return len(known)
 
 
 def regular_file(root: Path, name: str) -> Path:
@@ -260,13 +289,15 @@ def read_index(root: Path, name: str, pattern: re.Pattern) -> dict[str, str]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+        raise CheckpointError(f"{path} is not valid JSON: {_shown(error)}") from None
     files = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(files, dict) or not files:
         raise CheckpointError(f"{path} has no weight_map")
     for tensor, file in files.items():
         if not isinstance(file, str) or not pattern.fullmatch(file):
-            raise CheckpointError(f"{path}: {tensor} is in {file!r}, which is no file name")
+            raise CheckpointError(
+                f"{path}: {_shown(tensor)} is in {_shown(file)}, which is no file name"
+            )
     return files
 
 
@@ -306,8 +337,10 @@ def _index_problems(files: dict[str, str], shards: dict[str, Shard]) -> list[str
     for file, shard in shards.items():
         listed = {tensor for tensor, where in files.items() if where == file}
         stored = {tensor.name for tensor in shard.tensors}
-        problems += [f"{file} lacks {name}, which the index puts there" for name in listed - stored]
-        problems += [f"{file} holds {name} against the index" for name in stored - listed]
+        problems += [
+            f"{file} lacks {_shown(name)}, which the index puts there" for name in listed - stored
+        ]
+        problems += [f"{file} holds {_shown(name)} against the index" for name in stored - listed]
     return sorted(problems)
 
 
@@ -334,7 +367,7 @@ def _shard(root: Path, file: str) -> Shard:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a valid safetensors file: {error}") from None
+        raise CheckpointError(f"{path} is no valid safetensors file: {_shown(error)}") from None
     try:
         body = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)
         body.pop("__metadata__", None)
@@ -343,13 +376,14 @@ def _shard(root: Path, file: str) -> Shard:
             for name, row in body.items()
         }
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} has a malformed header: {error}") from None
+        raise CheckpointError(f"{path} has a malformed header: {_shown(error)}") from None
     if {name: row[:2] for name, row in rows.items()} != seen:
         raise CheckpointError(f"{path} has an ambiguous header")
     for name, (dtype, *_) in rows.items():
         if dtype not in _DTYPES and not names.DROPPED.fullmatch(name):
             raise CheckpointError(
-                f"{path}: {name} is of type {dtype}: only BF16 and F32 weights can be used"
+                f"{path}: {_shown(name)} is of type {_shown(dtype)}: "
+                "only BF16 and F32 weights can be used"
             )
     tensors = (
         Tensor(
@@ -369,6 +403,12 @@ def _shard(root: Path, file: str) -> Shard:
         header=header,
         tensors=tuple(sorted(tensors, key=lambda tensor: tensor.start)),
     )
+
+
+def _shown(text: object) -> str:
+    """Text from a file that nobody checked, fit for one line of a terminal."""
+    text = str(text)
+    return (text if text.isprintable() else repr(text))[:200]
 
 
 def _same(shards: dict[str, Shard], one: Tensor, other: Tensor) -> bool:

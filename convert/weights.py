@@ -1,5 +1,6 @@
 """Stream shards, apply the table, check, write a manifest, resume; or load without converting."""
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import os
@@ -8,11 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from convert import names, publish, source
+from convert import names, pickled, publish, source
 from qwen_jax import manifest as manifests
 from qwen_jax import params
-from qwen_jax.manifest import DTYPES, CheckpointError, File, Manifest, Tensor
-from qwen_jax.params import Progress
+from qwen_jax.manifest import DTYPES, CheckpointError, File, Manifest, Progress, Tensor
 
 _LIBRARIES = ("qwen-jax", "jax", "orbax-checkpoint", "safetensors", "numpy")
 _SPARE_BYTES = 64 << 20  # of disk, for what Orbax keeps beside the arrays
@@ -74,6 +74,7 @@ def convert(
     dtype: str = "keep",
     overwrite: bool = False,
     resume: bool = False,
+    allow_pickle: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
     """Turn a Hugging Face directory into a converted checkpoint.
@@ -86,6 +87,7 @@ def convert(
         dtype: "bfloat16", "float32", or "keep" to leave tensors as they are.
         overwrite: replace an existing checkpoint, or start a stopped run again.
         resume: continue a stopped run; without one, start or, if `dst` is there, do nothing.
+        allow_pickle: read weights that are in .bin files only, see `convert.pickled`.
 
     Raises:
         CheckpointError: if the source is damaged or `dst` cannot be written.
@@ -93,17 +95,19 @@ def convert(
     """
     if dtype not in ("keep", *DTYPES):
         raise ValueError(f"{dtype=} must be 'keep', 'bfloat16' or 'float32'")
-    checked = source.check(src)
     output = Path(dst).resolve()
-    if checked.directory.is_relative_to(output) or output.is_relative_to(checked.directory):
-        raise CheckpointError(f"{dst} and {src} lie in one another: choose another output")
-    fingerprint = checked.fingerprint()
+    with contextlib.ExitStack() as stack:
+        if allow_pickle and pickled.only(src):
+            src = stack.enter_context(pickled.as_safetensors(src, output))
+        checked = source.check(src)
+        publish.check_apart(checked.directory, output)
+        fingerprint = checked.fingerprint()
 
-    def same(directory: Path) -> bool:
-        there = manifests.read(directory / "manifest.json")
-        return there.source_sha256 == fingerprint and there.dtype == dtype
+        def same(directory: Path) -> bool:
+            there = manifests.read(directory / "manifest.json")
+            return there.source_sha256 == fingerprint and there.dtype == dtype
 
-    with publish.Staging(dst) as staging:
+        staging = stack.enter_context(publish.Staging(output))
         if staging.begin(
             {"source": fingerprint, "dtype": dtype},
             overwrite=overwrite,

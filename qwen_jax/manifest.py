@@ -15,6 +15,8 @@ import numpy as np
 FORMAT = "qwen-jax checkpoint 1"
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 
+Progress = Callable[[int, int], None]  # bytes done, bytes in all
+
 _CHUNK_BYTES = 16 << 20  # read and hashed at once
 _SMALL_BYTES = 1 << 20  # files up to this size are hashed even by the fast check
 _FILE_NAME = re.compile(r"[\w.-]+(/[\w.-]+)*")

@@ -17,7 +17,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,8 @@ from orbax.checkpoint import v1 as ocp
 
 from qwen_jax import manifest as manifests
 from qwen_jax.config import ModelConfig, model_config
-from qwen_jax.manifest import DTYPES, CheckpointError, File, Manifest, Tensor
+from qwen_jax.manifest import DTYPES, CheckpointError, File, Manifest, Progress, Tensor
 from qwen_jax.model import Qwen2
-
-Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 _STORED_CHUNK_BYTES = 64 << 20  # the least that a device reads at once
 

@@ -1,0 +1,131 @@
+"""A converted checkpoint back to a Hugging Face directory, byte for byte where nothing changed."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from convert import publish, source
+from qwen_jax import manifest as manifests
+from qwen_jax import params
+from qwen_jax.manifest import CheckpointError, Manifest, Progress
+
+_DTYPES = {"bfloat16": "BF16", "float32": "F32"}
+
+
+def export(
+    src: str | os.PathLike,
+    dst: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> tuple[str, ...]:
+    """Write the Hugging Face directory that a checkpoint was converted from.
+
+    Files, tensors per file, headers and the index are those of the source. `dst` appears when it
+    is complete. Every tensor is checked against its SHA-256 on the way.
+
+    Returns:
+        What differs from the source, one sentence each; empty if every byte is the same.
+
+    Raises:
+        CheckpointError: if the checkpoint is damaged or `dst` cannot be written.
+        qwen_jax.config.ConfigError: if config.json cannot be used.
+    """
+    directory, output = Path(src).resolve(), Path(dst).resolve()
+    publish.check_apart(directory, output)
+    manifest = params.verify(directory)
+    changed = sorted({t.dtype for t in manifest.tensors if t.dtype != t.source_dtype})
+    differences = tuple(
+        [f"weights are {dtype}, to which they were converted" for dtype in changed]
+        + [f"{len(manifest.dropped)} rotary buffers are left out"] * bool(manifest.dropped)
+    )
+    with publish.Staging(dst) as staging:
+        staging.begin(
+            {"export": manifest.source_sha256},
+            overwrite=overwrite,
+            resume=True,  # what a stopped export has left is of no use, nor in the way
+            same=lambda _: False,
+            ours=lambda path: (path / "config.json").is_file() and not params.is_converted(path),
+        )
+        with publish.errors(output):
+            shutil.rmtree(staging.directory)
+            staging.directory.mkdir()
+            _write(directory, staging.directory, manifest, bool(differences), progress)
+        staging.publish()
+    return differences
+
+
+def _write(
+    directory: Path, output: Path, manifest: Manifest, changed: bool, progress: Progress | None
+) -> None:
+    places: dict[str, tuple[Path, int]] = {}
+    for shard in manifest.shards:
+        header, offsets = _layout(shard.header, manifest, changed)
+        path = output / shard.file
+        path.write_bytes(len(header).to_bytes(8, "little") + header)
+        places |= {name: (path, 8 + len(header) + start) for name, start in offsets.items()}
+    names = {tensor.name: [tensor.name] for tensor in manifest.tensors}
+    for alias, name in manifest.aliases.items():
+        names[name].append(alias)
+    total = sum(tensor.num_bytes for tensor in manifest.tensors)
+    done = 0
+    for part, tensors in manifest.by_part().items():
+        leaves = params.load_part(directory, part, tensors)
+        for tensor in tensors:
+            data = manifests.array_bytes(tensor.to_source(leaves.pop(tensor.path)))
+            if manifests.array_sha256(data) != tensor.sha256:
+                raise CheckpointError(
+                    f"{directory / 'params' / part}: {tensor.name} is damaged: "
+                    "its SHA-256 is not the manifest's"
+                )
+            for name in names[tensor.name]:
+                path, start = places[name]
+                with path.open("r+b") as file:
+                    file.seek(start)
+                    file.write(data.data)
+            done += data.nbytes
+            if progress:
+                progress(done, total)
+    for name in manifest.files:
+        if not name.startswith("params/"):
+            shutil.copyfile(directory / name, output / name)
+    if changed and source.INDEX in manifest.files:
+        _update_index(
+            output / source.INDEX,
+            {name: path.name for name, (path, _) in places.items()},
+            sum(tensor.num_bytes * len(names[tensor.name]) for tensor in manifest.tensors),
+        )
+    for path in output.iterdir():
+        params.sync(path)
+    source.check(output)
+
+
+def _layout(text: str, manifest: Manifest, changed: bool) -> tuple[bytes, dict[str, int]]:
+    """The header of a shard, and where each tensor starts after it."""
+    body = json.loads(text)
+    metadata = body.pop("__metadata__", None)
+    if not changed:
+        return text.encode(), {name: row["data_offsets"][0] for name, row in body.items()}
+    stored = {tensor.name: tensor for tensor in manifest.tensors}
+    stored |= {alias: stored[name] for alias, name in manifest.aliases.items()}
+    rows, offsets, end = {}, {}, 0
+    for name in sorted(body.keys() & stored, key=lambda name: body[name]["data_offsets"]):
+        tensor = stored[name]
+        offsets[name], end = end, end + tensor.num_bytes
+        rows[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": tensor.source_shape,
+            "data_offsets": [offsets[name], end],
+        }
+    whole = {"__metadata__": metadata, **rows} if metadata is not None else rows
+    header = json.dumps(whole, separators=(",", ":"), ensure_ascii=False).encode()
+    return header + b" " * (-len(header) % 8), offsets
+
+
+def _update_index(path: Path, files: dict[str, str], num_bytes: int) -> None:
+    """Leave what is not stored out of the index, and correct its sum of bytes."""
+    index = json.loads(path.read_text())
+    index["weight_map"] = {name: files[name] for name in index["weight_map"] if name in files}
+    index["metadata"] = {**index.get("metadata", {}), "total_size": num_bytes}
+    path.write_text(json.dumps(index, indent=2) + "\n")

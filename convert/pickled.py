@@ -1,0 +1,127 @@
+"""Weights in .bin files to safetensors, in a process of its own: a pickle can run code.
+
+PyTorch's `weights_only` unpickler is the guard; the process is there because that guard has had
+holes (CVE-2025-32434, CVE-2026-24747).
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from convert import source
+from qwen_jax.manifest import CheckpointError
+
+_INDEX = "pytorch_model.bin.index.json"
+_SINGLE = "pytorch_model.bin"
+_BIN_NAME = re.compile(r"[\w.-]+\.bin", re.ASCII)
+_TORCH = (2, 10)  # the first version whose weights_only unpickler has no known hole
+
+
+def only(directory: str | os.PathLike) -> bool:
+    """Whether a directory has weights in .bin files and none in safetensors."""
+    directory = Path(directory)
+    return any(directory.glob("*.bin")) and not any(directory.glob("*.safetensors"))
+
+
+@contextlib.contextmanager
+def as_safetensors(src: str | os.PathLike, output: Path) -> Iterator[Path]:
+    """A directory beside `output` that holds `src` as safetensors, for as long as it is open.
+
+    Raises:
+        CheckpointError: if PyTorch is missing or too old, or a file holds more than tensors.
+    """
+    directory = output.with_name(output.name + ".unpickled")
+    shutil.rmtree(directory, ignore_errors=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _run(Path(src), directory)
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _run(src: Path, dst: Path) -> None:
+    """Run this module in a process of its own.
+
+    Raises:
+        CheckpointError: with the last line that it wrote, if it fails.
+    """
+    try:
+        version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        raise CheckpointError(
+            "weights in .bin files need PyTorch: pip install 'qwen-jax[bin]'"
+        ) from None
+    if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < _TORCH:
+        raise CheckpointError(f"PyTorch {version} is too old to read .bin files: install >= 2.10")
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("TORCH_")
+    }
+    child = subprocess.run(
+        [sys.executable, "-m", "convert.pickled", str(src), str(dst)],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    if child.returncode:
+        lines = child.stderr.strip().splitlines() or [f"died with status {child.returncode}"]
+        raise CheckpointError(f"{src}: {lines[-1]}")
+
+
+def main(src: Path, dst: Path) -> None:
+    """What the process does.
+
+    Raises:
+        CheckpointError: if a file is not what it should be.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    root = src.resolve()
+    files = {}
+    if os.path.lexists(root / _INDEX):
+        files = source.read_index(root, _INDEX, _BIN_NAME)
+    names = sorted(set(files.values())) or [_SINGLE]
+    paths = {name: source.regular_file(root, name) for name in names}
+    dst.mkdir()
+    weight_map = {}
+    for number, (name, path) in enumerate(paths.items(), 1):
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        whole = isinstance(tensors, dict) and all(
+            isinstance(key, str) and isinstance(value, torch.Tensor)
+            for key, value in tensors.items()
+        )
+        if not whole:
+            raise CheckpointError(f"{name} is not a dict of tensors")
+        shard = f"model-{number:05d}-of-{len(paths):05d}.safetensors"
+        weight_map |= dict.fromkeys(tensors, shard)
+        seen = set()
+        for key, value in tensors.items():
+            shared = value.untyped_storage().data_ptr() in seen
+            seen.add(value.untyped_storage().data_ptr())
+            tensors[key] = value.clone() if shared else value.contiguous()
+        save_file(tensors, dst / shard, {"format": "pt"})
+    (dst / source.INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    for name in source.COMPANIONS:
+        if os.path.lexists(root / name):
+            shutil.copyfile(source.regular_file(root, name), dst / name)
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]), Path(sys.argv[2]))
+    except Exception as error:
+        # Whatever the file provoked becomes one line for the parent.
+        sys.exit(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")

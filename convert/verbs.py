@@ -1,0 +1,133 @@
+"""The commands convert and export."""
+
+import contextlib
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import typer
+
+from convert import export as exports
+from convert import source, weights
+from convert.terminal import show, shown
+from qwen_jax.manifest import DTYPES
+
+
+def convert(
+    src: Annotated[
+        Path,
+        typer.Argument(metavar="SRC", help="Hugging Face directory, or a snapshot of its cache."),
+    ],
+    dst: Annotated[
+        Path,
+        typer.Argument(metavar="DST", help="Checkpoint to make; it appears when complete."),
+    ],
+    dtype: Annotated[
+        Literal["keep", "bfloat16", "float32"], typer.Option(help="Of the stored weights.")
+    ] = "keep",
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace DST, which stays whole until the new one is."),
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a stopped run; harmless without one.")
+    ] = False,
+    allow_pickle_weights: Annotated[
+        bool,
+        typer.Option(
+            "--allow-pickle-weights",
+            help="Also read weights that exist as .bin only, with PyTorch, in a process of its "
+            "own. Such files can attack their reader: prefer safetensors.",
+        ),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check SRC, say what would be written, and stop.")
+    ] = False,
+) -> None:
+    """Convert a Hugging Face checkpoint to ours.
+
+    Every file of SRC is checked before anything is written, and what is
+    written is read back and gets a SHA-256 sum. Memory stays near that of a
+    layer, whatever the size of the model. --resume continues a stopped run.
+    """
+    if dry_run:
+        checked = source.check(src)
+        sizes = [
+            tensor.size
+            if dtype == "keep"
+            else tensor.size // DTYPES[tensor.dtype].itemsize * DTYPES[dtype].itemsize
+            for tensor in checked.tensors.values()
+        ]
+        parent = next(path for path in dst.resolve().parents if path.exists())
+        show(
+            [
+                ("source", f"{checked.directory}, {len(checked.shards)} file(s), all intact"),
+                ("tensors", f"{len(checked.tensors)}"),
+                ("would write", f"{dst}, {sum(sizes) / 1e9:.2f} GB, dtype {dtype}"),
+                ("free there", f"{shutil.disk_usage(parent).free / 1e9:.2f} GB"),
+            ]
+        )
+        return
+    again = ["qwen-jax", "convert", str(src), str(dst), "--dtype", dtype, "--resume"]
+    again += ["--allow-pickle-weights"] * allow_pickle_weights
+    with _stoppable(f"continue with: {shlex.join(again)}"), shown("convert") as progress:
+        manifest = weights.convert(
+            src,
+            dst,
+            dtype=dtype,
+            overwrite=overwrite,
+            resume=resume,
+            allow_pickle=allow_pickle_weights,
+            progress=progress,
+        )
+    show(
+        [
+            ("checkpoint", str(dst)),
+            ("parameters", f"{manifest.num_parameters:,}"),
+            ("tensors", f"{len(manifest.tensors)}, dtype {manifest.dtype}"),
+            ("size", f"{manifest.num_bytes / 1e9:.2f} GB in {len(manifest.files) + 1} files"),
+            ("next", f"qwen-jax chat {shlex.quote(str(dst))}"),
+        ]
+    )
+
+
+def export(
+    src: Annotated[Path, typer.Argument(metavar="SRC", help="Converted checkpoint.")],
+    dst: Annotated[Path, typer.Argument(metavar="DST", help="Hugging Face directory to make.")],
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace DST, which stays whole until the new one is."),
+    ] = False,
+) -> None:
+    """Write a converted checkpoint as the Hugging Face directory it came from.
+
+    Files, tensors and headers are those of the source, byte for byte, unless
+    the conversion changed the dtype.
+    """
+    with _stoppable("start again when you like: nothing was written"), shown("export") as progress:
+        differences = exports.export(src, dst, overwrite=overwrite, progress=progress)
+    same = "every byte as in the source"
+    show([("checkpoint", str(dst)), ("contents", "; ".join(differences) or same)])
+
+
+@contextlib.contextmanager
+def _stoppable(hint: str) -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM end the command with a hint; keep it off accelerators."""
+    jax.config.update("jax_platforms", "cpu")  # the weights only pass through host memory
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"stopped; {hint}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
