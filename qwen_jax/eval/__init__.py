@@ -1,0 +1,1 @@
+"""How much a model still knows at a length and depth."""
