@@ -40,7 +40,7 @@ def table(config: ModelConfig, max_len: int) -> Rotary:
     return Rotary(jnp.asarray(np.cos(angle)), jnp.asarray(np.sin(angle)))
 
 
-def rotate(x: Float[Array, "*B heads H"], rotary: Rotary) -> Float[Array, "*B heads H"]:
+def rotate(x: Float[Array, "*#B heads H"], rotary: Rotary) -> Float[Array, "... heads H"]:
     """`x` turned by the angles of its row, in float32 (arXiv:2104.09864, half-split pairs)."""
     cos, sin = rotary.cos[..., None, :], rotary.sin[..., None, :]
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -1,0 +1,50 @@
+# make demo    a real model reads a long document and answers a question about it
+# make test    the test suite
+# make lint    formatting, lint, types, import directions
+# make bench   prefill, decode and memory against PyTorch (Python 3.11)
+#
+# Everything is installed into $(VENV). Another Python: make test PYTHON=python3.12 VENV=.venv312
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TAG := $(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])')
+CONSTRAINTS := constraints/$(TAG).txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
+# PyTorch is the oracle of the parity tests; its CPU wheel exists for Python 3.11 here.
+TORCH := $(if $(filter py311,$(TAG)),torch==2.13.0)
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python scripts/demo.py
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.test
+	$(BIN)/python scripts/bench.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python: $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.demo: $(BIN)/python pyproject.toml
+	$(PIP) -e '.[demo]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(PIP) -e '.[demo,test,dev]' $(TORCH)
+	touch $@
+
+$(CONSTRAINTS):
+	@echo "no tested versions for $(TAG): set PYTHON to python3.11 or python3.12" >&2; exit 2
