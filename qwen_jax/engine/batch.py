@@ -137,11 +137,11 @@ def _rows(count: int, settings: Iterable[tuple[int, Sampling]]) -> Rows:
         return np.full(count, value, np.float32)
 
     rows = Rows(
-        temperature=full(0),
+        temperature=full(0.0),
         top_k=np.zeros(count, np.int32),
-        tail=full(0),
-        min_p=full(0),
-        penalty=full(1),
+        tail=full(0.0),
+        min_p=full(0.0),
+        penalty=full(1.0),
         seed=np.zeros(count, np.uint32),
         position=np.zeros(count, np.int32),
     )

@@ -120,8 +120,8 @@ def filtered(scores: Float[Array, "B V"], rows: Rows) -> Float[Array, "B V"]:
         ),
     )
     floor = jnp.where(unfiltered, -jnp.inf, floor)
-    kept = (scores >= floor[:, None]) & (weights >= rows.min_p[:, None])
-    return jnp.where(kept, scores, -jnp.inf)
+    floor = jnp.maximum(floor, scores.max(-1) + jnp.log(rows.min_p))
+    return jnp.where(scores >= floor[:, None], scores, -jnp.inf)
 
 
 def _weakest(ascending: Float[Array, "B C"], top_k: Int[_Numbers, " B"]) -> Float[Array, " B"]:

@@ -1,0 +1,320 @@
+"""The engine's bookkeeping, with a model that is a checksum of what the cache holds."""
+
+import math
+from unittest import mock
+
+import hypothesis.strategies as st
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fake_runner import POISON, VOCAB, FakeRunner, following
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from pallas_kernels.geometry import ChunkGeometry
+from qwen_jax.config import ConfigError, ModelConfig
+from qwen_jax.engine import engine as engines
+from qwen_jax.engine.engine import Engine, EngineConfig, default_page, default_slices
+from qwen_jax.engine.request import Request, RequestError
+
+ORIGINAL_LEN = 24
+MAX_LEN = 48
+MODEL = ModelConfig(
+    num_layers=1,
+    vocab_size=VOCAB,
+    embed_dim=8,
+    mlp_dim=8,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=8,
+    rope_theta=1e4,
+    norm_eps=1e-6,
+    tie_embeddings=True,
+    max_len=MAX_LEN,
+    dual_chunk=ChunkGeometry(20, 4),
+    original_len=ORIGINAL_LEN,
+)
+
+
+def build(**fields):
+    fields = {"max_len": MAX_LEN, "max_seqs": 3, "page": 4, "slices": (8, 2)} | fields
+    with mock.patch.object(engines, "Runner", FakeRunner):
+        return Engine(MODEL, {"x": jnp.zeros(1)}, EngineConfig(**fields))
+
+
+def scales(length, parity):
+    factor = 1.0 if length <= ORIGINAL_LEN else 0.1 * math.log(length / ORIGINAL_LEN) + 1
+    query, key = (factor, factor) if parity else (factor**2, 1.0)
+    return float(np.float32(query)), float(np.float32(key))
+
+
+def alone(request, parity):
+    """The answer and the reason of its end, from the definition."""
+    prompt_scales = scales(len(request.prompt), parity)
+    history = [(token, *prompt_scales) for token in request.prompt]
+    answer = []
+    while True:
+        token = following(history)
+        if token == -1:
+            return answer, "error"
+        if token in request.eos_ids:
+            return answer, "stop"
+        answer.append(token)
+        if len(answer) == request.max_new_tokens:
+            return answer, "length"
+        history.append((token, *scales(len(history) + 1, parity)))
+
+
+class Serving(RuleBasedStateMachine):
+    """Requests come, are cancelled and end, with prompts that often begin alike."""
+
+    parity = False
+
+    def __init__(self):
+        super().__init__()
+        self.engine = build(num_pages=24, vllm_parity=self.parity)
+        self.requests, self.answers, self.ends, self.cancelled = {}, {}, {}, set()
+        self.expected = {}
+        self.scoring = None
+
+    @rule(
+        first=st.integers(0, 2),
+        length=st.integers(1, 40),
+        change=st.integers(0, 80),
+        new=st.integers(1, 8),
+        poison=st.integers(0, 9),
+        eos=st.sampled_from([(), (3,), (1, 2)]),
+    )
+    def add(self, first, length, change, new, poison, eos):
+        prompt = [(first + i // 5) % (VOCAB - 1) for i in range(length)]
+        if change < length:
+            prompt[change] = 5
+        if poison == 0:
+            prompt[-1] = POISON
+        request = Request(prompt=tuple(prompt), max_new_tokens=new, eos_ids=eos)
+        number = self.engine.add(request)
+        assert number not in self.requests
+        self.requests[number], self.answers[number] = request, []
+        self.expected[number] = alone(request, self.parity)
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.requests.keys() - self.ends.keys())
+    def cancel(self, data):
+        number = data.draw(st.sampled_from(sorted(self.requests.keys() - self.ends.keys())))
+        self.engine.cancel(number)
+        self.cancelled.add(number)
+
+    @rule(times=st.integers(1, 12))
+    def step(self, times):
+        for _ in range(times):
+            events = self.engine.step()
+            for event in events:
+                self.check(event)
+            assert not self.cancelled - self.ends.keys()
+
+    def check(self, event):
+        number, request = event.request_id, self.requests[event.request_id]
+        assert number not in self.ends
+        self.answers[number] += event.tokens
+        assert 0 <= event.prefilled <= len(request.prompt)
+        if event.tokens:
+            assert event.prefilled == len(request.prompt)
+        assert (event.error is not None) == (event.finish == "error")
+        expected, end = self.expected[number]
+        answer = self.answers[number]
+        assert answer == expected[: len(answer)]
+        if event.finish == "cancelled":
+            assert number in self.cancelled
+        elif event.finish is not None:
+            assert (answer, event.finish) == (expected, end)
+        if event.finish is not None:
+            self.ends[number] = event.finish
+
+    @rule(length=st.integers(1, MAX_LEN))
+    @precondition(lambda self: self.scoring is None)
+    def start_scoring(self, length):
+        self.scoring = self.engine.score(tuple(i % 5 for i in range(length)))
+        try:
+            next(self.scoring)
+        except RequestError:
+            self.scoring = None
+
+    @rule()
+    @precondition(lambda self: self.scoring is not None)
+    def stop_scoring(self):
+        self.scoring.close()
+        self.scoring = None
+
+    @invariant()
+    def pages_are_free_or_used(self):
+        pages = self.engine._pages
+        assert pages.free + pages.used == pages.total == 23
+        assert self.engine.busy == bool(self.requests.keys() - self.ends.keys())
+
+    def teardown(self):
+        if self.scoring is not None:
+            self.scoring.close()
+        # A request takes at most a step for each token, when it has the engine for itself.
+        bound = sum(len(r.prompt) + r.max_new_tokens for r in self.requests.values())
+        for _ in range(bound):
+            if not self.engine.busy:
+                break
+            self.step(1)
+        assert self.ends.keys() == self.requests.keys()
+        assert self.engine._pages.used == 0
+        assert self.engine.step() == []
+
+
+class ServingInParity(Serving):
+    parity = True
+
+
+TestServing = Serving.TestCase
+TestServing.settings = settings(max_examples=70, stateful_step_count=50, deadline=None)
+TestServingInParity = ServingInParity.TestCase
+TestServingInParity.settings = settings(max_examples=30, stateful_step_count=50, deadline=None)
+
+
+def test_a_shared_beginning_is_computed_once():
+    engine = build()
+    prompt = tuple(i % 7 for i in range(23))
+    requests = [Request(prompt=(*prompt[:-1], last), max_new_tokens=1) for last in range(3)]
+    engine.run(requests[:1])
+    assert engine.num_prefilled == 23
+    engine.run(requests[1:])
+    assert engine.num_prefilled == 23 + 2 * 3
+
+
+def test_prompts_of_different_temperature_share_nothing():
+    engine = build()
+    prompt = tuple(i % 7 for i in range(ORIGINAL_LEN + 2))
+    for length, computed in ((ORIGINAL_LEN + 1, 25), (ORIGINAL_LEN + 2, 26), (ORIGINAL_LEN, 24)):
+        before = engine.num_prefilled
+        engine.run([Request(prompt=prompt[:length], max_new_tokens=1)])
+        assert engine.num_prefilled - before == computed
+
+
+def test_what_can_never_fit_is_refused_with_both_numbers():
+    engine = build()
+    with pytest.raises(RequestError, match=r"40 prompt .* 9 new .* 49 in all.* holds 48"):
+        engine.add(Request(prompt=(1,) * 40, max_new_tokens=9))
+    engine = build(num_pages=4)
+    with pytest.raises(RequestError, match=r"13 in all.* holds 12 .*3 pages of 4"):
+        engine.add(Request(prompt=(1,) * 8, max_new_tokens=5))
+    with pytest.raises(RequestError, match=r"13 tokens .* holds 12"):
+        engine.score((1,) * 13)
+    assert not engine.busy
+
+
+@pytest.mark.parametrize("field", ["prompt", "eos_ids"])
+def test_ids_that_the_model_does_not_have_are_refused(field):
+    fields = {"prompt": (1,), "max_new_tokens": 1, field: (1, VOCAB)}
+    with pytest.raises(RequestError, match=rf"{field}\[1\]=12 .* 0 to 11"):
+        build().add(Request(**fields))
+    with pytest.raises(RequestError, match=r"tokens\[0\]=99"):
+        build().score((99,))
+
+
+def test_one_bad_request_of_several_queues_none():
+    engine = build()
+    good = Request(prompt=(1,), max_new_tokens=1)
+    with pytest.raises(RequestError):
+        engine.run([good, Request(prompt=(VOCAB,), max_new_tokens=1)])
+    assert not engine.busy
+
+
+def test_a_failed_request_is_named():
+    engine = build()
+    number = engine.add(Request(prompt=(1, 2, POISON), max_new_tokens=3))
+    (event,) = engine.step()
+    assert (event.request_id, event.finish) == (number, "error")
+    assert event.error.startswith(f"request {number}: ")
+    with pytest.raises(RequestError, match=f"request {number + 1}"):
+        engine.run([Request(prompt=(POISON,), max_new_tokens=1)])
+
+
+def test_cancelling_what_has_ended_is_ignored():
+    engine = build()
+    number = engine.add(Request(prompt=(1,), max_new_tokens=1))
+    while engine.busy:
+        engine.step()
+    engine.cancel(number)
+    engine.cancel(123)
+    assert engine.step() == []
+
+
+@pytest.mark.parametrize("length", [1, 2, 9, 16, 17, 40])
+def test_scores_come_in_order_and_only_for_the_last_positions(length):
+    tokens = tuple(i % 5 for i in range(length))
+    for last in {None, 1, 2, length // 2, length} - {0}:
+        if last is not None and last > length:
+            continue
+        engine = build()
+        rows = np.concatenate(list(engine.score(tokens, last=last)))
+        first = 0 if last is None else length - last
+        assert rows.tolist() == [[i, tokens[i]] for i in range(first, length)]
+        assert engine._pages.used == 0
+
+
+@pytest.mark.parametrize("last", [0, -1, 4])
+def test_more_scores_than_positions_are_refused(last):
+    with pytest.raises(RequestError, match=f"last={last}"):
+        build().score((1, 2, 3), last=last)
+
+
+def test_scores_wait_for_pages_that_others_hold():
+    engine = build(num_pages=4)
+    engine.add(Request(prompt=(1,) * 4, max_new_tokens=8))
+    engine.step()
+    with pytest.raises(RequestError, match=r"need 2 cache pages, 0 are free"):
+        next(engine.score((1,) * 5))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_len": 0},
+        {"max_seqs": 0},
+        {"num_pages": 1},
+        {"page": 0},
+        {"vocab_limit": 0},
+        {"vocab_limit": VOCAB + 1},
+        {"slices": ()},
+        {"slices": (2, 8)},
+        {"slices": (8, 8)},
+        {"slices": (8, 0)},
+        {"backend": "abacus"},
+    ],
+)
+def test_a_capacity_that_makes_no_sense_is_refused_by_name(fields):
+    (name,) = fields
+    with pytest.raises(ConfigError, match=name):
+        build(**fields)
+
+
+@pytest.mark.parametrize(
+    ("platform", "geometry", "page", "slices"),
+    [
+        ("cpu", None, 256, (1024, 256, 32)),
+        ("tpu", None, 1024, (32768, 8192, 1024, 128)),
+        ("tpu", ChunkGeometry(262144, 8192), 1024, (32768, 8192, 1024, 128)),
+        ("cpu", ChunkGeometry(262144, 8192), 1024, (1024, 256, 32)),
+        ("cpu", ChunkGeometry(2048, 256), 896, (896, 256, 32)),
+        ("cpu", ChunkGeometry(1024, 128), 896, (896, 256, 32)),
+        ("cpu", ChunkGeometry(4096, 512), 896, (896, 256, 32)),
+        ("cpu", ChunkGeometry(512, 64), 448, (448, 256, 32)),
+        ("cpu", ChunkGeometry(320, 64), 256, (256, 32)),
+        ("cpu", ChunkGeometry(2000, 1), 256, (1024, 256, 32)),  # 1999 is prime
+        ("cpu", ChunkGeometry(40, 8), 256, (1024, 256, 32)),
+    ],
+)
+def test_pages_and_slices_fit_the_chunks_of_the_model(platform, geometry, page, slices):
+    assert default_page(platform, geometry) == page
+    assert default_slices(platform, geometry) == slices
+
+
+def test_the_description_is_one_line_with_the_sizes():
+    line = build().describe()
+    assert "\n" not in line
+    for part in ("cpu", "xla", "float32", "36 pages of 4", "8/2", "3 x 48"):
+        assert part in line
