@@ -317,7 +317,7 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_bytes().decode("utf-8")
     except FileNotFoundError:
-        raise TokenizerError(f"{path} is missing: text needs it, token ids do not") from None
+        raise TokenizerError(f"{path} is missing: text needs it, ids do not") from None
     except OSError as error:
         raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

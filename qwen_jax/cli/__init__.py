@@ -1,0 +1,137 @@
+"""Command line: a file per verb, thin."""
+
+import importlib
+import importlib.metadata
+import inspect
+import io
+import re
+import sys
+from typing import Annotated, Any
+
+import typer
+import typer.core
+import typer.main
+
+from pallas_kernels.backend import Unsupported
+from qwen_jax.cli.documents import DocumentError
+from qwen_jax.config import ConfigError
+from qwen_jax.engine.request import RequestError
+from qwen_jax.manifest import CheckpointError
+from qwen_jax.tokenizer import TokenizerError
+
+# Verb -> module, object in it, summary. Modules are imported when their verb is used:
+# most need jax, for which `--help` should not wait.
+VERBS = {
+    "convert": ("convert", "convert", "Convert a Hugging Face checkpoint to ours."),
+    "export": ("convert", "export", "Write a converted checkpoint in Hugging Face format."),
+    "inspect": ("inspect", "inspect", "Say what a checkpoint holds, from its headers."),
+    "verify": ("inspect", "verify", "Check that a checkpoint is whole."),
+    "doctor": ("doctor", "doctor", "Show versions, devices, memory, disk and missing extras."),
+    "generate": ("generate", "generate", "Continue a prompt."),
+    "chat": ("chat", "chat", "Talk to a model."),
+    "ask": ("ask", "ask", "Answer a question about text files."),
+    "score": ("score", "score", "Write the logits after each token of a file."),
+    "eval": ("eval", "app", "Measure what a model still finds in long texts."),
+}
+# What a user can put right; anything else is a bug and shows its traceback.
+_FAULTS = (ConfigError, CheckpointError, DocumentError, RequestError, TokenizerError, Unsupported)
+_FILE_FAULTS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+# Typer keeps a Click of its own; this is the base of its complaints about a command line.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+_PLAIN: dict[str, Any] = {
+    "add_completion": False,
+    "rich_markup_mode": None,
+    "pretty_exceptions_enable": False,
+    "context_settings": {"help_option_names": ["-h", "--help"]},
+}
+
+
+class _Verbs(typer.core.TyperGroup):
+    """The verbs, each imported when it is used."""
+
+    def list_commands(self, ctx):
+        return list(VERBS)
+
+    def get_command(self, ctx, cmd_name):
+        if cmd_name not in VERBS:
+            return None
+        module, name, _ = VERBS[cmd_name]
+        verb = getattr(importlib.import_module(f"qwen_jax.cli.{module}"), name)
+        if not isinstance(verb, typer.Typer):
+            app = typer.Typer(**_PLAIN)
+            app.command(help=_help(verb))(verb)
+            verb = app
+        command = typer.main.get_command(verb)
+        command.name = cmd_name
+        return command
+
+    def format_commands(self, ctx, formatter):
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, _, summary) in VERBS.items()])
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command line; returns its exit code, after at most one line about an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    app = typer.Typer(name="qwen-jax", cls=_Verbs, **_PLAIN)
+    app.callback(help=_help(_root))(_root)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return app(arguments or ["--help"], standalone_mode=False) or 0
+    except _UsageError as error:
+        return _usage(error)
+    except _FAULTS as error:
+        return _complain(str(error))
+    except _FILE_FAULTS as error:
+        if error.filename is None:
+            raise
+        return _complain(f"{error.filename}: {error.strerror}")
+    except (KeyboardInterrupt, typer.Abort):
+        return 130
+
+
+def _version(wanted: bool) -> bool:
+    if wanted:
+        print(f"qwen-jax {importlib.metadata.version('qwen-jax')}")
+        raise typer.Exit
+    return wanted
+
+
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Show the version.", is_eager=True, callback=_version),
+    ] = False,
+):
+    """Run Qwen2.5 models over long texts, up to a million tokens.
+
+    Every MODEL is a local directory: a checkpoint made by `convert`, or one in
+    Hugging Face format as it is.
+
+    Examples:
+        qwen-jax convert ~/Qwen2.5-7B-Instruct-1M ckpt/7b-1m
+        qwen-jax ask ckpt/7b-1m --file book.txt "Who is the narrator?"
+    """
+    del version  # its callback has acted on it
+
+
+def _help(verb: Any) -> str:
+    """A docstring as help: without the sections for readers of code, examples as they are."""
+    text = re.split(r"\n\n(?:Args|Raises|Returns):\n", inspect.getdoc(verb) or "")[0]
+    return re.sub(r"(?m)^(?=Examples:$)", "\b\n", text)
+
+
+def _usage(error: Any) -> int:
+    """Complains about a command line and says where to look."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(error.format_message())
+        return 2
+    hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
+    return _complain(error.format_message().rstrip(".") + hint)
+
+
+def _complain(text: str) -> int:
+    print("error:", " ".join(text.split()), file=sys.stderr)
+    return 2

@@ -1,0 +1,95 @@
+"""ask: answer a question about text files."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qwen_jax.cli import documents
+from qwen_jax.cli.answer import answer, write
+from qwen_jax.cli.flags import (
+    AnswerFlags,
+    ModelArgument,
+    ModelFlags,
+    expand,
+    note,
+    open_model,
+    option,
+)
+from qwen_jax.config import ConfigError
+from qwen_jax.engine.request import Request
+from qwen_jax.tokenizer import Stream, Tokenizer
+
+_SHOWN = 10  # lines on files that were skipped
+
+
+@expand
+def ask(
+    model: ModelArgument,
+    question: Annotated[
+        str, typer.Argument(help="What to ask.", metavar="QUESTION", show_default=False)
+    ],
+    model_flags: ModelFlags,
+    answer_flags: AnswerFlags,
+    file: Annotated[
+        list[Path] | None,
+        option("A text file or a directory; may be given repeatedly.", metavar="PATH"),
+    ] = None,
+    system: Annotated[str | None, option("System text instead of the checkpoint's own.")] = None,
+):
+    """Answer a question about text files.
+
+    The files come first, the question last, in one turn of ChatML; markers such
+    as <|im_end|> in them are ordinary characters. Directories are read whole, in
+    order of their names, without hidden files, links and files that are no UTF-8
+    text. What does not fit is refused, never shortened.
+
+    Examples:
+        qwen-jax ask ckpt/7b-1m --file book.txt "Who is the narrator?"
+        qwen-jax ask ckpt/7b-1m --file src/ --file README.md "Where is the cache cleared?"
+    """
+    if not question.strip():
+        raise ConfigError("the question is empty: put it in quotes after the model")
+    opened = open_model(model, model_flags)
+    sampling = answer_flags.sampling(opened.generation)
+    stops = answer_flags.stops()
+    tokenizer = opened.tokenizer()
+    tokenizer.check_chatml()
+    texts = read_files(file or (), tokenizer)
+    messages = [{"role": "user", "content": documents.joined(list(texts), question)}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    ids = tuple(tokenizer.encode_chat(messages))
+    request = Request(
+        prompt=ids,
+        max_new_tokens=answer_flags.max_new_tokens,
+        sampling=sampling,
+        eos_ids=opened.end_ids(tokenizer, chat=True),
+    )
+    if texts:
+        rows = [(document.name, count) for document, count in texts.items()]
+        documents.print_table(rows, len(ids), opened.max_len)
+    opened.check_fits(len(ids), request.max_new_tokens)
+    opened.note_dense(len(ids))
+    engine = opened.engine(len(ids) + request.max_new_tokens, vocab_limit=tokenizer.size)
+    done = answer(engine, request, stream=Stream(tokenizer, stop=stops), write=write)
+    print()
+    note(str(done.timings))
+    if done.finish == "cancelled":
+        raise KeyboardInterrupt
+
+
+def read_files(paths, tokenizer: Tokenizer) -> dict[documents.Document, int]:
+    """The documents that `paths` name, with their tokens; says what was skipped.
+
+    Raises:
+        DocumentError: if a named path holds no text.
+        OSError: if a file cannot be read.
+    """
+    skipped: list[str] = []
+    found = documents.read(paths, skipped=skipped.append)
+    for line in skipped[:_SHOWN]:
+        note(line)
+    if len(skipped) > _SHOWN:
+        note(f"skipped {len(skipped) - _SHOWN} more")
+    return {document: len(tokenizer.encode_text(document.text)) for document in found}

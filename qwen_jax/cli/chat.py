@@ -1,0 +1,228 @@
+"""chat: talk to a model at the terminal."""
+
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+from qwen_jax.cli import documents
+from qwen_jax.cli.answer import Answer, Engine, answer, write
+from qwen_jax.cli.ask import read_files
+from qwen_jax.cli.documents import Document, DocumentError
+from qwen_jax.cli.flags import (
+    AnswerFlags,
+    ModelArgument,
+    ModelFlags,
+    expand,
+    note,
+    open_model,
+    option,
+)
+from qwen_jax.config import ConfigError
+from qwen_jax.engine.request import Request, RequestError, Sampling
+from qwen_jax.tokenizer import Stream, Tokenizer, TokenizerError
+
+_LEN = 32768
+"""Tokens that a conversation holds by default: its cache is allocated whole."""
+
+_HELP = """\
+/file PATH            put a text file or directory before your next message
+/tokens               show how long the conversation is
+/params [NAME VALUE]  show the sampling settings, or change one
+/reset                begin a new conversation
+/help                 show this
+/quit                 leave; so does Ctrl-D
+Ctrl-C stops an answer. History is kept; the up arrow goes back in it."""
+
+
+@expand
+def chat(
+    model: ModelArgument,
+    model_flags: ModelFlags,
+    answer_flags: AnswerFlags,
+    system: Annotated[str | None, option("System text instead of the checkpoint's own.")] = None,
+):
+    """Talk to a model.
+
+    The conversation stays in the cache, so that each turn reads only what is new.
+    It holds 32,768 tokens, or what config.json declares if that is less, unless
+    --max-len says otherwise. Without a terminal, each line of stdin is a message.
+    Type /help for commands.
+
+    Examples:
+        qwen-jax chat ckpt/7b-1m
+        qwen-jax chat ckpt/7b-1m --max-len 262144 --system "Answer in French."
+        echo "What is the capital of France?" | qwen-jax chat ckpt/7b-1m
+    """
+    opened = open_model(model, model_flags)
+    sampling = answer_flags.sampling(opened.generation)
+    stops = answer_flags.stops()
+    tokenizer = opened.tokenizer()
+    tokenizer.check_chatml()
+    room = model_flags.max_len or min(opened.max_len, _LEN)
+    Conversation(
+        engine=opened.engine(room, vocab_limit=tokenizer.size),
+        tokenizer=tokenizer,
+        sampling=sampling,
+        stops=stops,
+        eos_ids=opened.end_ids(tokenizer, chat=True),
+        max_new_tokens=answer_flags.max_new_tokens,
+        room=room,
+        system=tokenizer.default_system() if system is None else system,
+    ).talk(_typed() if sys.stdin.isatty() else iter(sys.stdin))
+
+
+class Conversation:
+    """Turns of a conversation as token ids, and the commands that act on them.
+
+    The ids of the model's own answers are kept as it gave them, so that every
+    prompt begins with the one before it and the engine finds it in its cache.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        stops: tuple[str, ...],
+        eos_ids: tuple[int, ...],
+        max_new_tokens: int,
+        room: int,
+        system: str | None,
+    ):
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._sampling = sampling
+        self._stops = stops
+        self._eos_ids = eos_ids
+        self._max_new_tokens = max_new_tokens
+        self._room = room
+        self._opening = [] if system is None else tokenizer.encode_turn("system", system)
+        self._ids = self._opening
+        self._files: list[Document] = []
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/file": self._attach,
+            "/tokens": self._count,
+            "/params": self._params,
+            "/reset": self._reset,
+            "/help": lambda _: note(_HELP),
+        }
+
+    def talk(self, lines: Iterator[str]) -> None:
+        """Answers messages and obeys commands until /quit or the end of `lines`."""
+        for line in lines:
+            text = line.strip()
+            if text == "/quit":
+                return
+            try:
+                if text.startswith("/"):
+                    self._obey(text)
+                elif text:
+                    self._reply(text)
+            except (ConfigError, DocumentError, RequestError, TokenizerError) as error:
+                note(f"error: {error}")
+            except OSError as error:
+                note(f"error: {error.filename}: {error.strerror}")
+
+    def _obey(self, text: str) -> None:
+        name, _, argument = text.partition(" ")
+        if name not in self._commands:
+            raise ConfigError(f"there is no {name}; /help lists the commands")
+        self._commands[name](argument.strip())
+
+    def _reply(self, text: str) -> None:
+        message = documents.joined(self._files, text) if self._files else text
+        turn = self._tokenizer.encode_turn("user", message)
+        prompt = (*self._ids, *turn, *self._tokenizer.open_answer())
+        left = self._room - len(prompt)
+        if left < 1:
+            raise RequestError(
+                f"the conversation would have {len(prompt):,} tokens, it holds {self._room:,}: "
+                "/reset begins a new one, --max-len holds more"
+            )
+        request = Request(
+            prompt=prompt,
+            max_new_tokens=min(self._max_new_tokens, left),
+            sampling=self._sampling,
+            eos_ids=self._eos_ids,
+        )
+        done = answer(
+            self._engine,
+            request,
+            stream=Stream(self._tokenizer, stop=self._stops),
+            write=write,
+        )
+        print()
+        note(str(done.timings))
+        self._keep(prompt, request, done)
+
+    def _keep(self, prompt: tuple[int, ...], request: Request, done: Answer) -> None:
+        if done.finish == "cancelled" and not done.tokens:
+            note("stopped before the first word: your message is not in the conversation")
+            return
+        if done.finish == "length":
+            note(f"the answer was cut off after {request.max_new_tokens:,} tokens")
+        self._ids = [*prompt, *done.tokens, *self._tokenizer.close_turn()]
+        self._files = []
+
+    def _attach(self, argument: str) -> None:
+        if not argument:
+            raise ConfigError("/file needs a path")
+        found = read_files([Path(argument).expanduser()], self._tokenizer)
+        self._files += found
+        rows = [(document.name, count) for document, count in found.items()]
+        total = len(self._ids) + sum(found.values())
+        documents.print_table(rows, total, self._room)
+
+    def _count(self, _: str) -> None:
+        note(f"{len(self._ids):,} tokens of {self._room:,}")
+
+    def _params(self, argument: str) -> None:
+        if argument:
+            name, _, value = argument.partition(" ")
+            self._set(name, value.strip())
+        settings = dataclasses.asdict(self._sampling) | {"max_new_tokens": self._max_new_tokens}
+        note(", ".join(f"{name} {value}" for name, value in settings.items()))
+
+    def _set(self, name: str, value: str) -> None:
+        kinds = {field.name: field.type for field in dataclasses.fields(Sampling)}
+        names = [*kinds, "max_new_tokens"]
+        if name not in names:
+            raise ConfigError(f"there is no parameter {name!r}; there are {', '.join(names)}")
+        try:
+            if name == "max_new_tokens":
+                self._max_new_tokens = Request(
+                    prompt=(0,), max_new_tokens=int(value)
+                ).max_new_tokens
+            else:
+                number = int(value) if kinds[name] is int else float(value)
+                self._sampling = dataclasses.replace(self._sampling, **{name: number})
+        except RequestError:
+            raise
+        except ValueError:
+            raise ConfigError(f"{name} must be a number, got {value!r}") from None
+
+    def _reset(self, _: str) -> None:
+        self._ids, self._files = self._opening, []
+        note("a new conversation")
+
+
+def _typed() -> Iterator[str]:
+    """Lines as the user types them; Ctrl-C clears one, Ctrl-D ends them."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.history import FileHistory
+
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    path = Path(base) / "qwen-jax" / "history"
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    session: PromptSession[str] = PromptSession(history=FileHistory(str(path)))
+    while True:
+        with contextlib.suppress(KeyboardInterrupt):
+            try:
+                yield session.prompt("> ")
+            except EOFError:
+                return

@@ -1,0 +1,111 @@
+"""doctor: what is installed, what runs, what is missing."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from qwen_jax.cli.flags import Json
+
+_PACKAGES = (
+    "qwen-jax jax jaxlib flax orbax-checkpoint numpy safetensors tokenizers libtpu "
+    "jax-cuda12-plugin jax-cuda13-plugin jax-triton triton torch"
+).split()
+
+
+def doctor(json_output: Json = False):
+    """Show versions, devices, memory, disk and missing extras.
+
+    Examples:
+        qwen-jax doctor
+        qwen-jax doctor --json
+    """
+    found = examine()
+    if json_output:
+        print(json.dumps(found))
+        return
+    print(f"Python {found['python']} on {found['system']}")
+    for name, version in found["versions"].items():
+        print(f"{name} {version or '(not installed)'}")
+    for device in found["devices"]:
+        memory = device["memory_bytes"]
+        print(f"device {device['id']}: {device['kind']}{f', {_gib(memory)}' if memory else ''}")
+    if found["device_error"]:
+        print(f"no device: {found['device_error']}")
+    print(f"memory: {_gib(found['memory']['available'])} of {_gib(found['memory']['total'])} free")
+    print(f"disk here: {_gib(found['disk']['free'])} of {_gib(found['disk']['total'])} free")
+    for extra, missing in found["extras"].items():
+        hint = f"missing {', '.join(missing)}: pip install 'qwen-jax[{extra}]'"
+        print(f"extra {extra}: {hint if missing else 'installed'}")
+
+
+def examine() -> dict[str, Any]:
+    """All that `doctor` says, as JSON has it."""
+    devices, device_error = _devices()
+    disk = shutil.disk_usage(Path.cwd())
+    return {
+        "python": platform.python_version(),
+        "executable": sys.executable,
+        "system": platform.platform(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "devices": devices,
+        "device_error": device_error,
+        "memory": {
+            "total": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "available": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"),
+        },
+        "disk": {"total": disk.total, "free": disk.free},
+        "extras": {
+            extra: missing("qwen-jax", extra)
+            for extra in importlib.metadata.metadata("qwen-jax").get_all("Provides-Extra") or ()
+        },
+    }
+
+
+def missing(package: str, extra: str) -> list[str]:
+    """Packages that an extra of an installed package asks for and that are not there."""
+    absent = []
+    for requirement in importlib.metadata.requires(package) or ():
+        if not re.search(rf"""extra == ['"]{re.escape(extra)}['"]""", requirement):
+            continue
+        name, inner = re.findall(r"^([\w.-]+)(?:\[([\w.,-]+)\])?", requirement)[0]
+        if _version(name) is None:
+            absent.append(name)
+        elif inner:
+            absent += [each for part in inner.split(",") for each in missing(name, part)]
+    return absent
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> tuple[list[dict[str, Any]], str | None]:
+    """The devices that jax sees, or the first line of its complaint."""
+    import jax
+
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        return [], str(error).splitlines()[0]
+    return [
+        {
+            "id": device.id,
+            "platform": device.platform,
+            "kind": device.device_kind,
+            "memory_bytes": (device.memory_stats() or {}).get("bytes_limit"),
+        }
+        for device in devices
+    ], None
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

@@ -1,0 +1,390 @@
+"""Flags that several verbs share, and the one way in which a verb opens a model."""
+
+import dataclasses
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, overload
+
+import typer
+
+from pallas_kernels.geometry import ChunkGeometry
+from qwen_jax.config import (
+    ConfigError,
+    GenerationConfig,
+    ModelConfig,
+    SparseConfig,
+    generation_config,
+    model_config,
+    sparse_config,
+)
+from qwen_jax.engine.request import RequestError, Sampling
+from qwen_jax.tokenizer import Tokenizer
+
+ModelArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        help="A converted checkpoint or a Hugging Face directory.",
+        show_default=False,
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+
+
+def option(text: str, *names: str, metavar: str | None = None) -> Any:
+    """A flag whose default is said in its help text, if anywhere."""
+    return typer.Option(*names, help=text, metavar=metavar, show_default=False)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFlags:
+    """Flags of every verb that runs a model; None means the checkpoint's own value."""
+
+    dtype: Annotated[
+        Literal["f32", "bf16"] | None,
+        option("Precision of weights and cache; the checkpoint's own, on a CPU f32."),
+    ] = None
+    slice: Annotated[
+        int | None, option("Prompt tokens computed at a time; more is faster and takes memory.")
+    ] = None
+    dca: Annotated[
+        Literal["auto", "on", "off"],
+        typer.Option(help="Dual Chunk Attention; auto follows config.json."),
+    ] = "auto"
+    dca_chunk: Annotated[
+        int | None, option("Largest relative position the model may see, in tokens.")
+    ] = None
+    dca_local: Annotated[
+        int | None, option("Tokens around chunk borders seen at their true distance.")
+    ] = None
+    dca_original: Annotated[
+        int | None, option("Training length of the attention temperature; 0 for none.")
+    ] = None
+    sparse: Annotated[
+        Literal["auto", "on", "off"],
+        typer.Option(help="Sparse prefill; there is none yet, so auto runs dense and says so."),
+    ] = "auto"
+    max_len: Annotated[
+        int | None,
+        option("Longest prompt and answer together, in tokens; what config.json declares."),
+    ] = None
+    vllm_parity: Annotated[
+        bool,
+        option("Scale cached keys with the attention temperature, as vLLM does.", "--vllm-parity"),
+    ] = False
+    backend: Annotated[
+        str | None, option("Implementation of the attention kernels; the device's preferred one.")
+    ] = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerFlags:
+    """Flags of every verb that writes an answer; None means generation_config.json's value."""
+
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512
+    greedy: Annotated[bool, option("Always take the most likely token.", "--greedy")] = False
+    temperature: Annotated[
+        float | None, option("Above 1 is more varied, below 1 less, 0 is greedy.")
+    ] = None
+    top_k: Annotated[int | None, option("Choose among this many tokens; 0 for all.")] = None
+    top_p: Annotated[
+        float | None, option("Choose among the likeliest tokens of this total probability.")
+    ] = None
+    min_p: Annotated[
+        float | None, option("Choose among tokens this probable compared with the likeliest.")
+    ] = None
+    repetition_penalty: Annotated[
+        float | None, option("Above 1 makes tokens that were seen less likely.")
+    ] = None
+    seed: Annotated[int, typer.Option(help="The same seed gives the same answer.")] = 0
+    stop: Annotated[
+        list[str] | None,
+        option("End the answer before this text; may be given repeatedly.", metavar="TEXT"),
+    ] = None
+
+    def sampling(self, defaults: GenerationConfig) -> Sampling:
+        """How tokens are chosen: these flags over the checkpoint's defaults.
+
+        Raises:
+            ConfigError: if flags contradict each other or have no effect.
+            RequestError: if a value is out of range.
+        """
+        chosen = {
+            name: getattr(self, name)
+            for name in ("top_k", "top_p", "min_p")
+            if getattr(self, name) is not None
+        }
+        if self.greedy:
+            against = [*chosen, *(["temperature"] if self.temperature is not None else [])]
+            if against:
+                raise ConfigError(f"--greedy contradicts {_spelled(against[0])}: leave one out")
+        temperature = self.temperature
+        if temperature is None:
+            temperature = 0.0 if self.greedy or not defaults.do_sample else defaults.temperature
+        if temperature == 0 and chosen:
+            raise ConfigError(
+                f"{_spelled(next(iter(chosen)))} has no effect on greedy answers: "
+                "give a --temperature above 0"
+            )
+        penalty = self.repetition_penalty
+        return Sampling(
+            temperature=temperature,
+            repetition_penalty=defaults.repetition_penalty if penalty is None else penalty,
+            seed=self.seed,
+            **{
+                name: chosen.get(name, getattr(defaults, name))
+                for name in ("top_k", "top_p", "min_p")
+            },
+        )
+
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings.
+
+        Raises:
+            ConfigError: if one is empty.
+        """
+        if not all(self.stop or ()):
+            raise ConfigError("--stop must not be empty: every text begins with nothing")
+        return tuple(self.stop or ())
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A checkpoint that was looked at but not loaded.
+
+    Attributes:
+        config: the model as config.json describes it, changed by the flags.
+        generation: sampling defaults that came with the weights.
+        sparse: budgets of sparse prefill, if the checkpoint has any.
+        max_len: longest prompt and answer together, in tokens.
+    """
+
+    directory: Path
+    flags: ModelFlags
+    config: ModelConfig
+    generation: GenerationConfig
+    sparse: SparseConfig | None
+    max_len: int
+
+    @overload
+    def tokenizer(self, *, required: Literal[True] = True) -> Tokenizer: ...
+
+    @overload
+    def tokenizer(self, *, required: bool) -> Tokenizer | None: ...
+
+    def tokenizer(self, *, required: bool = True) -> Tokenizer | None:
+        """The checkpoint's tokenizer; None if it has none and none is required.
+
+        Raises:
+            TokenizerError: if its files are missing or malformed.
+            ConfigError: if it has more tokens than the model.
+        """
+        if not required and not (self.directory / "tokenizer.json").exists():
+            return None
+        tokenizer = Tokenizer.load(self.directory)
+        if tokenizer.size > self.config.vocab_size:
+            raise ConfigError(
+                f"{self.directory}: tokenizer.json has {tokenizer.size} tokens, config.json says "
+                f"vocab_size={self.config.vocab_size}: they belong to different models"
+            )
+        return tokenizer
+
+    def end_ids(self, tokenizer: Tokenizer | None, *, chat: bool = False) -> tuple[int, ...]:
+        """Token ids that end an answer: the checkpoint's, else its tokenizer's end token.
+
+        Args:
+            chat: the end of a turn counts, whatever the files say.
+        """
+        ids = list(self.generation.eos_ids)
+        if tokenizer is not None:
+            if not ids and tokenizer.eos is not None:
+                ids.append(tokenizer.eos)
+            if chat and tokenizer.control("<|im_end|>") not in ids:
+                ids.append(tokenizer.control("<|im_end|>"))
+        return tuple(ids)
+
+    def check_fits(self, prompt: int, new: int = 0) -> None:
+        """Refuses a prompt and an answer that are longer than the model may read.
+
+        Raises:
+            RequestError: naming both numbers and the way out.
+        """
+        if prompt + new > self.max_len:
+            answer = f" and up to {new:,} new ones" if new else ""
+            declared = "--max-len says" if self.flags.max_len else "config.json declares"
+            raise RequestError(
+                f"{prompt:,} prompt tokens{answer} do not fit into the {self.max_len:,} that "
+                f"{declared}: shorten the text{', lower --max-new-tokens' if new else ''} "
+                "or raise --max-len"
+            )
+
+    def note_dense(self, prompt: int) -> None:
+        """Says so when a prompt that the checkpoint would prefill sparsely runs dense."""
+        if self.sparse is not None and prompt > self.sparse.threshold:
+            note(
+                f"prefill runs dense: {prompt:,} tokens are over the threshold of "
+                f"{self.sparse.threshold:,}, but there is no sparse prefill yet "
+                "(--sparse off silences this)"
+            )
+
+    def engine(self, length: int, *, max_seqs: int = 1, vocab_limit: int | None = None):
+        """Loads the weights and builds an engine; says on stderr what runs where.
+
+        Args:
+            length: room for prompt and answer of one request, in tokens.
+            max_seqs: requests that run at once.
+            vocab_limit: ids from here on are never sampled.
+
+        Raises:
+            CheckpointError: if the weights are missing, damaged or do not fit.
+            ConfigError: if the device cannot do what the flags ask.
+        """
+        import jax
+        import jax.numpy as jnp
+
+        from convert import weights
+        from qwen_jax.engine.engine import Engine, EngineConfig
+
+        name = {"f32": "float32", "bf16": "bfloat16", None: self.config.weights_dtype}[
+            self.flags.dtype
+        ]
+        why = f"--dtype {self.flags.dtype}" if self.flags.dtype else "as stored"
+        if self.flags.dtype is None and jax.default_backend() == "cpu" and name != "float32":
+            name, why = "float32", f"stored as {name}; CPUs are faster in float32 (--dtype bf16)"
+        settings = EngineConfig(
+            max_len=length,
+            max_seqs=max_seqs,
+            slices=None if self.flags.slice is None else (self.flags.slice,),
+            vllm_parity=self.flags.vllm_parity,
+            vocab_limit=vocab_limit,
+            backend=self.flags.backend,
+        )
+        engine = Engine(self.config, weights.load(self.directory, dtype=jnp.dtype(name)), settings)
+        note(f"{engine.describe()}; {name}: {why}; {self._attention()}")
+        return engine
+
+    def _attention(self) -> str:
+        geometry = self.config.dual_chunk
+        if geometry is None:
+            return "plain RoPE"
+        original = self.config.original_len
+        temperature = f"temperature from {original}" if original else "no temperature"
+        return f"DCA chunk {geometry.chunk_size}, local {geometry.local_size}, {temperature}"
+
+
+def open_model(directory: Path, flags: ModelFlags) -> Model:
+    """Reads what a checkpoint says about itself and applies the flags; loads no weights.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: if there is no such directory.
+        ConfigError: if a file or a flag cannot be used, or flags contradict each other.
+    """
+    if not directory.exists():
+        raise FileNotFoundError(2, "there is no such model; give a local directory", str(directory))
+    if not directory.is_dir():
+        raise NotADirectoryError(20, "is a file; give the directory that holds it", str(directory))
+    for name in ("slice", "max_len", "dca_chunk", "dca_local", "dca_original"):
+        value, least = getattr(flags, name), 0 if name == "dca_original" else 1
+        if value is not None and not least <= value < 2**31:
+            raise ConfigError(f"{_spelled(name)} {value} must be at least {least}")
+    if flags.sparse == "on":
+        raise ConfigError("--sparse on: there is no sparse prefill yet; leave the flag out")
+    config = _with_dual_chunk(model_config(directory), flags)
+    max_len = flags.max_len or config.max_len
+    if max_len > config.max_len and config.dual_chunk is None:
+        note(
+            f"--max-len {max_len:,} is over the {config.max_len:,} that config.json declares, "
+            "without Dual Chunk Attention: expect poor answers to longer prompts"
+        )
+    return Model(
+        directory=directory,
+        flags=flags,
+        config=config,
+        generation=generation_config(directory),
+        sparse=None if flags.sparse == "off" else sparse_config(directory, config),
+        max_len=max_len,
+    )
+
+
+def note(text: str) -> None:
+    """One line for the user, beside the output."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def expand(verb: Callable) -> Callable:
+    """The verb with a flag for each field of its parameters that are dataclasses.
+
+    Typer makes flags of parameters; this lets verbs share them without listing them.
+    """
+    parameters, shared, groups = [], [], {}
+    for parameter in inspect.signature(verb).parameters.values():
+        if not dataclasses.is_dataclass(parameter.annotation):
+            parameters.append(parameter)
+            continue
+        groups[parameter.name] = parameter.annotation
+        shared.extend(
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=field.type,
+            )
+            for field in dataclasses.fields(parameter.annotation)
+        )
+
+    @functools.wraps(verb)
+    def expanded(**given):
+        for name, group in groups.items():
+            fields = [field.name for field in dataclasses.fields(group)]
+            given[name] = group(**{field: given.pop(field) for field in fields})
+        return verb(**given)
+
+    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters + shared]
+    setattr(expanded, "__signature__", inspect.Signature(parameters))  # noqa: B010
+    expanded.__annotations__ = {each.name: each.annotation for each in parameters}
+    return expanded
+
+
+def _with_dual_chunk(config: ModelConfig, flags: ModelFlags) -> ModelConfig:
+    sizes = {
+        name: getattr(flags, name)
+        for name in ("dca_chunk", "dca_local", "dca_original")
+        if getattr(flags, name) is not None
+    }
+    if flags.dca == "off":
+        if sizes:
+            raise ConfigError(f"--dca off contradicts {_spelled(next(iter(sizes)))}")
+        return dataclasses.replace(config, dual_chunk=None, original_len=0)
+    if config.dual_chunk is None:
+        if flags.dca == "auto" and sizes:
+            raise ConfigError(
+                f"{_spelled(next(iter(sizes)))} has no effect: config.json has no Dual Chunk "
+                "sizes; add --dca on"
+            )
+        if flags.dca == "auto":
+            return config
+        missing = [name for name in ("dca_chunk", "dca_local") if name not in sizes]
+        if missing:
+            raise ConfigError(
+                f"--dca on needs {' and '.join(map(_spelled, missing))}: "
+                "config.json has no Dual Chunk sizes"
+            )
+    given = config.dual_chunk
+    chunk = sizes.get("dca_chunk", given.chunk_size if given else 0)
+    local = sizes.get("dca_local", given.local_size if given else 0)
+    try:
+        geometry = ChunkGeometry(chunk, local)
+    except ValueError:
+        raise ConfigError(
+            f"--dca-local {local} must be in (0, {chunk}), the size of a chunk (--dca-chunk)"
+        ) from None
+    original_len = sizes.get("dca_original", config.original_len)
+    return dataclasses.replace(config, dual_chunk=geometry, original_len=original_len)
+
+
+def _spelled(name: str) -> str:
+    """A flag as it is typed."""
+    return "--" + name.replace("_", "-")

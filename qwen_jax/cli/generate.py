@@ -1,0 +1,98 @@
+"""generate: continue a prompt of text or token ids."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+from qwen_jax.cli import tokens as token_file
+from qwen_jax.cli.answer import answer, write
+from qwen_jax.cli.documents import read_text
+from qwen_jax.cli.flags import (
+    AnswerFlags,
+    Json,
+    ModelArgument,
+    ModelFlags,
+    expand,
+    note,
+    open_model,
+    option,
+)
+from qwen_jax.config import ConfigError
+from qwen_jax.engine.request import Request
+from qwen_jax.tokenizer import Stream
+
+
+@expand
+def generate(
+    model: ModelArgument,
+    model_flags: ModelFlags,
+    answer_flags: AnswerFlags,
+    prompt: Annotated[str | None, option("The prompt itself.")] = None,
+    prompt_file: Annotated[Path | None, option("A UTF-8 file that holds the prompt.")] = None,
+    tokens: Annotated[
+        Path | None, option("A file of token ids: a JSON list, or integers between white space.")
+    ] = None,
+    ignore_eos: Annotated[bool, option("Do not end at end tokens.", "--ignore-eos")] = False,
+    json_output: Json = False,
+):
+    """Continue a prompt.
+
+    The prompt is raw text, without a chat template; `ask` and `chat` apply it.
+    Markers such as <|im_end|> in the text are ordinary characters. A prompt of
+    token ids needs no tokenizer. Sampling follows generation_config.json, flags
+    go first.
+
+    Examples:
+        qwen-jax generate ckpt/7b-1m --prompt "Once upon a time" --max-new-tokens 40
+        qwen-jax generate ckpt/7b-1m --tokens ids.json --greedy --json
+        qwen-jax generate ckpt/7b-1m --prompt-file book.txt --temperature 0.8 --stop "The End"
+    """
+    sources = {"--prompt": prompt, "--prompt-file": prompt_file, "--tokens": tokens}
+    given = [flag for flag, value in sources.items() if value is not None]
+    if len(given) != 1:
+        raise ConfigError(f"give one of {', '.join(sources)}, not {' and '.join(given) or 'none'}")
+    opened = open_model(model, model_flags)
+    sampling = answer_flags.sampling(opened.generation)
+    stops = answer_flags.stops()
+    if tokens is not None:
+        tokenizer = opened.tokenizer(required=bool(stops))
+        ids = token_file.read(tokens, opened.config.vocab_size)
+    else:
+        tokenizer = opened.tokenizer()
+        text = read_text(prompt_file) if prompt_file else prompt or ""
+        ids = tuple(tokenizer.encode_text(text))
+        if not ids:
+            raise ConfigError(f"{given[0]} is empty: give at least one character")
+    request = Request(
+        prompt=ids,
+        max_new_tokens=answer_flags.max_new_tokens,
+        sampling=sampling,
+        eos_ids=() if ignore_eos else opened.end_ids(tokenizer),
+    )
+    opened.check_fits(len(ids), request.max_new_tokens)
+    opened.note_dense(len(ids))
+    engine = opened.engine(
+        len(ids) + request.max_new_tokens, vocab_limit=tokenizer.size if tokenizer else None
+    )
+    done = answer(
+        engine,
+        request,
+        stream=Stream(tokenizer, stop=stops) if tokenizer else None,
+        write=(lambda text: None) if json_output else write,
+    )
+    if json_output:
+        print(
+            json.dumps(
+                {
+                    "token_ids": done.tokens,
+                    "text": done.text,
+                    "finish": done.finish,
+                    "timings": done.timings.as_dict(),
+                }
+            )
+        )
+    else:
+        print(*(done.tokens if tokenizer is None else ()))
+        note(str(done.timings))
+    if done.finish == "cancelled":
+        raise KeyboardInterrupt

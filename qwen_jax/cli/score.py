@@ -1,0 +1,104 @@
+"""score: logits of a token file, for comparing with other implementations."""
+
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+from jaxtyping import Float32
+
+from qwen_jax.cli import tokens as token_file
+from qwen_jax.cli.answer import prefill_progress
+from qwen_jax.cli.flags import ModelArgument, ModelFlags, expand, note, open_model, option
+from qwen_jax.config import ConfigError
+
+
+@expand
+def score(
+    model: ModelArgument,
+    model_flags: ModelFlags,
+    tokens: Annotated[
+        Path, option("A file of token ids: a JSON list, or integers between white space.")
+    ],
+    out: Annotated[Path, option("The .npz file to write.")],
+    last: Annotated[int | None, option("Only this many last positions; all of them.")] = None,
+):
+    """Write the logits after each token of a file.
+
+    The file gets one array, `logits`, of 32-bit floats [positions, vocabulary].
+    It appears whole or not at all. No tokenizer is needed.
+
+    Examples:
+        qwen-jax score ckpt/7b-1m --tokens ids.json --out logits.npz --last 64
+        qwen-jax score ckpt/7b-1m --tokens ids.txt --out logits.npz --dtype f32 --dca off
+    """
+    opened = open_model(model, model_flags)
+    ids = token_file.read(tokens, opened.config.vocab_size)
+    if last is not None and not 1 <= last <= len(ids):
+        raise ConfigError(f"--last {last} must be from 1 to {len(ids)}, the tokens in {tokens}")
+    opened.check_fits(len(ids))
+    opened.note_dense(len(ids))
+    shape = (last or len(ids), opened.config.vocab_size)
+    _check_output(out, 4 * shape[0] * shape[1])
+    engine = opened.engine(len(ids))
+    progress = prefill_progress(shape[0])
+    try:
+        write_npz(out, _counted(engine.score(ids, last=last), progress.update), shape)
+    finally:
+        progress.close()
+    note(f"wrote {out}: logits {list(shape)} f32")
+
+
+def write_npz(
+    path: Path, blocks: Iterable[Float32[np.ndarray, "n V"]], shape: tuple[int, int]
+) -> None:
+    """Writes blocks of rows as array `logits` of an .npz file, which appears when complete."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with (
+            os.fdopen(handle, "wb") as file,
+            zipfile.ZipFile(file, "w") as archive,
+            archive.open("logits.npy", "w", force_zip64=True) as member,
+        ):
+            header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(member, header)
+            for block in blocks:
+                member.write(np.ascontiguousarray(block, "<f4").data)
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _counted(blocks, update):
+    done = 0
+    for block in blocks:
+        done += len(block)
+        update(done)
+        yield block
+
+
+def _check_output(path: Path, size: int) -> None:
+    """Refuses before the work what would fail after it."""
+    if path.is_dir():
+        raise IsADirectoryError(21, "is a directory; give a file to write", str(path))
+    if not path.parent.is_dir():
+        raise FileNotFoundError(2, "there is no such directory", str(path.parent))
+    free = shutil.disk_usage(path.parent).free
+    if size > free:
+        raise ConfigError(
+            f"{path} would take {size:,} bytes, {free:,} are free: ask for fewer with --last"
+        )
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(13, "cannot be written to", str(path.parent))
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,186 @@
+"""Mistakes that new users make: one line on stderr, a code that is not 0, nothing written."""
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import save_file
+
+TOO_LONG = "word " * 4000
+
+
+def spoil(path, content):
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+MISTAKES = {
+    # name: (spoils the model and makes files, command line, what the error says)
+    "no verb of that name": (None, "frobnicate", "No such command 'frobnicate'"),
+    "no model given": (None, "chat", "Missing argument 'MODEL'"),
+    "no question given": (None, "ask MODEL", "Missing argument 'QUESTION'"),
+    "unknown flag": (None, "generate MODEL --promt hello", "--prompt"),
+    "no such model": (None, "ask nowhere Why?", "nowhere: there is no such model"),
+    "a file as the model": (None, "ask MODEL/config.json Why?", "is a file; give the directory"),
+    "an empty directory": (None, "score EMPTY --tokens T --out O.npz", "config.json is missing"),
+    "unknown dtype": (None, "generate MODEL --prompt x --dtype f16", "'f16' is not one of"),
+    "a word for a number": (None, "generate MODEL --prompt x --slice big", "--slice"),
+    "a negative slice": (None, "generate MODEL --prompt x --slice -1", "--slice -1 must be"),
+    "no prompt": (None, "generate MODEL", "give one of --prompt"),
+    "two prompts": (None, "generate MODEL --prompt x --tokens T", "--prompt and --tokens"),
+    "an empty prompt": (None, ["generate", "MODEL", "--prompt", ""], "--prompt is empty"),
+    "an empty question": (None, ["ask", "MODEL", " "], "the question is empty"),
+    "no answer wanted": (None, "generate MODEL --prompt x --max-new-tokens 0", "max_new_tokens=0"),
+    "too long a prompt": (
+        None,
+        ["ask", "MODEL", TOO_LONG],
+        "do not fit into the 2,048 that config.json declares",
+    ),
+    "sizes missing": (None, "generate MODEL --prompt x --dca on", "needs --dca-chunk"),
+    "contradiction": (None, "chat MODEL --dca off --dca-local 8", "--dca off contradicts"),
+    "greedy and not": (None, "ask MODEL Q --greedy --temperature 1", "--greedy contradicts"),
+    "no sparse prefill": (None, "ask MODEL Q --sparse on", "there is no sparse prefill"),
+    "an empty stop string": (None, ["ask", "MODEL", "Q", "--stop", ""], "--stop must not be empty"),
+    "no such backend": (None, "generate MODEL --prompt x --backend cuda", "no backend 'cuda'"),
+    "a word as a token": (("T", "1 2 three"), "score MODEL --tokens T --out O.npz", "item 2 is"),
+    "a negative token": (("T", "[1, -2]"), "score MODEL --tokens T --out O.npz", "item 1 is -2"),
+    "a token too large": (("T", "[1, 320]"), "score MODEL --tokens T --out O.npz", "0 to 319"),
+    "a fractional token": (("T", "[1.5]"), "generate MODEL --tokens T", "item 0 is 1.5"),
+    "a broken list": (("T", "[1, 2"), "generate MODEL --tokens T", "JSON list"),
+    "no tokens": (("T", "[]"), "generate MODEL --tokens T", "is empty"),
+    "binary tokens": (("T", b"\xff\xfe"), "generate MODEL --tokens T", "is not text"),
+    "no token file": (None, "score MODEL --tokens nothing --out O.npz", "nothing: No such file"),
+    "more positions than tokens": (
+        ("T", "1 2 3"),
+        "score MODEL --tokens T --out O.npz --last 4",
+        "--last 4 must be from 1 to 3",
+    ),
+    "no output directory": (("T", "1"), "score MODEL --tokens T --out no/O.npz", "no such dir"),
+    "output is a directory": (("T", "1"), "score MODEL --tokens T --out EMPTY", "is a directory"),
+    "no such document": (None, "ask MODEL Q --file nothing", "nothing: No such file"),
+    "a binary document": (("D", b"GIF\0\1"), "ask MODEL Q --file D", "it is binary"),
+    "a document in Latin-1": (("D", b"caf\xe9"), "ask MODEL Q --file D", "it is not UTF-8"),
+    "a directory without text": (None, "ask MODEL Q --file EMPTY", "holds no text files"),
+    "a binary prompt": (("D", b"\0"), "generate MODEL --prompt-file D", "it is binary"),
+    "a corrupt config": (
+        ("MODEL/config.json", "{"),
+        "ask MODEL Q",
+        "config.json is not valid JSON",
+    ),
+    "a config that is a list": (("MODEL/config.json", "[]"), "ask MODEL Q", "JSON object"),
+    "another architecture": (("MODEL/config.json", "{}"), "ask MODEL Q", "model_type"),
+    "a corrupt tokenizer": (("MODEL/tokenizer.json", "{"), "ask MODEL Q", "not valid JSON"),
+    "a corrupt tokenizer_config": (
+        ("MODEL/tokenizer_config.json", "x"),
+        "ask MODEL Q",
+        "not valid JSON",
+    ),
+    "no chat template": (("MODEL/tokenizer_config.json", "{}"), "ask MODEL Q", "base model"),
+    "a corrupt shard": (
+        ("MODEL/model.safetensors", b"\0" * 99),
+        "generate MODEL --prompt x",
+        "model.safetensors",
+    ),
+}
+
+
+def files(directory):
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_one_line(mistake, model, tmp_path, monkeypatch, run):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "EMPTY").mkdir()
+    spoiled, arguments, message = MISTAKES[mistake]
+    if spoiled is not None:
+        spoil(tmp_path / spoiled[0].replace("MODEL", "model"), spoiled[1])
+    if isinstance(arguments, str):
+        arguments = arguments.split()
+    before = files(tmp_path)
+    code, out, err = run(*[argument.replace("MODEL", "model") for argument in arguments])
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert err.startswith("error: ")
+    assert message in err
+    assert files(tmp_path) == before
+
+
+def test_a_missing_tokenizer_is_named_where_text_is_needed(model, run):
+    (model / "tokenizer.json").unlink()
+    for arguments in (["ask", model, "Q"], ["chat", model], ["generate", model, "--prompt", "x"]):
+        code, _, err = run(*arguments)
+        assert code == 2
+        assert err == f"error: {model / 'tokenizer.json'} is missing: text needs it, ids do not\n"
+
+
+def test_missing_weights_are_named(model, run):
+    (model / "model.safetensors").unlink()
+    code, _, err = run("generate", model, "--prompt", "x")
+    assert code == 2
+    assert err.count("\n") == 1
+    assert str(model) in err
+
+
+def test_weights_of_another_model_are_refused(model, run):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    code, _, err = run("generate", model, "--prompt", "x")
+    assert code == 2
+    assert err.count("\n") == 1
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(model, run):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": 200}))
+    code, _, err = run("ask", model, "Q")
+    assert code == 2
+    assert "they belong to different models" in err
+
+
+def test_a_file_without_permission_is_named(model, tmp_path, monkeypatch, run):
+    path = tmp_path / "secret.txt"
+    path.write_text("x")
+
+    def refuse(self):
+        if self == path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return read_bytes(self)
+
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    code, _, err = run("generate", model, "--prompt-file", path)
+    assert code == 2
+    assert err == f"error: {path}: Permission denied\n"
+
+
+def test_a_full_disk_is_seen_before_the_work(model, tmp_path, monkeypatch, run):
+    (tmp_path / "T").write_text("1 2 3")
+    usage = type("usage", (), {"free": 100})
+    monkeypatch.setattr("qwen_jax.cli.score.shutil.disk_usage", lambda path: usage)
+    code, _, err = run("score", model, "--tokens", tmp_path / "T", "--out", tmp_path / "O.npz")
+    assert code == 2
+    assert "would take 3,840 bytes, 100 are free" in err
+
+
+def test_a_bug_is_not_dressed_up_as_a_mistake(model, monkeypatch, run):
+    def broken(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("qwen_jax.cli.doctor.examine", broken)
+    with pytest.raises(ZeroDivisionError):
+        run("doctor")
+
+
+def test_weights_that_are_not_numbers_are_said(model, run):
+    from conftest import random_weights
+
+    weights = random_weights()
+    weights["model.norm.weight"][:] = float("nan")
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    code, _, err = run("generate", model, "--prompt", "x", "--max-new-tokens", 2)
+    assert code == 2
+    assert err.splitlines()[-1].startswith("error: ")
+    assert "not finite" in err

@@ -1,0 +1,48 @@
+"""What doctor says of this machine, and of others."""
+
+import importlib.metadata
+import json
+
+import jax
+
+from qwen_jax.cli.doctor import missing
+
+
+def test_doctor_tells_versions_devices_memory_disk_and_extras(run):
+    code, out, _ = run("doctor", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["versions"]["jax"] == jax.__version__
+    assert [device["kind"] for device in found["devices"]] == [d.device_kind for d in jax.devices()]
+    assert 0 < found["memory"]["available"] <= found["memory"]["total"]
+    assert 0 < found["disk"]["free"] <= found["disk"]["total"]
+    assert {"tpu", "cuda12", "cuda13", "test"} <= found["extras"].keys()
+    _, text, _ = run("doctor")
+    assert f"jax {jax.__version__}" in text
+
+
+def test_an_extra_is_missing_what_its_packages_need(monkeypatch):
+    requires = {
+        "ours": ['jax[tpu]>=1; extra == "tpu"', "here; extra == 'test'", "numpy"],
+        "jax": ['libtpu==0.1; extra == "tpu"', 'other; extra == "cuda"'],
+    }
+
+    def version(name):
+        if name in ("jax", "here"):
+            return "1"
+        raise importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(importlib.metadata, "requires", requires.get)
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert missing("ours", "tpu") == ["libtpu"]
+    assert missing("ours", "test") == []
+
+
+def test_a_machine_without_a_device_is_told(monkeypatch, run):
+    def refuse():
+        raise RuntimeError("Unable to initialize backend 'tpu'\nmore")
+
+    monkeypatch.setattr(jax, "devices", refuse)
+    code, out, _ = run("doctor")
+    assert code == 0
+    assert "no device: Unable to initialize backend 'tpu'\n" in out
