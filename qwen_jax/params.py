@@ -273,11 +273,11 @@ class Stack:
         self._shardings = dict(_leaves(shardings))
         self._missing = parts(tree)
         self._order = tuple(tree)
-        self._blocks = {
-            path: jnp.zeros(leaf.shape, leaf.dtype, device=self._shardings[path])
-            for path, leaf in _leaves(tree)
-            if path[0] == "blocks"
-        }
+        stacked = {path: leaf for path, leaf in _leaves(tree) if path[0] == "blocks"}
+        self._blocks = jax.jit(
+            lambda: {path: jnp.zeros(leaf.shape, leaf.dtype) for path, leaf in stacked.items()},
+            out_shardings={path: self._shardings[path] for path in stacked},
+        )()
         self._rest: dict[tuple[str, ...], jax.Array] = {}
 
     def sharding(self, path: tuple[str, ...]) -> jax.sharding.Sharding:

@@ -1,0 +1,136 @@
+"""Functions of the package in processes of their own, which can be killed and measured.
+
+A fork server that has imported everything makes a new process in milliseconds.
+"""
+
+import importlib
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(["convert.weights", "convert.export"])
+
+
+class Child:
+    """A process that runs `module.function(*arguments)`; its result or error comes by pipe."""
+
+    def __init__(
+        self, module: str, function: str, *arguments, die_at: int | None = None, **options
+    ):
+        self._pipe, theirs = _SERVER.Pipe()
+        self._process = _SERVER.Process(
+            target=_run, args=(theirs, module, function, arguments, options, die_at)
+        )
+        self._process.start()
+        theirs.close()
+        self._pipe.recv()  # everything is imported
+
+    def result(self):
+        """What the function returned; raises what it raised, EOFError if it was killed."""
+        try:
+            kind, value = self._pipe.recv()
+        except ConnectionResetError:
+            raise EOFError from None
+        finally:
+            self._process.join()
+        if kind == "error":
+            raise value
+        return value
+
+    def kill_after(self, seconds: float) -> bool:
+        """Kill the process unless it ends before; whether it was killed."""
+        self._process.join(seconds)
+        self._process.kill()
+        self._process.join()
+        return self._process.exitcode == -signal.SIGKILL
+
+    def killed(self) -> bool:
+        """Wait for the end; whether it was by SIGKILL."""
+        self._process.join()
+        return self._process.exitcode == -signal.SIGKILL
+
+
+def run(module: str, function: str, *arguments, **options):
+    """The result of a function in a process of its own."""
+    return Child(module, function, *arguments, **options).result()
+
+
+def _run(pipe, module, function, arguments, options, die_at):
+    work = getattr(importlib.import_module(module), function)
+    pipe.send("ready")
+    if die_at is not None:
+        _die_at(die_at)
+    try:
+        pipe.send(("value", work(*arguments, **options)))
+    except Exception as error:
+        pipe.send(("error", error))
+
+
+def _die_at(number: int) -> None:
+    """Kill this process right before its `number`-th change of the file system."""
+    events = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "ctypes.dlsym"}
+    seen = 0
+
+    def hook(event, arguments):
+        nonlocal seen
+        writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_CREAT
+        if event in events or writes:
+            seen += 1
+            if seen == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def convert(*arguments, **options) -> list[tuple[str, str]]:
+    """Names and checksums of the tensors that `weights.convert` made."""
+    from convert import weights
+
+    return sums(weights.convert(*arguments, **options))
+
+
+def sums(manifest) -> list[tuple[str, str]]:
+    return [(tensor.name, tensor.sha256) for tensor in manifest.tensors]
+
+
+def stage(output, text, *, exchange=True):
+    """Publish a directory with one file, as conversion does with many."""
+    from convert import publish
+
+    if not exchange:
+        publish._exchange = lambda *_: False
+    with publish.Staging(output) as staging:
+        there = staging.begin(
+            {"text": text},
+            overwrite=True,
+            resume=True,
+            same=lambda path: read(path) == text,
+            ours=lambda path: bool(read(path)),
+        )
+        if there:
+            return
+        (staging.directory / "sub").mkdir(exist_ok=True)
+        (staging.directory / "sub" / "file").write_text(text)
+        staging.publish()
+
+
+def read(directory) -> str:
+    return (directory / "sub" / "file").read_text()
+
+
+def peak_memory(module: str, function: str, *arguments, **options) -> tuple[int, int]:
+    """Peak bytes of memory of this process before and after a call."""
+    import jax
+
+    work = getattr(importlib.import_module(module), function)
+    jax.block_until_ready(jax.numpy.zeros(1))  # the backend is no part of the work
+    before = _peak()
+    work(*arguments, **options)
+    return before, _peak()
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,50 @@
+"""Peak memory of conversion depends on a layer, not on the model."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+from checkpoints import Tiny, write_shards
+from children import run
+
+MODEL = Tiny(
+    layers=12, hidden=1024, heads=8, kv_heads=2, mlp=4096, vocab=32000, tied=True, dtype="bfloat16"
+)
+SHARDS = 5
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A checkpoint of some 430 MB in five files, and the bytes of the largest."""
+    directory = tmp_path_factory.mktemp("large") / "hf"
+    Tiny(layers=1).write(directory)
+    (directory / "model.safetensors").unlink()
+    (directory / "config.json").write_text(json.dumps(MODEL.config()))
+    rng = np.random.default_rng(0)
+    noise = rng.integers(0, 2**14, 40 << 20, np.uint16)  # finite bfloat16
+    tensors = {}
+    for number, (name, shape) in enumerate(MODEL.shapes().items()):
+        size = int(np.prod(shape))
+        tensors[name] = noise[number : number + size].view(ml_dtypes.bfloat16).reshape(shape)
+    write_shards(directory, tensors, SHARDS)
+    return directory
+
+
+def test_memory_depends_on_shards_and_layers_not_on_the_model(large, tmp_path):
+    """Bounds that the whole model would break: it is five times the slack."""
+    sizes = [path.stat().st_size for path in large.glob("*.safetensors")]
+    slack = 96 << 20
+    bound = 2 * max(sizes) + slack
+    assert sum(sizes) > bound
+    for work in (
+        ("convert.weights", "convert", large, tmp_path / "ours"),
+        ("qwen_jax.params", "verify", tmp_path / "ours", ("full", True)),
+        ("convert.export", "export", tmp_path / "ours", tmp_path / "back"),
+    ):
+        arguments = [argument for argument in work if not isinstance(argument, tuple)]
+        options = dict(argument for argument in work if isinstance(argument, tuple))
+        before, peak = run("children", "peak_memory", *arguments, **options)
+        assert peak - before < bound, work
+    before, peak = run("children", "peak_memory", "convert.weights", "load", large)
+    assert peak - before < sum(sizes) + bound
