@@ -1,0 +1,263 @@
+"""The engine with a real, tiny model: company, slicing and memory change nothing."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from random_models import weights
+
+from pallas_kernels.geometry import ChunkGeometry
+from qwen_jax.config import ModelConfig
+from qwen_jax.engine import batch
+from qwen_jax.engine.engine import Engine, EngineConfig
+from qwen_jax.engine.request import Request, RequestError, Sampling
+
+MAX_LEN, MAX_SEQS, PAGE, SLICES = 240, 4, 16, (32, 8)
+CHUNK_LEN = 32
+MODEL = ModelConfig(
+    num_layers=2,
+    vocab_size=300,
+    embed_dim=48,
+    mlp_dim=64,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    rope_theta=1e4,
+    norm_eps=1e-6,
+    tie_embeddings=False,
+    max_len=MAX_LEN,
+    weights_dtype="float32",
+    dual_chunk=ChunkGeometry(CHUNK_LEN + 8, 8),
+    original_len=100,
+)
+POISON = MODEL.vocab_size - 1  # its embedding is NaN; it is never sampled
+
+
+def build(**fields):
+    tree = weights(MODEL)
+    tree["embed"]["embedding"][POISON] = np.nan
+    sizes = {"max_len": MAX_LEN, "max_seqs": MAX_SEQS, "page": PAGE, "slices": SLICES}
+    config = EngineConfig(**(sizes | {"vocab_limit": POISON} | fields))
+    return Engine(MODEL, jax.tree.map(jnp.asarray, tree), config)
+
+
+@functools.cache
+def engine():
+    """One engine for all tests: its steps are compiled once."""
+    return build()
+
+
+def tokens(seed, length):
+    return tuple(np.random.default_rng(seed).integers(0, POISON, length).tolist())
+
+
+SAMPLINGS = (
+    Sampling(),
+    Sampling(temperature=0.9, seed=5),
+    Sampling(temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.05, seed=1),
+    Sampling(repetition_penalty=1.3),
+    Sampling(temperature=1.2, min_p=0.05, seed=2**32 - 1),
+)
+
+
+def requests(seed, count):
+    """Ragged lengths; every third prompt begins alike, and short enough for one temperature."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(count):
+        alike = i % 3 == 2
+        prompt = tokens([seed, i], int(rng.integers(1, 50 if alike else 180)))
+        made.append(
+            Request(
+                prompt=tokens([seed], 40) + prompt if alike else prompt,
+                max_new_tokens=int(rng.integers(1, 50)),
+                sampling=SAMPLINGS[i % len(SAMPLINGS)],
+                eos_ids=(7, 8, 9),
+            )
+        )
+    return made
+
+
+def forget():
+    """Leave the engine as if it had never seen a prompt."""
+    pages = engine()._pages
+    pages.give(pages.take(pages.total))
+
+
+@functools.cache
+def alone(request):
+    forget()
+    return tuple(engine().run([request])[0])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_request_gets_the_tokens_it_gets_alone(seed):
+    mixed = requests(seed, 10)
+    expected = [alone(request) for request in mixed]
+    rng = np.random.default_rng(seed)
+    shared = engine()
+    forget()
+    before = shared.num_prefilled
+    ids, answers, ends = [], {}, {}
+    cancelled = set(rng.choice(10, 2, replace=False).tolist())
+    while len(ids) < len(mixed) or shared.busy:
+        if len(ids) < len(mixed) and rng.random() < 0.2:
+            ids.append(shared.add(mixed[len(ids)]))
+            answers[ids[-1]] = []
+        for event in shared.step():
+            answers[event.request_id] += event.tokens
+            if event.finish is not None:
+                ends[event.request_id] = event.finish
+        for index in list(cancelled):
+            if index < len(ids) and len(answers[ids[index]]) >= 2:
+                shared.cancel(ids[index])
+                cancelled.discard(index)
+    for number, answer in zip(ids, expected, strict=True):
+        got = tuple(answers[number])
+        if ends[number] == "cancelled":
+            assert got == answer[: len(got)]
+        else:
+            assert got == answer
+    assert sorted(ends) == ids
+    assert shared.num_prefilled - before < sum(len(request.prompt) for request in mixed)
+
+
+def test_greedy_answers_are_the_best_scores_across_chunk_borders():
+    """Decoding one by one agrees with scoring the whole text at once."""
+    prompt = tokens(1, CHUNK_LEN - 5)
+    new = 2 * CHUNK_LEN + 5  # ends before the temperature starts to depend on the length
+    sampling = Sampling(repetition_penalty=1.5)
+    (answer,) = engine().run([Request(prompt=prompt, max_new_tokens=new, sampling=sampling)])
+    logits = np.concatenate(list(engine().score((*prompt, *answer))))
+    for i, token in enumerate(answer):
+        scores = logits[len(prompt) + i - 1, :POISON].copy()
+        seen = list({*prompt, *answer[:i]})
+        scores[seen] = np.where(scores[seen] < 0, scores[seen] * 1.5, scores[seen] / 1.5)
+        assert token == scores.argmax()
+    assert len(set(answer)) > 10
+
+
+def test_scores_of_the_last_positions_are_the_last_of_all_scores():
+    text = tokens(2, 117)
+    scores = np.concatenate(list(engine().score(text)))
+    assert scores.shape == (117, MODEL.vocab_size)
+    for last in (1, 40, 117):
+        np.testing.assert_allclose(
+            np.concatenate(list(engine().score(text, last=last))), scores[-last:], atol=1e-5
+        )
+
+
+def test_compilations_do_not_depend_on_the_prompt_length():
+    fresh = engine()
+    forget()
+    penalised = Sampling(repetition_penalty=1.1, temperature=0.5)
+    for sampling in (Sampling(), penalised):
+        fresh.run([Request(prompt=tokens(3, 40), max_new_tokens=3, sampling=sampling)])
+    list(fresh.score(tokens(3, 40)))
+    before = fresh.num_compilations
+    assert before <= 2 * len(SLICES) + 3
+    for length in (1, 7, 8, 9, 31, 32, 33, 63, 64, 65, 128, 200, 237):
+        sampling = penalised if length % 2 else Sampling()
+        fresh.run([Request(prompt=tokens(4, length), max_new_tokens=3, sampling=sampling)])
+        list(fresh.score(tokens(5, length)))
+    assert fresh.num_compilations == before
+
+
+def test_a_poisoned_request_fails_by_name_and_spares_the_others():
+    shared = engine()
+    good = [Request(prompt=tokens([6, i], 50 + i), max_new_tokens=30) for i in range(4)]
+    expected = [alone(request) for request in good]
+    ids = [shared.add(request) for request in good[:2]]
+    answers, errors = {}, {}
+    for _ in range(8):
+        for event in shared.step():
+            answers.setdefault(event.request_id, []).extend(event.tokens)
+    bad = [shared.add(Request(prompt=(*tokens(7, n), POISON), max_new_tokens=9)) for n in (3, 70)]
+    ids += [shared.add(request) for request in good[2:]]
+    while shared.busy:
+        for event in shared.step():
+            answers.setdefault(event.request_id, []).extend(event.tokens)
+            if event.error is not None:
+                errors[event.request_id] = event.error
+    assert sorted(errors) == bad
+    assert all(f"request {number}: " in errors[number] for number in bad)
+    assert [tuple(answers[number]) for number in ids] == expected
+    with pytest.raises(RequestError, match="not finite"):
+        shared.run([Request(prompt=(POISON,), max_new_tokens=1)])
+
+
+def test_a_seed_gives_the_same_answer_again_and_another_seed_another():
+    prompt = tokens(8, 20)
+
+    def answer(seed):
+        sampling = Sampling(temperature=1.5, seed=seed)
+        return engine().run([Request(prompt=prompt, max_new_tokens=20, sampling=sampling)])
+
+    assert answer(1) == answer(1)
+    assert answer(1) != answer(2)
+
+
+def test_the_penalty_keeps_an_answer_from_repeating():
+    prompt = tokens(9, 40)
+    sampling = Sampling(repetition_penalty=1e4)
+    (answer,) = engine().run([Request(prompt=prompt, max_new_tokens=100, sampling=sampling)])
+    # Logits below zero are multiplied, those above divided: what was seen ends up near zero
+    # or far below, so that any other token with a positive logit comes first.
+    assert len(set(answer) | set(prompt)) == len(answer) + len(set(prompt))
+
+
+def test_a_conversation_goes_on_without_reading_it_again():
+    shared = engine()
+    prompt = tokens(10, 30)
+    (answer,) = shared.run([Request(prompt=prompt, max_new_tokens=40)])
+    before = shared.num_prefilled
+    follow_up = Request(prompt=(*prompt, *answer, *tokens(11, 5)), max_new_tokens=10)
+    (shared_answer,) = shared.run([follow_up])
+    kept = (len(prompt) + len(answer) - 1) // PAGE * PAGE
+    assert shared.num_prefilled - before == len(follow_up.prompt) - kept
+    assert tuple(shared_answer) == alone(follow_up)
+
+
+@pytest.fixture
+def unchecked():
+    """Annotations unchecked: `lower` puts descriptions of arrays where arrays are asked for."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_no_compiled_step_makes_a_second_cache():
+    runner = build(max_len=16 * 1024, num_pages=1031)._runner
+    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(runner._cache))
+    assert cache_bytes > 8e6
+    arrays = runner._weights, runner._rotary
+    piece = batch.prefill(
+        (1,), size=SLICES[0], start=0, pages=[1], table_len=1024, scales=(1.0, 1.0)
+    )
+    roster = batch.roster([], max_seqs=MAX_SEQS, table_len=1024)
+    step = batch.tokens([], max_seqs=MAX_SEQS, scales=lambda n: (1.0, 1.0))
+    programs = {
+        "prefill": runner._prefill.lower(*arrays, runner._cache, piece),
+        "score": runner._score.lower(*arrays, runner._cache, piece),
+        "decode": runner._decode.lower(*arrays, runner._cache, runner._seen, roster, step),
+    }
+    for name, lowered in programs.items():
+        plan = lowered.compile().memory_analysis()
+        assert plan.alias_size_in_bytes >= cache_bytes, name
+        assert plan.temp_size_in_bytes < cache_bytes / 10, name
+
+
+def test_no_second_cache_is_left_between_steps():
+    shared = engine()
+    shape = shared._runner._cache.keys.shape
+    for request in requests(13, 3):
+        shared.add(request)
+    scores = shared.score(tokens(12, 100))
+    while shared.busy:
+        shared.step()
+        next(scores, None)
+        assert sum(array.shape == shape for array in jax.live_arrays()) == 2
