@@ -14,25 +14,28 @@ from pallas_kernels.geometry import INTER, INTRA, SUCC, ChunkGeometry
 
 
 def attend_tile(
-    queries: Float[Array, "views K M H"],
+    queries: Float[Array, "views J M H"],
     q_pos: Int[Array, " M"],
     keys: Float[Array, "L K pages page H"],
     values: Float[Array, "L K pages page H"],
     layer: Int[Array, ""],
+    head: Int[Array, ""],
     page_table: Int[Array, " P"],
     kv_len: Int[Array, ""],
     *,
     geometry: ChunkGeometry | None,
     tile: int,
-) -> tuple[Float[Array, "K M H"], Float[Array, "K M"]]:
+) -> tuple[Float[Array, "J M H"], Float[Array, "J M"]]:
     """Output and log-sum-exp of M scaled queries over their causal keys below `kv_len`.
 
     Args:
+        queries: rows of J consecutive kv heads.
+        head: the first of these kv heads.
         q_pos: absolute position of each row; rows of one position may repeat (grouped heads).
         kv_len: keys that exist; 0 computes nothing and returns empty rows.
         tile: keys a step; must divide the page.
     """
-    _, K, M, H = queries.shape
+    _, J, M, H = queries.shape
     page = keys.shape[3]
     first, last = q_pos.min(), q_pos.max()
     end = jnp.minimum(last + 1, kv_len)
@@ -40,12 +43,11 @@ def attend_tile(
 
     def fetch(cache, j):
         start = j * tile
-        index = (layer, 0, page_table[start // page], start % page)
-        block = jax.lax.dynamic_slice(cache, _indices(index), (1, K, 1, tile, H))
-        return block.reshape(K, tile, H)
+        index = (layer, head, page_table[start // page], start % page, jnp.int32(0))
+        return jax.lax.dynamic_slice(cache, index, (1, J, 1, tile, H)).reshape(J, tile, H)
 
     def dot(view, key):
-        return jnp.einsum("KMH,KSH->KMS", view, key, preferred_element_type=jnp.float32)
+        return jnp.einsum("JMH,JSH->JMS", view, key, preferred_element_type=jnp.float32)
 
     def plain(view):
         def body(j, state):
@@ -76,7 +78,7 @@ def attend_tile(
         value = jnp.where(exists[:, None], value, 0)  # 0 x nan of a stale page is nan
         return softmax.update(state, scores, value)
 
-    state = softmax.start((K, M), H)
+    state = softmax.start((J, M), H)
     done = jnp.int32(0)
     if geometry is None:
         state, done = jax.lax.fori_loop(done, whole, plain(0), state), whole
@@ -90,7 +92,3 @@ def attend_tile(
             state, done = jax.lax.fori_loop(done, stop, plain(view), state), stop
     state = jax.lax.fori_loop(done, -(-end // tile), general, state)
     return softmax.finish(state)
-
-
-def _indices(index):
-    return tuple(jnp.asarray(i, jnp.int32) for i in (*index, 0))

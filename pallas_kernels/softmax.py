@@ -17,7 +17,7 @@ def start(shape: tuple[int, ...], head_dim: int):
     return m, jnp.zeros(shape, jnp.float32), jnp.zeros((*shape, head_dim), jnp.float32)
 
 
-def update(state, scores: Float[Array, "K M S"], values: Float[Array, "K S H"]):
+def update(state, scores: Float[Array, "J M S"], values: Float[Array, "J S H"]):
     """The state after S more keys; masked scores hold `MASKED`."""
     m, l, acc = state
     m_new = jnp.maximum(m, scores.max(-1))
@@ -25,7 +25,7 @@ def update(state, scores: Float[Array, "K M S"], values: Float[Array, "K S H"]):
     decay = jnp.exp(m - m_new)
     l = decay * l + p.sum(-1)
     added = jnp.einsum(
-        "KMS,KSH->KMH", p.astype(values.dtype), values, preferred_element_type=jnp.float32
+        "JMS,JSH->JMH", p.astype(values.dtype), values, preferred_element_type=jnp.float32
     )
     return m_new, l, decay[..., None] * acc + added
 

@@ -8,7 +8,7 @@ class Tiles:
     """Rows and columns of one block of scores.
 
     Attributes:
-        q: query positions a tile.
+        q: rows a tile: query positions times the query heads that share a kv head.
         k: keys a tile.
     """
 

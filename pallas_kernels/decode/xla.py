@@ -34,6 +34,7 @@ def decode(
             keys,
             values,
             layer,
+            jnp.int32(0),
             table,
             position + 1,
             geometry=geometry,

@@ -8,7 +8,7 @@ from pallas_kernels.blockwise import attend_tile
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.tiles import Tiles, largest_divisor
 
-TILES = Tiles(q=256, k=512)
+TILES = Tiles(q=1536, k=512)
 
 
 def prefill(
@@ -27,29 +27,31 @@ def prefill(
     views, T, N, H = queries.shape
     K, page = keys.shape[1], keys.shape[3]
     G = N // K
-    q_tile, k_tile = largest_divisor(T, tiles.q), largest_divisor(page, tiles.k)
+    q_tile = largest_divisor(T, max(tiles.q // G, 1))
+    k_tile = largest_divisor(page, tiles.k)
 
-    def attend(i):
-        block = jax.lax.dynamic_slice_in_dim(queries, i * q_tile, q_tile, axis=1)
-        # Grouped heads share their keys, so they join the rows of one product.
-        block = block.reshape(views, q_tile, K, G, H).transpose(0, 2, 3, 1, 4)
-        block = block.reshape(views, K, G * q_tile, H)
-        q_start = start + i * q_tile
-        q_pos = q_start + jnp.tile(jnp.arange(q_tile, dtype=jnp.int32), G)
-        out, lse = attend_tile(
-            block,
+    # Grouped heads share their keys, so they join the rows of one product.
+    rows = queries.reshape(views, T // q_tile, q_tile, K, G, H).transpose(1, 3, 0, 4, 2, 5)
+    rows = rows.reshape(T // q_tile, K, views, 1, G * q_tile, H)
+
+    def attend(number):
+        i, head = number // K, number % K
+        q_pos = start + i * q_tile + jnp.tile(jnp.arange(q_tile, dtype=jnp.int32), G)
+        return attend_tile(
+            rows[i, head],
             q_pos,
             keys,
             values,
             layer,
+            head,
             page_table,
             jnp.where(i * q_tile < length, start + length, 0),
             geometry=geometry,
             tile=k_tile,
         )
-        out = out.reshape(K, G, q_tile, H).transpose(2, 0, 1, 3).reshape(q_tile, N, H)
-        lse = lse.reshape(K, G, q_tile).transpose(2, 0, 1).reshape(q_tile, N)
-        return out.astype(queries.dtype), lse
 
-    out, lse = jax.lax.map(attend, jnp.arange(T // q_tile, dtype=jnp.int32))
-    return out.reshape(T, N, H), lse.reshape(T, N)
+    # One kv head at a time: its scores stay in a core's cache.
+    out, lse = jax.lax.map(attend, jnp.arange(T // q_tile * K, dtype=jnp.int32))
+    out = out.reshape(T // q_tile, K, G, q_tile, H).transpose(0, 3, 1, 2, 4).reshape(T, N, H)
+    lse = lse.reshape(T // q_tile, K, G, q_tile).transpose(0, 3, 1, 2).reshape(T, N)
+    return out.astype(queries.dtype), lse
