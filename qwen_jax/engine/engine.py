@@ -343,7 +343,7 @@ class Engine:
 def default_page(platform: str, geometry: ChunkGeometry | None) -> int:
     """Tokens a page so that no page straddles two chunks, if their length allows it."""
     if geometry is None:
-        return 256 if platform == "cpu" else 1024
+        return 512 if platform == "cpu" else 1024
     return _divisor(geometry.chunk_len, least=64) or 256
 
 

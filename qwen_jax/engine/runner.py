@@ -1,11 +1,14 @@
 """The model on its device: weights, cache and the compiled steps."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float32, Int
 
+from pallas_kernels.backend import compiler_options
 from qwen_jax import cache as caches
 from qwen_jax import rope
 from qwen_jax.config import ModelConfig
@@ -55,11 +58,13 @@ class Runner:
         self._rotary = rope.table(config, table_len * page)
         self._cache = caches.init(config, num_pages, page, dtype)
         self._seen = jnp.zeros((max_seqs, config.vocab_size), bool)
-        self._prefill = jax.jit(self._prefill_step, donate_argnames="cache")
-        self._choose = jax.jit(self._choose_step)
-        self._score = jax.jit(self._score_step, donate_argnames="cache")
-        self._decode = jax.jit(self._decode_step, donate_argnames=("cache", "seen"))
-        self._mark = jax.jit(self._mark_step, donate_argnames="seen")
+        platform = next(iter(self._seen.devices())).platform
+        jit = functools.partial(jax.jit, compiler_options=compiler_options(platform))
+        self._prefill = jit(self._prefill_step, donate_argnames="cache")
+        self._choose = jit(self._choose_step)
+        self._score = jit(self._score_step, donate_argnames="cache")
+        self._decode = jit(self._decode_step, donate_argnames=("cache", "seen"))
+        self._mark = jit(self._mark_step, donate_argnames="seen")
 
     @property
     def cache_dtype(self) -> np.dtype:

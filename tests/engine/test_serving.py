@@ -295,7 +295,7 @@ def test_a_capacity_that_makes_no_sense_is_refused_by_name(fields):
 @pytest.mark.parametrize(
     ("platform", "geometry", "page", "slices"),
     [
-        ("cpu", None, 256, (1024, 256, 32)),
+        ("cpu", None, 512, (1024, 256, 32)),
         ("tpu", None, 1024, (32768, 8192, 1024, 128)),
         ("tpu", ChunkGeometry(262144, 8192), 1024, (32768, 8192, 1024, 128)),
         ("cpu", ChunkGeometry(262144, 8192), 1024, (1024, 256, 32)),
