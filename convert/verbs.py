@@ -1,6 +1,7 @@
 """The commands convert and export."""
 
 import contextlib
+import os
 import shlex
 import shutil
 import signal
@@ -15,7 +16,7 @@ import typer
 from convert import export as exports
 from convert import source, weights
 from convert.terminal import show, shown
-from qwen_jax.manifest import DTYPES
+from qwen_jax.manifest import DTYPES, Progress
 
 
 def convert(
@@ -75,7 +76,7 @@ def convert(
         return
     again = ["qwen-jax", "convert", str(src), str(dst), "--dtype", dtype, "--resume"]
     again += ["--allow-pickle-weights"] * allow_pickle_weights
-    with _stoppable(f"continue with: {shlex.join(again)}"), shown("convert") as progress:
+    with _stoppable("convert", f"continue with: {shlex.join(again)}") as progress:
         manifest = weights.convert(
             src,
             dst,
@@ -109,25 +110,41 @@ def export(
     Files, tensors and headers are those of the source, byte for byte, unless
     the conversion changed the dtype.
     """
-    with _stoppable("start again when you like: nothing was written"), shown("export") as progress:
+    with _stoppable("export", "nothing was written: start again") as progress:
         differences = exports.export(src, dst, overwrite=overwrite, progress=progress)
     same = "every byte as in the source"
     show([("checkpoint", str(dst)), ("contents", "; ".join(differences) or same)])
 
 
 @contextlib.contextmanager
-def _stoppable(hint: str) -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM end the command with a hint; keep it off accelerators."""
+def _stoppable(label: str, hint: str) -> Iterator[Progress]:
+    """Progress that ends the command with a hint soon after Ctrl-C or SIGTERM.
+
+    Orbax cannot be interrupted while it saves, so the command ends between two steps; a second
+    signal ends it at once, which loses no more than that step. Accelerators are left alone.
+    """
     jax.config.update("jax_platforms", "cpu")  # the weights only pass through host memory
+    stopping = False
 
-    def stop(*_):
-        raise KeyboardInterrupt
+    def stop(*_) -> None:
+        nonlocal stopping
+        if stopping:
+            os._exit(130)
+        stopping = True
 
-    previous = signal.signal(signal.SIGTERM, stop)
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        with shown(label) as progress:
+
+            def step(done: int, total: int) -> None:
+                if stopping:
+                    raise KeyboardInterrupt
+                progress(done, total)
+
+            yield step
     except KeyboardInterrupt:
         print(f"stopped; {hint}", file=sys.stderr)
         raise typer.Exit(130) from None
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
