@@ -1,0 +1,89 @@
+"""Fetch a small model, convert and verify it, and ask it about a long text, with and without DCA.
+
+The text is longer than the 8,192 tokens that the model was trained on. Ends with status 0 only if
+the answer read with Dual Chunk Attention names the number that the text holds.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import demo_model
+
+DOCUMENT = Path(__file__).parents[1] / "docs" / "demo" / "journal.txt"
+QUESTION = "What is the key of the lamp room?"
+EXPECTED = "71906"
+
+
+class DemoError(Exception):
+    """A step of the demo failed; the text is one line."""
+
+
+def qwen_jax(*arguments: object) -> str:
+    """What a `qwen-jax` command prints; shown as it comes, with the command above it.
+
+    Raises:
+        DemoError: if it fails.
+    """
+    command = ["qwen-jax", *map(str, arguments)]
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    script = Path(sys.executable).with_name(command[0])
+    if not script.exists():
+        raise DemoError(f"{script} is missing: run `make demo`, or pip install -e '.[demo]'")
+    printed = b""
+    with subprocess.Popen([script, *command[1:]], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        while piece := process.stdout.read1():
+            sys.stdout.buffer.write(piece)
+            sys.stdout.buffer.flush()
+            printed += piece
+    if process.returncode:
+        raise DemoError(f"{shlex.join(command[:2])} ended with status {process.returncode}")
+    return printed.decode("utf-8", "replace")
+
+
+def run(model: Path) -> bool:
+    """Whether the answer with Dual Chunk Attention was right.
+
+    Args:
+        model: where the model is kept; the converted checkpoint lies beside it.
+    """
+    checkpoint = model.with_name(f"{model.name}-checkpoint")
+    demo_model.fetch(model)
+    qwen_jax("convert", model, checkpoint, "--overwrite")
+    qwen_jax("verify", checkpoint, "--full")
+    ask = ("ask", checkpoint, "--file", DOCUMENT, "--max-new-tokens", 32, QUESTION)
+    chunked = qwen_jax(*ask)
+    plain = qwen_jax(*ask, "--dca", "off")
+    print(f"\nThe journal says: the key of the lamp room is number {EXPECTED}.")
+    print(f"  Dual Chunk Attention   {_verdict(chunked)}")
+    print(f"  plain RoPE             {_verdict(plain)}")
+    return EXPECTED in chunked
+
+
+def _verdict(answer: str) -> str:
+    verdict = "right" if EXPECTED in answer else "wrong"
+    return f"{verdict}: {' '.join(answer.split())!r}"
+
+
+def main() -> int:
+    """The exit status: 0 if the answer was right, 1 if not, 2 if a step failed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "model",
+        nargs="?",
+        type=Path,
+        default=demo_model.cache_dir(),
+        help="where the model is kept; default: %(default)s",
+    )
+    try:
+        return 0 if run(parser.parse_args().model) else 1
+    except (demo_model.DemoModelError, DemoError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
