@@ -8,10 +8,9 @@ import numpy as np
 from jaxtyping import Float32
 
 from pallas_kernels import backend
-from pallas_kernels.geometry import ChunkGeometry
 from qwen_jax.config import ConfigError, ModelConfig
 from qwen_jax.engine import batch
-from qwen_jax.engine.pages import Pages
+from qwen_jax.engine.pages import Pages, default_page
 from qwen_jax.engine.request import (
     Event,
     Finish,
@@ -22,10 +21,8 @@ from qwen_jax.engine.request import (
     check_ids,
 )
 from qwen_jax.engine.runner import Runner
-from qwen_jax.engine.scheduler import Decode, Scheduler, Slice, cut
+from qwen_jax.engine.scheduler import Decode, Scheduler, Slice, cut, default_slices
 
-_CPU_SLICES = (1024, 256, 32)
-_ACCELERATOR_SLICES = (32768, 8192, 1024, 128)
 _GREEDY = Sampling()
 _SCORE_BYTES = 1 << 28  # logits that one slice of `score` may hold, if there is a slice so small
 
@@ -338,29 +335,3 @@ class Engine:
         event = Event(request_id=sequence.id, prefilled=sequence.prefilled, finish=finish, **more)
         self._scheduler.finish(sequence)
         return event
-
-
-def default_page(platform: str, geometry: ChunkGeometry | None) -> int:
-    """Tokens a page so that no page straddles two chunks, if their length allows it."""
-    if geometry is None:
-        return 512 if platform == "cpu" else 1024
-    return _divisor(geometry.chunk_len, least=64) or 256
-
-
-def default_slices(platform: str, geometry: ChunkGeometry | None) -> tuple[int, ...]:
-    """Lengths of prefill slices, largest first.
-
-    On a CPU, where chunks may be short, the largest divides the chunk, so that
-    cutting at chunk borders leaves no small rest.
-    """
-    if platform != "cpu":
-        return _ACCELERATOR_SLICES
-    largest = _CPU_SLICES[0]
-    if geometry is not None and geometry.chunk_len < 8 * largest:
-        largest = _divisor(geometry.chunk_len, least=256) or largest
-    return (largest, *(size for size in _CPU_SLICES[1:] if size < largest))
-
-
-def _divisor(length: int, *, least: int) -> int | None:
-    """The largest divisor from `least` to 1024, or None."""
-    return next((d for d in range(1024, least - 1, -1) if length % d == 0), None)

@@ -5,8 +5,12 @@ import dataclasses
 import heapq
 from collections.abc import Callable
 
-from qwen_jax.engine.pages import Pages
+from pallas_kernels.geometry import ChunkGeometry
+from qwen_jax.engine.pages import Pages, divisor
 from qwen_jax.engine.request import Sequence
+
+_CPU_SLICES = (1024, 256, 32)
+_ACCELERATOR_SLICES = (32768, 8192, 1024, 128)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +32,20 @@ class Decode:
     """One more token for each of some sequences."""
 
     sequences: tuple[Sequence, ...]
+
+
+def default_slices(platform: str, geometry: ChunkGeometry | None) -> tuple[int, ...]:
+    """Lengths of prefill slices, largest first.
+
+    On a CPU, where chunks may be short, the largest divides the chunk, so that
+    cutting at chunk borders leaves no small rest.
+    """
+    if platform != "cpu":
+        return _ACCELERATOR_SLICES
+    largest = _CPU_SLICES[0]
+    if geometry is not None and geometry.chunk_len < 8 * largest:
+        largest = divisor(geometry.chunk_len, least=256) or largest
+    return (largest, *(size for size in _CPU_SLICES[1:] if size < largest))
 
 
 def cut(start: int, stop: int, slices: tuple[int, ...], boundary: int | None) -> tuple[int, int]:

@@ -8,14 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from fake_runner import POISON, VOCAB, FakeRunner, following
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pallas_kernels.geometry import ChunkGeometry
 from qwen_jax.config import ConfigError, ModelConfig
 from qwen_jax.engine import engine as engines
-from qwen_jax.engine.engine import Engine, EngineConfig, default_page, default_slices
+from qwen_jax.engine.engine import Engine, EngineConfig
+from qwen_jax.engine.pages import default_page
 from qwen_jax.engine.request import Request, RequestError
+from qwen_jax.engine.scheduler import default_slices
 
 ORIGINAL_LEN = 24
 MAX_LEN = 48
@@ -170,9 +172,19 @@ class ServingInParity(Serving):
 
 
 TestServing = Serving.TestCase
-TestServing.settings = settings(max_examples=70, stateful_step_count=50, deadline=None)
+TestServing.settings = settings(
+    max_examples=70,
+    stateful_step_count=50,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 TestServingInParity = ServingInParity.TestCase
-TestServingInParity.settings = settings(max_examples=30, stateful_step_count=50, deadline=None)
+TestServingInParity.settings = settings(
+    max_examples=30,
+    stateful_step_count=50,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 
 
 def test_a_shared_beginning_is_computed_once():
