@@ -2,10 +2,10 @@
 
 import importlib
 import importlib.metadata
-import inspect
 import io
 import re
 import sys
+from inspect import getdoc
 from typing import Annotated, Any
 
 import typer
@@ -23,8 +23,16 @@ from qwen_jax.tokenizer import TokenizerError
 # most need jax, for which `--help` should not wait.
 VERBS = {
     "convert": ("convert", "convert", "Convert a Hugging Face checkpoint to ours."),
-    "export": ("convert", "export", "Write a converted checkpoint in Hugging Face format."),
-    "inspect": ("inspect", "inspect", "Say what a checkpoint holds, from its headers."),
+    "export": (
+        "convert",
+        "export",
+        "Write a converted checkpoint as the Hugging Face directory it came from.",
+    ),
+    "inspect": (
+        "inspect",
+        "inspect",
+        "Say what a checkpoint holds, from its headers: no weight is read.",
+    ),
     "verify": ("inspect", "verify", "Check that a checkpoint is whole."),
     "doctor": ("doctor", "doctor", "Show versions, devices, memory, disk and missing extras."),
     "generate": ("generate", "generate", "Continue a prompt."),
@@ -32,6 +40,7 @@ VERBS = {
     "ask": ("ask", "ask", "Answer a question about text files."),
     "score": ("score", "score", "Write the logits after each token of a file."),
     "eval": ("eval", "app", "Measure what a model still finds in long texts."),
+    "bench": ("bench", "bench", "Measure prefill and decode on prompts of random tokens."),
 }
 # What a user can put right; anything else is a bug and shows its traceback.
 _FAULTS = (ConfigError, CheckpointError, DocumentError, RequestError, TokenizerError, Unsupported)
@@ -79,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     app.callback(help=_help(_root))(_root)
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        return app(arguments or ["--help"], standalone_mode=False) or 0
+        return app(arguments or ["--help"], prog_name="qwen-jax", standalone_mode=False) or 0
     except _UsageError as error:
         return _usage(error)
     except _FAULTS as error:
@@ -119,7 +128,7 @@ def _root(
 
 def _help(verb: Any) -> str:
     """A docstring as help: without the sections for readers of code, examples as they are."""
-    text = re.split(r"\n\n(?:Args|Raises|Returns):\n", inspect.getdoc(verb) or "")[0]
+    text = re.split(r"\n\n(?:Args|Raises|Returns):\n", getdoc(verb) or "")[0]
     return re.sub(r"(?m)^(?=Examples:$)", "\b\n", text)
 
 

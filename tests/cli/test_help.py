@@ -1,33 +1,35 @@
 """Help that teaches, at once."""
 
-import importlib
-import inspect
+import dataclasses
 import subprocess
 import sys
 
 import pytest
 
 from qwen_jax.cli import VERBS
+from qwen_jax.cli.flags import ModelFlags
 
-OWN = ["generate", "ask", "chat", "score", "doctor"]
-
-
-def test_the_summary_of_a_verb_is_its_own():
-    for verb in OWN:
-        module, name, summary = VERBS[verb]
-        function = getattr(importlib.import_module(f"qwen_jax.cli.{module}"), name)
-        assert inspect.getdoc(function).splitlines()[0] == summary
+ANSWERING = ["generate", "ask", "chat", "score"]
 
 
-@pytest.mark.parametrize("verb", OWN)
-def test_help_teaches_with_examples_and_names_each_flag(verb, run):
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_begins_with_the_summary_of_the_verb(verb, run):
     code, out, err = run(verb, "--help")
     assert (code, err) == (0, "")
-    assert f"\n  Examples:\n      qwen-jax {verb}" in out
+    assert VERBS[verb][2] in " ".join(out.split())
     assert "Raises" not in out
-    if verb != "doctor":
-        for flag in ("--dtype", "--slice", "--dca-original", "--sparse", "--vllm-parity"):
-            assert flag in out
+
+
+@pytest.mark.parametrize("verb", [*ANSWERING, "doctor"])
+def test_help_teaches_with_examples(verb, run):
+    assert f"\n  Examples:\n      qwen-jax {verb}" in run(verb, "--help")[1]
+
+
+@pytest.mark.parametrize("verb", ANSWERING)
+def test_every_verb_that_runs_a_model_takes_the_same_flags(verb, run):
+    out = run(verb, "--help")[1]
+    for field in dataclasses.fields(ModelFlags):
+        assert f"--{field.name.replace('_', '-')} " in out
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
@@ -36,7 +38,7 @@ def test_every_verb_is_listed(arguments, run):
     assert code == 0
     for verb, (_, _, summary) in VERBS.items():
         assert f"  {verb}" in out
-        assert summary in out
+        assert summary in " ".join(out.split())
 
 
 def test_the_version_is_told(run):

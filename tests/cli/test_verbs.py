@@ -21,52 +21,62 @@ def logits(path):
         return arrays["logits"]
 
 
-def test_generate_prints_ids_text_and_timings_as_json(tiny, run):
-    code, out, err = run(
-        "generate",
-        tiny,
-        "--prompt",
-        PROMPT,
-        "--max-new-tokens",
-        6,
-        "--greedy",
-        "--slice",
-        16,
-        "--json",
-    )
-    assert code == 0
-    found = json.loads(out)
-    assert list(found) == ["token_ids", "text", "finish", "timings"]
-    assert len(found["token_ids"]) == 6 or found["finish"] == "stop"
-    assert found["text"] == Tokenizer.load(tiny).decode(found["token_ids"])
-    assert found["timings"]["prompt_tokens"] == len(Tokenizer.load(tiny).encode_text(PROMPT))
-    assert err.count("\n") == 1
-    assert "float32" in err
-    assert "plain RoPE" in err
-
-
-def test_score_and_generate_agree_with_and_without_a_tokenizer(model, tmp_path, run):
+def test_score_needs_no_tokenizer_and_agrees_with_itself_in_slices(model, tmp_path, run):
     ids = Tokenizer.load(model).encode_text(PROMPT)
     (tmp_path / "ids.json").write_text(json.dumps(ids))
     (tmp_path / "ids.txt").write_text(" ".join(map(str, ids)))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (model / name).unlink()
-    code, _, err = run(
-        "score", model, "--tokens", tmp_path / "ids.txt", "--out", tmp_path / "a.npz"
-    )
+    out = tmp_path / "a.npz"
+    code, _, err = run("score", model, "--tokens", tmp_path / "ids.txt", "--out", out)
     assert code == 0
-    assert err.splitlines()[-1] == f"wrote {tmp_path / 'a.npz'}: logits [{len(ids)}, 320] f32"
-    whole = logits(tmp_path / "a.npz")
+    assert err.splitlines()[-1] == f"wrote {out}: logits [{len(ids)}, 320] f32"
+    whole = logits(out)
     assert whole.shape == (len(ids), 320)
     assert whole.dtype == np.float32
     more = ["--last", 3, "--slice", 4, "--dca", "on", "--dca-chunk", 512, "--dca-local", 64]
     run("score", model, "--tokens", tmp_path / "ids.json", "--out", tmp_path / "b.npz", *more)
     np.testing.assert_allclose(logits(tmp_path / "b.npz"), whole[-3:], atol=1e-4)
-    arguments = ["--tokens", tmp_path / "ids.json", "--greedy", "--json", "--max-new-tokens", 1]
-    code, out, _ = run("generate", model, *arguments)
+
+
+def test_generate_prints_the_greedy_tokens_of_score_as_json(tiny, tmp_path, run):
+    tokenizer = Tokenizer.load(tiny)
+    flags = ["--greedy", "--json", "--max-new-tokens", 6, "--slice", 16]
+    code, out, err = run("generate", tiny, "--prompt", PROMPT, *flags)
     assert code == 0
-    assert json.loads(out)["token_ids"] == [int(whole[-1].argmax())]
+    found = json.loads(out)
+    assert list(found) == ["token_ids", "text", "finish", "timings"]
+    assert found["finish"] == "length"
+    assert found["text"] == tokenizer.decode(found["token_ids"])
+    assert err.count("\n") == 1
+    assert "float32" in err
+    assert "plain RoPE" in err
+    ids = tokenizer.encode_text(PROMPT) + found["token_ids"]
+    assert found["timings"]["prompt_tokens"] == len(ids) - 6
+    (tmp_path / "ids").write_text(" ".join(map(str, ids)))
+    run("score", tiny, "--tokens", tmp_path / "ids", "--out", tmp_path / "a.npz", "--last", 7)
+    assert logits(tmp_path / "a.npz")[:6, :291].argmax(1).tolist() == found["token_ids"]
+
+
+def test_generate_without_a_tokenizer_prints_ids_and_no_text(model, tmp_path, fake, run):
+    (model / "tokenizer.json").unlink()
+    (tmp_path / "ids").write_text("[5, 6, 7]")
+    fake.answer = (70, 71)
+    code, out, _ = run("generate", model, "--tokens", tmp_path / "ids")
+    assert (code, out) == (0, "70 71\n")
+    code, out, _ = run("generate", model, "--tokens", tmp_path / "ids", "--json")
     assert json.loads(out)["text"] is None
+    assert fake.requests[-1].prompt == (5, 6, 7)
+    code, _, err = run("generate", model, "--tokens", tmp_path / "ids", "--stop", "x")
+    assert code == 2
+    assert "tokenizer.json is missing" in err
+
+
+def test_generate_ends_at_the_end_ids_unless_told_otherwise(tiny, fake, run):
+    end = Tokenizer.load(tiny).control("<|im_end|>")
+    fake.answer = (70, end, 71)
+    assert run("generate", tiny, "--prompt", "x")[1] == "g\n"
+    assert run("generate", tiny, "--prompt", "x", "--ignore-eos")[1] == "gh\n"
 
 
 def test_dual_chunk_attention_changes_long_prompts_only(tiny, tmp_path, run):
