@@ -16,7 +16,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from convert import source
+from convert import files, source
 from qwen_jax.manifest import CheckpointError
 
 _INDEX = "pytorch_model.bin.index.json"
@@ -90,11 +90,11 @@ def main(src: Path, dst: Path) -> None:
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     root = src.resolve()
-    files = {}
+    weight_files = {}
     if os.path.lexists(root / _INDEX):
-        files = source.read_index(root, _INDEX, _BIN_NAME)
-    names = sorted(set(files.values())) or [_SINGLE]
-    paths = {name: source.regular_file(root, name) for name in names}
+        weight_files = files.read_index(root, _INDEX, _BIN_NAME)
+    names = sorted(set(weight_files.values())) or [_SINGLE]
+    paths = {name: files.regular_file(root, name) for name in names}
     dst.mkdir()
     weight_map = {}
     for number, (name, path) in enumerate(paths.items(), 1):
@@ -116,7 +116,7 @@ def main(src: Path, dst: Path) -> None:
     (dst / source.INDEX).write_text(json.dumps({"weight_map": weight_map}))
     for name in source.COMPANIONS:
         if os.path.lexists(root / name):
-            shutil.copyfile(source.regular_file(root, name), dst / name)
+            shutil.copyfile(files.regular_file(root, name), dst / name)
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def test_two_runs_do_not_write_one_output(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_says_how_to_go_on_and_does(number, tmp_path):
-    Tiny(layers=40, shards=2).write(tmp_path / "hf")
+    Tiny(layers=16, shards=2).write(tmp_path / "hf")
     arguments = [str(tmp_path / "hf"), str(tmp_path / "ours")]
     process = subprocess.Popen(
         [sys.executable, "-m", "convert", *arguments], stderr=subprocess.PIPE, text=True
