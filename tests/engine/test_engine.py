@@ -14,6 +14,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.engine import batch
 from qwen_jax.engine.engine import Engine, EngineConfig
 from qwen_jax.engine.request import Request, RequestError, Sampling
+from qwen_jax.engine.sampling import sample
 
 MAX_LEN, MAX_SEQS, PAGE, SLICES = 240, 4, 16, (32, 8)
 CHUNK_LEN = 32
@@ -42,6 +43,9 @@ def build(**fields):
     sizes = {"max_len": MAX_LEN, "max_seqs": MAX_SEQS, "page": PAGE, "slices": SLICES}
     config = EngineConfig(**(sizes | {"vocab_limit": POISON} | fields))
     return Engine(MODEL, jax.tree.map(jnp.asarray, tree), config)
+
+
+choose = jax.jit(sample, static_argnames="vocab_limit")
 
 
 @functools.cache
@@ -125,19 +129,23 @@ def test_every_request_gets_the_tokens_it_gets_alone(seed):
     assert shared.num_prefilled - before < sum(len(request.prompt) for request in mixed)
 
 
-def test_greedy_answers_are_the_best_scores_across_chunk_borders():
+@pytest.mark.parametrize("setting", range(len(SAMPLINGS)))
+def test_answers_follow_from_scores_across_chunk_borders(setting):
     """Decoding one by one agrees with scoring the whole text at once."""
-    prompt = tokens(1, CHUNK_LEN - 5)
+    settings = SAMPLINGS[setting]
+    prompt = tokens([1, setting], CHUNK_LEN - 5)
     new = 2 * CHUNK_LEN + 5  # ends before the temperature starts to depend on the length
-    sampling = Sampling(repetition_penalty=1.5)
-    (answer,) = engine().run([Request(prompt=prompt, max_new_tokens=new, sampling=sampling)])
-    logits = np.concatenate(list(engine().score((*prompt, *answer))))
-    for i, token in enumerate(answer):
-        scores = logits[len(prompt) + i - 1, :POISON].copy()
-        seen = list({*prompt, *answer[:i]})
-        scores[seen] = np.where(scores[seen] < 0, scores[seen] * 1.5, scores[seen] / 1.5)
-        assert token == scores.argmax()
-    assert len(set(answer)) > 10
+    (answer,) = engine().run([Request(prompt=prompt, max_new_tokens=new, sampling=settings)])
+    assert len(answer) == new
+    text = (*prompt, *answer)
+    logits = np.concatenate(list(engine().score(text)))
+    seen = np.zeros(MODEL.vocab_size, bool)
+    seen[list(prompt)] = True
+    for position, token in enumerate(answer, start=len(prompt)):
+        choice = batch.choice(settings, row=0, position=position)
+        expected = choose(logits[[position - 1]], choice.sampling, seen[None], vocab_limit=POISON)
+        assert token == int(expected[0]), position
+        seen[token] = True
 
 
 def test_scores_of_the_last_positions_are_the_last_of_all_scores():
