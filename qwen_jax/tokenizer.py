@@ -69,9 +69,8 @@ class Tokenizer:
             raise TokenizerError(f"{path} lacks {error} in added_tokens or decoder") from None
         if kind != "ByteLevel":
             raise TokenizerError(f"{path}: decoder {kind!r} is not 'ByteLevel', as Qwen2.5's is")
-        # Only normaliser, pre-tokenizer and merges stay: truncation would drop text in
-        # silence, the post-processor would add tokens, the added tokens would match in text.
-        raw |= {"added_tokens": [], "truncation": None, "padding": None, "post_processor": None}
+        # Added tokens would match in text, truncation would drop some of it in silence.
+        raw |= {"added_tokens": [], "truncation": None, "padding": None}
         try:
             model = tokenizers.Tokenizer.from_str(json.dumps(raw))
         except Exception as error:  # the library raises nothing narrower

@@ -113,3 +113,11 @@ def test_special_tokens_are_silent_and_other_added_tokens_are_not(tokenizer):
 def test_an_empty_stop_string_is_refused(tokenizer):
     with pytest.raises(TokenizerError, match="must not be empty"):
         Stream(tokenizer, stop=["a", ""])
+
+
+@pytest.mark.parametrize("sizes", [(1,), (2,), (9,)])
+def test_of_two_stop_strings_the_one_complete_first_counts(tokenizer, sizes):
+    ids = [tokenizer.encode_text(letter)[0] for letter in "xabcdy"]
+    streamed, _, stream = stream_all(tokenizer, ids, sizes, ["abcd", "bc"])
+    assert streamed == "xa"
+    assert stream.stopped
