@@ -16,6 +16,13 @@ class Tiles:
     k: int
 
 
-def largest_divisor(n: int, limit: int) -> int:
-    """The largest divisor of `n` that is at most `limit`."""
-    return max(d for d in range(1, min(n, limit) + 1) if n % d == 0)
+def split(total: int, most: int) -> tuple[int, int]:
+    """How many tiles of at most `most` cover `total`, and the size of each."""
+    count = -(-total // most)
+    return count, -(-total // count)
+
+
+def of_page(page: int, most: int) -> int:
+    """Keys a tile: the largest divisor of the page up to `most`, or all of an odd page."""
+    tile = max(d for d in range(1, min(page, most) + 1) if page % d == 0)
+    return tile if tile >= min(page, 64) else page

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.blockwise import attend_tile
 from pallas_kernels.geometry import ChunkGeometry
-from pallas_kernels.tiles import largest_divisor
+from pallas_kernels.tiles import of_page
 
 TILE = 1024  # keys a step
 
@@ -38,7 +38,7 @@ def decode(
             table,
             position + 1,
             geometry=geometry,
-            tile=largest_divisor(page, tile),
+            tile=of_page(page, tile),
         )
         return out.reshape(N, H).astype(queries.dtype), lse.reshape(N)
 

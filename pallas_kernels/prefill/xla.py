@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.blockwise import attend_tile
 from pallas_kernels.geometry import ChunkGeometry
-from pallas_kernels.tiles import Tiles, largest_divisor
+from pallas_kernels.tiles import Tiles, of_page, split
 
 TILES = Tiles(q=1536, k=512)
 
@@ -23,20 +23,23 @@ def prefill(
     geometry: ChunkGeometry | None,
     tiles: Tiles = TILES,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
-    """See `api.prefill`. Takes every shape; a tile shrinks to a divisor of T and of the page."""
+    """See `api.prefill`. Takes every shape; tiles shrink to what divides T and the page."""
     views, T, N, H = queries.shape
     K, page = keys.shape[1], keys.shape[3]
     G = N // K
-    q_tile = largest_divisor(T, max(tiles.q // G, 1))
-    k_tile = largest_divisor(page, tiles.k)
+    count, q_tile = split(T, max(tiles.q // G, 1))
+    k_tile = of_page(page, tiles.k)
 
     # Grouped heads share their keys, so they join the rows of one product.
-    rows = queries.reshape(views, T // q_tile, q_tile, K, G, H).transpose(1, 3, 0, 4, 2, 5)
-    rows = rows.reshape(T // q_tile, K, views, 1, G * q_tile, H)
+    rows = jnp.pad(queries, ((0, 0), (0, count * q_tile - T), (0, 0), (0, 0)))
+    rows = rows.reshape(views, count, q_tile, K, G, H).transpose(1, 3, 0, 4, 2, 5)
+    rows = rows.reshape(count, K, views, 1, G * q_tile, H)
 
     def attend(number):
         i, head = number // K, number % K
-        q_pos = start + i * q_tile + jnp.tile(jnp.arange(q_tile, dtype=jnp.int32), G)
+        # Padding repeats the last position, lest it reach into the next chunk.
+        row = jnp.minimum(i * q_tile + jnp.arange(q_tile, dtype=jnp.int32), length - 1)
+        q_pos = start + jnp.tile(row, G)
         return attend_tile(
             rows[i, head],
             q_pos,
@@ -51,7 +54,7 @@ def prefill(
         )
 
     # One kv head at a time: its scores stay in a core's cache.
-    out, lse = jax.lax.map(attend, jnp.arange(T // q_tile * K, dtype=jnp.int32))
-    out = out.reshape(T // q_tile, K, G, q_tile, H).transpose(0, 3, 1, 2, 4).reshape(T, N, H)
-    lse = lse.reshape(T // q_tile, K, G, q_tile).transpose(0, 3, 1, 2).reshape(T, N)
-    return out.astype(queries.dtype), lse
+    out, lse = jax.lax.map(attend, jnp.arange(count * K, dtype=jnp.int32))
+    out = out.reshape(count, K, G, q_tile, H).transpose(0, 3, 1, 2, 4).reshape(-1, N, H)
+    lse = lse.reshape(count, K, G, q_tile).transpose(0, 3, 1, 2).reshape(-1, N)
+    return out[:T].astype(queries.dtype), lse[:T]

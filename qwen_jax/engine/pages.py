@@ -10,12 +10,12 @@ def default_page(platform: str, geometry: ChunkGeometry | None) -> int:
     """Tokens a page, so that no page straddles two chunks if their length allows it."""
     if geometry is None:
         return 512 if platform == "cpu" else 1024
-    return divisor(geometry.chunk_len, least=64) or 256
+    return divisor(geometry.chunk_len, least=64, most=1024) or 256
 
 
-def divisor(length: int, *, least: int) -> int | None:
-    """The largest divisor of a length from `least` to 1024, or None."""
-    return next((d for d in range(1024, least - 1, -1) if length % d == 0), None)
+def divisor(length: int, *, least: int, most: int) -> int | None:
+    """The largest divisor of a length from `least` to `most`, or None."""
+    return next((d for d in range(most, least - 1, -1) if length % d == 0), None)
 
 
 class Pages:

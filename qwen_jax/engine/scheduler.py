@@ -9,7 +9,7 @@ from pallas_kernels.geometry import ChunkGeometry
 from qwen_jax.engine.pages import Pages, divisor
 from qwen_jax.engine.request import Sequence
 
-_CPU_SLICES = (1024, 256, 32)
+_CPU_SLICES = (2048, 512, 128, 32)
 _ACCELERATOR_SLICES = (32768, 8192, 1024, 128)
 
 
@@ -44,7 +44,7 @@ def default_slices(platform: str, geometry: ChunkGeometry | None) -> tuple[int, 
         return _ACCELERATOR_SLICES
     largest = _CPU_SLICES[0]
     if geometry is not None and geometry.chunk_len < 8 * largest:
-        largest = divisor(geometry.chunk_len, least=256) or largest
+        largest = divisor(geometry.chunk_len, least=256, most=largest) or largest
     return (largest, *(size for size in _CPU_SLICES[1:] if size < largest))
 
 
