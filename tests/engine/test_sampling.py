@@ -124,6 +124,15 @@ def test_ties_at_the_edge_of_top_p_stay():
     assert np.flatnonzero(kept[1]).tolist() == [30]
 
 
+def test_more_ties_than_candidates_all_count_towards_top_p():
+    logits = np.full((1, V), -1e9, np.float32)
+    logits[0, :10] = 2
+    logits[0, 50 : 50 + CANDIDATES + 80] = 1
+    # Top-k keeps the ties, whose mass is 0.88 of what it keeps: top-p must keep one of them.
+    kept = np.isfinite(np.asarray(filtered(logits, rows({"top_k": 20, "top_p": 0.15}))))
+    assert kept.sum() == 10 + CANDIDATES + 80
+
+
 @pytest.mark.torch
 @pytest.mark.parametrize("penalty", [0.5, 1.05, 3.0])
 def test_the_repetition_penalty_is_that_of_transformers(penalty):
