@@ -5,6 +5,7 @@ the answer read with Dual Chunk Attention names the number that the text holds.
 """
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -35,7 +36,7 @@ def qwen_jax(*arguments: object) -> str:
     printed = b""
     with subprocess.Popen([script, *command[1:]], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        while piece := process.stdout.read1():
+        while piece := os.read(process.stdout.fileno(), 1 << 16):
             sys.stdout.buffer.write(piece)
             sys.stdout.buffer.flush()
             printed += piece
