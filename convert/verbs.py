@@ -29,7 +29,7 @@ def convert(
         typer.Argument(metavar="DST", help="Checkpoint to make; it appears when complete."),
     ],
     dtype: Annotated[
-        Literal["keep", "bfloat16", "float32"], typer.Option(help="Of the stored weights.")
+        Literal["keep", "f32", "bf16"], typer.Option(help="Precision of the stored weights.")
     ] = "keep",
     overwrite: Annotated[
         bool,
@@ -56,12 +56,13 @@ def convert(
     written is read back and gets a SHA-256 sum. Memory stays near that of a
     layer, whatever the size of the model. --resume continues a stopped run.
     """
+    stored = {"keep": "keep", "f32": "float32", "bf16": "bfloat16"}[dtype]
     if dry_run:
         checked = source.check(src)
         sizes = [
             tensor.size
             if dtype == "keep"
-            else tensor.size // DTYPES[tensor.dtype].itemsize * DTYPES[dtype].itemsize
+            else tensor.size // DTYPES[tensor.dtype].itemsize * DTYPES[stored].itemsize
             for tensor in checked.tensors.values()
         ]
         parent = next(path for path in dst.resolve().parents if path.exists())
@@ -80,7 +81,7 @@ def convert(
         manifest = weights.convert(
             src,
             dst,
-            dtype=dtype,
+            dtype=stored,
             overwrite=overwrite,
             resume=resume,
             allow_pickle=allow_pickle_weights,

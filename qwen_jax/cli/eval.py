@@ -18,6 +18,7 @@ from qwen_jax.eval import score, tasks
 app = typer.Typer(
     help="Measure what a model still finds in long texts.",
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode=None,
 )
 

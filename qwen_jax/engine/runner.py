@@ -55,11 +55,17 @@ class Runner:
         dtype = jax.tree.leaves(weights)[0].dtype
         # As a plain list, which costs less to hand over at every step than a module's state.
         self._weights, self._structure = _flatten(config, weights, dtype)
-        self._rotary = rope.table(config, table_len * page)
-        self._cache = caches.init(config, num_pages, page, dtype)
-        self._seen = jnp.zeros((max_seqs, config.vocab_size), bool)
-        platform = next(iter(self._seen.devices())).platform
-        jit = functools.partial(jax.jit, compiler_options=compiler_options(platform))
+        (device,) = jax.tree.leaves(weights)[0].devices()
+        # Where steps return them, or the second step of each kind would be compiled anew.
+        self._rotary, self._cache, self._seen = jax.device_put(
+            (
+                rope.table(config, table_len * page),
+                caches.init(config, num_pages, page, dtype),
+                jnp.zeros((max_seqs, config.vocab_size), bool),
+            ),
+            device,
+        )
+        jit = functools.partial(jax.jit, compiler_options=compiler_options(device.platform))
         self._prefill = jit(self._prefill_step, donate_argnames="cache")
         self._choose = jit(self._choose_step)
         self._score = jit(self._score_step, donate_argnames="cache")

@@ -174,6 +174,26 @@ def test_compilations_do_not_depend_on_the_prompt_length():
     assert fresh.num_compilations == before
 
 
+def test_the_second_step_of_each_kind_compiles_nothing():
+    fresh = engine()
+    request = Request(prompt=tokens(3, 5), max_new_tokens=2)
+    fresh.run([request])
+    compiled = []
+
+    def listen(event: str, duration: float, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        fresh.run([request])
+        assert not compiled
+        jax.block_until_ready(jax.jit(lambda x: x * 3)(np.float32(1)))
+        assert compiled  # what is listened for exists
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 def test_a_poisoned_request_fails_by_name_and_spares_the_others():
     shared = engine()
     good = [Request(prompt=tokens([6, i], 50 + i), max_new_tokens=30) for i in range(4)]
