@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import jaxtyping
 import numpy as np
 import pytest
@@ -42,7 +41,8 @@ def build(**fields):
     tree["embed"]["embedding"][POISON] = np.nan
     sizes = {"max_len": MAX_LEN, "max_seqs": MAX_SEQS, "page": PAGE, "slices": SLICES}
     config = EngineConfig(**(sizes | {"vocab_limit": POISON} | fields))
-    return Engine(MODEL, jax.tree.map(jnp.asarray, tree), config)
+    # On a device by choice, as weights from a checkpoint are.
+    return Engine(MODEL, jax.device_put(tree, jax.devices()[0]), config)
 
 
 choose = jax.jit(sample, static_argnames="vocab_limit")
@@ -175,7 +175,7 @@ def test_compilations_do_not_depend_on_the_prompt_length():
 
 
 def test_the_second_step_of_each_kind_compiles_nothing():
-    fresh = engine()
+    fresh = build()
     request = Request(prompt=tokens(3, 5), max_new_tokens=2)
     fresh.run([request])
     compiled = []
