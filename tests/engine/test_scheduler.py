@@ -66,6 +66,18 @@ def test_decode_and_prefill_take_turns():
     assert kinds == ["Decode", "Slice"] * 10
 
 
+def test_every_sequence_that_decodes_gets_a_token_in_each_decode_step():
+    _, queue = scheduler()
+    short = [sequence(3, new=60, first=10 * i) for i in range(3)]
+    for each in short:
+        queue.add(each)
+    run(queue, 5)
+    queue.add(sequence(160, new=60))
+    for work in run(queue, 10):
+        if isinstance(work, Decode):
+            assert set(work.sequences) == set(short)
+
+
 def test_a_short_prompt_does_not_wait_for_a_long_one():
     _, queue = scheduler()
     long, short = sequence(160), sequence(5)
