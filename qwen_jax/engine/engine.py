@@ -1,6 +1,7 @@
 """Engine: many requests at once over one model, one cache and few compiled steps."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator
 
 import jax
@@ -105,6 +106,9 @@ class Engine:
         self._table_len = -(-config.max_len // self._page)
         num_pages = config.num_pages or config.max_seqs * self._table_len + 1
         self._pages = Pages(num_pages)
+        # A function of its own: a method would tie engine and scheduler into a circle, and with
+        # it the cache's memory to the garbage collector.
+        self._scales = functools.partial(_scales, model, config.vllm_parity)
         self._scheduler = Scheduler(
             self._pages,
             page=self._page,
@@ -264,11 +268,6 @@ class Engine:
                 f"(max_len={self._config.max_len}, {self._pages.total} pages of {self._page})"
             )
 
-    def _scales(self, length: int) -> tuple[float, float]:
-        """Factors on queries and keys in a sequence of this length (arXiv:2501.15383, eq. 1)."""
-        factor = self._model.temperature(length)
-        return (factor, factor) if self._config.vllm_parity else (factor * factor, 1.0)
-
     def _prefill(self, piece: Slice) -> Event:
         sequence = piece.sequence
         sampling = sequence.request.sampling if piece.is_last else _GREEDY
@@ -335,3 +334,9 @@ class Engine:
         event = Event(request_id=sequence.id, prefilled=sequence.prefilled, finish=finish, **more)
         self._scheduler.finish(sequence)
         return event
+
+
+def _scales(model: ModelConfig, vllm_parity: bool, length: int) -> tuple[float, float]:
+    """Factors on queries and keys in a sequence of this length (arXiv:2501.15383, equation 1)."""
+    factor = model.temperature(length)
+    return (factor, factor) if vllm_parity else (factor * factor, 1.0)

@@ -30,9 +30,6 @@ class Runner:
         vocab_limit: ids from here on are never sampled.
         backend: of the attention operations, or None for the preferred one.
 
-    Attributes:
-        num_compilations: programs traced so far.
-
     Raises:
         ValueError: if the weights are not those of this configuration.
     """
@@ -49,12 +46,9 @@ class Runner:
         vocab_limit: int | None,
         backend: str | None,
     ):
-        self.num_compilations = 0
-        self._vocab_limit = vocab_limit
-        self._backend = backend
         dtype = jax.tree.leaves(weights)[0].dtype
         # As a plain list, which costs less to hand over at every step than a module's state.
-        self._weights, self._structure = _flatten(config, weights, dtype)
+        self._weights, structure = _flatten(config, weights, dtype)
         (device,) = jax.tree.leaves(weights)[0].devices()
         # Where steps return them, or the second step of each kind would be compiled anew.
         self._rotary, self._cache, self._seen = jax.device_put(
@@ -66,11 +60,17 @@ class Runner:
             device,
         )
         jit = functools.partial(jax.jit, compiler_options=compiler_options(device.platform))
-        self._prefill = jit(self._prefill_step, donate_argnames="cache")
-        self._choose = jit(self._choose_step)
-        self._score = jit(self._score_step, donate_argnames="cache")
-        self._decode = jit(self._decode_step, donate_argnames=("cache", "seen"))
-        self._mark = jit(self._mark_step, donate_argnames="seen")
+        self._steps = _Steps(structure, vocab_limit, backend)
+        self._prefill = jit(self._steps.prefill, donate_argnames="cache")
+        self._choose = jit(self._steps.choose)
+        self._score = jit(self._steps.score, donate_argnames="cache")
+        self._decode = jit(self._steps.decode, donate_argnames=("cache", "seen"))
+        self._mark = jit(self._steps.mark, donate_argnames="seen")
+
+    @property
+    def num_compilations(self) -> int:
+        """Programs traced so far."""
+        return self._steps.num_traced
 
     @property
     def cache_dtype(self) -> np.dtype:
@@ -107,24 +107,33 @@ class Runner:
         mask[np.asarray(prompt)] = True
         self._seen = self._mark(self._seen, np.asarray(row, np.int32), mask)
 
-    def _model(self, weights) -> Qwen2:
-        # Runs when a step is traced, which is once for each program.
-        self.num_compilations += 1
-        graph, structure = self._structure
-        return nnx.merge(graph, jax.tree.unflatten(structure, weights))
 
-    def _prefill_step(self, weights, rotary, cache, step):
+class _Steps:
+    """The functions that are compiled.
+
+    Apart from the runner and without arrays: compiled functions refer to what
+    they were made of, and a circle through the cache would keep it alive after
+    its engine until the garbage collector comes by.
+    """
+
+    def __init__(self, structure, vocab_limit: int | None, backend: str | None):
+        self.num_traced = 0
+        self._graph, self._tree = structure
+        self._vocab_limit = vocab_limit
+        self._backend = backend
+
+    def prefill(self, weights, rotary, cache, step):
         return self._model(weights).prefill(cache, _slice(step), rotary, backend=self._backend)
 
-    def _choose_step(self, logits, seen, choice):
-        self.num_compilations += 1
+    def choose(self, logits, seen, choice):
+        self.num_traced += 1
         rows, seen = choice.sampling, seen[choice.row][None]
         return sampling.sample(logits[None], rows, seen, vocab_limit=self._vocab_limit)[0]
 
-    def _score_step(self, weights, rotary, cache, step):
+    def score(self, weights, rotary, cache, step):
         return self._model(weights).score(cache, _slice(step), rotary, backend=self._backend)
 
-    def _decode_step(self, weights, rotary, cache, seen, roster, step):
+    def decode(self, weights, rotary, cache, seen, roster, step):
         tokens = DecodeStep(**step._asdict(), page_table=roster.page_table)
         logits, cache = self._model(weights).decode(cache, tokens, rotary, backend=self._backend)
         rows = roster.sampling._replace(position=step.positions + 1)
@@ -132,9 +141,14 @@ class Runner:
         token = sampling.sample(logits, rows, seen, vocab_limit=self._vocab_limit)
         return token, cache, seen
 
-    def _mark_step(self, seen, row, mask):
-        self.num_compilations += 1
+    def mark(self, seen, row, mask):
+        self.num_traced += 1
         return seen.at[row].set(mask)
+
+    def _model(self, weights) -> Qwen2:
+        # Runs when a step is traced, which is once for each program.
+        self.num_traced += 1
+        return nnx.merge(self._graph, jax.tree.unflatten(self._tree, weights))
 
 
 def _flatten(config: ModelConfig, weights, dtype):

@@ -1,6 +1,7 @@
 """The engine with a real, tiny model: company, slicing and memory change nothing."""
 
 import functools
+import gc
 
 import jax
 import jaxtyping
@@ -289,3 +290,20 @@ def test_no_second_cache_is_left_between_steps():
         shared.step()
         next(scores, None)
         assert sum(array.shape == shape for array in jax.live_arrays()) == 2
+
+
+def test_an_engine_that_is_dropped_frees_its_cache_at_once():
+    short_lived = build(num_pages=77)
+    short_lived.run([Request(prompt=tokens(14, 5), max_new_tokens=2)])
+    shape = short_lived._runner._cache.keys.shape
+
+    def alive():
+        return sum(array.shape == shape for array in jax.live_arrays())
+
+    gc.disable()
+    try:
+        assert alive() == 2
+        del short_lived
+        assert alive() == 0
+    finally:
+        gc.enable()
