@@ -9,7 +9,7 @@ from pallas_kernels.geometry import ChunkGeometry
 from qwen_jax.engine.pages import Pages, divisor
 from qwen_jax.engine.request import Sequence
 
-_CPU_SLICES = (2048, 512, 128, 32)
+_CPU_SLICES = (2048, 1024, 512, 256, 64)
 _ACCELERATOR_SLICES = (32768, 8192, 1024, 128)
 
 

@@ -307,17 +307,17 @@ def test_a_capacity_that_makes_no_sense_is_refused_by_name(fields):
 @pytest.mark.parametrize(
     ("platform", "geometry", "page", "slices"),
     [
-        ("cpu", None, 512, (2048, 512, 128, 32)),
+        ("cpu", None, 512, (2048, 1024, 512, 256, 64)),
         ("tpu", None, 1024, (32768, 8192, 1024, 128)),
         ("tpu", ChunkGeometry(262144, 8192), 1024, (32768, 8192, 1024, 128)),
-        ("cpu", ChunkGeometry(262144, 8192), 1024, (2048, 512, 128, 32)),
-        ("cpu", ChunkGeometry(2048, 256), 896, (1792, 512, 128, 32)),
-        ("cpu", ChunkGeometry(1024, 128), 896, (896, 512, 128, 32)),
-        ("cpu", ChunkGeometry(4096, 512), 896, (1792, 512, 128, 32)),
-        ("cpu", ChunkGeometry(512, 64), 448, (448, 128, 32)),
-        ("cpu", ChunkGeometry(320, 64), 256, (256, 128, 32)),
-        ("cpu", ChunkGeometry(2000, 1), 256, (1999, 512, 128, 32)),  # a prime
-        ("cpu", ChunkGeometry(40, 8), 256, (2048, 512, 128, 32)),
+        ("cpu", ChunkGeometry(262144, 8192), 1024, (2048, 1024, 512, 256, 64)),
+        ("cpu", ChunkGeometry(2048, 256), 896, (1792, 1024, 512, 256, 64)),
+        ("cpu", ChunkGeometry(1024, 128), 896, (896, 512, 256, 64)),
+        ("cpu", ChunkGeometry(4096, 512), 896, (1792, 1024, 512, 256, 64)),
+        ("cpu", ChunkGeometry(512, 64), 448, (448, 256, 64)),
+        ("cpu", ChunkGeometry(320, 64), 256, (256, 64)),
+        ("cpu", ChunkGeometry(2000, 1), 256, (1999, 1024, 512, 256, 64)),  # a prime
+        ("cpu", ChunkGeometry(40, 8), 256, (2048, 1024, 512, 256, 64)),
     ],
 )
 def test_pages_and_slices_fit_the_chunks_of_the_model(platform, geometry, page, slices):
