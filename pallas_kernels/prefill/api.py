@@ -22,7 +22,8 @@ def prefill(
     """Attention of a slice over its own keys and all before, which the cache holds.
 
     Query head n reads kv head `n // (N / K)`. Key s of the sequence lies in page
-    `page_table[s // page]`, row `s % page`, rotated to `geometry.key_position(s)`.
+    `page_table[s // page]`, row `s % page`, rotated to `geometry.key_position(s)`. Rows of a
+    page past the sequence's end may hold anything, NaN too, and must not show.
 
     Args:
         queries: rotated to each of `geometry.query_positions`, in their order, and
