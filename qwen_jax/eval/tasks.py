@@ -7,7 +7,8 @@ import random
 from qwen_jax.config import ConfigError
 from qwen_jax.tokenizer import Tokenizer
 
-# The wording of arXiv:2305.16300.
+# The wording of arXiv:2305.16300, but that the question asks for a number: asked for the pass
+# key, small models explain what pass keys are.
 _INTRODUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize it. "
     "I will quiz you about the important information there.\n\n"
@@ -20,7 +21,7 @@ _FILLER = (
     "There and back again.",
 )
 _NEEDLE = "The pass key is {key}. Remember it. {key} is the pass key."
-_QUESTION = "\n\nWhat is the pass key?"
+_QUESTION = "\n\nWhat is the number of the pass key?"
 _DIGITS = 5
 
 

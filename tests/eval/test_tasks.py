@@ -35,7 +35,7 @@ def test_the_key_lies_at_its_depth_in_the_filler(tokenizer, depth):
 
 def test_the_question_comes_last_in_the_turn_of_the_user(tokenizer):
     task = tasks.passkey(tokenizer, Cell(length=900, depth=0.5))
-    tail = [*tokenizer.encode_text("What is the pass key?"), *tokenizer.close_turn()]
+    tail = [*tokenizer.encode_text("What is the number of the pass key?"), *tokenizer.close_turn()]
     tail += tokenizer.open_answer()
     assert list(task.prompt[-len(tail) :]) == tail
 
