@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -146,7 +145,9 @@ def peak(who: str, directory: Path, length: int) -> int:
     """Bytes that this process held at most, after loading and prefilling once."""
     runner = Ours(directory, length + 1) if who == "ours" else PyTorch(directory)
     runner.run(np.random.default_rng(0).integers(0, 49152, length).tolist(), 1)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Not ru_maxrss, which a process inherits from the one that started it.
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def commit() -> str:
