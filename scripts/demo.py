@@ -70,7 +70,7 @@ def _verdict(answer: str) -> str:
 
 
 def main() -> int:
-    """The exit status: 0 if the answer was right, 1 if not, 2 if a step failed."""
+    """The exit status: 0 after the right answer, else 1; 2 if a step failed, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "model",
@@ -84,6 +84,8 @@ def main() -> int:
     except (demo_model.DemoModelError, DemoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

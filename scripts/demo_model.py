@@ -327,7 +327,7 @@ def _say(text: str) -> None:
 
 
 def main() -> int:
-    """The exit status: 0, or 2 after one line of explanation."""
+    """The exit status: 0, 2 after one line of explanation, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "directory", nargs="?", type=Path, default=cache_dir(), help="default: %(default)s"
@@ -339,6 +339,8 @@ def main() -> int:
     except (DemoModelError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     print(arguments.directory)
     return 0
 
