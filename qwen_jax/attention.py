@@ -1,6 +1,5 @@
 """The attention layer: project, rotate, write the cache, attend, project."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -30,14 +29,6 @@ class Attention(nnx.Module):
         self.geometry = config.dual_chunk
         self.scale = config.head_dim**-0.5
 
-    def project(
-        self, x: Float[Array, "T D"], angles: rope.Angles, query_scale: jax.Array, key_scale
-    ):
-        """Query views, keys and values of T tokens; scales are [] or [T]."""
-        queries = rope.views(self.q(x), angles.query, query_scale * jnp.float32(self.scale))
-        keys = rope.views(self.k(x), rope.Rotary(*(a[None] for a in angles.key)), key_scale)[0]
-        return queries, keys, self.v(x)
-
     def prefill(
         self,
         x: Float[Array, "T D"],
@@ -48,10 +39,9 @@ class Attention(nnx.Module):
         backend: str | None,
     ) -> tuple[Float[Array, "T D"], Cache]:
         """A slice of one sequence (`model.PrefillStep`) and the cache with it written."""
-        queries, keys, values = self.project(x, angles, step.query_scale, step.key_scale)
-        cache = write_slice(cache, layer, keys, values, step.page_table, step.start, step.length)
+        cache = self.write_slice(x, cache, layer, step, angles)
         out, _ = prefill(
-            queries,
+            self._queries(x, step, angles),
             cache.keys,
             cache.values,
             layer,
@@ -63,6 +53,18 @@ class Attention(nnx.Module):
         )
         return self.o(out), cache
 
+    def write_slice(
+        self,
+        x: Float[Array, "T D"],
+        cache: Cache,
+        layer: Int[Array, ""],
+        step,
+        angles: rope.Angles,
+    ) -> Cache:
+        """The cache with a slice of one sequence (`model.PrefillStep`) written."""
+        keys, values = self._keys_values(x, step, angles)
+        return write_slice(cache, layer, keys, values, step.page_table, step.start, step.length)
+
     def decode(
         self,
         x: Float[Array, "B D"],
@@ -73,10 +75,22 @@ class Attention(nnx.Module):
         backend: str | None,
     ) -> tuple[Float[Array, "B D"], Cache]:
         """One token of each sequence (`model.DecodeStep`) and the cache with it written."""
-        queries, keys, values = self.project(x, angles, step.query_scale, step.key_scale)
+        keys, values = self._keys_values(x, step, angles)
         cache = write_tokens(cache, layer, keys, values, step.page_table, step.positions)
+        return self.read_tokens(x, cache, layer, step, angles, backend), cache
+
+    def read_tokens(
+        self,
+        x: Float[Array, "B D"],
+        cache: Cache,
+        layer: Int[Array, ""],
+        step,
+        angles: rope.Angles,
+        backend: str | None,
+    ) -> Float[Array, "B D"]:
+        """One token of each sequence (`model.DecodeStep`), which the cache holds already."""
         out, _ = decode(
-            queries,
+            self._queries(x, step, angles),
             cache.keys,
             cache.values,
             layer,
@@ -85,4 +99,11 @@ class Attention(nnx.Module):
             geometry=self.geometry,
             backend_name=backend,
         )
-        return self.o(out), cache
+        return self.o(out)
+
+    def _queries(self, x, step, angles: rope.Angles) -> Float[Array, "views T N H"]:
+        return rope.views(self.q(x), angles.query, step.query_scale * jnp.float32(self.scale))
+
+    def _keys_values(self, x, step, angles: rope.Angles):
+        key = rope.Rotary(*(part[None] for part in angles.key))
+        return rope.views(self.k(x), key, step.key_scale)[0], self.v(x)

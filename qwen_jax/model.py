@@ -72,7 +72,7 @@ class Block(nnx.Module):
 
 
 class Qwen2(nnx.Module):
-    """Qwen2 decoder whose blocks are stacked on a leading layer axis and scanned."""
+    """Qwen2 decoder whose blocks are stacked on a leading layer axis and looped over."""
 
     def __init__(self, config: ModelConfig, *, key: jax.Array, dtype=jnp.bfloat16):
         def block(key):
@@ -101,15 +101,15 @@ class Qwen2(nnx.Module):
             rotary: `rope.table` of the configuration.
             backend: of the attention operations, or None for the preferred one.
         """
-        x, cache = self._slice(cache, step, rotary, backend)
-        last = jax.lax.dynamic_slice_in_dim(x, step.length - 1, 1)
-        return self.logits(last)[0], cache
+        x, cache = self._slice(cache, step, rotary, backend, skip=1)
+        x, cache = self._last_token(x, cache, step, rotary, backend)
+        return self.logits(x)[0], cache
 
     def score(
         self, cache: Cache, step: PrefillStep, rotary: rope.Rotary, *, backend: str | None = None
     ) -> tuple[Float[Array, "T V"], Cache]:
         """As `prefill`, with the logits of every token; rows of padding mean nothing."""
-        x, cache = self._slice(cache, step, rotary, backend)
+        x, cache = self._slice(cache, step, rotary, backend, skip=0)
         return self.logits(x), cache
 
     def decode(
@@ -121,7 +121,7 @@ class Qwen2(nnx.Module):
         def attend(attention, x, cache, layer):
             return attention.decode(x, cache, layer, step, angles, backend)
 
-        x, cache = self._layers(self.embed(step.tokens), cache, attend)
+        x, cache = self._layers(self.embed(step.tokens), cache, attend, skip=0)
         return self.logits(x), cache
 
     def logits(self, x: Float[Array, "T D"]) -> Float[Array, "T V"]:
@@ -132,24 +132,47 @@ class Qwen2(nnx.Module):
         kernel = self.head.kernel[...]
         return jnp.einsum(self.head.equation, x, kernel, preferred_element_type=jnp.float32)
 
-    def _slice(self, cache, step, rotary, backend):
+    def _slice(self, cache, step, rotary, backend, *, skip: int):
         positions = step.start + jnp.arange(step.tokens.shape[0], dtype=jnp.int32)
         angles = rope.angles(self.config, rotary, positions)
 
         def attend(attention, x, cache, layer):
             return attention.prefill(x, cache, layer, step, angles, backend)
 
-        return self._layers(self.embed(step.tokens), cache, attend)
+        return self._layers(self.embed(step.tokens), cache, attend, skip=skip)
 
-    def _layers(self, x, cache, attend):
+    def _last_token(self, x, cache, step, rotary, backend):
+        """The last layer caches the keys of the whole slice; what follows needs one token."""
+        layer = jnp.int32(self.config.num_layers - 1)
+        block = self._block(layer)
+        positions = step.start + jnp.arange(x.shape[0], dtype=jnp.int32)
+        angles = rope.angles(self.config, rotary, positions)
+        cache = block.attention.write_slice(block.attention_norm(x), cache, layer, step, angles)
+
+        token = DecodeStep(
+            tokens=jax.lax.dynamic_slice_in_dim(step.tokens, step.length - 1, 1),
+            positions=(step.start + step.length - 1)[None],
+            page_table=step.page_table[None],
+            query_scale=step.query_scale[None],
+            key_scale=step.key_scale[None],
+        )
+        angles = rope.angles(self.config, rotary, token.positions)
+        x = jax.lax.dynamic_slice_in_dim(x, step.length - 1, 1)
+
+        def attend(attention, x):
+            return attention.read_tokens(x, cache, layer, token, angles, backend), cache
+
+        return block(x, attend)
+
+    def _block(self, layer) -> Block:
         graph, weights = nnx.split(self.blocks)
+        return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[layer], weights))
 
-        def layer(carry, scanned):
+    def _layers(self, x, cache, attend, *, skip: int):
+        """All layers, but for the last `skip`."""
+
+        def body(layer, carry):
             x, cache = carry
-            weights, number = scanned
-            block = nnx.merge(graph, weights)
-            return block(x, lambda attention, x: attend(attention, x, cache, number)), None
+            return self._block(layer)(x, lambda attention, x: attend(attention, x, cache, layer))
 
-        numbers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        (x, cache), _ = jax.lax.scan(layer, (x, cache), (weights, numbers))
-        return x, cache
+        return jax.lax.fori_loop(0, self.config.num_layers - skip, body, (x, cache))

@@ -8,7 +8,7 @@ from pallas_kernels.blockwise import attend_tile
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.tiles import Tiles, of_page, split
 
-TILES = Tiles(q=1536, k=512)
+TILES = Tiles(q=1536, k=256)
 
 
 def prefill(
@@ -32,14 +32,14 @@ def prefill(
 
     # Grouped heads share their keys, so they join the rows of one product.
     rows = jnp.pad(queries, ((0, 0), (0, count * q_tile - T), (0, 0), (0, 0)))
-    rows = rows.reshape(views, count, q_tile, K, G, H).transpose(1, 3, 0, 4, 2, 5)
-    rows = rows.reshape(count, K, views, 1, G * q_tile, H)
+    rows = rows.reshape(views, count, q_tile, K, G, H).transpose(1, 3, 0, 2, 4, 5)
+    rows = rows.reshape(count, K, views, 1, q_tile * G, H)
 
     def attend(number):
         i, head = number // K, number % K
         # Padding repeats the last position, lest it reach into the next chunk.
         row = jnp.minimum(i * q_tile + jnp.arange(q_tile, dtype=jnp.int32), length - 1)
-        q_pos = start + jnp.tile(row, G)
+        q_pos = start + jnp.repeat(row, G)
         return attend_tile(
             rows[i, head],
             q_pos,
@@ -55,6 +55,6 @@ def prefill(
 
     # One kv head at a time: its scores stay in a core's cache.
     out, lse = jax.lax.map(attend, jnp.arange(count * K, dtype=jnp.int32))
-    out = out.reshape(count, K, G, q_tile, H).transpose(0, 3, 1, 2, 4).reshape(-1, N, H)
-    lse = lse.reshape(count, K, G, q_tile).transpose(0, 3, 1, 2).reshape(-1, N)
+    out = out.reshape(count, K, q_tile, G, H).swapaxes(1, 2).reshape(-1, N, H)
+    lse = lse.reshape(count, K, q_tile, G).swapaxes(1, 2).reshape(-1, N)
     return out[:T].astype(queries.dtype), lse[:T]
