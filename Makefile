@@ -12,7 +12,8 @@ TAG := $(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])'
 CONSTRAINTS := constraints/$(TAG).txt
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 # PyTorch is the oracle of the parity tests; its CPU wheel exists for Python 3.11 here.
-TORCH := $(if $(filter py311,$(TAG)),torch==2.13.0)
+# With accelerate, transformers reads GGUF files.
+TORCH := $(if $(filter py311,$(TAG)),torch==2.13.0 accelerate)
 
 .PHONY: demo test lint bench clean
 

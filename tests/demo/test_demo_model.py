@@ -37,7 +37,6 @@ def gguf_directory(tmp_path_factory):
 @pytest.mark.filterwarnings("ignore")  # the reader's own
 def test_every_tensor_equals_what_transformers_reads_from_the_gguf_file(gguf_directory):
     torch = pytest.importorskip("torch")
-    pytest.importorskip("accelerate")
     from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM.from_pretrained(
