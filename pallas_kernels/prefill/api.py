@@ -5,6 +5,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import backend
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.plan import SparsePlan
 
 
 def prefill(
@@ -17,6 +18,7 @@ def prefill(
     length: Int[Array, ""],
     *,
     geometry: ChunkGeometry | None,
+    plan: SparsePlan | None = None,
     backend_name: str | None = None,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     """Attention of a slice over its own keys and all before, which the cache holds.
@@ -32,11 +34,13 @@ def prefill(
         layer: which layer of the cache to read.
         start: position of the first query.
         length: queries that count; the rows after them are padding.
+        plan: which of these keys each query reads; None for all.
         backend_name: one of `backend.NAMES`, or None for the preferred one.
 
     Returns:
         The output, in the dtype of the queries, and the natural log-sum-exp, in
-        float32. Rows of padding are finite and mean nothing.
+        float32. Rows of padding are finite and mean nothing; a row that reads no key
+        has output 0 and log-sum-exp -inf.
 
     Raises:
         Unsupported: if the backend cannot take these shapes.
@@ -44,5 +48,5 @@ def prefill(
     name = backend.choose(jax.default_backend(), backend_name)
     module = backend.load("prefill", name)
     return module.prefill(
-        queries, keys, values, layer, page_table, start, length, geometry=geometry
+        queries, keys, values, layer, page_table, start, length, geometry=geometry, plan=plan
     )

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.plan import SparsePlan, to_mask
 
 
 def prefill(
@@ -16,6 +17,7 @@ def prefill(
     length: Int[Array, ""],
     *,
     geometry: ChunkGeometry | None,
+    plan: SparsePlan | None = None,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     """See `api.prefill`. Holds `[views, N, T, S]` scores."""
     _, T, N, H = queries.shape
@@ -33,9 +35,11 @@ def prefill(
         view = geometry.view(q_pos[:, None], k_pos[None, :])
         scores = jnp.take_along_axis(scores, view[None, None], axis=0)[0]
     visible = (k_pos <= q_pos[:, None]) & (k_pos < start + length)
+    if plan is not None:
+        visible &= to_mask(plan, start, length, num_keys=k.shape[1])[:, :T]
     scores = jnp.where(visible, scores, -jnp.inf)
     lse = jnp.logaddexp.reduce(scores, axis=-1)
-    weights = jnp.exp(scores - lse[..., None])
+    weights = jnp.where(visible, jnp.exp(scores - lse[..., None]), 0)
     v = jnp.where((k_pos < start + length)[:, None], v, 0)
     out = jnp.einsum("NTS,NSH->TNH", weights, v)
     return out.astype(queries.dtype), lse.T

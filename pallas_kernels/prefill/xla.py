@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.blockwise import attend_tile
+from pallas_kernels.blockwise import attend_listed, attend_tile
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.plan import ABSENT, SparsePlan
 from pallas_kernels.tiles import Tiles, of_page, split
 
 TILES = Tiles(q=1536, k=256)
+WIDTH = 512  # listed keys a step
 
 
 def prefill(
@@ -21,12 +23,22 @@ def prefill(
     length: Int[Array, ""],
     *,
     geometry: ChunkGeometry | None,
+    plan: SparsePlan | None = None,
     tiles: Tiles = TILES,
+    width: int = WIDTH,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
-    """See `api.prefill`. Takes every shape; tiles shrink to what divides T and the page."""
+    """See `api.prefill`. Takes every shape; tiles shrink to what divides T and the page.
+
+    Args:
+        tiles: of an attention without a plan, which brings its own.
+        width: keys a step of one with a plan.
+    """
     views, T, N, H = queries.shape
     K, page = keys.shape[1], keys.shape[3]
     G = N // K
+    if plan is not None:
+        args = queries, keys, values, layer, page_table, start, length, plan
+        return _sparse(*args, geometry=geometry, width=width)
     count, q_tile = split(T, max(tiles.q // G, 1))
     k_tile = of_page(page, tiles.k)
 
@@ -58,3 +70,49 @@ def prefill(
     out = out.reshape(count, K, q_tile, G, H).swapaxes(1, 2).reshape(-1, N, H)
     lse = lse.reshape(count, K, q_tile, G).swapaxes(1, 2).reshape(-1, N)
     return out[:T].astype(queries.dtype), lse[:T]
+
+
+def _sparse(
+    queries, keys, values, layer, page_table, start, length, plan: SparsePlan, *, geometry, width
+) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
+    _, T, N, H = queries.shape
+    K, page, q_tile = keys.shape[1], keys.shape[3], plan.tiles.q
+    S = page_table.shape[0] * page
+    count = -(-T // q_tile)
+    width = max(width // plan.tiles.k, 1) * plan.tiles.k
+    rows = jnp.pad(queries, ((0, 0), (0, count * q_tile - T), (0, 0), (0, 0)))
+    reads = plan.reads()
+    V = plan.columns.shape[1]
+    columns = jnp.pad(plan.columns, ((0, 0), (0, -V % width)), constant_values=ABSENT)
+
+    def head_of(n):
+        head = n // (N // K)
+        slot = jnp.minimum(columns[n], S - 1)
+        pages, row = page_table[slot // page], slot % page
+        # Once for all tiles: every query of a head reads the same columns.
+        singles = columns[n], keys[layer, head, pages, row], values[layer, head, pages, row]
+        of_head = jax.lax.dynamic_index_in_dim(rows, n, 2, False)
+
+        def tile_of(i):
+            row = jnp.minimum(i * q_tile + jnp.arange(q_tile, dtype=jnp.int32), length - 1)
+            return attend_listed(
+                jax.lax.dynamic_slice_in_dim(of_head, i * q_tile, q_tile, 1),
+                start + row,
+                keys,
+                values,
+                layer,
+                head,
+                page_table,
+                jnp.where(i * q_tile < length, start + length, 0),
+                reads[n, i],
+                singles,
+                geometry=geometry,
+                block=plan.tiles.k,
+                width=width,
+            )
+
+        out, lse = jax.lax.map(tile_of, jnp.arange(count, dtype=jnp.int32))
+        return out.reshape(-1, H)[:T].astype(queries.dtype), lse.reshape(-1)[:T]
+
+    out, lse = jax.lax.map(head_of, jnp.arange(N, dtype=jnp.int32))
+    return out.swapaxes(0, 1), lse.T

@@ -11,21 +11,25 @@ def view(q_pos, k_pos, geometry):
     return min(q_pos // chunk - k_pos // chunk, 2)
 
 
-def attention(queries, keys, values, start, length, geometry):
-    """Output [T, N, H] and log-sum-exp [T, N] of queries [views, T, N, H] over keys [S, K, H]."""
+def attention(queries, keys, values, start, length, geometry, mask=None):
+    """Output [T, N, H] and log-sum-exp [T, N] of queries [views, T, N, H] over keys [S, K, H].
+
+    Of causal pairs, or of those of them in a mask [N, T, S].
+    """
     queries, keys, values = (np.asarray(x, np.float64) for x in (queries, keys, values))
     _, T, N, H = queries.shape
     out, lse = np.zeros((T, N, H)), np.full((T, N), -np.inf)
     for t in range(length):
         for n in range(N):
             head = n // (N // keys.shape[1])
+            read = np.arange(start + t + 1)
+            read = read if mask is None else read[mask[n, t, : start + t + 1]]
+            if not len(read):
+                continue
             scores = np.array(
-                [
-                    queries[view(start + t, s, geometry), t, n] @ keys[s, head]
-                    for s in range(start + t + 1)
-                ]
+                [queries[view(start + t, s, geometry), t, n] @ keys[s, head] for s in read]
             )
             weights = np.exp(scores - scores.max())
             lse[t, n] = scores.max() + np.log(weights.sum())
-            out[t, n] = weights @ values[: start + t + 1, head] / weights.sum()
+            out[t, n] = weights @ values[read, head] / weights.sum()
     return out, lse

@@ -1,0 +1,130 @@
+"""SparsePlan: which keys each tile of queries reads, per query head; one format for all backends.
+
+A tile of queries reads whole blocks of keys, a bit each, and the single columns that none
+of its blocks covers. Blocks and columns are positions in the sequence, so the three regions
+of Dual Chunk Attention share one plan. Nothing outside this file knows the layout.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from pallas_kernels.tiles import Tiles
+
+ABSENT = 2**31 - 1
+"""Position of a column that is not there: after every key."""
+_WORD = 32  # bits
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["blocks", "columns"], meta_fields=["tiles"]
+)
+@dataclasses.dataclass(frozen=True, slots=True)
+class SparsePlan:
+    """What a slice of T queries reads of the keys up to its end.
+
+    Attributes:
+        blocks: bit b of word w of a tile says that the tile reads key block `32 w + b`.
+        columns: ascending positions of single keys, for all tiles of a head, then `ABSENT`.
+        tiles: queries a tile and keys a block.
+    """
+
+    blocks: UInt32[Array, "N tiles words"]
+    columns: Int[Array, "N V"]
+    tiles: Tiles
+
+    def reads(self) -> Bool[Array, "N tiles blocks"]:
+        """Which blocks each tile reads."""
+        bits = self.blocks[..., None] >> jnp.arange(_WORD, dtype=jnp.uint32) & 1
+        return bits.reshape(*self.blocks.shape[:-1], -1).astype(bool)
+
+
+def build(
+    verticals: Bool[Array, "N S"],
+    slashes: Bool[Array, "N S"],
+    start: Int[Array, ""],
+    length: Int[Array, ""],
+    *,
+    num_queries: int,
+    num_columns: int,
+    tiles: Tiles,
+) -> SparsePlan:
+    """The plan of a slice from what was selected for it (arXiv:2407.02490, section 3.2).
+
+    A diagonal gives a tile every block that it crosses in the tile's rows, so a tile
+    reads a superset of the selected keys; blocks after a tile's last query are left out.
+
+    Args:
+        verticals: columns every query of the slice reads.
+        slashes: diagonals, each at the key that it holds in the last query's row.
+        start: position of the first query.
+        length: queries that count; tiles past them read nothing.
+        num_queries: rows of the slice with its padding, T.
+        num_columns: columns that a head has at most, V.
+    """
+    N, S = slashes.shape
+    B, count = tiles.k, -(-num_queries // tiles.q)
+    num_blocks = -(-S // (B * _WORD)) * _WORD
+    last = start + length - 1
+    # before[s]: selected diagonals whose key in the last row lies before s.
+    before = jnp.pad(jnp.cumsum(slashes, -1, dtype=jnp.int32), ((0, 0), (1, 0)))
+    rest = num_blocks * B + (-(-num_queries // B) + 2) * B - S - 1
+    before = jnp.pad(before, ((0, 0), (0, rest)), mode="edge").reshape(N, -1, B)
+    first_keys = jnp.arange(num_blocks, dtype=jnp.int32) * B
+
+    def blocks_of(tile):
+        first = start + tile * tiles.q
+        final = jnp.minimum(first + tiles.q - 1, last)
+
+        def before_blocks(offset):  # how many lie before each block's first key + offset
+            column = jax.lax.dynamic_index_in_dim(before, offset % B, 2, False)
+            return jax.lax.dynamic_slice_in_dim(column, offset // B, num_blocks, 1)
+
+        crossed = before_blocks(last - first + B) > before_blocks(last - final)
+        crossed &= (first_keys <= final) & (first <= last)
+        words = crossed.reshape(N, -1, _WORD).astype(jnp.uint32)
+        return (words << jnp.arange(_WORD, dtype=jnp.uint32)).sum(-1, dtype=jnp.uint32)
+
+    blocks = jax.lax.map(blocks_of, jnp.arange(count, dtype=jnp.int32)).swapaxes(0, 1)
+    return SparsePlan(blocks, _positions(verticals, num_columns), tiles)
+
+
+def _positions(chosen: Bool[Array, "N S"], most: int) -> Int[Array, "N V"]:
+    """Where `chosen` is true, ascending, in the first of `most` places."""
+    upto = jnp.cumsum(chosen, -1, dtype=jnp.int32)
+    place = jnp.arange(most, dtype=jnp.int32)
+    found = jax.vmap(functools.partial(jnp.searchsorted, v=place + 1))(upto)
+    return jnp.where(place < upto[:, -1:], found.astype(jnp.int32), ABSENT)
+
+
+def to_mask(
+    plan: SparsePlan, start: Int[Array, ""], length: Int[Array, ""], *, num_keys: int
+) -> Bool[Array, "N T S"]:
+    """The pairs that a small plan reads, causal, for its first `length` queries."""
+    blocks = plan.reads().repeat(plan.tiles.k, -1)[..., :num_keys]
+    key = jnp.arange(num_keys, dtype=jnp.int32)
+    columns = (plan.columns[..., None] == key).any(1)
+    rows = (blocks | columns[:, None]).repeat(plan.tiles.q, 1)
+    row = jnp.arange(rows.shape[1], dtype=jnp.int32)
+    return rows & (key <= start + row[:, None]) & (row < length)[:, None]
+
+
+def density(plan: SparsePlan, start: Int[Array, ""], length: Int[Array, ""]) -> Float[Array, " N"]:
+    """Pairs that a kernel computes by the plan, as a share of those that it would without.
+
+    Both count whole blocks, so a plan that leaves out nothing has density 1.
+    """
+    q, B = plan.tiles.q, plan.tiles.k
+    reads = plan.reads()
+    tile = jnp.arange(reads.shape[1], dtype=jnp.int32)
+    final = jnp.minimum(start + (tile + 1) * q, start + length) - 1
+    rows = jnp.clip(length - tile * q, 0, q).astype(jnp.float32)
+    # A column costs a tile something unless a block covers it or it comes later.
+    block = jnp.minimum(plan.columns // B, reads.shape[2] - 1)
+    covered = jnp.take_along_axis(reads, block[:, None], 2)
+    single = ((plan.columns[:, None] <= final[:, None]) & ~covered).sum(-1)
+    kept = (reads.sum(-1) * B + single).astype(jnp.float32) @ rows
+    return kept / (((final // B + 1) * B).astype(jnp.float32) @ rows)

@@ -1,0 +1,75 @@
+"""The selection operation that users call."""
+
+from typing import NamedTuple
+
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels import backend
+from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.select.top import top
+
+FORCED_COLUMNS = 30
+"""Columns at the start of the sequence that are always read (attention sinks)."""
+FORCED_DIAGONALS = 100
+"""Diagonals nearest to the query that are always read."""
+
+
+class Selection(NamedTuple):
+    """What the slice of a head reads.
+
+    Attributes:
+        verticals: columns, at their position.
+        slashes: diagonals, at the position that each has in the last query's row.
+    """
+
+    verticals: Bool[Array, "N S"]
+    slashes: Bool[Array, "N S"]
+
+
+def select(
+    queries: Float[Array, "views R N H"],
+    keys: Float[Array, "L K pages page H"],
+    layer: Int[Array, ""],
+    page_table: Int[Array, " P"],
+    start: Int[Array, ""],
+    length: Int[Array, ""],
+    vertical: Int[Array, " N"],
+    slash: Int[Array, " N"],
+    *,
+    geometry: ChunkGeometry | None,
+    backend_name: str | None = None,
+) -> Selection:
+    """The columns and diagonals that hold most attention of a slice's last queries.
+
+    The last R queries of the slice, or as many as it has, vote with their softmax over
+    all keys: a column gets the sum of its weights, a diagonal of those along it
+    (arXiv:2407.02490, section 3.2; arXiv:2501.15383, section 5). The first
+    `FORCED_COLUMNS` and the nearest `FORCED_DIAGONALS` come first and count against the
+    budgets. Ties go to the lower position.
+
+    Args:
+        queries: the last R queries of the slice, the last in the last row, in each view of
+            `geometry.critical_positions`, multiplied by the softmax scale; rows
+            before the slice are ignored. One view if `geometry` is None.
+        start: position of the slice's first query.
+        length: queries of the slice.
+        vertical: columns to keep, per query head; more than there are keeps all.
+        slash: diagonals to keep.
+
+    Returns:
+        Masks over S = P x page positions.
+
+    Raises:
+        Unsupported: if the backend cannot take these shapes.
+    """
+    name = backend.choose(jax.default_backend(), backend_name)
+    module = backend.load("select", name)
+    columns, diagonals = module.vote(
+        queries, keys, layer, page_table, start, length, geometry=geometry
+    )
+    end = start + length
+    return Selection(
+        top(columns, vertical, low=0, high=FORCED_COLUMNS, end=end),
+        top(diagonals, slash, low=end - FORCED_DIAGONALS, high=end, end=end),
+    )

@@ -1,0 +1,38 @@
+"""The vote written as one softmax: `[N, R, S]` weights, for tests."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.geometry import ChunkGeometry
+
+
+def vote(
+    queries: Float[Array, "views R N H"],
+    keys: Float[Array, "L K pages page H"],
+    layer: Int[Array, ""],
+    page_table: Int[Array, " P"],
+    start: Int[Array, ""],
+    length: Int[Array, ""],
+    *,
+    geometry: ChunkGeometry | None,
+) -> tuple[Float[Array, "N S"], Float[Array, "N S"]]:
+    """Sums of softmax weights by column and by diagonal; see `api.select`."""
+    _, R, N, H = queries.shape
+    K = keys.shape[1]
+    k = keys[layer][:, page_table].reshape(K, -1, H).repeat(N // K, 0).astype(jnp.float32)
+    S = k.shape[1]
+    q_pos = start + length - R + jnp.arange(R, dtype=jnp.int32)
+    k_pos = jnp.arange(S, dtype=jnp.int32)
+    scores = jnp.einsum("VRNH,NSH->VNRS", queries.astype(jnp.float32), k)
+    if geometry is None:
+        scores = scores[0]
+    else:
+        view = geometry.view(q_pos[:, None], k_pos[None, :])
+        scores = jnp.take_along_axis(scores, view[None, None], axis=0)[0]
+    visible = (k_pos <= q_pos[:, None]) & (q_pos >= start)[:, None]
+    weights = jax.nn.softmax(scores, axis=-1, where=visible)
+    weights = jnp.where(visible, weights, 0)
+    # The weight of row r in column c lies on the diagonal that ends in column c + R - 1 - r.
+    moved = [jnp.pad(weights[:, r], ((0, 0), (R - 1 - r, 0)))[:, :S] for r in range(R)]
+    return weights.sum(1), sum(moved, jnp.zeros((N, S)))
