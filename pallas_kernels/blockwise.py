@@ -2,8 +2,7 @@
 
 The keys before a query tile fall into the three regions of Dual Chunk Attention, each
 with one view of the query; a loop over the whole tiles of each region does nothing but
-attend. Tiles that a mask or a border of chunks cuts go through a fourth, general loop, which
-leaves out the first half of the rows where all of it comes before the keys.
+attend. Tiles that a mask or a border of chunks cuts go through a fourth, general loop.
 """
 
 import jax
@@ -13,8 +12,6 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import softmax
 from pallas_kernels.geometry import INTER, INTRA, SUCC, ChunkGeometry
 from pallas_kernels.plan import ABSENT
-
-HALVED = 256  # rows of which the later half is worth a product of its own
 
 
 def scores(
@@ -83,8 +80,7 @@ def attend_tile(
     Args:
         queries: rows of J consecutive kv heads.
         head: the first of these kv heads.
-        q_pos: absolute position of each row, none before that of an earlier row; grouped heads
-            are rows of one position.
+        q_pos: absolute position of each row; rows of one position may repeat (grouped heads).
         kv_len: keys that exist; 0 computes nothing and returns empty rows.
         tile: keys a step; must divide the page.
     """
@@ -103,28 +99,12 @@ def attend_tile(
 
         return body
 
-    def general(j, state, skip=0):
-        """Rows before `skip` keep their state."""
+    def general(j, state):
         k_pos = j * tile + jnp.arange(tile, dtype=jnp.int32)
-        logits = scores(
-            queries[:, :, skip:], q_pos[skip:], tile_of(keys, j), k_pos, kv_len, geometry=geometry
-        )
+        logits = scores(queries, q_pos, tile_of(keys, j), k_pos, kv_len, geometry=geometry)
         # 0 x nan of a stale page is nan
         value = jnp.where((k_pos < kv_len)[:, None], tile_of(values, j), 0)
-        rest = softmax.update([part[:, skip:] for part in state], logits, value)
-        return tuple(
-            jnp.concatenate([part[:, :skip], more], 1)
-            for part, more in zip(state, rest, strict=True)
-        )
-
-    def edge(j, state):
-        if M < HALVED:
-            return general(j, state)
-        return jax.lax.cond(
-            j * tile > q_pos[M // 2 - 1],
-            lambda: general(j, state, M // 2),
-            lambda: general(j, state),
-        )
+        return softmax.update(state, logits, value)
 
     state = softmax.start((J, M), H)
     done = jnp.int32(0)
@@ -138,7 +118,7 @@ def attend_tile(
         for view, border in ((INTER, chunk - 1), (SUCC, chunk), (INTRA, chunk + 1)):
             stop = jnp.clip(border * tiles, done, whole)
             state, done = jax.lax.fori_loop(done, stop, plain(view), state), stop
-    state = jax.lax.fori_loop(done, -(-end // tile), edge, state)
+    state = jax.lax.fori_loop(done, -(-end // tile), general, state)
     return softmax.finish(state)
 
 

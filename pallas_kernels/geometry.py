@@ -51,6 +51,15 @@ class ChunkGeometry:
         inter = 0 * pos + min(2 * self.chunk_len - 1, self.chunk_size)
         return intra, succ, inter
 
+    @property
+    def critical_offsets(self):
+        """Rotary distance of each view of a query, when it votes, from its first view.
+
+        Unlike `query_positions` they never stop growing along a chunk, so that one diagonal
+        of the scores has one relative position (arXiv:2501.15383, section 5).
+        """
+        return 0, self.chunk_len, self.chunk_size
+
     def key_position(self, pos):
         """Rotary position of a key: the same for every view, so it can be cached."""
         return pos % self.chunk_len

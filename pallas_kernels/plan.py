@@ -84,12 +84,27 @@ def build(
             return jax.lax.dynamic_slice_in_dim(column, offset // B, num_blocks, 1)
 
         crossed = before_blocks(last - first + B) > before_blocks(last - final)
-        crossed &= (first_keys <= final) & (first <= last)
-        words = crossed.reshape(N, -1, _WORD).astype(jnp.uint32)
-        return (words << jnp.arange(_WORD, dtype=jnp.uint32)).sum(-1, dtype=jnp.uint32)
+        return _packed(crossed & (first_keys <= final) & (first <= last))
 
     blocks = jax.lax.map(blocks_of, jnp.arange(count, dtype=jnp.int32)).swapaxes(0, 1)
     return SparsePlan(blocks, _positions(verticals, num_columns), tiles)
+
+
+def everything(
+    plan: SparsePlan, heads: Bool[Array, " N"], start: Int[Array, ""], length: Int[Array, ""]
+) -> SparsePlan:
+    """A plan of the same shape that reads all keys in some heads and none in the others."""
+    tile = jnp.arange(plan.blocks.shape[1], dtype=jnp.int32)
+    final = jnp.minimum(start + (tile + 1) * plan.tiles.q, start + length) - 1
+    first_keys = jnp.arange(plan.blocks.shape[2] * _WORD, dtype=jnp.int32) * plan.tiles.k
+    reads = (first_keys <= final[:, None]) & (tile * plan.tiles.q < length)[:, None]
+    blocks = jnp.where(heads[:, None, None], _packed(reads), jnp.uint32(0))
+    return SparsePlan(blocks, jnp.full_like(plan.columns, ABSENT), plan.tiles)
+
+
+def _packed(reads: Bool[Array, "*B blocks"]) -> UInt32[Array, "*B words"]:
+    bits = reads.reshape(*reads.shape[:-1], -1, _WORD).astype(jnp.uint32)
+    return (bits << jnp.arange(_WORD, dtype=jnp.uint32)).sum(-1, dtype=jnp.uint32)
 
 
 def _positions(chosen: Bool[Array, "N S"], most: int) -> Int[Array, "N V"]:

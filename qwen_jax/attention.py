@@ -1,15 +1,22 @@
 """The attention layer: project, rotate, write the cache, attend, project."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import plan
 from pallas_kernels.decode import decode
 from pallas_kernels.prefill import prefill
+from pallas_kernels.select import select
+from pallas_kernels.tiles import Tiles, of_page
 from qwen_jax import rope
 from qwen_jax.cache import Cache, write_slice, write_tokens
 from qwen_jax.config import ModelConfig
 from qwen_jax.layers import Projection
+from qwen_jax.sparse import Budgets, Report
+
+RECALL_ROWS = 16  # of a sparse slice, that are compared with dense attention
 
 
 class Attention(nnx.Module):
@@ -52,6 +59,85 @@ class Attention(nnx.Module):
             backend_name=backend,
         )
         return self.o(out), cache
+
+    def prefill_sparse(
+        self,
+        x: Float[Array, "T D"],
+        cache: Cache,
+        layer: Int[Array, ""],
+        step,
+        angles: rope.Angles,
+        votes: rope.Rotary,
+        budgets: Budgets,
+        backend: str | None,
+    ) -> tuple[Float[Array, "T D"], Cache, Report]:
+        """As `prefill`, of the columns and diagonals that the last queries of the slice choose.
+
+        Args:
+            votes: `rope.critical` of the last `budgets.last_q` positions.
+        """
+        cache = self.write_slice(x, cache, layer, step, angles)
+        T, start, length = x.shape[0], step.start, step.length
+        index = length - budgets.last_q + jnp.arange(budgets.last_q)
+        voters = self.q(jnp.take(x, index, axis=0, mode="clip"))
+        selection = select(
+            rope.views(voters, votes, step.query_scale * jnp.float32(self.scale)),
+            cache.keys,
+            layer,
+            step.page_table,
+            start,
+            length,
+            budgets.vertical[layer],
+            budgets.slash[layer],
+            geometry=self.geometry,
+            backend_name=backend,
+        )
+        listed = plan.build(
+            *selection,
+            start,
+            length,
+            num_queries=T,
+            num_columns=budgets.num_columns,
+            tiles=Tiles(q=budgets.tiles.q, k=of_page(cache.page, budgets.tiles.k)),
+        )
+
+        def attend(queries, start, length, listed=None):
+            return prefill(
+                queries,
+                cache.keys,
+                cache.values,
+                layer,
+                step.page_table,
+                start,
+                length,
+                geometry=self.geometry,
+                plan=listed,
+                backend_name=backend,
+            )
+
+        queries = self._queries(x, step, angles)
+        out, lse = attend(queries, start, length, listed)
+
+        # What the last rows find, against all there is to find.
+        count = min(T, RECALL_ROWS)
+        first = jnp.maximum(length - count, 0)
+        _, full = attend(
+            jax.lax.dynamic_slice_in_dim(queries, first, count, 1), start + first, length - first
+        )
+        found = jnp.exp(jax.lax.dynamic_slice_in_dim(lse, first, count) - full)
+        counts = (jnp.arange(count) < length - first)[:, None]
+        recall = jnp.where(counts, found, 0).sum(0) / counts.sum(dtype=jnp.float32)
+        density = plan.density(listed, start, length)
+
+        poor = recall < budgets.least_recall
+
+        def read_all():
+            more, _ = attend(queries, start, length, plan.everything(listed, poor, start, length))
+            return jnp.where(poor[:, None], more, out)
+
+        out = jax.lax.cond(poor.any(), read_all, lambda: out)
+        report = Report(density=jnp.where(poor, 1.0, density), recall=jnp.where(poor, 1.0, recall))
+        return self.o(out), cache, report
 
     def write_slice(
         self,

@@ -1,6 +1,7 @@
 """Block and Qwen2: tokens + step -> logits."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from qwen_jax.attention import Attention
 from qwen_jax.cache import Cache
 from qwen_jax.config import ModelConfig
 from qwen_jax.layers import Embedding, GatedMLP, Projection, RMSNorm
+from qwen_jax.sparse import Budgets, Report
 
 
 @jax.tree_util.register_dataclass
@@ -64,11 +66,11 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.embed_dim, eps=config.norm_eps, dtype=dtype)
         self.mlp = GatedMLP(config, rngs=rngs, dtype=dtype)
 
-    def __call__(self, x: Float[Array, "T D"], attend) -> tuple[Float[Array, "T D"], Cache]:
-        """`attend(attention, normed)` returns the attention's output and the cache."""
-        attended, cache = attend(self.attention, self.attention_norm(x))
+    def __call__(self, x: Float[Array, "T D"], attend) -> tuple[Float[Array, "T D"], Any]:
+        """`attend(attention, normed)` returns the attention's output and what to hand on."""
+        attended, state = attend(self.attention, self.attention_norm(x))
         x = x + attended
-        return x + self.mlp(self.mlp_norm(x)), cache
+        return x + self.mlp(self.mlp_norm(x)), state
 
 
 class Qwen2(nnx.Module):
@@ -105,6 +107,36 @@ class Qwen2(nnx.Module):
         x, cache = self._last_token(x, cache, step, rotary, backend)
         return self.logits(x)[0], cache
 
+    def prefill_sparse(
+        self,
+        cache: Cache,
+        step: PrefillStep,
+        rotary: rope.Rotary,
+        budgets: Budgets,
+        *,
+        backend: str | None = None,
+    ) -> tuple[Float[Array, " V"], Cache, Report]:
+        """As `prefill`, with sparse attention; the report leaves out the last layer.
+
+        That one reads a single token, densely.
+        """
+        positions = step.start + step.length - budgets.last_q + jnp.arange(budgets.last_q)
+        votes = rope.critical(self.config, rotary, jnp.maximum(positions, 0))
+        angles = self._angles(step, rotary)
+
+        def attend(attention, x, state, layer):
+            cache, report = state
+            out, cache, part = attention.prefill_sparse(
+                x, cache, layer, step, angles, votes, budgets, backend
+            )
+            return out, (cache, jax.tree.map(lambda a, b: a.at[layer].set(b), report, part))
+
+        everything = jnp.ones((max(self.config.num_layers - 1, 1), self.config.num_heads))
+        state = cache, Report(everything, everything)
+        x, (cache, report) = self._layers(self.embed(step.tokens), state, attend, skip=1)
+        x, cache = self._last_token(x, cache, step, rotary, backend)
+        return self.logits(x)[0], cache, report
+
     def score(
         self, cache: Cache, step: PrefillStep, rotary: rope.Rotary, *, backend: str | None = None
     ) -> tuple[Float[Array, "T V"], Cache]:
@@ -133,20 +165,22 @@ class Qwen2(nnx.Module):
         return jnp.einsum(self.head.equation, x, kernel, preferred_element_type=jnp.float32)
 
     def _slice(self, cache, step, rotary, backend, *, skip: int):
-        positions = step.start + jnp.arange(step.tokens.shape[0], dtype=jnp.int32)
-        angles = rope.angles(self.config, rotary, positions)
+        angles = self._angles(step, rotary)
 
         def attend(attention, x, cache, layer):
             return attention.prefill(x, cache, layer, step, angles, backend)
 
         return self._layers(self.embed(step.tokens), cache, attend, skip=skip)
 
+    def _angles(self, step: PrefillStep, rotary: rope.Rotary) -> rope.Angles:
+        positions = step.start + jnp.arange(step.tokens.shape[0], dtype=jnp.int32)
+        return rope.angles(self.config, rotary, positions)
+
     def _last_token(self, x, cache, step, rotary, backend):
         """The last layer caches the keys of the whole slice; what follows needs one token."""
         layer = jnp.int32(self.config.num_layers - 1)
         block = self._block(layer)
-        positions = step.start + jnp.arange(x.shape[0], dtype=jnp.int32)
-        angles = rope.angles(self.config, rotary, positions)
+        angles = self._angles(step, rotary)
         cache = block.attention.write_slice(block.attention_norm(x), cache, layer, step, angles)
 
         token = DecodeStep(
@@ -168,11 +202,11 @@ class Qwen2(nnx.Module):
         graph, weights = nnx.split(self.blocks)
         return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[layer], weights))
 
-    def _layers(self, x, cache, attend, *, skip: int):
-        """All layers, but for the last `skip`."""
+    def _layers(self, x, state, attend, *, skip: int):
+        """All layers, but for the last `skip`; `state` is the cache and what goes with it."""
 
         def body(layer, carry):
-            x, cache = carry
-            return self._block(layer)(x, lambda attention, x: attend(attention, x, cache, layer))
+            x, state = carry
+            return self._block(layer)(x, lambda attention, x: attend(attention, x, state, layer))
 
-        return jax.lax.fori_loop(0, self.config.num_layers - skip, body, (x, cache))
+        return jax.lax.fori_loop(0, self.config.num_layers - skip, body, (x, state))

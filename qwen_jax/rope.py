@@ -32,7 +32,7 @@ def table(config: ModelConfig, max_len: int) -> Rotary:
     rows = max_len
     geometry = config.dual_chunk
     if geometry is not None and max_len > geometry.chunk_len:
-        rows = min(geometry.chunk_size, 2 * geometry.chunk_len - 1) + 1
+        rows = geometry.chunk_size + 1
     exponent = np.arange(0, config.head_dim, 2).astype(np.float32) / np.float32(config.head_dim)
     power = np.float64(config.rope_theta) ** exponent.astype(np.float64)
     frequency = np.float32(1) / power.astype(np.float32)
@@ -62,6 +62,21 @@ def angles(config: ModelConfig, rotary: Rotary, positions: Int[Array, " T"]) -> 
     return Angles(
         query=rotary.at(jnp.stack(geometry.query_positions(positions))),
         key=rotary.at(geometry.key_position(positions)),
+    )
+
+
+def critical(config: ModelConfig, rotary: Rotary, positions: Int[Array, " R"]) -> Rotary:
+    """How the tokens at `positions` are rotated when they vote in sparse selection.
+
+    Rows [views, R]. The angles lie beyond the table, so they are sums of two of it.
+    """
+    geometry = config.dual_chunk
+    if geometry is None:
+        return rotary.at(positions[None])
+    near = rotary.at(geometry.key_position(positions))
+    far = rotary.at(jnp.asarray(geometry.critical_offsets)[:, None])
+    return Rotary(
+        cos=near.cos * far.cos - near.sin * far.sin, sin=near.sin * far.cos + near.cos * far.sin
     )
 
 

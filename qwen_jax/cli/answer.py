@@ -14,7 +14,7 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from qwen_jax.cli.flags import note
-from qwen_jax.engine.request import Event, Finish, Request, RequestError
+from qwen_jax.engine.request import Event, Finish, Request, RequestError, Sparseness
 from qwen_jax.tokenizer import Stream
 
 LINE_S = 10.0
@@ -75,12 +75,24 @@ class Answer:
         text: what the tokens say, up to a stop string; None without a tokenizer.
         finish: "stop" at an end token or stop string, "length" at the limit,
             "cancelled" by Ctrl-C.
+        sparse: how the prompt was prefilled sparsely; None for densely.
     """
 
     tokens: tuple[int, ...]
     text: str | None
     finish: Finish
     timings: Timings
+    sparse: Sparseness | None = None
+
+    @property
+    def summary(self) -> str:
+        """What the answer took, and how its prompt was read."""
+        if self.sparse is None:
+            return f"{self.timings}; dense prefill"
+        return (
+            f"{self.timings}; sparse prefill: {self.sparse.density:.1%} of the attention computed, "
+            f"recall {self.sparse.recall:.3f} ({self.sparse.least_recall:.3f} in the worst head)"
+        )
 
 
 @runtime_checkable
@@ -143,7 +155,7 @@ def answer(
     progress = progress or prefill_progress(len(request.prompt))
     tokens: list[int] = []
     parts: list[str] = []
-    finish, first_at, last_at = None, None, 0.0
+    finish, first_at, last_at, sparse = None, None, 0.0, None
     computed_before = engine.num_prefilled
     with contextlib.closing(progress), interrupts() as interrupted:
         start_at = clock()
@@ -155,7 +167,7 @@ def answer(
             for event in engine.step():
                 if event.error is not None:
                     raise RequestError(event.error)
-                finish = event.finish
+                finish, sparse = event.finish, event.sparse
                 progress.update(event.prefilled)
                 if first_at is None and (event.tokens or finish):
                     first_at = clock()
@@ -182,6 +194,7 @@ def answer(
             ttft_s=first_at - start_at,
             decode_s=max(last_at - first_at, 0.0),
         ),
+        sparse=sparse,
     )
 
 

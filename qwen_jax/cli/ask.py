@@ -70,11 +70,10 @@ def ask(
         rows = [(document.name, count) for document, count in texts.items()]
         documents.print_table(rows, len(ids), opened.max_len)
     opened.check_fits(len(ids), request.max_new_tokens)
-    opened.note_dense(len(ids))
     engine = opened.engine(len(ids) + request.max_new_tokens, vocab_limit=tokenizer.size)
     done = answer(engine, request, stream=Stream(tokenizer, stop=stops), write=write)
     print()
-    note(str(done.timings))
+    note(done.summary)
     if done.finish == "cancelled":
         raise KeyboardInterrupt
 

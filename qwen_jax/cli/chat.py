@@ -157,7 +157,7 @@ class Conversation:
             write=write,
         )
         print()
-        note(str(done.timings))
+        note(done.summary)
         self._keep(prompt, request, done)
 
     def _keep(self, prompt: tuple[int, ...], request: Request, done: Answer) -> None:

@@ -65,8 +65,14 @@ class ModelFlags:
     ] = None
     sparse: Annotated[
         Literal["auto", "on", "off"],
-        typer.Option(help="Sparse prefill; there is none yet, so auto runs dense and says so."),
+        typer.Option(
+            help="Sparse prefill by the checkpoint's budgets; auto for prompts over its threshold."
+        ),
     ] = "auto"
+    least_recall: Annotated[
+        float | None,
+        option("Where a head would find less than this share of a slice's attention, it is dense."),
+    ] = None
     max_len: Annotated[
         int | None,
         option("Longest prompt and answer together, in tokens; what config.json declares."),
@@ -222,12 +228,11 @@ class Model:
             )
 
     def note_dense(self, prompt: int) -> None:
-        """Says so when a prompt that the checkpoint would prefill sparsely runs dense."""
+        """Says so when a text that the checkpoint would prefill sparsely is scored."""
         if self.sparse is not None and prompt > self.sparse.threshold:
             note(
-                f"prefill runs dense: {prompt:,} tokens are over the threshold of "
-                f"{self.sparse.threshold:,}, but there is no sparse prefill yet "
-                "(--sparse off silences this)"
+                f"scores are dense, though {prompt:,} tokens are over the threshold of "
+                f"{self.sparse.threshold:,} for sparse prefill (--sparse off silences this)"
             )
 
     def engine(self, length: int, *, max_seqs: int = 1, vocab_limit: int | None = None):
@@ -261,18 +266,22 @@ class Model:
             vllm_parity=self.flags.vllm_parity,
             vocab_limit=vocab_limit,
             backend=self.flags.backend,
+            sparse=self.sparse,
+            least_recall=self.flags.least_recall or 0.0,
         )
         engine = Engine(self.config, weights.load(self.directory, dtype=jnp.dtype(name)), settings)
         note(f"{engine.describe()}; {name}: {why}; {self._attention()}")
         return engine
 
     def _attention(self) -> str:
-        geometry = self.config.dual_chunk
-        if geometry is None:
-            return "plain RoPE"
-        original = self.config.original_len
-        temperature = f"temperature from {original}" if original else "no temperature"
-        return f"DCA chunk {geometry.chunk_size}, local {geometry.local_size}, {temperature}"
+        geometry, original = self.config.dual_chunk, self.config.original_len
+        text = "plain RoPE"
+        if geometry is not None:
+            temperature = f"temperature from {original}" if original else "no temperature"
+            text = f"DCA chunk {geometry.chunk_size}, local {geometry.local_size}, {temperature}"
+        if self.sparse is None:
+            return f"{text}; dense prefill"
+        return f"{text}; sparse prefill of prompts over {self.sparse.threshold:,} tokens"
 
 
 def open_model(directory: Path, flags: ModelFlags) -> Model:
@@ -290,8 +299,8 @@ def open_model(directory: Path, flags: ModelFlags) -> Model:
         value, least = getattr(flags, name), 0 if name == "dca_original" else 1
         if value is not None and not least <= value < 2**31:
             raise ConfigError(f"{_spelled(name)} {value} must be at least {least}")
-    if flags.sparse == "on":
-        raise ConfigError("--sparse on: there is no sparse prefill yet; leave the flag out")
+    if flags.least_recall is not None and not 0 < flags.least_recall <= 1:
+        raise ConfigError(f"--least-recall {flags.least_recall} must be over 0 and at most 1")
     config = _with_dual_chunk(model_config(directory), flags)
     max_len = flags.max_len or config.max_len
     if max_len > config.max_len and config.dual_chunk is None:
@@ -304,7 +313,7 @@ def open_model(directory: Path, flags: ModelFlags) -> Model:
         flags=flags,
         config=config,
         generation=generation_config(directory),
-        sparse=None if flags.sparse == "off" else sparse_config(directory, config),
+        sparse=_sparse(directory, config, flags),
         max_len=max_len,
     )
 
@@ -388,3 +397,15 @@ def _with_dual_chunk(config: ModelConfig, flags: ModelFlags) -> ModelConfig:
 def _spelled(name: str) -> str:
     """A flag as it is typed."""
     return "--" + name.replace("_", "-")
+
+
+def _sparse(directory: Path, config: ModelConfig, flags: ModelFlags) -> SparseConfig | None:
+    found = None if flags.sparse == "off" else sparse_config(directory, config)
+    if flags.sparse != "on":
+        return found
+    if found is None:
+        raise ConfigError(
+            f"--sparse on: {directory} has no budgets (sparse_attention_config.json), "
+            "or config.json disables them"
+        )
+    return dataclasses.replace(found, threshold=0)

@@ -1,5 +1,6 @@
 """generate: continue a prompt of text or token ids."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated
@@ -70,7 +71,6 @@ def generate(
         eos_ids=() if ignore_eos else opened.end_ids(tokenizer),
     )
     opened.check_fits(len(ids), request.max_new_tokens)
-    opened.note_dense(len(ids))
     engine = opened.engine(
         len(ids) + request.max_new_tokens, vocab_limit=tokenizer.size if tokenizer else None
     )
@@ -88,11 +88,12 @@ def generate(
                     "text": done.text,
                     "finish": done.finish,
                     "timings": done.timings.as_dict(),
+                    "sparse": done.sparse and dataclasses.asdict(done.sparse),
                 }
             )
         )
     else:
         print(*(done.tokens if tokenizer is None else ()))
-        note(str(done.timings))
+        note(done.summary)
     if done.finish == "cancelled":
         raise KeyboardInterrupt

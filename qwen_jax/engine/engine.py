@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Float32
 
 from pallas_kernels import backend
-from qwen_jax.config import ConfigError, ModelConfig
+from qwen_jax import sparse
+from qwen_jax.config import ConfigError, ModelConfig, SparseConfig
 from qwen_jax.engine import batch
 from qwen_jax.engine.pages import Pages, default_page
 from qwen_jax.engine.request import (
@@ -19,6 +20,7 @@ from qwen_jax.engine.request import (
     RequestError,
     Sampling,
     Sequence,
+    Sparseness,
     check_ids,
 )
 from qwen_jax.engine.runner import Runner
@@ -44,6 +46,9 @@ class EngineConfig:
             does, instead of scaling queries twice.
         vocab_limit: ids from here on are never sampled; None for all of them.
         backend: of the attention operations; None for the device's preferred one.
+        sparse: budgets of sparse prefill, for prompts over its threshold; None prefills
+            all densely.
+        least_recall: a head that recalls less of a slice is computed densely.
 
     Raises:
         ConfigError: if a number is out of range.
@@ -57,6 +62,8 @@ class EngineConfig:
     vllm_parity: bool = False
     vocab_limit: int | None = None
     backend: str | None = None
+    sparse: SparseConfig | None = None
+    least_recall: float = 0.0
 
     def __post_init__(self):
         least = {"max_len": 1, "max_seqs": 1, "num_pages": 2, "page": 1, "vocab_limit": 1}
@@ -117,6 +124,9 @@ class Engine:
             boundary=self._boundary,
             scales=self._scales,
         )
+        budgets = None
+        if config.sparse is not None:
+            budgets = sparse.budgets(config.sparse, least_recall=config.least_recall)
         self._runner = Runner(
             model,
             weights,
@@ -126,6 +136,7 @@ class Engine:
             max_seqs=config.max_seqs,
             vocab_limit=config.vocab_limit,
             backend=self._backend,
+            budgets=budgets,
         )
         self._sequences: dict[int, Sequence] = {}
         self._num_requests = 0
@@ -162,7 +173,11 @@ class Engine:
         self._check(request)
         number = self._num_requests
         self._num_requests += 1
-        self._sequences[number] = Sequence(id=number, request=request)
+        budgets = self._config.sparse
+        is_sparse = budgets is not None and len(request.prompt) > budgets.threshold
+        self._sequences[number] = Sequence(
+            id=number, request=request, sparse=Sparseness() if is_sparse else None
+        )
         self._scheduler.add(self._sequences[number])
         return number
 
@@ -274,16 +289,21 @@ class Engine:
         if sampling.repetition_penalty != 1:
             self._runner.mark(sequence.row, sequence.request.prompt)
         stop = piece.start + piece.length
-        logits = self._runner.prefill(
-            batch.prefill(
-                sequence.span(piece.start, stop),
-                size=piece.size,
-                start=piece.start,
-                pages=sequence.pages,
-                table_len=self._table_len,
-                scales=sequence.scales,
-            )
+        step = batch.prefill(
+            sequence.span(piece.start, stop),
+            size=piece.size,
+            start=piece.start,
+            pages=sequence.pages,
+            table_len=self._table_len,
+            scales=sequence.scales,
         )
+        if sequence.sparse is None:
+            logits = self._runner.prefill(step)
+        else:
+            logits, report = self._runner.prefill_sparse(step)
+            sequence.sparse = sequence.sparse.plus(
+                piece.start, piece.length, np.asarray(report.density), np.asarray(report.recall)
+            )
         # After every slice, to wait for it and to see at once when numbers go wrong.
         token = self._runner.choose(logits, batch.choice(sampling, row=sequence.row, position=stop))
         if token < 0:
@@ -291,7 +311,9 @@ class Engine:
         self._scheduler.prefilled(piece)
         self.num_prefilled += piece.length
         if not piece.is_last:
-            return Event(request_id=sequence.id, prefilled=sequence.prefilled)
+            return Event(
+                request_id=sequence.id, prefilled=sequence.prefilled, sparse=sequence.sparse
+            )
         return self._take(sequence, token)
 
     def _decode(self, work: Decode) -> list[Event]:
@@ -319,7 +341,12 @@ class Engine:
         sequence.answer.append(token)
         if len(sequence.answer) == sequence.request.max_new_tokens:
             return self._end(sequence, "length", tokens=(token,))
-        return Event(request_id=sequence.id, tokens=(token,), prefilled=sequence.prefilled)
+        return Event(
+            request_id=sequence.id,
+            tokens=(token,),
+            prefilled=sequence.prefilled,
+            sparse=sequence.sparse,
+        )
 
     def _fail(self, sequence: Sequence) -> Event:
         return self._end(
@@ -331,7 +358,13 @@ class Engine:
 
     def _end(self, sequence: Sequence, finish: Finish, **more) -> Event:
         del self._sequences[sequence.id]
-        event = Event(request_id=sequence.id, prefilled=sequence.prefilled, finish=finish, **more)
+        event = Event(
+            request_id=sequence.id,
+            prefilled=sequence.prefilled,
+            sparse=sequence.sparse,
+            finish=finish,
+            **more,
+        )
         self._scheduler.finish(sequence)
         return event
 

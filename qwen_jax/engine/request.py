@@ -102,12 +102,45 @@ class Request:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Sparseness:
+    """How a prompt was prefilled sparsely so far.
+
+    Attributes:
+        density: pairs of query and key computed, as a share of the causal ones.
+        recall: attention found, of what dense prefill would have found; the mean
+            over layers, heads and slices, measured on the last queries of each slice.
+        least_recall: that of the worst head of a slice.
+        pairs: causal pairs that this is about.
+        tokens: queries that this is about.
+    """
+
+    density: float = 0.0
+    recall: float = 0.0
+    least_recall: float = 1.0
+    pairs: int = 0
+    tokens: int = 0
+
+    def plus(self, start: int, length: int, density, recall) -> "Sparseness":
+        """With one more slice, whose arrays hold a value per layer and head."""
+        new = length * start + length * (length + 1) // 2
+        pairs, tokens = self.pairs + new, self.tokens + length
+        return Sparseness(
+            density=(self.density * self.pairs + float(density.mean()) * new) / pairs,
+            recall=(self.recall * self.tokens + float(recall.mean()) * length) / tokens,
+            least_recall=min(self.least_recall, float(recall.min())),
+            pairs=pairs,
+            tokens=tokens,
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     """What one step did for one request.
 
     Attributes:
         tokens: new tokens of the answer; never the one that ended it.
         prefilled: prompt tokens that are in the cache, computed or shared.
+        sparse: of a prompt that is prefilled sparsely, how.
         finish: why the request has ended, or None while it goes on.
         error: for `finish == "error"`, one line that says what went wrong.
     """
@@ -115,6 +148,7 @@ class Event:
     request_id: int
     tokens: tuple[int, ...] = ()
     prefilled: int
+    sparse: Sparseness | None = None
     finish: Finish | None = None
     error: str | None = None
 
@@ -124,6 +158,7 @@ class Sequence:
     """A request the engine has accepted, with its counters.
 
     Attributes:
+        sparse: how its prompt was prefilled sparsely so far; None for densely.
         scales: factors on queries and keys while the prompt is prefilled.
         row: its row in decode batches; -1 while it waits.
         pages: its cache pages in order, enough for prompt and longest answer.
@@ -134,6 +169,7 @@ class Sequence:
 
     id: int
     request: Request
+    sparse: Sparseness | None = None
     scales: tuple[float, float] = (1.0, 1.0)
     row: int = -1
     pages: list[int] = dataclasses.field(default_factory=list)
@@ -146,6 +182,11 @@ class Sequence:
     @property
     def prompt_len(self) -> int:
         return len(self.request.prompt)
+
+    @property
+    def origin(self) -> object:
+        """What keys and values depend on besides the tokens: the first `link`."""
+        return self.scales, self.sparse is not None
 
     @property
     def capacity(self) -> int:

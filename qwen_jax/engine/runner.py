@@ -15,6 +15,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.engine import sampling
 from qwen_jax.engine.batch import Choice, Prefill, Roster, Tokens
 from qwen_jax.model import DecodeStep, PrefillStep, Qwen2
+from qwen_jax.sparse import Budgets, Report
 
 
 class Runner:
@@ -29,6 +30,7 @@ class Runner:
         table_len: pages of the longest sequence.
         vocab_limit: ids from here on are never sampled.
         backend: of the attention operations, or None for the preferred one.
+        budgets: of sparse prefill; None where there is none.
 
     Raises:
         ValueError: if the weights are not those of this configuration.
@@ -45,6 +47,7 @@ class Runner:
         max_seqs: int,
         vocab_limit: int | None,
         backend: str | None,
+        budgets: Budgets | None = None,
     ):
         dtype = jax.tree.leaves(weights)[0].dtype
         # As a plain list, which costs less to hand over at every step than a module's state.
@@ -61,7 +64,9 @@ class Runner:
         )
         jit = functools.partial(jax.jit, compiler_options=compiler_options(device.platform))
         self._steps = _Steps(structure, vocab_limit, backend)
+        self._budgets = jax.device_put(budgets, device)
         self._prefill = jit(self._steps.prefill, donate_argnames="cache")
+        self._prefill_sparse = jit(self._steps.prefill_sparse, donate_argnames="cache")
         self._choose = jit(self._steps.choose)
         self._score = jit(self._steps.score, donate_argnames="cache")
         self._decode = jit(self._steps.decode, donate_argnames=("cache", "seen"))
@@ -80,6 +85,13 @@ class Runner:
         """Fill the cache with a slice; returns the logits of its last token, on the device."""
         logits, self._cache = self._prefill(self._weights, self._rotary, self._cache, step)
         return logits
+
+    def prefill_sparse(self, step: Prefill) -> tuple[Float32[Array, " V"], Report]:
+        """As `prefill`, by the budgets; also says how, on the device."""
+        logits, self._cache, report = self._prefill_sparse(
+            self._weights, self._rotary, self._cache, step, self._budgets
+        )
+        return logits, report
 
     def choose(self, logits: Float32[Array, " V"], choice: Choice) -> int:
         """A token by what `prefill` returned, -1 if that is not finite."""
@@ -124,6 +136,11 @@ class _Steps:
 
     def prefill(self, weights, rotary, cache, step):
         return self._model(weights).prefill(cache, _slice(step), rotary, backend=self._backend)
+
+    def prefill_sparse(self, weights, rotary, cache, step, budgets):
+        return self._model(weights).prefill_sparse(
+            cache, _slice(step), rotary, budgets, backend=self._backend
+        )
 
     def choose(self, logits, seen, choice):
         self.num_traced += 1

@@ -100,7 +100,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         sequence.scales = self._scales(sequence.prompt_len)
-        sequence.link = sequence.scales
+        sequence.link = sequence.origin
         self._waiting.append(sequence)
 
     def cancelled(self) -> list[Sequence]:
@@ -161,7 +161,7 @@ class Scheduler:
             if missing > self._pages.free:
                 self._pages.give(sequence.pages)
                 sequence.pages, sequence.filled, sequence.num_linked = [], 0, 0
-                sequence.link = sequence.scales
+                sequence.link = sequence.origin
                 # Not tried again, which costs a walk over the prompt, until something is freed.
                 self._is_full = True
                 return

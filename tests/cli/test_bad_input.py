@@ -39,7 +39,7 @@ MISTAKES = {
     "sizes missing": (None, "generate MODEL --prompt x --dca on", "needs --dca-chunk"),
     "contradiction": (None, "chat MODEL --dca off --dca-local 8", "--dca off contradicts"),
     "greedy and not": (None, "ask MODEL Q --greedy --temperature 1", "--greedy contradicts"),
-    "no sparse prefill": (None, "ask MODEL Q --sparse on", "there is no sparse prefill"),
+    "no budgets": (None, "ask MODEL Q --sparse on", "has no budgets"),
     "an empty stop string": (None, ["ask", "MODEL", "Q", "--stop", ""], "--stop must not be empty"),
     "no such backend": (None, "generate MODEL --prompt x --backend cuda", "no backend 'cuda'"),
     "a word as a token": (("T", "1 2 three"), "score MODEL --tokens T --out O.npz", "item 2 is"),

@@ -57,7 +57,8 @@ def test_dual_chunk_flags_change_what_the_config_says(model, own, flags, geometr
         (DUAL, {"dca_original": -1}, "--dca-original -1 must be at least 0"),
         (None, {"slice": 0}, "--slice 0 must be at least 1"),
         (None, {"max_len": -5}, "--max-len -5 must be at least 1"),
-        (None, {"sparse": "on"}, "no sparse prefill"),
+        (None, {"sparse": "on"}, r"--sparse on: .* has no budgets"),
+        (None, {"least_recall": 1.5}, "--least-recall 1.5 must be over 0"),
     ],
 )
 def test_contradictory_flags_are_refused(model, own, flags, fault):
@@ -77,19 +78,20 @@ def test_the_config_says_how_much_fits_unless_max_len_does(model, capsys):
         opened.check_fits(4000, 1001)
 
 
-def test_dense_prefill_of_a_sparse_checkpoint_is_said(model, capsys):
+def test_sparse_follows_the_budgets_of_the_checkpoint_and_the_flag(model, capsys):
     head = ["vertical_and_slash", 100, 200, 1.0]
     (model / "sparse_attention_config.json").write_text(
         json.dumps([{str(n): head for n in range(4)}] * 2)
     )
     with_config(model, dual_chunk_attention_config=DUAL | {"sparse_attention_threshold": 300})
     opened = open_model(model, ModelFlags())
+    assert opened.sparse.threshold == 300
     opened.note_dense(300)
     assert not capsys.readouterr().err
     opened.note_dense(301)
-    assert "prefill runs dense: 301 tokens" in capsys.readouterr().err
-    open_model(model, ModelFlags(sparse="off")).note_dense(301)
-    assert not capsys.readouterr().err
+    assert "scores are dense, though 301 tokens" in capsys.readouterr().err
+    assert open_model(model, ModelFlags(sparse="on")).sparse.threshold == 0
+    assert open_model(model, ModelFlags(sparse="off")).sparse is None
 
 
 @pytest.mark.parametrize(

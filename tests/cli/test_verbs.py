@@ -45,7 +45,7 @@ def test_generate_prints_the_greedy_tokens_of_score_as_json(tiny, tmp_path, run)
     code, out, err = run("generate", tiny, "--prompt", PROMPT, *flags)
     assert code == 0
     found = json.loads(out)
-    assert list(found) == ["token_ids", "text", "finish", "timings"]
+    assert list(found) == ["token_ids", "text", "finish", "timings", "sparse"]
     assert found["finish"] == "length"
     assert found["text"] == tokenizer.decode(found["token_ids"])
     assert err.count("\n") == 1

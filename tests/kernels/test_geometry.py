@@ -26,7 +26,30 @@ EIGHT_TWO = """
 8 7 6 5 4 3 8 7 6 5 4 3 6 5 4 3 2 1 0
 8 7 6 5 4 3 8 7 6 5 4 3 7 6 5 4 3 2 1 0
 """
-# The same for chunk_size 8, local_size 3 and 15 tokens.
+# The positions at which the queries of the first example vote in sparse selection.
+EIGHT_TWO_CRITICAL = """
+0
+1 0
+2 1 0
+3 2 1 0
+4 3 2 1 0
+5 4 3 2 1 0
+6 5 4 3 2 1 0
+7 6 5 4 3 2 1 0
+8 7 6 5 4 3 2 1 0
+9 8 7 6 5 4 3 2 1 0
+10 9 8 7 6 5 4 3 2 1 0
+11 10 9 8 7 6 5 4 3 2 1 0
+8 7 6 5 4 3 6 5 4 3 2 1 0
+9 8 7 6 5 4 7 6 5 4 3 2 1 0
+10 9 8 7 6 5 8 7 6 5 4 3 2 1 0
+11 10 9 8 7 6 9 8 7 6 5 4 3 2 1 0
+12 11 10 9 8 7 10 9 8 7 6 5 4 3 2 1 0
+13 12 11 10 9 8 11 10 9 8 7 6 5 4 3 2 1 0
+8 7 6 5 4 3 8 7 6 5 4 3 6 5 4 3 2 1 0
+9 8 7 6 5 4 9 8 7 6 5 4 7 6 5 4 3 2 1 0
+"""
+# The first example for chunk_size 8, local_size 3 and 15 tokens.
 EIGHT_THREE = """
 0
 1 0
@@ -78,6 +101,16 @@ def test_relative_positions_are_those_of_the_worked_examples(geometry, table):
     rows = [[int(cell) for cell in row.split()] for row in table.strip().splitlines()]
     for i, row in enumerate(rows):
         assert relative(geometry, np.full(i + 1, i), np.arange(i + 1)).tolist() == row
+
+
+def test_votes_have_the_positions_of_the_worked_example():
+    geometry = ChunkGeometry(8, 2)
+    rows = [[int(cell) for cell in row.split()] for row in EIGHT_TWO_CRITICAL.split("\n")[1:-1]]
+    for i, row in enumerate(rows):
+        k_pos = np.arange(i + 1)
+        offset = np.choose(geometry.view(np.full(i + 1, i), k_pos), geometry.critical_offsets)
+        actual = geometry.key_position(i) + offset - geometry.key_position(k_pos)
+        assert actual.tolist() == row
 
 
 def test_relative_positions_of_the_million_token_geometry():

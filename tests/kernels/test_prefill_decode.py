@@ -7,7 +7,7 @@ import oracle
 import pytest
 from tolerances import assert_close
 
-from pallas_kernels import backend, blockwise
+from pallas_kernels import backend
 from pallas_kernels.cases import CASES
 from pallas_kernels.tiles import Tiles
 
@@ -45,9 +45,7 @@ DECODE["xla in tiles"] = functools.partial(DECODE["xla"], tile=4)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("name", PREFILL)
-def test_prefill_matches_the_oracle(name, case, dtype, monkeypatch):
-    if name == "xla in tiles":
-        monkeypatch.setattr(blockwise, "HALVED", 2)
+def test_prefill_matches_the_oracle(name, case, dtype):
     rng, cache, flat, table = random_inputs(case, jnp.dtype(dtype))
     T, N, H = case.slice_len, case.num_heads, case.head_dim
     views = 1 if case.geometry is None else 3

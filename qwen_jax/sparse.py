@@ -1,0 +1,67 @@
+"""Sparse prefill of a layer: budgets on the device, the plan of a slice, and how good it was."""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.tiles import Tiles
+from qwen_jax.config import SparseConfig
+
+TILES = Tiles(q=256, k=64)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["vertical", "slash", "least_recall"],
+    meta_fields=["last_q", "num_columns", "tiles"],
+)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Budgets:
+    """What every head may read, as arrays that a loop over layers can index.
+
+    Attributes:
+        vertical: columns.
+        slash: diagonals.
+        least_recall: heads that recall less of a slice read all of it; 0 for none.
+        last_q: queries of a slice that vote.
+        num_columns: the largest of `vertical`.
+        tiles: of the plans; blocks of keys shrink to a divisor of the page.
+    """
+
+    vertical: Int[Array, "L N"]
+    slash: Int[Array, "L N"]
+    least_recall: Float[Array, ""]
+    last_q: int
+    num_columns: int
+    tiles: Tiles
+
+
+class Report(NamedTuple):
+    """How a slice was prefilled, per layer and head.
+
+    Attributes:
+        density: pairs computed, as a share of the causal ones.
+        recall: attention that the last queries of the slice found in what was read.
+    """
+
+    density: Float[Array, "*L N"]
+    recall: Float[Array, "*L N"]
+
+
+def budgets(config: SparseConfig, *, least_recall: float = 0.0, tiles: Tiles = TILES) -> Budgets:
+    """The budgets of a checkpoint, as the original engines read them: 30 columns mean 130."""
+    vertical = np.asarray(config.vertical, np.int32)
+    vertical = np.where(vertical == 30, 130, vertical)
+    return Budgets(
+        vertical=jnp.asarray(vertical),
+        slash=jnp.asarray(np.asarray(config.slash, np.int32)),
+        least_recall=jnp.float32(least_recall),
+        last_q=config.last_q,
+        num_columns=int(vertical.max()),
+        tiles=tiles,
+    )

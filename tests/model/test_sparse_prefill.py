@@ -1,0 +1,173 @@
+"""Sparse prefill of a whole model."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import random_models
+from flax import nnx
+
+from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.tiles import Tiles
+from qwen_jax import cache as caches
+from qwen_jax import rope, sparse
+from qwen_jax.config import SparseConfig
+from qwen_jax.engine.engine import Engine, EngineConfig
+from qwen_jax.engine.request import Request
+from qwen_jax.model import PrefillStep, Qwen2
+
+GEOMETRY = ChunkGeometry(chunk_size=144, local_size=16)
+SLICE, PAGE, LENGTH = 64, 32, 300
+EVERYTHING = 10**6
+
+
+@functools.cache
+def model(geometry):
+    config = dataclasses.replace(random_models.config(3, dual_chunk=geometry), num_layers=3)
+    tree = jax.tree.map(jnp.asarray, random_models.weights(config))
+    return config, tree
+
+
+def budgets_of(config, vertical, slash, threshold=0):
+    shape = config.num_layers * ((vertical,) * config.num_heads,)
+    return SparseConfig(
+        vertical=shape,
+        slash=config.num_layers * ((slash,) * config.num_heads,),
+        threshold=threshold,
+    )
+
+
+@functools.cache
+def program(geometry, backend):
+    config, tree = model(geometry)
+    module = nnx.eval_shape(lambda: Qwen2(config, key=jax.random.key(0), dtype=jnp.float32))
+    graph, state = nnx.split(module)
+    nnx.replace_by_pure_dict(state, tree)
+
+    def run(state, cache, step, rotary, budgets):
+        module = nnx.merge(graph, state)
+        if budgets is None:
+            return *module.prefill(cache, step, rotary, backend=backend), None
+        return module.prefill_sparse(cache, step, rotary, budgets, backend=backend)
+
+    return functools.partial(jax.jit(run), state)
+
+
+def prefill(geometry, budgets=None, *, backend=None, least_recall=0.0):
+    """Logits after a prompt that is read in slices, and the reports of these."""
+    config, _ = model(geometry)
+    rotary = rope.table(config, LENGTH)
+    cache = caches.init(config, LENGTH // PAGE + 2, PAGE, jnp.float32)
+    tokens = np.zeros(LENGTH + SLICE, np.int32)
+    tokens[:LENGTH] = random_models.tokens(config, LENGTH)
+    if budgets is not None:
+        budgets = sparse.budgets(
+            budgets_of(config, *budgets), least_recall=least_recall, tiles=Tiles(q=16, k=8)
+        )
+    reports = []
+    for start in range(0, LENGTH, SLICE):
+        step = PrefillStep(
+            tokens=jnp.asarray(tokens[start : start + SLICE]),
+            start=jnp.int32(start),
+            length=jnp.int32(min(SLICE, LENGTH - start)),
+            page_table=jnp.arange(1, LENGTH // PAGE + 2, dtype=jnp.int32),
+            query_scale=jnp.float32(1.2),
+            key_scale=jnp.float32(1),
+        )
+        logits, cache, report = program(geometry, backend)(cache, step, rotary, budgets)
+        reports.append(report)
+    return np.asarray(logits), reports
+
+
+@pytest.mark.parametrize("geometry", [None, GEOMETRY])
+def test_budgets_for_everything_give_what_dense_prefill_gives(geometry):
+    dense, _ = prefill(geometry)
+    actual, reports = prefill(geometry, (EVERYTHING, EVERYTHING))
+    assert np.abs(actual - dense).max() <= 1e-4
+    for report in reports:
+        np.testing.assert_array_equal(report.density, 1)
+        np.testing.assert_allclose(report.recall, 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("geometry", [None, GEOMETRY])
+def test_the_blockwise_backend_equals_the_quadratic_one_slice_by_slice(geometry):
+    actual, reports = prefill(geometry, (40, 101))
+    expected, expected_reports = prefill(geometry, (40, 101), backend="reference")
+    assert np.abs(actual - expected).max() <= 1e-4
+    dense, _ = prefill(geometry)
+    assert np.abs(actual - dense).max() > 1e-3  # else this would prove nothing
+    for report, wanted in zip(reports, expected_reports, strict=True):
+        np.testing.assert_allclose(report.density, wanted.density, rtol=1e-6)
+        np.testing.assert_allclose(report.recall, wanted.recall, atol=1e-4)
+    last = reports[-1]
+    assert last.density.shape == (2, 4)  # the last layer reads one token, densely
+    assert ((last.density > 0) & (last.density < 1)).all()
+    assert ((last.recall > 0) & (last.recall < 1)).all()
+
+
+def test_heads_that_recall_too_little_are_computed_densely():
+    dense, _ = prefill(GEOMETRY)
+    actual, reports = prefill(GEOMETRY, (40, 101), least_recall=1.0 + 1e-3)
+    assert np.abs(actual - dense).max() <= 1e-4
+    for report in reports:
+        np.testing.assert_array_equal(report.density, 1)
+        np.testing.assert_array_equal(report.recall, 1)
+    _, free = prefill(GEOMETRY, (40, 101))
+    bound = float(np.median(free[-1].recall[0]))
+    _, guarded = prefill(GEOMETRY, (40, 101), least_recall=bound)
+    poor = np.asarray(free[-1].recall[0]) < bound
+    assert poor.any()
+    np.testing.assert_array_equal(np.asarray(guarded[-1].density[0]) == 1, poor)
+
+
+def test_votes_are_rotated_to_the_critical_positions():
+    geometry = ChunkGeometry(chunk_size=8, local_size=2)
+    config, _ = model(geometry)
+    long = rope.table(dataclasses.replace(config, dual_chunk=None), 64)
+    positions = jnp.arange(20)
+    actual = rope.critical(config, rope.table(config, 20), positions)
+    r = np.arange(20) % 6
+    for view, offset in enumerate((0, 6, 8)):
+        np.testing.assert_allclose(actual.cos[view], long.cos[r + offset], atol=1e-6)
+        np.testing.assert_allclose(actual.sin[view], long.sin[r + offset], atol=1e-6)
+
+
+def test_the_original_budget_of_thirty_columns_means_130():
+    config = SparseConfig(vertical=((30, 31),), slash=((30, 31),))
+    found = sparse.budgets(config)
+    assert found.vertical.tolist() == [[130, 31]]
+    assert found.slash.tolist() == [[30, 31]]
+    assert found.num_columns == 130
+
+
+def test_the_engine_is_sparse_over_the_threshold_and_shares_pages_within_a_kind():
+    config, tree = model(GEOMETRY)
+    settings = EngineConfig(
+        max_len=512,
+        page=PAGE,
+        slices=(SLICE,),
+        sparse=budgets_of(config, 40, 101, threshold=200),
+    )
+    engine = Engine(config, tree, settings)
+    prompt = random_models.tokens(config, LENGTH)
+
+    def ask(length):
+        before = engine.num_prefilled
+        number = engine.add(Request(prompt=prompt[:length], max_new_tokens=4))
+        events = []
+        while engine.busy:
+            events += [event for event in engine.step() if event.request_id == number]
+        return events[-1].sparse, engine.num_prefilled - before
+
+    assert ask(200) == (None, 200)
+    found, computed = ask(LENGTH)
+    assert computed == LENGTH  # nothing of the dense prompt, which begins alike
+    assert 0 < found.density < 1
+    assert 0 < found.least_recall < found.recall < 1
+    assert found.pairs == LENGTH * (LENGTH + 1) // 2
+    again, computed = ask(LENGTH)
+    assert computed == LENGTH % PAGE
+    assert again.tokens == computed
