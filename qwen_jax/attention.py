@@ -47,17 +47,8 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "T D"], Cache]:
         """A slice of one sequence (`model.PrefillStep`) and the cache with it written."""
         cache = self.write_slice(x, cache, layer, step, angles)
-        out, _ = prefill(
-            self._queries(x, step, angles),
-            cache.keys,
-            cache.values,
-            layer,
-            step.page_table,
-            step.start,
-            step.length,
-            geometry=self.geometry,
-            backend_name=backend,
-        )
+        queries = self._queries(x, step, angles)
+        out, _ = self._attend(queries, cache, layer, step, step.start, step.length, backend)
         return self.o(out), cache
 
     def prefill_sparse(
@@ -102,18 +93,7 @@ class Attention(nnx.Module):
         )
 
         def attend(queries, start, length, listed=None):
-            return prefill(
-                queries,
-                cache.keys,
-                cache.values,
-                layer,
-                step.page_table,
-                start,
-                length,
-                geometry=self.geometry,
-                plan=listed,
-                backend_name=backend,
-            )
+            return self._attend(queries, cache, layer, step, start, length, backend, listed)
 
         queries = self._queries(x, step, angles)
         out, lse = attend(queries, start, length, listed)
@@ -186,6 +166,20 @@ class Attention(nnx.Module):
             backend_name=backend,
         )
         return self.o(out)
+
+    def _attend(self, queries, cache: Cache, layer, step, start, length, backend, listed=None):
+        return prefill(
+            queries,
+            cache.keys,
+            cache.values,
+            layer,
+            step.page_table,
+            start,
+            length,
+            geometry=self.geometry,
+            plan=listed,
+            backend_name=backend,
+        )
 
     def _queries(self, x, step, angles: rope.Angles) -> Float[Array, "views T N H"]:
         return rope.views(self.q(x), angles.query, step.query_scale * jnp.float32(self.scale))
