@@ -89,7 +89,7 @@ class Attention(nnx.Module):
             length,
             num_queries=T,
             num_columns=budgets.num_columns,
-            tiles=Tiles(q=budgets.tiles.q, k=of_page(cache.page, budgets.tiles.k)),
+            tiles=Tiles(min(T, budgets.tiles.q), of_page(cache.page, budgets.tiles.k)),
         )
 
         def attend(queries, start, length, listed=None):

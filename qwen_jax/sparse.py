@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.tiles import Tiles
 from qwen_jax.config import SparseConfig
 
-TILES = Tiles(q=256, k=64)
+TILES = Tiles(q=1024, k=64)
 
 
 @functools.partial(

@@ -4,13 +4,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.blockwise import attend_listed, attend_tile
+from pallas_kernels.blockwise import attend_tile
 from pallas_kernels.geometry import ChunkGeometry
-from pallas_kernels.plan import ABSENT, SparsePlan
+from pallas_kernels.listed import Columns, attend_listed
+from pallas_kernels.plan import SparsePlan
 from pallas_kernels.tiles import Tiles, of_page, split
 
 TILES = Tiles(q=1536, k=256)
-WIDTH = 512  # listed keys a step
+WIDTH = 256  # listed keys a step
 
 
 def prefill(
@@ -79,18 +80,17 @@ def _sparse(
     K, page, q_tile = keys.shape[1], keys.shape[3], plan.tiles.q
     S = page_table.shape[0] * page
     count = -(-T // q_tile)
-    width = max(width // plan.tiles.k, 1) * plan.tiles.k
     rows = jnp.pad(queries, ((0, 0), (0, count * q_tile - T), (0, 0), (0, 0)))
     reads = plan.reads()
-    V = plan.columns.shape[1]
-    columns = jnp.pad(plan.columns, ((0, 0), (0, -V % width)), constant_values=ABSENT)
 
     def head_of(n):
-        head = n // (N // K)
-        slot = jnp.minimum(columns[n], S - 1)
+        head, positions = n // (N // K), plan.columns[n]
+        slot = jnp.minimum(positions, S - 1)
         pages, row = page_table[slot // page], slot % page
-        # Once for all tiles: every query of a head reads the same columns.
-        singles = columns[n], keys[layer, head, pages, row], values[layer, head, pages, row]
+        # Once for all tiles: every query of a head reads the same columns. An absent one
+        # may point at memory that was never written, and 0 x nan is nan.
+        value = jnp.where((positions < S)[:, None], values[layer, head, pages, row], 0)
+        columns = Columns(positions, keys[layer, head, pages, row], value)
         of_head = jax.lax.dynamic_index_in_dim(rows, n, 2, False)
 
         def tile_of(i):
@@ -105,7 +105,7 @@ def _sparse(
                 page_table,
                 jnp.where(i * q_tile < length, start + length, 0),
                 reads[n, i],
-                singles,
+                columns,
                 geometry=geometry,
                 block=plan.tiles.k,
                 width=width,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import softmax
-from pallas_kernels.blockwise import fetch, scores
+from pallas_kernels.blockwise import dot, fetch, scores, whole_tiles
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.tiles import of_page
 
@@ -34,48 +34,58 @@ def vote(
     G, S, end = N // K, page_table.shape[0] * page, start + length
     tile = of_page(page, tile)
     row_pos = end - R + jnp.arange(R, dtype=jnp.int32)
-    votes = row_pos >= start
     q_pos = jnp.tile(jnp.maximum(row_pos, 0), G)
+    rows = queries.transpose(0, 2, 1, 3).reshape(views, K, G * R, H)
 
-    def head_of(head):
-        rows = jax.lax.dynamic_slice_in_dim(queries, head * G, G, 2)
-        rows = rows.transpose(0, 2, 1, 3).reshape(views, 1, G * R, H)
+    def sweep(body, state):
+        """`body` over all tiles of keys and their logits, those that no mask cuts apart."""
 
-        def logits(j):
-            key = fetch(keys, layer, head, page_table, j * tile, heads=1, count=tile)
+        def key_of(j):
+            return fetch(keys, layer, jnp.int32(0), page_table, j * tile, heads=K, count=tile)
+
+        def plain(view):
+            return lambda j, state: body(state, j, dot(rows[view], key_of(j)))
+
+        def general(j, state):
             k_pos = j * tile + jnp.arange(tile, dtype=jnp.int32)
-            return scores(rows, q_pos, key, k_pos, end, geometry=geometry)[0]
+            logits = scores(rows, q_pos, key_of(j), k_pos, end, geometry=geometry)
+            return body(state, j, logits)
 
-        def first_pass(j, state):
-            m, l = state
-            s = logits(j)
-            m_new = jnp.maximum(m, s.max(-1))
-            return m_new, jnp.exp(m - m_new) * l + jnp.exp(s - m_new[:, None]).sum(-1)
+        done = jnp.int32(0)
+        for view, stop in whole_tiles(q_pos, end, tile=tile, geometry=geometry):
+            state, done = jax.lax.fori_loop(done, stop, plain(view), state), stop
+        return jax.lax.fori_loop(done, -(-end // tile), general, state)
 
-        def second_pass(j, sums):
-            columns, diagonals = sums
-            p = jnp.exp(logits(j) - lse[:, None]).reshape(G, R, tile)
-            p = jnp.where(votes[:, None], p, 0)
-            columns = jax.lax.dynamic_update_slice(columns, p.sum(1), (0, j * tile))
-            at = (0, j * tile)
-            old = jax.lax.dynamic_slice(diagonals, at, (G, tile + R - 1))
-            return columns, jax.lax.dynamic_update_slice(diagonals, old + _diagonals(p), at)
+    def first_pass(state, _, logits):
+        m, l = state
+        m_new = jnp.maximum(m, logits.max(-1))
+        return m_new, jnp.exp(m - m_new) * l + jnp.exp(logits - m_new[..., None]).sum(-1)
 
-        num_tiles = -(-end // tile)
-        empty = jnp.full(G * R, softmax.MASKED), jnp.zeros(G * R)
-        m, l = jax.lax.fori_loop(0, num_tiles, first_pass, empty)
-        lse = m + jnp.log(l)
-        sums = jnp.zeros((G, S)), jnp.zeros((G, S + R - 1))
-        columns, diagonals = jax.lax.fori_loop(0, num_tiles, second_pass, sums)
-        return columns, diagonals[:, :S]
+    empty = jnp.full((K, G * R), softmax.MASKED), jnp.zeros((K, G * R))
+    m, l = sweep(first_pass, empty)
+    # Rows before the slice have no vote.
+    lse = jnp.where(jnp.tile(row_pos >= start, G), m + jnp.log(l), jnp.inf)
 
-    columns, diagonals = jax.lax.map(head_of, jnp.arange(K, dtype=jnp.int32))
-    return columns.reshape(N, S), diagonals.reshape(N, S)
+    def second_pass(sums, j, logits):
+        columns, diagonals = sums
+        p = jnp.exp(logits - lse[..., None]).reshape(N, R, tile)
+        at = (0, j * tile)
+        columns = jax.lax.dynamic_update_slice(columns, p.sum(1), at)
+        new = _diagonals(p)
+        old = jax.lax.dynamic_slice(diagonals, at, new.shape)
+        return columns, jax.lax.dynamic_update_slice(diagonals, old + new, at)
+
+    columns, diagonals = sweep(second_pass, (jnp.zeros((N, S)), jnp.zeros((N, S + R - 1))))
+    return columns, diagonals[:, :S]
 
 
-def _diagonals(p: Float[Array, "G R S"]) -> Float[Array, "G S+R-1"]:
+def _diagonals(p: Float[Array, "N R S"]) -> Float[Array, "N S+R-1"]:
     """Sums along diagonals: row r, column c goes to place `c + R - 1 - r`."""
-    G, R, S = p.shape
-    # Rows one longer than what is read of them move by one place each.
-    padded = jnp.pad(p[:, ::-1], ((0, 0), (0, 0), (0, R))).reshape(G, -1)
-    return padded[:, : R * (S + R - 1)].reshape(G, R, S + R - 1).sum(1)
+    N, R, S = p.shape
+    p = jnp.pad(p, ((0, 0), ((1 << (R - 1).bit_length()) - R, 0), (0, 0)))
+    step = 1
+    while p.shape[1] > 1:  # neighbouring rows, one of them moved
+        upper = jnp.pad(p[:, ::2], ((0, 0), (0, 0), (step, 0)))
+        p = upper + jnp.pad(p[:, 1::2], ((0, 0), (0, 0), (0, step)))
+        step *= 2
+    return p[:, 0, : S + R - 1]
