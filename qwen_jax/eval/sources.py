@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float
 
 from qwen_jax.eval.heatmap import Axis, HeatMap, Panels, PlotError
 
@@ -36,6 +37,7 @@ def scores(paths: Sequence[Path]) -> Panels:
     """
     answers: list[_Answer] = []
     models: list[str] = []
+    paths = list(dict.fromkeys(paths))
     for path in paths:
         settings, found = _read_log(path)
         if not found:
@@ -76,12 +78,12 @@ def _mean_scores(
             at = depths.index(answer.depth), lengths.index(answer.length)
             total[at] += answer.score
             count[at] += 1
-    file, task, variant = panel
-    fewest, most = count[count > 0].min(), count.max()
+    path, task, variant = panel
+    fewest, most = int(count[count > 0].min()), int(count.max())
     cells = f"{most}" if fewest == most else f"{fewest} to {most}"
-    title = f"{task}, {variant} ({cells} answers a cell)"
+    title = f"{task}, {variant} ({cells} answer{'s' * (most > 1)} a cell)"
     return HeatMap(
-        title=f"{file}: {title}" if named else title,
+        title=f"{Path(path).name}: {title}" if named else title,
         what="mean score",
         values=np.where(count, total / np.maximum(count, 1), np.nan),
         rows=Axis(
@@ -134,7 +136,7 @@ def _answer(path: Path, settings: dict[str, Any], record: dict[str, Any]) -> _An
     task = record.get("task") or settings.get("task") or "answers"
     variant = record.get("variant") or settings.get("variant") or by_default
     return _Answer(
-        panel=(path.name, str(task), str(variant)),
+        panel=(str(path), str(task), str(variant)),
         length=length,
         depth=None if depth is None else float(depth),
         score=float(score),
@@ -165,32 +167,13 @@ def recall(path: Path, length: int | None = None) -> Panels:
         PlotError: if the file is no such report, or lacks the length.
         OSError: if the file cannot be read.
     """
-    try:
-        report = json.loads(path.read_bytes())
-        if not isinstance(report, dict) or report.get("format") != _REPORT_FORMAT:
-            raise ValueError(f"its format is not {_REPORT_FORMAT!r}")
-        known = sorted(int(each) for each in report["recall"])
-        length = max(known) if length is None else length
-        if length not in known:
-            lengths = ", ".join(str(each) for each in known)
-            raise PlotError(f"{path} holds no length {length}: choose --length from {lengths}")
-        found = _table(report["recall"], length, "recall")
-        kept = _table(report["density"], length, "density")
-        if kept.shape != found.shape:
-            raise ValueError(f"recall is {found.shape} and density {kept.shape}: both are [L, N]")
-    except KeyError as error:
-        raise PlotError(f"{path}: {error} is missing: no report of `qwen-jax calibrate`") from None
-    except (ValueError, TypeError) as error:
-        if isinstance(error, PlotError):
-            raise
-        raise PlotError(f"{path}: {error}: no report of `qwen-jax calibrate`") from None
+    report = _read_report(path, length)
+    found, kept = report.recall, report.density
     layer, head = np.unravel_index(np.argmin(found), found.shape)
     least = float(found[layer, head])
-    name = Path(str(report.get("model", ""))).name or "model"
-    title = f"{name}: sparse prefill of {length:,} tokens"
-    speedup = (report.get("speedup") or {}).get(str(length))
-    if speedup is not None:
-        title += f", {speedup:.2f} times as fast as dense"
+    title = f"{report.model}: sparse prefill of {report.length:,} tokens"
+    if report.speedup is not None:
+        title += f", {report.speedup:.2f} times as fast as dense"
     rows, columns = _numbered("layer", found.shape[0]), _numbered("head", found.shape[1])
     return Panels(
         title=title,
@@ -217,10 +200,49 @@ def recall(path: Path, length: int | None = None) -> Panels:
     )
 
 
-def _table(tables: dict[str, Any], length: int, name: str) -> np.ndarray:
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Report:
+    model: str
+    length: int
+    recall: Float[np.ndarray, "L N"]
+    density: Float[np.ndarray, "L N"]
+    speedup: float | None
+
+
+def _read_report(path: Path, length: int | None) -> _Report:
+    try:
+        report = json.loads(path.read_bytes())
+        if not isinstance(report, dict) or report.get("format") != _REPORT_FORMAT:
+            raise ValueError(f"its format is not {_REPORT_FORMAT!r}")
+        known = sorted(int(each) for each in report["recall"])
+        chosen = max(known) if length is None else length
+        if chosen not in known:
+            lengths = ", ".join(str(each) for each in known)
+            raise PlotError(f"{path} holds no length {length}: choose --length from {lengths}")
+        speedup = dict(report.get("speedup") or {}).get(str(chosen))
+        found = _table(report["recall"], chosen, "recall")
+        kept = _table(report["density"], chosen, "density")
+        if found.shape != kept.shape:
+            raise ValueError("recall and density are not of the same layers and heads")
+        return _Report(
+            model=Path(str(report["model"])).name,
+            length=chosen,
+            recall=found,
+            density=kept,
+            speedup=None if speedup is None else float(speedup),
+        )
+    except PlotError:
+        raise
+    except KeyError as error:
+        raise PlotError(f"{path}: {error} is missing: no report of `qwen-jax calibrate`") from None
+    except (ValueError, TypeError) as error:
+        raise PlotError(f"{path}: {error}: no report of `qwen-jax calibrate`") from None
+
+
+def _table(tables: dict[str, Any], length: int, name: str) -> Float[np.ndarray, "L N"]:
     values = np.asarray(tables[str(length)], float)
     if values.ndim != 2 or not values.size or not np.isfinite(values).all():
-        raise ValueError(f"{name} of {length} tokens is no table of numbers [L, N]")
+        raise ValueError(f"{name} of {length} tokens is no table of layers and heads")
     return values
 
 

@@ -14,18 +14,14 @@ from qwen_jax.eval.plan_picture import PlanPicture, Raster, colours, rasterise
 _MOST_NUMBERED = 12  # columns of a map whose cells carry their numbers
 _NUMBER_WIDTH = 5
 _PLAN_PIXELS = 100
-# Nine even steps of matplotlib's viridis.
+# Seventeen even steps of matplotlib's viridis.
 _VIRIDIS = np.array(
     [
-        (68, 1, 84),
-        (71, 45, 123),
-        (59, 82, 139),
-        (44, 114, 142),
-        (33, 145, 140),
-        (40, 174, 128),
-        (94, 201, 98),
-        (173, 220, 48),
-        (253, 231, 37),
+        list(bytes.fromhex(colour))
+        for colour in (
+            "440154 48186a 472d7b 424086 3b528b 33638d 2c728e 26828e 21918c "
+            "1f9f88 27ad81 3dbc74 5cc863 81d34d aadc32 d5e21a fde725"
+        ).split()
     ]
 )
 _UNMEASURED = (128, 128, 128)
@@ -37,7 +33,7 @@ def show_heat_maps(panels: Panels, console: Console) -> None:
     for shown in panels.maps:
         lines += [Text(), *_heat_map(shown, console)]
     for line in lines:
-        console.print(line, soft_wrap=True)
+        console.print(line)
 
 
 def _heat_map(shown: HeatMap, console: Console) -> list[Text]:
@@ -110,13 +106,13 @@ def _half_blocks(shown: HeatMap, values: np.ndarray, indent: int, width: int) ->
         line = Text(f"{shown.rows.labels[upper]:>{indent - 1}} ")
         for column, value in enumerate(values[upper]):
             below = values[upper + 1, column] if upper + 1 < len(values) else None
-            background = None if below is None else _rich(_colour(shown, below))
-            style = Style(color=_rich(_colour(shown, value)), bgcolor=background)
+            background = None if below is None else _rgb(_colour(shown, below))
+            style = Style(color=_rgb(_colour(shown, value)), bgcolor=background)
             line.append("▀" * width, style)
         lines.append(line)
     scale = Text(f"{shown.what} {shown.low:.2f} ")
     for step in np.linspace(shown.low, shown.high, 24):
-        scale.append(" ", Style(bgcolor=_rich(_colour(shown, step))))
+        scale.append(" ", Style(bgcolor=_rgb(_colour(shown, step))))
     scale.append(f" {shown.high:.2f}")
     if np.isnan(values).any():
         scale.append(", grey was not measured")
@@ -138,8 +134,10 @@ def _digits(shown: HeatMap, values: np.ndarray, indent: int, width: int) -> list
         f"{shown.what}: 0 is below {shown.low + step:.3g}, 1 below {shown.low + 2 * step:.3g}, "
         f"and so on to 9, from {shown.high - step:.3g} to {shown.high:.3g}"
     )
-    missing = "; - was not measured" if np.isnan(values).any() else ""
-    return [*lines, Text(meaning + missing)]
+    lines.append(Text(meaning))
+    if np.isnan(values).any():
+        lines.append(Text("- was not measured"))
+    return lines
 
 
 def show_plan(picture: PlanPicture, console: Console) -> None:
@@ -161,7 +159,7 @@ def show_plan(picture: PlanPicture, console: Console) -> None:
         label = "0" if number == 0 else last if number == len(drawn) - 1 else ""
         lines.append(Text(f"{label:>{indent - 1}} ") + line)
     for line in [*lines, legend]:
-        console.print(line, soft_wrap=True)
+        console.print(line)
 
 
 def _plan_in_colours(raster: Raster) -> list[Text]:
@@ -171,7 +169,7 @@ def _plan_in_colours(raster: Raster) -> list[Text]:
         line = Text()
         for column in range(image.shape[1]):
             halves = [
-                None if outside[row, column] else _rich(image[row, column])
+                None if outside[row, column] else _rgb(image[row, column])
                 for row in range(upper, min(upper + 2, len(image)))
             ]
             above, below = (*halves, None)[:2]
@@ -204,7 +202,7 @@ def _coloured(console: Console) -> bool:
 def _cell_style(shown: HeatMap, value: float) -> Style:
     red, green, blue = background = _colour(shown, value)
     dark = 0.299 * red + 0.587 * green + 0.114 * blue < 128
-    return Style(color="white" if dark else "black", bgcolor=_rich(background))
+    return Style(color="white" if dark else "black", bgcolor=_rgb(background))
 
 
 def _colour(shown: HeatMap, value: float) -> tuple[float, float, float]:
@@ -216,6 +214,6 @@ def _colour(shown: HeatMap, value: float) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def _rich(colour: tuple[float, float, float] | np.ndarray) -> Color:
+def _rgb(colour: tuple[float, float, float] | np.ndarray) -> Color:
     red, green, blue = (round(float(channel)) for channel in colour)
     return Color.from_rgb(red, green, blue)
