@@ -141,7 +141,7 @@ def _digits(shown: HeatMap, values: np.ndarray, indent: int, width: int) -> list
 
 
 def show_plan(picture: PlanPicture, console: Console) -> None:
-    """Prints the plan, queries downwards and keys to the right, as wide as the terminal."""
+    """Prints the plan, queries downwards and keys to the right, at most 100 characters wide."""
     last = f"{picture.tokens:,}"
     indent = len(last) + 1
     pixels = max(2, min(console.width - indent, _PLAN_PIXELS, picture.tokens))

@@ -1,5 +1,8 @@
 """Plans of a head over a whole prompt, drawn at random, and the pairs that they read."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -11,6 +14,10 @@ from qwen_jax.eval.plan_picture import PlanPicture
 def random_picture(rng, tokens, slice_len, tiles, *, chunk_len=None, stop=None, columns=12):
     """Slices that end at borders of chunks; queries from `stop` on are in none."""
     stop = tokens if stop is None else stop
+    # Compiled once for all slices of a picture.
+    build = jax.jit(
+        functools.partial(plans.build, num_queries=slice_len, num_columns=columns, tiles=tiles)
+    )
     slices, start = [], 0
     while start < stop:
         room = chunk_len - start % chunk_len if chunk_len else stop
@@ -19,14 +26,11 @@ def random_picture(rng, tokens, slice_len, tiles, *, chunk_len=None, stop=None, 
         verticals, slashes = np.zeros((2, 1, tokens), bool)
         verticals[0, rng.permutation(end)[:columns]] = True
         slashes[0, rng.permutation(end)[:3]] = True
-        plan = plans.build(
+        plan = build(
             jnp.asarray(verticals),
             jnp.asarray(slashes),
             jnp.int32(start),
             jnp.int32(length),
-            num_queries=slice_len,
-            num_columns=columns,
-            tiles=tiles,
         )
         slices.append((start, length, plan))
         start = end
@@ -44,6 +48,7 @@ def random_picture(rng, tokens, slice_len, tiles, *, chunk_len=None, stop=None, 
     )
 
 
+@functools.cache
 def small_picture():
     return random_picture(
         np.random.default_rng(3), 200, 64, Tiles(q=16, k=8), chunk_len=90, stop=190
