@@ -53,7 +53,10 @@ def _callback():
 
 @app.command("eval", help=_EVAL_HELP)
 def scores(
-    logs: Annotated[list[Path], typer.Argument(metavar="LOG.jsonl...", show_default=False)],
+    logs: Annotated[
+        list[Path],
+        typer.Argument(metavar="LOG", help="What `eval --out` wrote.", show_default=False),
+    ],
     out: Out = None,
     csv: Csv = None,
 ):
@@ -67,7 +70,9 @@ def scores(
 
 @app.command("recall", help=_RECALL_HELP)
 def recall(
-    report: Annotated[Path, typer.Argument(metavar="REPORT.json", show_default=False)],
+    report: Annotated[
+        Path, typer.Argument(metavar="REPORT", help="What `calibrate` wrote.", show_default=False)
+    ],
     length: Annotated[
         str | None,
         option("Prompt length of the report to draw, as 16384 or 16K; the longest.", metavar="N"),
