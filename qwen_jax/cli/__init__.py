@@ -40,6 +40,7 @@ VERBS = {
     "ask": ("ask", "ask", "Answer a question about text files."),
     "score": ("score", "score", "Write the logits after each token of a file."),
     "eval": ("eval", "app", "Measure what a model still finds in long texts."),
+    "plot": ("plot", "app", "Draw what `eval` and `calibrate` found."),
     "bench": ("bench", "bench", "Measure prefill and decode on prompts of random tokens."),
 }
 # What a user can put right; anything else is a bug and shows its traceback.

@@ -1,0 +1,250 @@
+"""Heat maps from files: scores from logs of `eval`, recall from reports of `calibrate`."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from qwen_jax.eval.heatmap import Axis, HeatMap, Panels, PlotError
+
+_REPORT_FORMAT = "qwen-jax calibration 1"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Answer:
+    panel: tuple[str, str, str]  # file, task, variant
+    length: int
+    depth: float | None
+    score: float
+
+
+def scores(paths: Sequence[Path]) -> Panels:
+    """Mean scores by depth and length, one map for each file, task and variant.
+
+    A log is JSON lines: `{"settings": {...}}`, then a record for each answer with `length`,
+    `depth` (none or null for a task without depths), `correct`, and perhaps `task`, `variant`
+    and `score` (0 to 1, in place of `correct`). Half a line at the end is left out. Maps of
+    one task share their axes, so that what one of them lacks is seen.
+
+    Raises:
+        PlotError: if a file is no such log, or holds no answers.
+        OSError: if a file cannot be read.
+    """
+    answers: list[_Answer] = []
+    models: list[str] = []
+    paths = list(dict.fromkeys(paths))
+    for path in paths:
+        settings, found = _read_log(path)
+        if not found:
+            raise PlotError(f"{path} holds no answers yet")
+        answers += found
+        models.append(Path(str(settings.get("model", ""))).name)
+    panels = list(dict.fromkeys(answer.panel for answer in answers))
+    tasks = list(dict.fromkeys(task for _, task, _ in panels))
+    maps = []
+    for panel in sorted(panels, key=lambda panel: tasks.index(panel[1])):
+        same_task = [answer for answer in answers if answer.panel[1] == panel[1]]
+        maps.append(_mean_scores(panel, same_task, named=len(paths) > 1))
+    # A line for each task, if any has more than one map.
+    most = max(sum(panel[1] == task for panel in panels) for task in tasks)
+    known = ", ".join(dict.fromkeys(model for model in models if model))
+    return Panels(
+        title=f"{known}: mean score" if known else "mean score",
+        maps=tuple(maps),
+        across=min(3, len(maps) if most == 1 else most),
+    )
+
+
+def _mean_scores(
+    panel: tuple[str, str, str],
+    same_task: Sequence[_Answer],
+    *,
+    named: bool,
+) -> HeatMap:
+    lengths = sorted({answer.length for answer in same_task})
+    depths: list[float | None] = []
+    depths += sorted({answer.depth for answer in same_task if answer.depth is not None})
+    if any(answer.depth is None for answer in same_task):
+        depths.append(None)
+    total = np.zeros((len(depths), len(lengths)))
+    count = np.zeros(total.shape, int)
+    for answer in same_task:
+        if answer.panel == panel:
+            at = depths.index(answer.depth), lengths.index(answer.length)
+            total[at] += answer.score
+            count[at] += 1
+    path, task, variant = panel
+    fewest, most = int(count[count > 0].min()), int(count.max())
+    cells = f"{most}" if fewest == most else f"{fewest} to {most}"
+    title = f"{task}, {variant} ({cells} answer{'s' * (most > 1)} a cell)"
+    return HeatMap(
+        title=f"{Path(path).name}: {title}" if named else title,
+        what="mean score",
+        values=np.where(count, total / np.maximum(count, 1), np.nan),
+        rows=Axis(
+            name="depth",
+            keys=tuple(depths),
+            labels=tuple("any" if depth is None else f"{100 * depth:.3g}%" for depth in depths),
+        ),
+        columns=Axis(name="tokens", keys=tuple(lengths), labels=_sizes(lengths)),
+    )
+
+
+def _read_log(path: Path) -> tuple[dict[str, Any], list[_Answer]]:
+    data = path.read_bytes()
+    lines = data[: data.rfind(b"\n") + 1].splitlines()
+    settings: dict[str, Any] | None = None
+    answers = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError("it is no JSON object")
+            if settings is None:
+                settings = dict(record["settings"])
+            else:
+                answers.append(_answer(path, settings, record))
+        except KeyError as error:
+            raise PlotError(
+                f"{path}, line {number}: {error} is missing: no log of `qwen-jax eval`"
+            ) from None
+        except (ValueError, TypeError) as error:
+            raise PlotError(f"{path}, line {number}: {error}: no log of `qwen-jax eval`") from None
+    if settings is None:
+        raise PlotError(f"{path} is empty: no log of `qwen-jax eval`")
+    return settings, answers
+
+
+def _answer(path: Path, settings: dict[str, Any], record: dict[str, Any]) -> _Answer:
+    length, depth = record["length"], record.get("depth")
+    score = record["score"] if record.get("score") is not None else record["correct"]
+    if not isinstance(length, int) or length < 1:
+        raise ValueError(f"length={length!r} must be tokens")
+    for name, value in (("depth", depth), ("score", score)):
+        if name == "depth" and value is None:
+            continue
+        if not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise ValueError(f"{name}={value!r} must lie in [0, 1]")
+    by_default = "dca" if settings.get("dca") else "rope"
+    task = record.get("task") or settings.get("task") or "answers"
+    variant = record.get("variant") or settings.get("variant") or by_default
+    return _Answer(
+        panel=(str(path), str(task), str(variant)),
+        length=length,
+        depth=None if depth is None else float(depth),
+        score=float(score),
+    )
+
+
+def _sizes(lengths: Sequence[int]) -> tuple[str, ...]:
+    """Tokens as flags take them: 12k for thousands or 12K for 1,024s, if all are such."""
+    for unit, letters in ((1024, "KM"), (1000, "km")):
+        if all(length % unit == 0 for length in lengths):
+            return tuple(
+                f"{length // unit**2}{letters[1]}"
+                if length % unit**2 == 0
+                else f"{length // unit}{letters[0]}"
+                for length in lengths
+            )
+    return tuple(f"{length:,}" for length in lengths)
+
+
+def recall(path: Path, length: int | None = None) -> Panels:
+    """Attention recall and kept density by layer and query head, from a report of `calibrate`.
+
+    Args:
+        path: the report, a JSON object.
+        length: prompt length in tokens, one of those in the report; the longest if None.
+
+    Raises:
+        PlotError: if the file is no such report, or lacks the length.
+        OSError: if the file cannot be read.
+    """
+    report = _read_report(path, length)
+    found, kept = report.recall, report.density
+    layer, head = np.unravel_index(np.argmin(found), found.shape)
+    least = float(found[layer, head])
+    title = f"{report.model}: sparse prefill of {report.length:,} tokens"
+    if report.speedup is not None:
+        title += f", {report.speedup:.2f} times as fast as dense"
+    rows, columns = _numbered("layer", found.shape[0]), _numbered("head", found.shape[1])
+    return Panels(
+        title=title,
+        across=2,
+        maps=(
+            HeatMap(
+                title=f"attention recall: mean {found.mean():.3f}, "
+                f"least {least:.3f} (layer {layer}, head {head})",
+                what="recall",
+                values=found,
+                rows=rows,
+                columns=columns,
+                low=min(0.9, math.floor(least * 10) / 10),
+            ),
+            HeatMap(
+                title=f"kept density: mean {kept.mean():.3f}",
+                what="density",
+                values=kept,
+                rows=rows,
+                columns=columns,
+                high=max(0.1, math.ceil(float(kept.max()) * 10) / 10),
+            ),
+        ),
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Report:
+    model: str
+    length: int
+    recall: Float[np.ndarray, "L N"]
+    density: Float[np.ndarray, "L N"]
+    speedup: float | None
+
+
+def _read_report(path: Path, length: int | None) -> _Report:
+    try:
+        report = json.loads(path.read_bytes())
+        if not isinstance(report, dict) or report.get("format") != _REPORT_FORMAT:
+            raise ValueError(f"its format is not {_REPORT_FORMAT!r}")
+        known = sorted(int(each) for each in report["recall"])
+        chosen = max(known) if length is None else length
+        if chosen not in known:
+            lengths = ", ".join(str(each) for each in known)
+            raise PlotError(f"{path} holds no length {length}: choose --length from {lengths}")
+        speedup = dict(report.get("speedup") or {}).get(str(chosen))
+        found = _table(report["recall"], chosen, "recall")
+        kept = _table(report["density"], chosen, "density")
+        if found.shape != kept.shape:
+            raise ValueError("recall and density are not of the same layers and heads")
+        return _Report(
+            model=Path(str(report["model"])).name,
+            length=chosen,
+            recall=found,
+            density=kept,
+            speedup=None if speedup is None else float(speedup),
+        )
+    except PlotError:
+        raise
+    except KeyError as error:
+        raise PlotError(f"{path}: {error} is missing: no report of `qwen-jax calibrate`") from None
+    except (ValueError, TypeError) as error:
+        raise PlotError(f"{path}: {error}: no report of `qwen-jax calibrate`") from None
+
+
+def _table(tables: dict[str, Any], length: int, name: str) -> Float[np.ndarray, "L N"]:
+    values = np.asarray(tables[str(length)], float)
+    if values.ndim != 2 or not values.size or not np.isfinite(values).all():
+        raise ValueError(f"{name} of {length} tokens is no table of layers and heads")
+    return values
+
+
+def _numbered(name: str, count: int) -> Axis:
+    return Axis(name=name, keys=tuple(range(count)), labels=tuple(map(str, range(count))))
