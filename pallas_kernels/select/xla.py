@@ -81,7 +81,7 @@ def vote(
 
 def _diagonals(p: Float[Array, "N R S"]) -> Float[Array, "N S+R-1"]:
     """Sums along diagonals: row r, column c goes to place `c + R - 1 - r`."""
-    N, R, S = p.shape
+    _, R, S = p.shape
     p = jnp.pad(p, ((0, 0), ((1 << (R - 1).bit_length()) - R, 0), (0, 0)))
     step = 1
     while p.shape[1] > 1:  # neighbouring rows, one of them moved
