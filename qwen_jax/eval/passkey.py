@@ -30,7 +30,7 @@ def build(material: Material, cell: Cell) -> Task:
     key = "".join(rng.choice("0123456789") for _ in range(_DIGITS))
     draft = Draft(
         opening=_INTRODUCTION,
-        needles=[(cell.depth or 0, _NEEDLE.format(key=key))],
+        needles=[(cell.depth or 0.0, _NEEDLE.format(key=key))],
         closing=_QUESTION,
     )
     return Task(prompt=material.fit(cell, draft, _Filler()), expected=(key,))

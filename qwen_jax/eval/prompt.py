@@ -10,7 +10,7 @@ made up for and the prompt is built again.
 import bisect
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from qwen_jax.eval.tasks import Cell, TaskError
 from qwen_jax.tokenizer import Tokenizer
@@ -36,6 +36,7 @@ class Draft:
     answer: str = ""
 
 
+@runtime_checkable
 class Filler(Protocol):
     """Text of any length, made of units."""
 
@@ -105,7 +106,7 @@ def fit(
             content = _content(count, draft, filler, room)
         except TooShort as error:
             raise TaskError(
-                f"length={cell.length} is too short: {cell.task} takes at least "
+                f"length={cell.length} is too short: the question of {cell.task} alone takes "
                 f"{error.least + around} tokens"
             ) from None
         if content is None:
