@@ -192,9 +192,10 @@ def _run(
     given = text_flags.read() if text_flags else None
     opened = open_model(directory, model_flags)
     models = variants.models(opened, names)
+    material = evaluate.material(opened, cells, seed=flags.seed, given=given)
     settings = evaluate.settings(family, opened, flags.seed, given, dense_to=0 if names else None)
     log = Log(flags.out, settings) if flags.out else None
-    results = evaluate.results(models, cells, seed=flags.seed, given=given, log=log)
+    results = evaluate.results(models, cells, material, log)
     if flags.json:
         scores.print_json(settings, results)
     elif family == "ruler" or names:

@@ -48,20 +48,15 @@ def settings(
 def results(
     models: dict[str | None, Model],
     cells: list[Cell],
-    *,
-    seed: int,
-    given: str | None,
+    material: Material,
     log: Log | None,
 ) -> list[Result]:
     """A result for each way and cell, from the log or from the model; new ones are logged.
 
     Raises:
-        TaskError: if a length is too short for its task.
-        RequestError: if the longest prompt does not fit the model.
+        CheckpointError: if the weights are missing, damaged or do not fit.
+        ConfigError: if the device cannot do what the flags ask.
     """
-    opened = next(iter(models.values()))
-    longest = max(cells, key=_room)
-    opened.check_fits(longest.length, KINDS[longest.task].max_new_tokens)
     asked = [(name, cell) for name in models for cell in cells]
     known = log.results if log else {}
     found = {key: known[key] for key in asked if key in known}
@@ -72,19 +67,31 @@ def results(
         for name in models
         if (unanswered := [cell for cell in cells if (name, cell) not in found])
     }
-    if missing:
-        sentences = None if given is None else _repeated(given)
-        material = Material(opened.tokenizer(), seed=seed, sentences=sentences, known=given or "")
-        # The shortest of each task, so that one that is too short is refused before the work.
-        for cell in {cell.task: cell for cell in reversed(cells)}.values():
-            KINDS[cell.task].build(material, cell)
-        weights = opened.weights()
-        for name, unanswered in missing.items():
-            for result in _ask(models[name], name, unanswered, material, _room(longest), weights):
-                found[name, result.cell] = result
-                if log:
-                    log.add(result)
+    weights = next(iter(models.values())).weights() if missing else None
+    longest = max(map(_room, cells))
+    for name, unanswered in missing.items():
+        for result in _ask(models[name], name, unanswered, material, longest, weights):
+            found[name, result.cell] = result
+            if log:
+                log.add(result)
     return [found[key] for key in asked]
+
+
+def material(opened: Model, cells: list[Cell], *, seed: int, given: str | None) -> Material:
+    """What the prompts of some cells are made from, once it is known that they fit.
+
+    Raises:
+        TaskError: if a length is too short for its task.
+        TokenizerError: if the checkpoint has no usable tokenizer or chat format.
+        RequestError: if the longest prompt does not fit the model.
+    """
+    longest = max(cells, key=_room)
+    opened.check_fits(longest.length, KINDS[longest.task].max_new_tokens)
+    sentences = None if given is None else _repeated(given)
+    made = Material(opened.tokenizer(), seed=seed, sentences=sentences, known=given or "")
+    for cell in {cell.task: cell for cell in reversed(cells)}.values():
+        KINDS[cell.task].build(made, cell)  # the shortest of each task
+    return made
 
 
 def _ask(

@@ -181,10 +181,14 @@ def test_a_text_that_is_too_short_is_repeated_and_that_is_said(model, tmp_path, 
         ("niah", "--compare rope --sparse off", "--sparse off contradicts --compare"),
     ],
 )
-def test_a_flag_that_makes_no_sense_is_refused_by_name(model, engines, family, flags, named):
+def test_a_flag_that_makes_no_sense_is_refused_by_name(
+    model, tmp_path, engines, family, flags, named
+):
+    out = tmp_path / "results.jsonl"
     with pytest.raises(ConfigError, match=named):
-        run(family, model, *flags.split())
+        run(family, model, *flags.split(), "--out", out)
     assert not engines
+    assert not out.exists()
 
 
 def test_sparse_columns_need_budgets(model, tmp_path):
