@@ -1,19 +1,19 @@
-"""eval: how much a model still finds, by length and depth."""
+"""eval: how much a model still finds and follows, by length."""
 
-import json as json_format
+import dataclasses
 import re
-import sys
-import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
-from qwen_jax.cli.flags import Json, Model, ModelArgument, ModelFlags, expand, note, open_model
+from qwen_jax.cli import documents, evaluate, scores, variants
+from qwen_jax.cli.documents import DocumentError
+from qwen_jax.cli.flags import Json, ModelArgument, ModelFlags, expand, open_model, option
 from qwen_jax.config import ConfigError
-from qwen_jax.eval import score, tasks
+from qwen_jax.eval import catalog
+from qwen_jax.eval.log import Log
+from qwen_jax.eval.tasks import Cell
 
 app = typer.Typer(
     help="Measure what a model still finds in long texts.",
@@ -22,16 +22,46 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-_HELP = """Hide five digits in filler and ask for them, over lengths and depths.
+_COMMON_HELP = """
+Each length is that of the whole prompt, exactly. Answers are greedy. With --out every
+answer is kept as it comes, and the same command goes on where it was stopped.
+--compare rope,dca,sparse asks the same without Dual Chunk Attention, with it, and with
+sparse prefill too, and shows them side by side.
+"""
+_PASSKEY_HELP = f"""Hide five digits in filler and ask for them, over lengths and depths.
 
-Each length is that of the whole prompt, exactly. Answers are greedy, and right if they
-contain the digits. With --out every answer is kept as it comes, and the same command
-goes on where it was stopped.
-
+Answers are right if they contain the digits.
+{_COMMON_HELP}
 \b
 Examples:
   qwen-jax eval passkey ckpt/7b-1m --lengths 32k,128k,512k --depths 0.1,0.5,0.9
   qwen-jax eval passkey demo --lengths 8k,12k --samples 3 --dca off --out off.jsonl
+"""
+_NIAH_HELP = f"""Hide a sentence in prose and ask for the number in it, over lengths and depths.
+
+The prose is made up, no sentence twice, or that of --text. Answers are right if they
+contain the number.
+{_COMMON_HELP}
+\b
+Examples:
+  qwen-jax eval niah ckpt/7b-1m --lengths 128k,1m --compare rope,dca,sparse --out niah.jsonl
+  qwen-jax eval niah demo --lengths 4k --text book.txt
+"""
+_RULER_HELP = f"""Ask tasks of RULER: needles, chains of variables, common words.
+
+\b
+niah_single      a number in prose, at each of --depths
+niah_multikey    a number among three that belong to other words
+niah_multivalue  four numbers of one word
+vt               the variables that hold a value, each set to the one before
+cwe              the ten most common words of a list
+
+An answer scores the share of the expected numbers, names or words that it contains.
+{_COMMON_HELP}
+\b
+Examples:
+  qwen-jax eval ruler ckpt/7b-1m --lengths 32k,128k --samples 10 --out ruler.jsonl
+  qwen-jax eval ruler demo --lengths 4k,8k --tasks vt,cwe --compare rope,dca
 """
 
 
@@ -40,81 +70,138 @@ def _callback():
     """Measure what a model still finds in long texts."""
 
 
-@expand
-def passkey(
-    model: ModelArgument,
-    model_flags: ModelFlags,
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class GridFlags:
+    """Flags of every task: what is asked, where answers are kept, how they are shown."""
+
     lengths: Annotated[
         str, typer.Option(help="Prompt lengths in tokens; 1k is 1000, 1K is 1024.")
-    ] = "2k,4k,8k",
+    ] = "2k,4k,8k"
     depths: Annotated[
-        str, typer.Option(help="Where the digits lie, from 0 (first) to 1 (last).")
-    ] = "0.1,0.5,0.9",
-    samples: Annotated[int, typer.Option(help="Questions per length and depth.")] = 1,
-    seed: Annotated[int, typer.Option(help="The same seed hides the same digits.")] = 0,
+        str, typer.Option(help="Where the needle lies, from 0 (first) to 1 (last).")
+    ] = "0.1,0.5,0.9"
+    samples: Annotated[int, typer.Option(help="Questions per length, task and depth.")] = 1
+    seed: Annotated[int, typer.Option(help="The same seed gives the same prompts.")] = 0
+    compare: Annotated[
+        str | None, option("Ways to run the model, of rope, dca and sparse.", metavar="NAMES")
+    ] = None
     out: Annotated[
         Path | None,
         typer.Option(help="A file that keeps the answers, one JSON object a line.", metavar="FILE"),
-    ] = None,
-    json: Json = False,
+    ] = None
+    json: Json = False
+
+    def cells(self, tasks: list[str]) -> list[Cell]:
+        """All questions.
+
+        Raises:
+            ConfigError: if a value is malformed, out of range or given twice.
+        """
+        return catalog.grid(
+            tasks,
+            [whole_number(length) for length in _split("--lengths", self.lengths)],
+            [_fraction(depth) for depth in _split("--depths", self.depths)],
+            self.samples,
+        )
+
+    def compared(self) -> list[str]:
+        """Ways to run the model, none for that of its flags.
+
+        Raises:
+            ConfigError: if one has no name.
+        """
+        return [] if self.compare is None else _split("--compare", self.compare)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TextFlags:
+    """Flags of tasks that hide things in a text."""
+
+    text: Annotated[
+        list[Path] | None,
+        option("A text to hide things in; may be given repeatedly.", metavar="FILE"),
+    ] = None
+
+    def read(self) -> str | None:
+        """The text, or None for one that is made up.
+
+        Raises:
+            DocumentError: if a file holds no text.
+            OSError: if it cannot be read.
+        """
+        texts = []
+        for path in self.text or ():
+            texts.append(documents.read_text(path))
+            if not texts[-1].strip():
+                raise DocumentError(f"{path}: it is empty")
+        return "\n\n".join(texts) or None
+
+
+@expand
+def passkey(model: ModelArgument, model_flags: ModelFlags, grid_flags: GridFlags):
+    """See `_PASSKEY_HELP`; raises as `_run` does."""
+    _run("passkey", list(catalog.FAMILIES["passkey"]), model, model_flags, grid_flags)
+
+
+@expand
+def niah(
+    model: ModelArgument, model_flags: ModelFlags, grid_flags: GridFlags, text_flags: TextFlags
 ):
-    """See `_HELP`.
+    """See `_NIAH_HELP`; raises as `_run` does."""
+    _run("niah", list(catalog.FAMILIES["niah"]), model, model_flags, grid_flags, text_flags)
+
+
+@expand
+def ruler(
+    model: ModelArgument,
+    model_flags: ModelFlags,
+    grid_flags: GridFlags,
+    text_flags: TextFlags,
+    tasks: Annotated[str | None, option("Which tasks; all of them.", metavar="NAMES")] = None,
+):
+    """See `_RULER_HELP`; raises as `_run` does."""
+    known = list(catalog.FAMILIES["ruler"])
+    chosen = known if tasks is None else _split("--tasks", tasks)
+    for task in chosen:
+        if task not in known:
+            raise ConfigError(f"--tasks {task!r} is not one of {', '.join(known)}")
+    _run("ruler", chosen, model, model_flags, grid_flags, text_flags)
+
+
+app.command("passkey", help=_PASSKEY_HELP)(passkey)
+app.command("niah", help=_NIAH_HELP)(niah)
+app.command("ruler", help=_RULER_HELP)(ruler)
+
+
+def _run(
+    family: str,
+    tasks: list[str],
+    directory: Path,
+    model_flags: ModelFlags,
+    flags: GridFlags,
+    text_flags: TextFlags | None = None,
+) -> None:
+    """Asks what has not been asked before, and prints all scores.
 
     Raises:
-        ConfigError: if a flag cannot be used, or `out` holds something else.
+        ConfigError: if a flag cannot be used, or `--out` holds something else.
+        DocumentError: if a text cannot be used.
         RequestError: if the longest prompt does not fit the model.
     """
-    opened = open_model(model, model_flags)
-    cells = tasks.grid(
-        [whole_number(text) for text in _split("--lengths", lengths)],
-        [_fraction(text) for text in _split("--depths", depths)],
-        samples,
-    )
-    longest = max(cell.length for cell in cells)
-    opened.check_fits(longest, score.MAX_NEW_TOKENS)
-    log = score.Log(out, _settings(opened, seed)) if out else None
-    known = log.results if log else {}
-    results = [known[cell] for cell in cells if cell in known]
-    missing = [cell for cell in cells if cell not in known]
-    if results:
-        note(f"{out} holds {len(results)} of {len(cells)} answers")
-    if missing:
-        results += _ask(opened, missing, seed, log, longest)
-    table = score.accuracy(results)
-    if json:
-        _print_json(opened, seed, table)
+    cells, names = flags.cells(tasks), flags.compared()
+    given = text_flags.read() if text_flags else None
+    opened = open_model(directory, model_flags)
+    models = variants.models(opened, names)
+    material = evaluate.material(opened, cells, seed=flags.seed, given=given)
+    settings = evaluate.settings(family, opened, flags.seed, given, dense_to=0 if names else None)
+    log = Log(flags.out, settings) if flags.out else None
+    results = evaluate.results(models, cells, material, log)
+    if flags.json:
+        scores.print_json(settings, results)
+    elif family == "ruler" or names:
+        scores.print_by_variant(results)
     else:
-        _print_table(table)
-
-
-app.command("passkey", help=_HELP)(passkey)
-
-
-def _ask(
-    opened: Model, cells: list[tasks.Cell], seed: int, log: score.Log | None, longest: int
-) -> list[score.Result]:
-    tokenizer = opened.tokenizer()
-    engine = opened.engine(longest + score.MAX_NEW_TOKENS, vocab_limit=tokenizer.size)
-    results = []
-    start = time.monotonic()
-    for result in score.run(
-        engine,
-        tokenizer,
-        cells,
-        lambda cell: tasks.passkey(tokenizer, cell, seed=seed),
-        eos_ids=opened.end_ids(tokenizer, chat=True),
-    ):
-        results.append(result)
-        if log:
-            log.add(result)
-        now = time.monotonic()
-        verdict = "right" if result.correct else f"wrong: {result.answer!r}"
-        note(
-            f"{len(results)}/{len(cells)}: {result.cell.length:,} tokens, depth "
-            f"{result.cell.depth:g}, {now - start:.1f} s: {verdict}"
-        )
-        start = now
-    return results
+        scores.print_by_depth(results)
 
 
 def whole_number(text: str) -> int:
@@ -142,46 +229,3 @@ def _split(flag: str, text: str) -> list[str]:
     if not all(values):
         raise ConfigError(f"{flag} {text!r} must be values with commas between them")
     return values
-
-
-def _settings(opened: Model, seed: int) -> dict:
-    """What the answers depend on, beside length and depth."""
-    geometry = opened.config.dual_chunk
-    return {
-        "task": "passkey",
-        "model": str(opened.directory.resolve()),
-        "seed": seed,
-        "dtype": opened.flags.dtype or "auto",
-        "dca": [geometry.chunk_size, geometry.local_size] if geometry else None,
-        "dca_original": opened.config.original_len,
-        "vllm_parity": opened.flags.vllm_parity,
-    }
-
-
-def _print_json(opened: Model, seed: int, table: dict) -> None:
-    cells = [
-        {"length": length, "depth": depth, "right": right, "asked": asked}
-        for (length, depth), (right, asked) in sorted(table.items())
-    ]
-    json_format.dump({**_settings(opened, seed), "cells": cells}, sys.stdout)
-    print()
-
-
-def _print_table(table: dict[tuple[int, float], tuple[int, int]]) -> None:
-    lengths = sorted({length for length, _ in table})
-    depths = sorted({depth for _, depth in table})
-    shown = Table(title="right answers", title_justify="left", box=None, pad_edge=False)
-    shown.add_column("tokens", justify="right")
-    for depth in depths:
-        shown.add_column(f"depth {depth:g}", justify="right")
-    shown.add_column("all", justify="right")
-    for length in lengths:
-        row = [table[length, depth] for depth in depths]
-        total = sum(right for right, _ in row), sum(asked for _, asked in row)
-        shown.add_row(f"{length:,}", *(_share(*cell) for cell in (*row, total)))
-    Console().print(shown)
-
-
-def _share(right: int, asked: int) -> str:
-    color = "green" if right == asked else "red" if right == 0 else "yellow"
-    return f"[{color}]{right}/{asked}[/{color}]"

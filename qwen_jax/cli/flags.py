@@ -235,30 +235,36 @@ class Model:
                 f"{self.sparse.threshold:,} for sparse prefill (--sparse off silences this)"
             )
 
-    def engine(self, length: int, *, max_seqs: int = 1, vocab_limit: int | None = None):
-        """Loads the weights and builds an engine; says on stderr what runs where.
+    def weights(self):
+        """The weights on the device, for engines that share them.
+
+        Raises:
+            CheckpointError: if they are missing, damaged or do not fit.
+        """
+        import jax.numpy as jnp
+
+        from convert import weights
+
+        return weights.load(self.directory, dtype=jnp.dtype(self._precision()[0]))
+
+    def engine(
+        self, length: int, *, max_seqs: int = 1, vocab_limit: int | None = None, weights=None
+    ):
+        """Builds an engine; says on stderr what runs where.
 
         Args:
             length: room for prompt and answer of one request, in tokens.
             max_seqs: requests that run at once.
             vocab_limit: ids from here on are never sampled.
+            weights: what `weights` gave; None to load them.
 
         Raises:
             CheckpointError: if the weights are missing, damaged or do not fit.
             ConfigError: if the device cannot do what the flags ask.
         """
-        import jax
-        import jax.numpy as jnp
-
-        from convert import weights
         from qwen_jax.engine.engine import Engine, EngineConfig
 
-        name = {"f32": "float32", "bf16": "bfloat16", None: self.config.weights_dtype}[
-            self.flags.dtype
-        ]
-        why = f"--dtype {self.flags.dtype}" if self.flags.dtype else "as stored"
-        if self.flags.dtype is None and jax.default_backend() == "cpu" and name != "float32":
-            name, why = "float32", f"stored as {name}; CPUs are faster in float32 (--dtype bf16)"
+        name, why = self._precision()
         settings = EngineConfig(
             max_len=length,
             max_seqs=max_seqs,
@@ -269,9 +275,21 @@ class Model:
             sparse=self.sparse,
             least_recall=self.flags.least_recall or 0.0,
         )
-        engine = Engine(self.config, weights.load(self.directory, dtype=jnp.dtype(name)), settings)
+        engine = Engine(self.config, self.weights() if weights is None else weights, settings)
         note(f"{engine.describe()}; {name}: {why}; {self._attention()}")
         return engine
+
+    def _precision(self) -> tuple[str, str]:
+        """Dtype of weights and cache, and the reason."""
+        import jax
+
+        name = {"f32": "float32", "bf16": "bfloat16", None: self.config.weights_dtype}[
+            self.flags.dtype
+        ]
+        why = f"--dtype {self.flags.dtype}" if self.flags.dtype else "as stored"
+        if self.flags.dtype is None and jax.default_backend() == "cpu" and name != "float32":
+            name, why = "float32", f"stored as {name}; CPUs are faster in float32 (--dtype bf16)"
+        return name, why
 
     def _attention(self) -> str:
         geometry, original = self.config.dual_chunk, self.config.original_len

@@ -1,40 +1,58 @@
-"""Run the cells of a task through an engine, greedily, and keep one JSON line for each."""
+"""Run the cells of a grid through an engine, greedily, and say how good the answers are."""
 
 import dataclasses
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
 
-from qwen_jax.config import ConfigError
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.request import Request
+from qwen_jax.engine.request import Request, RequestError, Sparseness
+from qwen_jax.eval.catalog import KINDS
 from qwen_jax.eval.tasks import Cell, Task
 from qwen_jax.tokenizer import Tokenizer
-
-_OPENING = b'{"settings"'
-
-MAX_NEW_TOKENS = 24
-"""Longest answer, in tokens; a right one repeats five digits in a sentence."""
-
-
-class ScoreError(ConfigError):
-    """Results that cannot be continued; the text names the file and the way out."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What a model answered in a cell."""
+    """What a model answered in a cell.
+
+    Attributes:
+        variant: how the model ran, where several ways are compared.
+        expected: strings that a right answer contains.
+        sparse: how the prompt was prefilled sparsely; None for densely.
+    """
 
     cell: Cell
-    expected: str
+    variant: str | None = None
+    expected: tuple[str, ...]
     answer: str
+    sparse: Sparseness | None = None
 
     @property
-    def correct(self) -> bool:
-        """Whether the answer contains the expected text."""
-        return self.expected in self.answer
+    def score(self) -> float:
+        """The share of the expected strings that the answer contains, in any case of letters."""
+        answer = self.answer.lower()
+        return sum(text.lower() in answer for text in self.expected) / len(self.expected)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Mean:
+    """Scores of some results, and how their prompts were prefilled sparsely, if they were.
+
+    Attributes:
+        total: sum of the scores.
+        asked: results.
+        density: pairs of query and key computed, as a share of the causal ones.
+        recall: attention found, of what dense prefill would have found, per token.
+    """
+
+    total: float
+    asked: int
+    density: float | None = None
+    recall: float | None = None
+
+    @property
+    def score(self) -> float:
+        """Mean score, from 0 to 1."""
+        return self.total / self.asked
 
 
 def run(
@@ -44,6 +62,7 @@ def run(
     build: Callable[[Cell], Task],
     *,
     eos_ids: tuple[int, ...],
+    variant: str | None = None,
 ) -> Iterator[Result]:
     """The result of each cell, one cell at a time.
 
@@ -52,86 +71,47 @@ def run(
     """
     for cell in cells:
         task = build(cell)
-        request = Request(prompt=task.prompt, max_new_tokens=MAX_NEW_TOKENS, eos_ids=eos_ids)
-        [ids] = engine.run([request])
-        yield Result(cell=cell, expected=task.expected, answer=tokenizer.decode(ids))
-
-
-class Log:
-    """Results in a file, one JSON object a line; the first line holds the settings.
-
-    A run that was killed is continued: cells in the file are not computed again,
-    and half a line at its end is dropped.
-    """
-
-    def __init__(self, path: Path, settings: Mapping[str, Any]):
-        """Open or create the file.
-
-        Raises:
-            ScoreError: if the file holds something else, or results of other settings.
-        """
-        self.path = path
-        self.results: dict[Cell, Result] = {}
-        data = path.read_bytes() if path.exists() else b""
-        whole = data[: data.rfind(b"\n") + 1]
-        lines = whole.splitlines()
-        if data and not whole and not data.startswith(_OPENING[: len(data)]):
-            raise ScoreError(f"{path} is not a file of results: name another one")
-        try:
-            if lines:
-                self._check(json.loads(lines[0])["settings"], settings)
-            for line in lines[1:]:
-                self._remember(_result(json.loads(line)))
-        except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, ScoreError):
-                raise
-            raise ScoreError(f"{path} is not a file of results: {error}") from None
-        with path.open("r+b" if path.exists() else "xb") as file:
-            file.truncate(len(whole))
-        if not lines:
-            self._append({"settings": dict(settings)})
-
-    def add(self, result: Result) -> None:
-        """Keep a result; it is on disk when this returns."""
-        self._remember(result)
-        self._append(
-            dataclasses.asdict(result.cell)
-            | {"expected": result.expected, "answer": result.answer, "correct": result.correct}
+        request = Request(
+            prompt=task.prompt, max_new_tokens=KINDS[cell.task].max_new_tokens, eos_ids=eos_ids
+        )
+        ids, sparse = _answer(engine, request)
+        yield Result(
+            cell=cell,
+            variant=variant,
+            expected=task.expected,
+            answer=tokenizer.decode(ids),
+            sparse=sparse,
         )
 
-    def _remember(self, result: Result) -> None:
-        self.results[result.cell] = result
 
-    def _check(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        differ = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-        if differ:
-            changes = ", ".join(
-                f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in differ
-            )
-            raise ScoreError(
-                f"{self.path} holds results of other settings ({changes}): name another file"
-            )
-
-    def _append(self, record: Mapping[str, Any]) -> None:
-        with self.path.open("ab") as file:
-            file.write(json.dumps(record).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+def _answer(engine: Engine, request: Request) -> tuple[list[int], Sparseness | None]:
+    engine.add(request)
+    ids: list[int] = []
+    sparse = None
+    while engine.busy:
+        for event in engine.step():
+            if event.error is not None:
+                raise RequestError(event.error)
+            ids.extend(event.tokens)
+            sparse = event.sparse
+    return ids, sparse
 
 
-def _result(record: Mapping[str, Any]) -> Result:
-    return Result(
-        cell=Cell(length=record["length"], depth=record["depth"], sample=record["sample"]),
-        expected=record["expected"],
-        answer=record["answer"],
+def mean(results: Iterable[Result]) -> Mean:
+    """The mean of some results, at least one.
+
+    Of prompts that share their beginning, that counts once in density and recall.
+    """
+    results = list(results)
+    sparse = [result.sparse for result in results if result.sparse is not None]
+    return Mean(
+        total=sum(result.score for result in results),
+        asked=len(results),
+        density=_weighted([(each.density, each.pairs) for each in sparse]),
+        recall=_weighted([(each.recall, each.tokens) for each in sparse]),
     )
 
 
-def accuracy(results: Iterable[Result]) -> dict[tuple[int, float], tuple[int, int]]:
-    """Right answers and questions asked, for each length and depth."""
-    table: dict[tuple[int, float], tuple[int, int]] = {}
-    for result in results:
-        at = result.cell.length, result.cell.depth
-        right, asked = table.get(at, (0, 0))
-        table[at] = right + result.correct, asked + 1
-    return table
+def _weighted(values: list[tuple[float, int]]) -> float | None:
+    weight = sum(weight for _, weight in values)
+    return sum(value * weight for value, weight in values) / weight if weight else None

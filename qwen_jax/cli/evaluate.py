@@ -1,0 +1,153 @@
+"""Questions of `eval` asked of one model in one way or several, those that are not answered yet."""
+
+import hashlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from qwen_jax.cli.flags import Model, note
+from qwen_jax.eval import score, text
+from qwen_jax.eval.catalog import FAMILIES, KINDS
+from qwen_jax.eval.log import Log
+from qwen_jax.eval.material import Material
+from qwen_jax.eval.score import Result
+from qwen_jax.eval.tasks import Cell
+
+
+def settings(
+    family: str, opened: Model, seed: int, given: str | None, *, dense_to: int | None = None
+) -> dict[str, Any]:
+    """What the answers depend on, beside the cell and the way in which the model runs.
+
+    Args:
+        given: the text to hide things in; None for one that is made up.
+        dense_to: longest prompt that is prefilled densely; None for the checkpoint's threshold.
+    """
+    geometry, sparse = opened.config.dual_chunk, opened.sparse
+    budgets = None
+    if sparse is not None:
+        budgets = {
+            "sha256": _digest(repr((sparse.vertical, sparse.slash))),
+            "last_q": sparse.last_q,
+            "threshold": sparse.threshold if dense_to is None else dense_to,
+            "least_recall": opened.flags.least_recall,
+        }
+    return {
+        "task": family,
+        "model": str(opened.directory.resolve()),
+        "seed": seed,
+        "text": None if given is None else _digest(given),
+        "dtype": opened.flags.dtype or "auto",
+        "dca": [geometry.chunk_size, geometry.local_size] if geometry else None,
+        "dca_original": opened.config.original_len,
+        "vllm_parity": opened.flags.vllm_parity,
+        "sparse": budgets,
+    }
+
+
+def results(
+    models: dict[str | None, Model],
+    cells: list[Cell],
+    material: Material,
+    log: Log | None,
+) -> list[Result]:
+    """A result for each way and cell, from the log or from the model; new ones are logged.
+
+    Raises:
+        CheckpointError: if the weights are missing, damaged or do not fit.
+        ConfigError: if the device cannot do what the flags ask.
+    """
+    asked = [(name, cell) for name in models for cell in cells]
+    known = log.results if log else {}
+    found = {key: known[key] for key in asked if key in known}
+    if log and found:
+        note(f"{log.path} holds {len(found)} of {len(asked)} answers")
+    missing = {
+        name: unanswered
+        for name in models
+        if (unanswered := [cell for cell in cells if (name, cell) not in found])
+    }
+    weights = next(iter(models.values())).weights() if missing else None
+    longest = max(map(_room, cells))
+    for name, unanswered in missing.items():
+        for result in _ask(models[name], name, unanswered, material, longest, weights):
+            found[name, result.cell] = result
+            if log:
+                log.add(result)
+    return [found[key] for key in asked]
+
+
+def material(opened: Model, cells: list[Cell], *, seed: int, given: str | None) -> Material:
+    """What the prompts of some cells are made from, once it is known that they fit.
+
+    Raises:
+        TaskError: if a length is too short for its task.
+        TokenizerError: if the checkpoint has no usable tokenizer or chat format.
+        RequestError: if the longest prompt does not fit the model.
+    """
+    longest = max(cells, key=_room)
+    opened.check_fits(longest.length, KINDS[longest.task].max_new_tokens)
+    sentences = None if given is None else _repeated(given)
+    made = Material(opened.tokenizer(), seed=seed, sentences=sentences, known=given or "")
+    for cell in {cell.task: cell for cell in reversed(cells)}.values():
+        KINDS[cell.task].build(made, cell)  # the shortest of each task
+    return made
+
+
+def _ask(
+    opened: Model, name: str | None, cells: list[Cell], material: Material, length: int, weights
+) -> Iterator[Result]:
+    """The result of each cell; the engine lives only as long as this does."""
+    tokenizer = opened.tokenizer()
+    start = time.monotonic()
+    results = score.run(
+        opened.engine(length, vocab_limit=tokenizer.size, weights=weights),
+        tokenizer,
+        cells,
+        lambda cell: KINDS[cell.task].build(material, cell),
+        eos_ids=opened.end_ids(tokenizer, chat=True),
+        variant=name,
+    )
+    for number, result in enumerate(results, start=1):
+        now = time.monotonic()
+        note(
+            f"{number}/{len(cells)}: {_described(result)}, {now - start:.1f} s: {_verdict(result)}"
+        )
+        start = now
+        yield result
+
+
+def _described(result: Result) -> str:
+    cell = result.cell
+    parts = [
+        result.variant,
+        cell.task if cell.task not in FAMILIES else None,
+        f"{cell.length:,} tokens",
+        f"depth {cell.depth:g}" if cell.depth is not None else None,
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _verdict(result: Result) -> str:
+    if result.score == 1:
+        return "right"
+    return f"{f'{result.score:.0%} right' if result.score else 'wrong'}: {result.answer!r}"
+
+
+def _room(cell: Cell) -> int:
+    """Tokens of prompt and answer."""
+    return cell.length + KINDS[cell.task].max_new_tokens
+
+
+def _repeated(given: str) -> Iterator[str]:
+    """The sentences of a text over and over; says so when it begins again."""
+    sentences = text.cut(given)
+    yield from sentences
+    note(f"the {len(sentences):,} sentences of --text are too few: they are repeated")
+    while True:
+        yield f"\n\n{sentences[0].lstrip()}"
+        yield from sentences[1:]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,118 @@
+"""Scores as tables and as JSON."""
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from qwen_jax.eval.score import Mean, Result, mean
+
+
+def print_json(settings: Mapping[str, Any], results: list[Result]) -> None:
+    """One object on stdout: the settings, and the mean score of each cell over its samples."""
+    groups: dict[tuple, list[Result]] = {}
+    for result in results:
+        cell = result.cell
+        groups.setdefault((cell.task, cell.length, cell.depth, result.variant), []).append(result)
+    cells = []
+    for (task, length, depth, variant), group in groups.items():
+        found = mean(group)
+        cell = {
+            "task": task,
+            "length": length,
+            "depth": depth,
+            "variant": variant,
+            "score": found.score,
+            "asked": found.asked,
+        }
+        if found.density is not None:
+            cell |= {"density": found.density, "recall": found.recall}
+        cells.append(cell)
+    json.dump({**settings, "cells": cells}, sys.stdout)
+    print()
+
+
+def print_by_depth(results: list[Result]) -> None:
+    """Right answers by length and depth; for questions that are answered right or wrong."""
+    lengths = sorted({result.cell.length for result in results})
+    depths = sorted({result.cell.depth or 0 for result in results})
+    table = _table("right answers")
+    table.add_column("tokens", justify="right")
+    for depth in depths:
+        table.add_column(f"depth {depth:g}", justify="right")
+    table.add_column("all", justify="right")
+    for length in lengths:
+        row = [result for result in results if result.cell.length == length]
+        at = [[result for result in row if result.cell.depth == depth] for depth in depths]
+        table.add_row(f"{length:,}", *(_count(mean(group)) for group in (*at, row)))
+    Console().print(table)
+    _print_sparseness(results)
+
+
+def print_by_variant(results: list[Result]) -> None:
+    """Mean scores, a row for each length and task and a column for each variant."""
+    variants = list(dict.fromkeys(result.variant for result in results))
+    tasks = list(dict.fromkeys(result.cell.task for result in results))
+    table = _table("mean scores in %")
+    table.add_column("tokens", justify="right")
+    if len(tasks) > 1:
+        table.add_column("task")
+    table.add_column("asked", justify="right")
+    for variant in variants:
+        table.add_column(variant or "score", justify="right")
+    for length in sorted({result.cell.length for result in results}):
+        row = [result for result in results if result.cell.length == length]
+        means = {
+            (task, variant): mean(
+                result for result in row if result.cell.task == task and result.variant == variant
+            )
+            for task in tasks
+            for variant in variants
+        }
+        for task in tasks:
+            cells = [means[task, variant] for variant in variants]
+            table.add_row(
+                f"{length:,}",
+                *([task] if len(tasks) > 1 else []),
+                str(cells[0].asked),
+                *(_percent(cell.score) for cell in cells),
+            )
+        if len(tasks) > 1:
+            averages = [
+                sum(means[task, variant].score for task in tasks) / len(tasks)
+                for variant in variants
+            ]
+            table.add_row(f"{length:,}", "mean of tasks", "", *map(_percent, averages))
+    Console().print(table)
+    _print_sparseness(results)
+
+
+def _print_sparseness(results: list[Result]) -> None:
+    """A line for each variant whose prompts were prefilled sparsely."""
+    for variant in dict.fromkeys(result.variant for result in results):
+        found = mean(result for result in results if result.variant == variant)
+        if found.density is not None:
+            Console().print(
+                f"{variant or 'prefill'}: {found.density:.1%} of the attention computed, "
+                f"{found.recall:.1%} of it found (means)"
+            )
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", box=None, pad_edge=False)
+
+
+def _count(found: Mean) -> str:
+    return _colored(found.score, f"{found.total:g}/{found.asked}")
+
+
+def _percent(score: float) -> str:
+    return _colored(score, f"{100 * score:.1f}")
+
+
+def _colored(score: float, text: str) -> str:
+    color = "green" if score == 1 else "red" if score == 0 else "yellow"
+    return f"[{color}]{text}[/{color}]"

@@ -1,0 +1,49 @@
+"""Ways to run one checkpoint that are compared with each other."""
+
+import dataclasses
+
+from qwen_jax.cli.flags import Model
+from qwen_jax.config import ConfigError
+
+NAMES = ("rope", "dca", "sparse")
+
+
+def models(opened: Model, names: list[str]) -> dict[str | None, Model]:
+    """A checkpoint in each way, or under None as it is if no way is named.
+
+    "rope" is without Dual Chunk Attention, "dca" with it, "sparse" with it and with
+    sparse prefill of every prompt.
+
+    Raises:
+        ConfigError: if a way is unknown or named twice, or the checkpoint lacks what it takes.
+    """
+    if not names:
+        return {None: opened}
+    for name in names:
+        if name not in NAMES:
+            raise ConfigError(f"--compare {name!r} is not one of {', '.join(NAMES)}")
+    if len(set(names)) != len(names):
+        raise ConfigError(f"--compare {','.join(names)} names one twice")
+    for flag, value in (("--dca", opened.flags.dca), ("--sparse", opened.flags.sparse)):
+        if value == "off":
+            raise ConfigError(f"{flag} off contradicts --compare, which chooses for each column")
+    if opened.config.dual_chunk is None and set(names) != {"rope"}:
+        raise ConfigError(
+            f"--compare {','.join(names)}: {opened.directory / 'config.json'} has no Dual Chunk "
+            "sizes; add --dca on --dca-chunk N --dca-local N"
+        )
+    if opened.sparse is None and "sparse" in names:
+        raise ConfigError(
+            f"--compare sparse: {opened.directory} has no budgets (sparse_attention_config.json), "
+            "or config.json disables them"
+        )
+    return {name: _variant(opened, name) for name in names}
+
+
+def _variant(opened: Model, name: str) -> Model:
+    config, sparse = opened.config, None
+    if name == "rope":
+        config = dataclasses.replace(config, dual_chunk=None, original_len=0)
+    if name == "sparse" and opened.sparse is not None:
+        sparse = dataclasses.replace(opened.sparse, threshold=0)
+    return dataclasses.replace(opened, config=config, sparse=sparse)

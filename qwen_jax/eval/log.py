@@ -1,0 +1,113 @@
+"""Results in a file, one JSON object a line, so that a run can be continued."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen_jax.config import ConfigError
+from qwen_jax.engine.request import Sparseness
+from qwen_jax.eval.score import Result
+from qwen_jax.eval.tasks import Cell
+
+_OPENING = b'{"settings"'
+
+
+class LogError(ConfigError):
+    """Results that cannot be continued; the text names the file and the way out."""
+
+
+class Log:
+    """The file; its first line holds the settings, each other one a result.
+
+    A run that was killed is continued: cells in the file are not computed again,
+    and half a line at its end is dropped.
+
+    Attributes:
+        results: those in the file, by variant and cell.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]):
+        """Open or create the file.
+
+        Raises:
+            LogError: if the file holds something else, or results of other settings.
+        """
+        self.path = path
+        self.results: dict[tuple[str | None, Cell], Result] = {}
+        data = path.read_bytes() if path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        lines = whole.splitlines()
+        if data and not whole and not data.startswith(_OPENING[: len(data)]):
+            raise LogError(f"{path} is not a file of results: name another one")
+        try:
+            if lines:
+                self._check(json.loads(lines[0])["settings"], settings)
+            for line in lines[1:]:
+                self._remember(_result(json.loads(line)))
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, LogError):
+                raise
+            raise LogError(f"{path} is not a file of results: {error}") from None
+        with path.open("r+b" if path.exists() else "xb") as file:
+            file.truncate(len(whole))
+        if not lines:
+            self._append({"settings": dict(settings)})
+
+    def add(self, result: Result) -> None:
+        """Keep a result; it is on disk when this returns."""
+        self._remember(result)
+        self._append(_record(result))
+
+    def _remember(self, result: Result) -> None:
+        self.results[result.variant, result.cell] = result
+
+    def _check(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        differ = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        if differ:
+            changes = ", ".join(
+                f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in differ
+            )
+            raise LogError(
+                f"{self.path} holds results of other settings ({changes}): name another file"
+            )
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        with self.path.open("ab") as file:
+            file.write(json.dumps(record).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _record(result: Result) -> dict[str, Any]:
+    record = {
+        "task": result.cell.task,
+        "variant": result.variant,
+        "length": result.cell.length,
+        "depth": result.cell.depth,
+        "sample": result.cell.sample,
+        "expected": list(result.expected),
+        "answer": result.answer,
+        "score": result.score,
+    }
+    if result.sparse is not None:
+        record["sparse"] = dataclasses.asdict(result.sparse)
+    return record
+
+
+def _result(record: Mapping[str, Any]) -> Result:
+    sparse = record.get("sparse")
+    return Result(
+        cell=Cell(
+            length=record["length"],
+            task=record["task"],
+            depth=record["depth"],
+            sample=record["sample"],
+        ),
+        variant=record["variant"],
+        expected=tuple(record["expected"]),
+        answer=record["answer"],
+        sparse=Sparseness(**sparse) if sparse is not None else None,
+    )
