@@ -1,5 +1,7 @@
 """The attention layer: project, rotate, write the cache, attend, project."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -8,13 +10,14 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import plan
 from pallas_kernels.decode import decode
 from pallas_kernels.prefill import prefill
-from pallas_kernels.select import select
+from pallas_kernels.select import Votes, choose, vote
 from pallas_kernels.tiles import Tiles, of_page
 from qwen_jax import rope
 from qwen_jax.cache import Cache, write_slice, write_tokens
 from qwen_jax.config import ModelConfig
 from qwen_jax.layers import Projection
 from qwen_jax.sparse import Budgets, Report
+from qwen_jax.survey import ROWS, Grid, Survey, survey
 
 RECALL_ROWS = 16  # of a sparse slice, that are compared with dense attention
 
@@ -61,28 +64,19 @@ class Attention(nnx.Module):
         votes: rope.Rotary,
         budgets: Budgets,
         backend: str | None,
-    ) -> tuple[Float[Array, "T D"], Cache, Report]:
+    ) -> tuple[Float[Array, "T D"], Cache, Report, plan.SparsePlan]:
         """As `prefill`, of the columns and diagonals that the last queries of the slice choose.
 
         Args:
             votes: `rope.critical` of the last `budgets.last_q` positions.
+
+        Returns:
+            Also how it was done, and the plan before the guard of `budgets.least_recall`.
         """
         cache = self.write_slice(x, cache, layer, step, angles)
         T, start, length = x.shape[0], step.start, step.length
-        index = length - budgets.last_q + jnp.arange(budgets.last_q)
-        voters = self.q(jnp.take(x, index, axis=0, mode="clip"))
-        selection = select(
-            rope.views(voters, votes, step.query_scale * jnp.float32(self.scale)),
-            cache.keys,
-            layer,
-            step.page_table,
-            start,
-            length,
-            budgets.vertical[layer],
-            budgets.slash[layer],
-            geometry=self.geometry,
-            backend_name=backend,
-        )
+        cast = self._vote(x, cache, layer, step, votes, backend)
+        selection = choose(cast, start + length, budgets.vertical[layer], budgets.slash[layer])
         listed = plan.build(
             *selection,
             start,
@@ -117,7 +111,43 @@ class Attention(nnx.Module):
 
         out = jax.lax.cond(poor.any(), read_all, lambda: out)
         report = Report(density=jnp.where(poor, 1.0, density), recall=jnp.where(poor, 1.0, recall))
-        return self.o(out), cache, report
+        return self.o(out), cache, report, listed
+
+    def survey(
+        self,
+        x: Float[Array, "T D"],
+        cache: Cache,
+        layer: Int[Array, ""],
+        step,
+        angles: rope.Angles,
+        votes: rope.Rotary,
+        grid: Grid,
+        backend: str | None,
+    ) -> tuple[Float[Array, "T D"], Cache, Survey]:
+        """As `prefill`, and what each pair of budgets would have found of it."""
+        cache = self.write_slice(x, cache, layer, step, angles)
+        T, start, length = x.shape[0], step.start, step.length
+        queries = self._queries(x, step, angles)
+        out, lse = self._attend(queries, cache, layer, step, start, length, backend)
+        count = min(ROWS, T)
+        rows = jnp.arange(count, dtype=jnp.int32) * length // count
+        surveyed = survey(
+            queries[:, rows],
+            lse[rows],
+            rows,
+            self._vote(x, cache, layer, step, votes, backend),
+            cache.keys,
+            layer,
+            step.page_table,
+            start,
+            length,
+            num_queries=T,
+            grid=dataclasses.replace(
+                grid, tiles=Tiles(grid.tiles.q, of_page(cache.page, grid.tiles.k))
+            ),
+            geometry=self.geometry,
+        )
+        return self.o(out), cache, surveyed
 
     def write_slice(
         self,
@@ -166,6 +196,21 @@ class Attention(nnx.Module):
             backend_name=backend,
         )
         return self.o(out)
+
+    def _vote(self, x, cache: Cache, layer, step, votes: rope.Rotary, backend) -> Votes:
+        last_q = votes.cos.shape[1]
+        index = step.length - last_q + jnp.arange(last_q)
+        voters = self.q(jnp.take(x, index, axis=0, mode="clip"))
+        return vote(
+            rope.views(voters, votes, step.query_scale * jnp.float32(self.scale)),
+            cache.keys,
+            layer,
+            step.page_table,
+            step.start,
+            step.length,
+            geometry=self.geometry,
+            backend_name=backend,
+        )
 
     def _attend(self, queries, cache: Cache, layer, step, start, length, backend, listed=None):
         return prefill(

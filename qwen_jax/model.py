@@ -14,6 +14,7 @@ from qwen_jax.cache import Cache
 from qwen_jax.config import ModelConfig
 from qwen_jax.layers import Embedding, GatedMLP, Projection, RMSNorm
 from qwen_jax.sparse import Budgets, Report
+from qwen_jax.survey import Grid, Survey
 
 
 @jax.tree_util.register_dataclass
@@ -120,13 +121,12 @@ class Qwen2(nnx.Module):
 
         That one reads a single token, densely.
         """
-        positions = step.start + step.length - budgets.last_q + jnp.arange(budgets.last_q)
-        votes = rope.critical(self.config, rotary, jnp.maximum(positions, 0))
+        votes = self._votes(step, rotary, budgets.last_q)
         angles = self._angles(step, rotary)
 
         def attend(attention, x, state, layer):
             cache, report = state
-            out, cache, part = attention.prefill_sparse(
+            out, cache, part, _ = attention.prefill_sparse(
                 x, cache, layer, step, angles, votes, budgets, backend
             )
             return out, (cache, jax.tree.map(lambda a, b: a.at[layer].set(b), report, part))
@@ -136,6 +136,30 @@ class Qwen2(nnx.Module):
         x, (cache, report) = self._layers(self.embed(step.tokens), state, attend, skip=1)
         x, cache = self._last_token(x, cache, step, rotary, backend)
         return self.logits(x)[0], cache, report
+
+    def survey(
+        self,
+        cache: Cache,
+        step: PrefillStep,
+        rotary: rope.Rotary,
+        grid: Grid,
+        *,
+        backend: str | None = None,
+    ) -> tuple[Cache, Survey]:
+        """The cache with a slice written, densely, and a survey of all its layers."""
+        votes = self._votes(step, rotary, grid.last_q)
+        angles = self._angles(step, rotary)
+
+        def attend(attention, x, state, layer):
+            cache, surveys = state
+            out, cache, part = attention.survey(x, cache, layer, step, angles, votes, grid, backend)
+            return out, (cache, jax.tree.map(lambda a, b: a.at[layer].set(b), surveys, part))
+
+        L, N = self.config.num_layers, self.config.num_heads
+        table = jnp.zeros((L, N, len(grid.vertical) + 1, len(grid.slash) + 1))
+        empty = Survey(table, table, table[:, :, 0], table[:, :, 0, 0])
+        _, state = self._layers(self.embed(step.tokens), (cache, empty), attend, skip=0)
+        return state
 
     def score(
         self, cache: Cache, step: PrefillStep, rotary: rope.Rotary, *, backend: str | None = None
@@ -175,6 +199,10 @@ class Qwen2(nnx.Module):
     def _angles(self, step: PrefillStep, rotary: rope.Rotary) -> rope.Angles:
         positions = step.start + jnp.arange(step.tokens.shape[0], dtype=jnp.int32)
         return rope.angles(self.config, rotary, positions)
+
+    def _votes(self, step: PrefillStep, rotary: rope.Rotary, last_q: int) -> rope.Rotary:
+        positions = step.start + step.length - last_q + jnp.arange(last_q)
+        return rope.critical(self.config, rotary, jnp.maximum(positions, 0))
 
     def _last_token(self, x, cache, step, rotary, backend):
         """The last layer caches the keys of the whole slice; what follows needs one token."""

@@ -27,6 +27,18 @@ class Selection(NamedTuple):
     slashes: Bool[Array, "N S"]
 
 
+class Votes(NamedTuple):
+    """Sums of softmax weights of a slice's last queries.
+
+    Attributes:
+        columns: at the position of each.
+        diagonals: at the position that each has in the last query's row.
+    """
+
+    columns: Float[Array, "N S"]
+    diagonals: Float[Array, "N S"]
+
+
 def select(
     queries: Float[Array, "views R N H"],
     keys: Float[Array, "L K pages page H"],
@@ -63,13 +75,45 @@ def select(
     Raises:
         Unsupported: if the backend cannot take these shapes.
     """
+    votes = vote(
+        queries,
+        keys,
+        layer,
+        page_table,
+        start,
+        length,
+        geometry=geometry,
+        backend_name=backend_name,
+    )
+    return choose(votes, start + length, vertical, slash)
+
+
+def vote(
+    queries: Float[Array, "views R N H"],
+    keys: Float[Array, "L K pages page H"],
+    layer: Int[Array, ""],
+    page_table: Int[Array, " P"],
+    start: Int[Array, ""],
+    length: Int[Array, ""],
+    *,
+    geometry: ChunkGeometry | None,
+    backend_name: str | None = None,
+) -> Votes:
+    """The first half of `select`: how much attention columns and diagonals hold.
+
+    Raises:
+        Unsupported: if the backend cannot take these shapes.
+    """
     name = backend.choose(jax.default_backend(), backend_name)
     module = backend.load("select", name)
-    columns, diagonals = module.vote(
-        queries, keys, layer, page_table, start, length, geometry=geometry
-    )
-    end = start + length
+    return Votes(*module.vote(queries, keys, layer, page_table, start, length, geometry=geometry))
+
+
+def choose(
+    votes: Votes, end: Int[Array, ""], vertical: Int[Array, " N"], slash: Int[Array, " N"]
+) -> Selection:
+    """The second half of `select`, of the first `end` positions."""
     return Selection(
-        top(columns, vertical, low=0, high=FORCED_COLUMNS, end=end),
-        top(diagonals, slash, low=end - FORCED_DIAGONALS, high=end, end=end),
+        top(votes.columns, vertical, low=0, high=FORCED_COLUMNS, end=end),
+        top(votes.diagonals, slash, low=end - FORCED_DIAGONALS, high=end, end=end),
     )

@@ -41,6 +41,7 @@ VERBS = {
     "score": ("score", "score", "Write the logits after each token of a file."),
     "eval": ("eval", "app", "Measure what a model still finds in long texts."),
     "plot": ("plot", "app", "Draw what `eval` and `calibrate` found."),
+    "calibrate": ("calibrate", "calibrate", "Find budgets of sparse prefill for every head."),
     "bench": ("bench", "bench", "Measure prefill and decode on prompts of random tokens."),
 }
 # What a user can put right; anything else is a bug and shows its traceback.

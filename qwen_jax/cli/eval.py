@@ -99,8 +99,8 @@ class GridFlags:
         """
         return catalog.grid(
             tasks,
-            [whole_number(length) for length in _split("--lengths", self.lengths)],
-            [_fraction(depth) for depth in _split("--depths", self.depths)],
+            [whole_number(length) for length in split("--lengths", self.lengths)],
+            [_fraction(depth) for depth in split("--depths", self.depths)],
             self.samples,
         )
 
@@ -110,7 +110,7 @@ class GridFlags:
         Raises:
             ConfigError: if one has no name.
         """
-        return [] if self.compare is None else _split("--compare", self.compare)
+        return [] if self.compare is None else split("--compare", self.compare)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +161,7 @@ def ruler(
 ):
     """See `_RULER_HELP`; raises as `_run` does."""
     known = list(catalog.FAMILIES["ruler"])
-    chosen = known if tasks is None else _split("--tasks", tasks)
+    chosen = known if tasks is None else split("--tasks", tasks)
     for task in chosen:
         if task not in known:
             raise ConfigError(f"--tasks {task!r} is not one of {', '.join(known)}")
@@ -224,7 +224,12 @@ def _fraction(text: str) -> float:
         raise ConfigError(f"depth {text!r} must be a number from 0 to 1") from None
 
 
-def _split(flag: str, text: str) -> list[str]:
+def split(flag: str, text: str) -> list[str]:
+    """Values with commas between them.
+
+    Raises:
+        ConfigError: if one is empty.
+    """
     values = [value.strip() for value in text.split(",")]
     if not all(values):
         raise ConfigError(f"{flag} {text!r} must be values with commas between them")

@@ -69,6 +69,10 @@ class ModelFlags:
             help="Sparse prefill by the checkpoint's budgets; auto for prompts over its threshold."
         ),
     ] = "auto"
+    sparse_config: Annotated[
+        Path | None,
+        option("Budgets of sparse prefill instead of the checkpoint's own.", metavar="FILE"),
+    ] = None
     least_recall: Annotated[
         float | None,
         option("Where a head would find less than this share of a slice's attention, it is dense."),
@@ -248,7 +252,13 @@ class Model:
         return weights.load(self.directory, dtype=jnp.dtype(self._precision()[0]))
 
     def engine(
-        self, length: int, *, max_seqs: int = 1, vocab_limit: int | None = None, weights=None
+        self,
+        length: int,
+        *,
+        max_seqs: int = 1,
+        vocab_limit: int | None = None,
+        weights=None,
+        slices: tuple[int, ...] | None = None,
     ):
         """Builds an engine; says on stderr what runs where.
 
@@ -257,6 +267,7 @@ class Model:
             max_seqs: requests that run at once.
             vocab_limit: ids from here on are never sampled.
             weights: what `weights` gave; None to load them.
+            slices: lengths that prefill is compiled for, unless a flag says it.
 
         Raises:
             CheckpointError: if the weights are missing, damaged or do not fit.
@@ -268,7 +279,7 @@ class Model:
         settings = EngineConfig(
             max_len=length,
             max_seqs=max_seqs,
-            slices=None if self.flags.slice is None else (self.flags.slice,),
+            slices=slices if self.flags.slice is None else (self.flags.slice,),
             vllm_parity=self.flags.vllm_parity,
             vocab_limit=vocab_limit,
             backend=self.flags.backend,
@@ -418,12 +429,16 @@ def _spelled(name: str) -> str:
 
 
 def _sparse(directory: Path, config: ModelConfig, flags: ModelFlags) -> SparseConfig | None:
-    found = None if flags.sparse == "off" else sparse_config(directory, config)
+    if flags.sparse == "off":
+        if flags.sparse_config is not None:
+            raise ConfigError("--sparse off contradicts --sparse-config: leave one out")
+        return None
+    found = sparse_config(directory, config, flags.sparse_config)
     if flags.sparse != "on":
         return found
     if found is None:
         raise ConfigError(
             f"--sparse on: {directory} has no budgets (sparse_attention_config.json), "
-            "or config.json disables them"
+            "or config.json disables them; give --sparse-config FILE"
         )
     return dataclasses.replace(found, threshold=0)

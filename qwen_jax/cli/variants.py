@@ -35,7 +35,7 @@ def models(opened: Model, names: list[str]) -> dict[str | None, Model]:
     if opened.sparse is None and "sparse" in names:
         raise ConfigError(
             f"--compare sparse: {opened.directory} has no budgets (sparse_attention_config.json), "
-            "or config.json disables them"
+            "or config.json disables them; give --sparse-config FILE"
         )
     return {name: _variant(opened, name) for name in names}
 

@@ -1,5 +1,6 @@
 """Engine: many requests at once over one model, one cache and few compiled steps."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterable, Iterator
@@ -25,6 +26,7 @@ from qwen_jax.engine.request import (
 )
 from qwen_jax.engine.runner import Runner
 from qwen_jax.engine.scheduler import Decode, Scheduler, Slice, cut, default_slices
+from qwen_jax.survey import Grid, Survey
 
 _GREEDY = Sampling()
 _SCORE_BYTES = 1 << 28  # logits that one slice of `score` may hold, if there is a slice so small
@@ -106,7 +108,9 @@ class Engine:
             raise ConfigError(f"backend={config.backend!r}: {error}") from None
         platform, geometry = self._device.platform, model.dual_chunk
         self._page = config.page or default_page(platform, geometry)
-        self._slices = config.slices or default_slices(platform, geometry)
+        self._slices = config.slices or default_slices(
+            platform, geometry, sparse=config.sparse is not None
+        )
         self._boundary = None
         if geometry is not None and geometry.chunk_len >= self._slices[0]:
             self._boundary = geometry.chunk_len
@@ -223,47 +227,79 @@ class Engine:
         Raises:
             RequestError: if the tokens are none of the model's or do not fit.
         """
-        tokens = tuple(tokens)
-        check_ids("tokens", tokens, self._model.vocab_size)
-        self._check_length(f"{len(tokens)} tokens", len(tokens))
+        tokens = self._checked(tokens)
         if last is not None and not 1 <= last <= len(tokens):
             raise RequestError(f"{last=} must be from 1 to the {len(tokens)} tokens there are")
         return self._score(tokens, 0 if last is None else len(tokens) - last)
 
+    def survey(self, tokens: Iterable[int], grid: Grid) -> Iterator[tuple[int, int, Survey]]:
+        """What sparse budgets would find in a text: start, length and survey of each slice.
+
+        Holds pages while it is being iterated.
+
+        Raises:
+            RequestError: if the tokens are none of the model's or do not fit.
+        """
+        tokens = self._checked(tokens)
+        return self._survey(tokens, grid)
+
+    def _checked(self, tokens: Iterable[int]) -> tuple[int, ...]:
+        tokens = tuple(tokens)
+        check_ids("tokens", tokens, self._model.vocab_size)
+        self._check_length(f"{len(tokens)} tokens", len(tokens))
+        return tokens
+
+    def _survey(self, tokens: tuple[int, ...], grid: Grid) -> Iterator[tuple[int, int, Survey]]:
+        with self._borrowed(len(tokens)) as pages:
+            start = 0
+            while start < len(tokens):
+                length, size = cut(start, len(tokens), self._slices, self._boundary)
+                step = self._step_of(tokens, start, length, size, pages)
+                yield start, length, self._runner.survey(step, grid)
+                start += length
+
     def _score(self, tokens: tuple[int, ...], first: int) -> Iterator[np.ndarray]:
-        count = -(-len(tokens) // self._page)
-        if count > self._pages.free:
-            raise RequestError(
-                f"{len(tokens)} tokens need {count} cache pages, {self._pages.free} are free: "
-                "wait for other requests to end"
-            )
         row_bytes = 4 * self._model.vocab_size
         small = tuple(size for size in self._slices if size * row_bytes <= _SCORE_BYTES)
         small = small or self._slices[-1:]
-        scales = self._scales(len(tokens))
-        pages = self._pages.take(count)
-        try:
+        with self._borrowed(len(tokens)) as pages:
             start = 0
             while start < len(tokens):
                 length, size = cut(start, len(tokens), self._slices, self._boundary)
                 if start + length > first:
                     length, size = cut(start, len(tokens), small, self._boundary)
+                step = self._step_of(tokens, start, length, size, pages)
                 stop = start + length
-                step = batch.prefill(
-                    tokens[start:stop],
-                    size=size,
-                    start=start,
-                    pages=pages,
-                    table_len=self._table_len,
-                    scales=scales,
-                )
                 if stop > first:
                     yield self._runner.score(step)[max(first - start, 0) :]
                 else:
                     self._runner.prefill(step)
                 start = stop
+
+    @contextlib.contextmanager
+    def _borrowed(self, length: int) -> Iterator[list[int]]:
+        """Pages for a text beside the requests."""
+        count = -(-length // self._page)
+        if count > self._pages.free:
+            raise RequestError(
+                f"{length} tokens need {count} cache pages, {self._pages.free} are free: "
+                "wait for other requests to end"
+            )
+        pages = self._pages.take(count)
+        try:
+            yield pages
         finally:
             self._pages.give(pages)
+
+    def _step_of(self, tokens, start: int, length: int, size: int, pages) -> batch.Prefill:
+        return batch.prefill(
+            tokens[start : start + length],
+            size=size,
+            start=start,
+            pages=pages,
+            table_len=self._table_len,
+            scales=self._scales(len(tokens)),
+        )
 
     def _check(self, request: Request) -> None:
         check_ids("prompt", request.prompt, self._model.vocab_size)

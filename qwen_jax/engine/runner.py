@@ -16,6 +16,7 @@ from qwen_jax.engine import sampling
 from qwen_jax.engine.batch import Choice, Prefill, Roster, Tokens
 from qwen_jax.model import DecodeStep, PrefillStep, Qwen2
 from qwen_jax.sparse import Budgets, Report
+from qwen_jax.survey import Grid, Survey
 
 
 class Runner:
@@ -67,6 +68,7 @@ class Runner:
         self._budgets = jax.device_put(budgets, device)
         self._prefill = jit(self._steps.prefill, donate_argnames="cache")
         self._prefill_sparse = jit(self._steps.prefill_sparse, donate_argnames="cache")
+        self._survey = jit(self._steps.survey, donate_argnames="cache", static_argnames="grid")
         self._choose = jit(self._steps.choose)
         self._score = jit(self._steps.score, donate_argnames="cache")
         self._decode = jit(self._steps.decode, donate_argnames=("cache", "seen"))
@@ -92,6 +94,13 @@ class Runner:
             self._weights, self._rotary, self._cache, step, self._budgets
         )
         return logits, report
+
+    def survey(self, step: Prefill, grid: Grid) -> Survey:
+        """Fill the cache with a slice, densely; returns what budgets would find of it."""
+        self._cache, surveyed = self._survey(
+            self._weights, self._rotary, self._cache, step, grid=grid
+        )
+        return jax.device_get(surveyed)
 
     def choose(self, logits: Float32[Array, " V"], choice: Choice) -> int:
         """A token by what `prefill` returned, -1 if that is not finite."""
@@ -141,6 +150,9 @@ class _Steps:
         return self._model(weights).prefill_sparse(
             cache, _slice(step), rotary, budgets, backend=self._backend
         )
+
+    def survey(self, weights, rotary, cache, step, grid):
+        return self._model(weights).survey(cache, _slice(step), rotary, grid, backend=self._backend)
 
     def choose(self, logits, seen, choice):
         self.num_traced += 1

@@ -34,18 +34,21 @@ class Decode:
     sequences: tuple[Sequence, ...]
 
 
-def default_slices(platform: str, geometry: ChunkGeometry | None) -> tuple[int, ...]:
+def default_slices(
+    platform: str, geometry: ChunkGeometry | None, *, sparse: bool = False
+) -> tuple[int, ...]:
     """Lengths of prefill slices, largest first.
 
     On a CPU, where chunks may be short, the largest divides the chunk, so that
-    cutting at chunk borders leaves no small rest.
+    cutting at chunk borders leaves no small rest. Sparse ones are larger, since the
+    vote of each slice reads all keys.
     """
     if platform != "cpu":
         return _ACCELERATOR_SLICES
-    largest = _CPU_SLICES[0]
+    largest = _CPU_SLICES[0] * (2 if sparse else 1)
     if geometry is not None and geometry.chunk_len < 8 * largest:
         largest = divisor(geometry.chunk_len, least=256, most=largest) or largest
-    return (largest, *(size for size in _CPU_SLICES[1:] if size < largest))
+    return (largest, *(size for size in _CPU_SLICES if size < largest))
 
 
 def cut(start: int, stop: int, slices: tuple[int, ...], boundary: int | None) -> tuple[int, int]:

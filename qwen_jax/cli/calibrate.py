@@ -1,0 +1,156 @@
+"""calibrate: budgets of sparse prefill for a checkpoint, from texts."""
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Annotated
+
+import jax
+import numpy as np
+import typer
+
+from qwen_jax import calibrate as calibration
+from qwen_jax.cli import documents
+from qwen_jax.cli.answer import LINE_S
+from qwen_jax.cli.eval import split, whole_number
+from qwen_jax.cli.flags import Model, ModelArgument, ModelFlags, expand, note, open_model, option
+from qwen_jax.config import ConfigError
+from qwen_jax.engine.scheduler import default_slices
+from qwen_jax.sparse import TILES
+from qwen_jax.survey import Grid
+
+
+@expand
+def calibrate(
+    model: ModelArgument,
+    model_flags: ModelFlags,
+    data: Annotated[
+        list[Path],
+        typer.Option(help="A text file or a directory; may be given repeatedly.", metavar="PATH"),
+    ],
+    out: Annotated[
+        Path, typer.Option(help="The budgets, for --sparse-config or beside a config.json.")
+    ] = Path("sparse_attention_config.json"),
+    lengths: Annotated[
+        str, typer.Option(help="Text lengths in tokens; 1k is 1000, 1K is 1024.")
+    ] = "32K,128K",
+    samples: Annotated[int, typer.Option(help="Texts of each length, spread over the data.")] = 1,
+    target_recall: Annotated[
+        float, typer.Option(help="Share of the attention that a mean head finds, at each length.")
+    ] = 0.9,
+    report: Annotated[
+        Path | None, option("All figures, for `plot recall`; beside --out.", metavar="FILE")
+    ] = None,
+):
+    """Find budgets of sparse prefill for every head.
+
+    Texts are prefilled densely; what each pair of budgets would have found of the
+    attention, and computed for it, is measured on the way. Then every head gets
+    the pair that finds most for what it costs, at the rate at which the target is
+    met. A run that is stopped goes on where it was, text by text, when repeated.
+
+    Examples:
+        qwen-jax calibrate ckpt/7b-1m --data books/ --lengths 128K,512K
+        qwen-jax ask ckpt/7b-1m --sparse-config sparse_attention_config.json --file book.txt "Who?"
+    """
+    opened = open_model(model, model_flags)
+    sizes = sorted({whole_number(text) for text in split("--lengths", lengths)})
+    if not 0 < target_recall <= 1:
+        raise ConfigError(f"--target-recall {target_recall} must be over 0 and at most 1")
+    if samples < 1:
+        raise ConfigError(f"--samples {samples} must be at least 1")
+    opened.check_fits(sizes[-1])
+    report = report or out.with_suffix(".report.json")
+    for path in (out, report):
+        if not path.parent.is_dir():
+            raise ConfigError(f"{path}: there is no directory {path.parent}")
+    ids = _tokens(opened, data)
+    if len(ids) < sizes[-1]:
+        raise ConfigError(
+            f"--data holds {len(ids):,} tokens, --lengths asks for {sizes[-1]:,}: give more text"
+        )
+    vertical, slash = calibration.budgets_up_to(sizes[-1])
+    last_q = opened.sparse.last_q if opened.sparse else 64
+    grid = Grid(vertical=vertical, slash=slash, last_q=last_q, tiles=TILES)
+    slices = _slices(opened)
+    texts = {
+        (length, number): (len(ids) - length) * number // max(samples - 1, 1)
+        for length in sizes
+        for number in range(samples)
+    }
+    kept = calibration.Progress(
+        out.with_suffix(".progress"),
+        {
+            "model": str(opened.directory.resolve()),
+            "config": repr(opened.config),
+            "flags": repr(opened.flags),
+            "data": hashlib.sha256(np.asarray(ids, np.int32)).hexdigest(),
+            "grid": repr(grid),
+            "slices": slices,
+            "samples": samples,
+        },
+    )
+    found: dict[int, list[calibration.Sample]] = {length: [] for length in sizes}
+    engine = None
+    for (length, number), start in texts.items():
+        name = f"{length}-{number}"
+        sample = kept.load(name)
+        if sample is None:
+            engine = engine or opened.engine(sizes[-1], slices=slices)
+            surveys = engine.survey(ids[start : start + length], grid)
+            label = f"text {number + 1} of {samples}, {length:,} tokens"
+            sample = calibration.sample(_watched(surveys, length, label), length)
+            kept.save(name, sample)
+        else:
+            note(f"{kept.directory} holds text {number + 1} of {samples}, {length:,} tokens")
+        found[length].append(sample)
+    budgets = calibration.search(found, grid, target_recall)
+    figures = calibration.report(
+        budgets, grid, opened.config, model=opened.directory.name, target_recall=target_recall
+    )
+    _write(report, figures)
+    _write(out, calibration.file_content(budgets))
+    kept.clear()
+    for length in sizes:
+        recall, density = budgets.recall[length], budgets.density[length]
+        print(
+            f"{length:,} tokens: recall {recall.mean():.3f} ({recall.min():.3f} in the worst "
+            f"head), {density.mean():.1%} of the attention computed, "
+            f"predicted speed-up {figures['speedup'][str(length)]:.2f}"
+        )
+    note(f"wrote {out} and {report}")
+
+
+def _tokens(opened: Model, paths: list[Path]) -> tuple[int, ...]:
+    tokenizer = opened.tokenizer()
+    found = documents.read(paths, skipped=note)
+    return tuple(tokenizer.encode_text("\n\n".join(each.text for each in found)))
+
+
+def _slices(opened: Model) -> tuple[int, ...]:
+    """Those of a sparse prefill, since the last queries of a slice choose for all of it."""
+    if opened.flags.slice is not None:
+        return (opened.flags.slice,)
+    return default_slices(jax.default_backend(), opened.config.dual_chunk, sparse=True)
+
+
+def _watched(surveys, length: int, label: str):
+    """The surveys, with a line of progress now and then."""
+    begin = said = time.monotonic()
+    for start, count, survey in surveys:
+        yield start, count, survey
+        now, done = time.monotonic(), start + count
+        if now - said >= LINE_S and done < length:
+            said = now
+            # Attention makes later slices slower: by tokens alone this is too hopeful.
+            left = (now - begin) * ((length / done) ** 2 - 1)
+            note(f"{label}: {done:,} done, at most {left:,.0f} s left")
+
+
+def _write(path: Path, content: object) -> None:
+    scratch = path.with_name(f"{path.name}.part")
+    scratch.write_text(json.dumps(content) + "\n")
+    os.replace(scratch, path)
+
