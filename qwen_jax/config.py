@@ -273,58 +273,82 @@ class _Fields:
             raise
         except ValueError as error:
             raise ConfigError(f"{self.path}: dual_chunk_attention_config: {error}") from None
+        inner.sparse()
         return geometry, original_len
+
+    def sparse(self) -> tuple[int, int, bool]:
+        """Threshold, queries that vote and whether sparse prefill is enabled."""
+        enabled = self.raw.get("sparse_attention_enabled")
+        if enabled is not None and not isinstance(enabled, bool):
+            raise self.fail("sparse_attention_enabled", "must be true or false")
+        threshold = self.raw.get("sparse_attention_threshold")
+        threshold = 32768 if threshold is None else threshold
+        if type(threshold) is not int or threshold < 0:
+            raise self.fail("sparse_attention_threshold", "must be an integer >= 0")
+        last_q = self.number("sparse_attention_last_q", int, 64)
+        return threshold, last_q, enabled is not False
 
 
 def sparse_config(directory: Path, model: ModelConfig) -> SparseConfig | None:
     """Sparse budgets, from `sparse_attention_config.json` or inline in `config.json`.
 
-    None if the checkpoint has none or disables them. Format: a list with one
-    object per layer, from the query head's number as a string to
-    `["vertical_and_slash", vertical, slash, score]`.
+    None if the checkpoint has none or disables them. For the format see `head_budgets`.
 
     Raises:
         ConfigError: if the budgets do not fit the model or are malformed.
     """
     directory = Path(directory)
-    inner = read_json(directory / "config.json").get("dual_chunk_attention_config") or {}
-    path = directory / "sparse_attention_config.json"
+    main, path = directory / "config.json", directory / "sparse_attention_config.json"
+    fields = _Fields(main, read_json(main).get("dual_chunk_attention_config") or {})
+    threshold, last_q, enabled = fields.sparse()
     side = read_json(path) if path.exists() else None
-    inline = inner.get("sparse_attention_config")
+    inline = fields.raw.get("sparse_attention_config")
     if side is not None and inline is not None and side != inline:
         raise ConfigError(f"{path} contradicts sparse_attention_config in config.json: remove one")
-    layers = side if side is not None else inline
-    if layers is None or not inner.get("sparse_attention_enabled", True):
+    layers, where = (inline, f"{main}: sparse_attention_config") if side is None else (side, path)
+    if layers is None or not enabled:
         return None
-    if side is None:
-        path = directory / "config.json"
-    if not isinstance(layers, list) or len(layers) != model.num_layers:
-        raise ConfigError(f"{path} must hold a list of {model.num_layers} layers")
+    vertical, slash = head_budgets(layers, where, model.num_layers, model.num_heads)
+    return SparseConfig(vertical=vertical, slash=slash, threshold=threshold, last_q=last_q)
+
+
+def head_budgets(
+    layers: Any, where: Path | str, num_layers: int, num_heads: int
+) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+    """Columns and diagonals of every layer and head, from a file in the published format.
+
+    That is a list with one object per layer, from the query head's number as a string to
+    `["vertical_and_slash", vertical, slash, score]`.
+
+    Args:
+        layers: the parsed JSON.
+        where: what errors call it.
+
+    Raises:
+        ConfigError: if it has another form or size.
+    """
+    if not isinstance(layers, list) or len(layers) != num_layers:
+        raise ConfigError(f"{where} must hold a list of {num_layers} layers")
     vertical, slash = [], []
     for number, layer in enumerate(layers):
-        heads = [str(head) for head in range(model.num_heads)]
+        heads = [str(head) for head in range(num_heads)]
         if not isinstance(layer, dict) or sorted(layer) != sorted(heads):
-            raise ConfigError(f"{path}: layer {number} must have heads 0 to {model.num_heads - 1}")
+            raise ConfigError(f"{where}: layer {number} must have heads 0 to {num_heads - 1}")
         rows = [layer[head] for head in heads]
         for head, row in zip(heads, rows, strict=True):
             if (
                 not isinstance(row, list)
                 or len(row) < 3
                 or row[0] != "vertical_and_slash"
-                or not all(type(size) is int and size > 0 for size in row[1:3])
+                or not all(type(size) is int and 0 < size < 2**31 for size in row[1:3])
             ):
                 raise ConfigError(
-                    f"{path}: layer {number} head {head} must be "
+                    f"{where}: layer {number} head {head} must be "
                     f'["vertical_and_slash", vertical, slash, score], got {row!r}'
                 )
         vertical.append(tuple(row[1] for row in rows))
         slash.append(tuple(row[2] for row in rows))
-    return SparseConfig(
-        vertical=tuple(vertical),
-        slash=tuple(slash),
-        threshold=inner.get("sparse_attention_threshold", 32768),
-        last_q=inner.get("sparse_attention_last_q", 64),
-    )
+    return tuple(vertical), tuple(slash)
 
 
 def generation_config(directory: Path) -> GenerationConfig:

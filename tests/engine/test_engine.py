@@ -10,7 +10,7 @@ import pytest
 from random_models import weights
 
 from pallas_kernels.geometry import ChunkGeometry
-from qwen_jax.config import ModelConfig
+from qwen_jax.config import ModelConfig, SparseConfig
 from qwen_jax.engine import batch
 from qwen_jax.engine.engine import Engine, EngineConfig
 from qwen_jax.engine.request import Request, RequestError, Sampling
@@ -260,9 +260,11 @@ def unchecked():
 
 @pytest.mark.usefixtures("unchecked")
 def test_no_compiled_step_makes_a_second_cache():
-    runner = build(max_len=16 * 1024, num_pages=1031)._runner
+    heads = MODEL.num_layers * ((200,) * MODEL.num_heads,)
+    budgets = SparseConfig(vertical=heads, slash=heads)
+    runner = build(max_len=16 * 1024, num_pages=8199, sparse=budgets)._runner
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(runner._cache))
-    assert cache_bytes > 8e6
+    assert cache_bytes > 64e6  # more than the votes over the keys of one sequence take
     arrays = runner._weights, runner._rotary
     piece = batch.prefill(
         (1,), size=SLICES[0], start=0, pages=[1], table_len=1024, scales=(1.0, 1.0)
@@ -271,6 +273,9 @@ def test_no_compiled_step_makes_a_second_cache():
     step = batch.tokens([], max_seqs=MAX_SEQS, scales=lambda n: (1.0, 1.0))
     programs = {
         "prefill": runner._prefill.lower(*arrays, runner._cache, piece),
+        "prefill sparsely": runner._prefill_sparse.lower(
+            *arrays, runner._cache, piece, runner._budgets
+        ),
         "score": runner._score.lower(*arrays, runner._cache, piece),
         "decode": runner._decode.lower(*arrays, runner._cache, runner._seen, roster, step),
     }

@@ -28,6 +28,31 @@ def votes(queries, keys, start, length, geometry):
     return columns, diagonals
 
 
+def piece_votes(queries, keys, start, length, geometry):
+    """As `votes`, of a piece inside one chunk: the scores of 3.3, region beside region."""
+    queries, keys = np.asarray(queries, np.float64), np.asarray(keys, np.float64)
+    _, R, N, _ = queries.shape
+    e = start + length
+    rows = min(R, length)
+    columns, diagonals = np.zeros((N, e)), np.zeros((N, e))
+    nearest_first = regions(start, length, geometry)
+    for n in range(N):
+        head = n // (N // keys.shape[1])
+        scores = [
+            queries[number, R - rows :, n] @ keys[first : first + kv, head].T
+            for number, (first, kv, _) in enumerate(nearest_first)
+        ]
+        s = np.concatenate(scores[::-1], axis=1)
+        s[:, e - rows :][np.triu_indices(rows, 1)] = -np.inf
+        weights = np.exp(s - s.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        columns[n] = weights.sum(0)
+        for rho in range(rows):
+            shift = rows - 1 - rho
+            diagonals[n, shift:] += weights[rho, : e - shift]
+    return columns, diagonals
+
+
 def largest(values, budget, forced):
     """Positions of the `budget` largest, forced ones first, equal ones by position."""
     values = values.copy()

@@ -10,6 +10,7 @@ from tolerances import assert_close
 
 from pallas_kernels import backend
 from pallas_kernels.cases import CASES
+from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.select import api
 from pallas_kernels.select.top import top
 
@@ -80,3 +81,73 @@ def test_sinks_and_the_local_band_are_always_selected_and_count():
     assert verticals[1].sum() == 130
     assert slashes[0].nonzero()[0].tolist() == list(range(end - 100, end))
     assert slashes[1].nonzero()[0].tolist() == list(range(end))
+
+
+PAGE, PAGES = 16, 30
+# Chunks of 7 to 490 tokens: pieces have no region, one or two before their own.
+GEOMETRIES = (
+    None,
+    ChunkGeometry(10, 3),
+    ChunkGeometry(64, 27),
+    ChunkGeometry(163, 62),
+    ChunkGeometry(331, 31),
+    ChunkGeometry(500, 10),
+)
+
+
+@functools.cache
+def selection(geometry):
+    def run(queries, keys, table, start, length, vertical, slash):
+        args = queries, keys, jnp.int32(0), table, start, length
+        votes = VOTE["xla"](*args, geometry=geometry, tile=64)
+        return votes, api.select(*args, vertical, slash, geometry=geometry, backend_name="xla")
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_pieces_of_any_size_select_what_their_last_queries_attend_to(geometry):
+    rng = np.random.default_rng(11)
+    S, N, H, views = PAGE * PAGES, 4, 8, 1 if geometry is None else 3
+    for _ in range(52):
+        start = int(rng.integers(0, S - 1))
+        room = S - start if geometry is None else geometry.chunk_len - start % geometry.chunk_len
+        length = int(rng.integers(1, min(room, S - start) + 1))
+        end = start + length
+        table = rng.permutation(PAGES).astype(np.int32)
+        flat = rng.standard_normal((S, 2, H)).astype(np.float32)
+        flat[end:] = np.nan
+        cache = np.zeros((1, 2, PAGES, PAGE, H), np.float32)
+        cache[0][:, table] = flat.reshape(PAGES, PAGE, 2, H).transpose(2, 0, 1, 3)
+        queries = rng.standard_normal((views, 64, N, H)).astype(np.float32)
+        queries[:, : max(64 - length, 0)] = 1e3  # rows before the piece do not vote
+        budgets = rng.integers(1, end + 40, (2, N)).astype(np.int32)
+        budgets[:, 0] = 130, 100
+        votes, found = selection(geometry)(
+            jnp.asarray(queries),
+            jnp.asarray(cache),
+            jnp.asarray(table),
+            jnp.int32(start),
+            jnp.int32(length),
+            *jnp.asarray(budgets),
+        )
+        expected = sparse_oracle.piece_votes(queries, flat[:end], start, length, geometry)
+        forced = np.arange(min(30, end)), np.arange(max(end - 100, 0), end)
+        for kind in range(2):
+            sums, mask = np.asarray(votes[kind]), np.asarray(found[kind])
+            assert_close(sums[:, :end], expected[kind])
+            assert not mask[:, end:].any()
+            for n in range(N):
+                assert_largest(mask[n, :end], expected[kind][n], budgets[kind, n], forced[kind])
+
+
+def assert_largest(mask, values, budget, forced):
+    """The `budget` largest, where a vote may be on either side of one that is almost equal."""
+    expected = sparse_oracle.largest(values, budget, forced)
+    found = mask.nonzero()[0]
+    assert len(found) == len(expected)
+    differing = np.setxor1d(found, expected)
+    if len(differing):
+        assert not np.isin(differing, forced).any()
+        least = values[np.setdiff1d(expected, forced)].min()
+        np.testing.assert_allclose(values[differing], least, rtol=1e-5)

@@ -5,12 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import sparse_oracle
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_prefill_decode import LAYER, poison, random_inputs
 from tolerances import assert_close
 
 from pallas_kernels import backend
 from pallas_kernels import plan as plans
-from pallas_kernels.cases import CASES
+from pallas_kernels.cases import CASES, Case
+from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.prefill import xla
 from pallas_kernels.tiles import Tiles
 
@@ -110,3 +114,48 @@ def test_a_plan_of_everything_is_dense_attention_and_recall_grows_to_one(case):
         recall = grown
     assert_close(out, dense)
     assert_close(lse, dense_lse)
+
+
+COUNTED = Case(
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=96,
+    page=8,
+    geometry=ChunkGeometry(chunk_size=50, local_size=10),
+    slice_len=40,
+)
+
+
+@pytest.mark.parametrize("tiles", [Tiles(q=8, k=4), Tiles(q=5, k=8), Tiles(q=64, k=1)])
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_every_selected_key_is_read_once_and_nothing_else_but_its_block(tiles, data):
+    """Queries of zero weigh all keys alike, and key s has value e_s: the output counts keys."""
+    S = COUNTED.head_dim
+    chunk = COUNTED.geometry.chunk_len
+    start = data.draw(st.integers(0, S - 1), "start")
+    length = data.draw(st.integers(1, min(S - start, chunk - start % chunk)), "length")
+    end = start + length
+    positions = st.integers(0, end - 1)
+    columns = sorted(data.draw(st.sets(positions, max_size=COLUMNS), "columns"))
+    diagonals = sorted(data.draw(st.sets(positions), "diagonals"))
+    selected = np.zeros((2, 1, S), bool)
+    selected[0, 0, columns] = selected[1, 0, diagonals] = True
+    ones = np.broadcast_to(np.eye(S, dtype=np.float32), (2, 1, S, S))
+    cache = jnp.asarray(ones.reshape(2, 1, S // COUNTED.page, COUNTED.page, S))
+    queries = jnp.zeros((3, COUNTED.slice_len, 1, S))
+    table = jnp.arange(S // COUNTED.page, dtype=jnp.int32)
+    where = table, jnp.int32(start), jnp.int32(length)
+    out, lse, _ = sparse("xla", COUNTED, tiles)(queries, cache, cache, *where, *selected)
+    times = np.asarray(out)[:length, 0] * np.exp(np.asarray(lse))[:length]
+
+    blocks = sparse_oracle.blocks(
+        diagonals, start, length, COUNTED.geometry, tiles.q, tiles.k
+    ).repeat(tiles.k, 1)
+    blocks[:, columns] = True
+    expected = blocks.repeat(tiles.q, 0)[:length, :end]
+    expected &= np.arange(end) <= start + np.arange(length)[:, None]
+    np.testing.assert_allclose(times[:, :end], expected, atol=1e-4)
+    assert (times[:, end:] == 0).all()
+    cells = sparse_oracle.cells(columns, diagonals, start, length, COUNTED.geometry)
+    assert not (cells & ~expected).any()

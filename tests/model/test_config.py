@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from pallas_kernels.geometry import ChunkGeometry
@@ -106,6 +107,22 @@ def test_dual_chunk_sizes_have_defaults(tmp_path):
             {"dual_chunk_attention_config": {"original_max_position_embeddings": -1}},
             "must be an integer >= 0",
         ),
+        *(
+            ({"dual_chunk_attention_config": {f"sparse_attention_{field}": value}}, said)
+            for field, value, said in (
+                ("enabled", 1, "sparse_attention_enabled=1 must be true or false"),
+                ("enabled", "true", "sparse_attention_enabled='true' must be"),
+                ("threshold", -1, "sparse_attention_threshold=-1 must be an integer >= 0"),
+                ("threshold", True, "sparse_attention_threshold=True must be an integer"),
+                ("threshold", "32768", "sparse_attention_threshold='32768' must be"),
+                ("threshold", 32768.5, "sparse_attention_threshold=32768.5 must be"),
+                ("last_q", 0, "sparse_attention_last_q=0 must lie in"),
+                ("last_q", -64, "sparse_attention_last_q=-64 must lie in"),
+                ("last_q", False, "sparse_attention_last_q=False must be of type int"),
+                ("last_q", [64], r"sparse_attention_last_q=\[64\] must be of type int"),
+                ("last_q", 64.0, "sparse_attention_last_q=64.0 must be of type int"),
+            )
+        ),
     ],
 )
 def test_what_cannot_be_used_is_named(tmp_path, changes, said):
@@ -176,17 +193,97 @@ def test_sparse_budgets_come_from_the_side_file_or_inline(tmp_path):
     assert sparse_config(tmp_path, config) is None
 
 
+# What published budgets are made of: a pattern, and what refinement added to both numbers.
+BASES = ((30, 800), (100, 800), (500, 700), (3500, 100), (1000, 6096))
+INCREMENTS = (0, 2048, 4096, 8192)
+
+
+@pytest.mark.parametrize(("layers", "heads", "kv_heads"), [(28, 28, 4), (48, 40, 8)])
+def test_budgets_of_the_published_shapes_read_entry_by_entry(tmp_path, layers, heads, kv_heads):
+    rng = np.random.default_rng(layers)
+    base = rng.integers(0, len(BASES), (layers, heads))
+    more = rng.integers(0, len(INCREMENTS), (layers, heads))
+    expected = np.array(BASES)[base] + np.array(INCREMENTS)[more][..., None]
+    content = [
+        {
+            str(head): ["vertical_and_slash", *expected[layer, head].tolist(), rng.random()]
+            for head in rng.permutation(heads)
+        }
+        for layer in range(layers)
+    ]
+    sizes = {"num_hidden_layers": layers, "num_attention_heads": heads}
+    sizes |= {"num_key_value_heads": kv_heads, "hidden_size": 128 * heads}
+    write(tmp_path, **sizes)
+    (tmp_path / "sparse_attention_config.json").write_text(json.dumps(content))
+    found = sparse_config(tmp_path, model_config(tmp_path))
+    assert found is not None
+    for layer in range(layers):
+        for head in range(heads):
+            entry = found.vertical[layer][head], found.slash[layer][head]
+            assert entry == tuple(expected[layer, head])
+    assert len(np.unique(expected.reshape(-1, 2), axis=0)) == len(BASES) * len(INCREMENTS)
+
+
+def test_sparse_fields_of_the_dual_chunk_configuration_are_read(tmp_path):
+    given = SEVEN_BILLION["dual_chunk_attention_config"]
+    (tmp_path / "sparse_attention_config.json").write_text(json.dumps(budgets()))
+    for threshold, last_q in ((0, 1), (100_000, 128), (None, None)):
+        fields = {"sparse_attention_threshold": threshold, "sparse_attention_last_q": last_q}
+        write(tmp_path, dual_chunk_attention_config={**given, **fields})
+        found = sparse_config(tmp_path, model_config(tmp_path))
+        assert found is not None
+        expected = (32768, 64) if threshold is None else (threshold, last_q)
+        assert (found.threshold, found.last_q) == expected
+    for enabled, there in ((True, True), (None, True), (False, False)):
+        write(tmp_path, dual_chunk_attention_config={**given, "sparse_attention_enabled": enabled})
+        assert (sparse_config(tmp_path, model_config(tmp_path)) is not None) == there
+    other = {**given, "sparse_attention_config": budgets()[:-1]}
+    config = model_config(write(tmp_path, dual_chunk_attention_config=other))
+    with pytest.raises(ConfigError, match="contradicts sparse_attention_config in config"):
+        sparse_config(tmp_path, config)
+
+
+def one_wrong(row):
+    return [*budgets(layers=27), {**budgets(layers=1)[0], "3": row}]
+
+
+@pytest.mark.parametrize("inline", [False, True])
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         (budgets(layers=27), "a list of 28 layers"),
         (budgets(heads=27), "layer 0 must have heads 0 to 27"),
+        (budgets(heads=29), "layer 0 must have heads 0 to 27"),
         ([{str(h): ["dense", 1, 1, 1] for h in range(28)}] * 28, "layer 0 head 0 must be"),
         ({}, "a list of 28 layers"),
+        ("1000", "a list of 28 layers"),
+        ([[]] * 28, "layer 0 must have heads 0 to 27"),
+        *(
+            (one_wrong(row), "layer 27 head 3 must be")
+            for row in (
+                None,
+                {},
+                [],
+                ["vertical_and_slash", 1000],
+                ["vertical_and_slash", "1000", 6096, 0.9],
+                ["vertical_and_slash", 1000.0, 6096, 0.9],
+                ["vertical_and_slash", True, 6096, 0.9],
+                ["vertical_and_slash", 1000, -1, 0.9],
+                ["vertical_and_slash", 0, 6096, 0.9],
+                ["vertical_and_slash", 1000, 2**31, 0.9],
+            )
+        ),
     ],
 )
-def test_malformed_sparse_budgets_are_named(tmp_path, content, said):
-    config = model_config(write(tmp_path))
-    (tmp_path / "sparse_attention_config.json").write_text(json.dumps(content))
+def test_malformed_sparse_budgets_are_named(tmp_path, content, said, inline):
+    given = SEVEN_BILLION["dual_chunk_attention_config"]
+    if inline:
+        inner = {**given, "sparse_attention_config": content}
+        config = model_config(write(tmp_path, dual_chunk_attention_config=inner))
+        said = rf"config\.json: sparse_attention_config.* {said}"
+    else:
+        config = model_config(write(tmp_path))
+        (tmp_path / "sparse_attention_config.json").write_text(json.dumps(content))
+        said = rf"sparse_attention_config\.json.* {said}"
     with pytest.raises(ConfigError, match=said):
         sparse_config(tmp_path, config)

@@ -2,12 +2,15 @@
 
 import dataclasses
 import functools
+import itertools
 
+import definition
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import random_models
+import sparse_definition
 from flax import nnx
 
 from pallas_kernels.geometry import ChunkGeometry
@@ -22,6 +25,8 @@ from qwen_jax.model import PrefillStep, Qwen2
 GEOMETRY = ChunkGeometry(chunk_size=144, local_size=16)
 SLICE, PAGE, LENGTH = 64, 32, 300
 EVERYTHING = 10**6
+QUERY_SCALE = 1.2
+TILES = Tiles(q=16, k=PAGE)
 
 
 @functools.cache
@@ -32,12 +37,18 @@ def model(geometry):
 
 
 def budgets_of(config, vertical, slash, threshold=0):
-    shape = config.num_layers * ((vertical,) * config.num_heads,)
+    # The last layer reads densely; its budget gives all of these one program.
+    rows = (config.num_layers - 1) * (vertical,) + (LENGTH,)
     return SparseConfig(
-        vertical=shape,
+        vertical=tuple((row,) * config.num_heads for row in rows),
         slash=config.num_layers * ((slash,) * config.num_heads,),
         threshold=threshold,
     )
+
+
+def pieces(edges):
+    """First position and length of the slices that begin at `edges`."""
+    return [(a, b - a) for a, b in itertools.pairwise((*edges, LENGTH))]
 
 
 @functools.cache
@@ -56,25 +67,32 @@ def program(geometry, backend):
     return functools.partial(jax.jit(run), state)
 
 
-def prefill(geometry, budgets=None, *, backend=None, least_recall=0.0):
-    """Logits after a prompt that is read in slices, and the reports of these."""
+def prefill(
+    geometry, budgets=None, *, backend=None, least_recall=0.0, seed=0, edges=range(0, LENGTH, SLICE)
+):
+    """Logits after a prompt that is read in slices, and the reports of these.
+
+    Args:
+        budgets: columns and diagonals of every head, or a configuration.
+        edges: where slices begin.
+    """
     config, _ = model(geometry)
     rotary = rope.table(config, LENGTH)
     cache = caches.init(config, LENGTH // PAGE + 2, PAGE, jnp.float32)
     tokens = np.zeros(LENGTH + SLICE, np.int32)
-    tokens[:LENGTH] = random_models.tokens(config, LENGTH)
+    tokens[:LENGTH] = random_models.tokens(config, LENGTH, seed)
+    if isinstance(budgets, tuple):
+        budgets = budgets_of(config, *budgets)
     if budgets is not None:
-        budgets = sparse.budgets(
-            budgets_of(config, *budgets), least_recall=least_recall, tiles=Tiles(q=16, k=8)
-        )
+        budgets = sparse.budgets(budgets, least_recall=least_recall, tiles=TILES)
     reports = []
-    for start in range(0, LENGTH, SLICE):
+    for start, length in pieces(edges):
         step = PrefillStep(
             tokens=jnp.asarray(tokens[start : start + SLICE]),
             start=jnp.int32(start),
-            length=jnp.int32(min(SLICE, LENGTH - start)),
+            length=jnp.int32(length),
             page_table=jnp.arange(1, LENGTH // PAGE + 2, dtype=jnp.int32),
-            query_scale=jnp.float32(1.2),
+            query_scale=jnp.float32(QUERY_SCALE),
             key_scale=jnp.float32(1),
         )
         logits, cache, report = program(geometry, backend)(cache, step, rotary, budgets)
@@ -85,7 +103,7 @@ def prefill(geometry, budgets=None, *, backend=None, least_recall=0.0):
 @pytest.mark.parametrize("geometry", [None, GEOMETRY])
 def test_budgets_for_everything_give_what_dense_prefill_gives(geometry):
     dense, _ = prefill(geometry)
-    actual, reports = prefill(geometry, (EVERYTHING, EVERYTHING))
+    actual, reports = prefill(geometry, (LENGTH, EVERYTHING))
     assert np.abs(actual - dense).max() <= 1e-4
     for report in reports:
         np.testing.assert_array_equal(report.density, 1)
@@ -171,3 +189,39 @@ def test_the_engine_is_sparse_over_the_threshold_and_shares_pages_within_a_kind(
     again, computed = ask(LENGTH)
     assert computed == LENGTH % PAGE
     assert again.tokens == computed
+
+
+@pytest.mark.parametrize("geometry", [None, GEOMETRY])
+def test_logits_equal_the_definition_that_selects_for_itself(geometry):
+    """Slices of odd lengths and at both ends of chunks; each head has budgets of its own."""
+    config, tree = model(geometry)
+    rng = np.random.default_rng(5)
+    shape = config.num_layers, config.num_heads
+    vertical, slash = rng.integers(35, 60, shape), rng.integers(101, 111, shape)
+    vertical[-1] = LENGTH
+    budgets = SparseConfig(
+        vertical=tuple(map(tuple, vertical.tolist())), slash=tuple(map(tuple, slash.tolist()))
+    )
+    edges = (0, 64, 113, 128, 129, 192, 256)
+    seed = 0 if geometry is None else 3
+    read = sparse_definition.Reads(config, pieces(edges), budgets, QUERY_SCALE, TILES)
+    tokens = random_models.tokens(config, LENGTH, seed)
+    expected = definition.logits(config, tree, tokens, QUERY_SCALE, read=read)[-1]
+    assert read.closest > 1e-5  # else rounding could choose otherwise
+    actual, reports = prefill(geometry, budgets, seed=seed, edges=edges)
+    assert np.abs(actual - expected).max() <= 1e-4
+    dense, _ = prefill(geometry, seed=seed)
+    assert np.abs(dense - expected).max() > 1e-2
+    assert len(reports) == len(edges)
+
+
+def test_more_budget_never_finds_less_in_the_first_layer():
+    """Deeper layers of different budgets see different inputs."""
+    growing = (40, 100), (50, 110), (100, 150), (200, 240)
+    found = [prefill(GEOMETRY, budgets)[1] for budgets in growing]
+    for reports in zip(*found, strict=True):
+        for field in ("recall", "density"):
+            values = np.stack([getattr(report, field) for report in reports])
+            assert ((values > 0) & (values <= 1 + 1e-6)).all()
+            assert (np.diff(values[:, 0], axis=0) >= -1e-6).all(), field
+    assert (found[0][-1].recall[0] < found[-1][-1].recall[0]).all()
