@@ -57,16 +57,17 @@ class Sample:
 
 def sample(surveys: Iterable[tuple[int, int, Survey]], length: int) -> Sample:
     """The sample of a text from the surveys of its slices (`Engine.survey`)."""
-    recalls, kept, dense, late_kept, late_dense = [], 0.0, 0.0, 0.0, 0.0
+    late, recalls, kept, dense = [], [], [], []
     for start, count, survey in surveys:
-        pairs = np.asarray(survey.dense, np.float64)[..., None, None]
-        computed = survey.density() * pairs
-        kept, dense = kept + computed, dense + pairs
-        if 2 * (start + count) > length:
-            recalls.append(survey.recall())
-            late_kept, late_dense = late_kept + computed, late_dense + pairs
+        late.append(2 * (start + count) > length)
+        recalls.append(survey.recall())
+        dense.append(np.asarray(survey.dense, np.float64)[..., None, None])
+        kept.append(survey.density() * dense[-1])
+    later = slice(late.index(True), None)
     return Sample(
-        recall=np.mean(recalls, 0), density=late_kept / late_dense, overall=kept / dense
+        recall=np.mean(recalls[later], 0),
+        density=np.sum(kept[later], 0) / np.sum(dense[later], 0),
+        overall=np.sum(kept, 0) / np.sum(dense, 0),
     )
 
 

@@ -289,10 +289,15 @@ class _Fields:
         return threshold, last_q, enabled is not False
 
 
-def sparse_config(directory: Path, model: ModelConfig) -> SparseConfig | None:
+def sparse_config(
+    directory: Path, model: ModelConfig, file: Path | None = None
+) -> SparseConfig | None:
     """Sparse budgets, from `sparse_attention_config.json` or inline in `config.json`.
 
     None if the checkpoint has none or disables them. For the format see `head_budgets`.
+
+    Args:
+        file: budgets to read instead of the checkpoint's own, which may be disabled.
 
     Raises:
         ConfigError: if the budgets do not fit the model or are malformed.
@@ -301,6 +306,9 @@ def sparse_config(directory: Path, model: ModelConfig) -> SparseConfig | None:
     main, path = directory / "config.json", directory / "sparse_attention_config.json"
     fields = _Fields(main, read_json(main).get("dual_chunk_attention_config") or {})
     threshold, last_q, enabled = fields.sparse()
+    if file is not None:
+        vertical, slash = head_budgets(read_json(file), file, model.num_layers, model.num_heads)
+        return SparseConfig(vertical=vertical, slash=slash, threshold=threshold, last_q=last_q)
     side = read_json(path) if path.exists() else None
     inline = fields.raw.get("sparse_attention_config")
     if side is not None and inline is not None and side != inline:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.plan import SparsePlan
 from qwen_jax import rope
 from qwen_jax.attention import Attention
 from qwen_jax.cache import Cache
@@ -136,6 +137,43 @@ class Qwen2(nnx.Module):
         x, (cache, report) = self._layers(self.embed(step.tokens), state, attend, skip=1)
         x, cache = self._last_token(x, cache, step, rotary, backend)
         return self.logits(x)[0], cache, report
+
+    def sparse_plan(
+        self,
+        cache: Cache,
+        step: PrefillStep,
+        rotary: rope.Rotary,
+        budgets: Budgets,
+        layer: int,
+        *,
+        backend: str | None = None,
+    ) -> tuple[SparsePlan, Cache]:
+        """The plan by which `prefill_sparse` reads a slice in one layer, before the guard.
+
+        Writes the slice into that layer and those before it.
+        """
+        votes = self._votes(step, rotary, budgets.last_q)
+        angles = self._angles(step, rotary)
+
+        def attend(attention, x, cache, layer):
+            return attention.prefill_sparse(x, cache, layer, step, angles, votes, budgets, backend)[
+                :2
+            ]
+
+        skip = self.config.num_layers - layer
+        x, cache = self._layers(self.embed(step.tokens), cache, attend, skip=skip)
+        block = self._block(layer)
+        _, cache, _, listed = block.attention.prefill_sparse(
+            block.attention_norm(x),
+            cache,
+            jnp.int32(layer),
+            step,
+            angles,
+            votes,
+            budgets,
+            backend,
+        )
+        return listed, cache
 
     def survey(
         self,

@@ -86,7 +86,7 @@ def calibrate(
             "model": str(opened.directory.resolve()),
             "config": repr(opened.config),
             "flags": repr(opened.flags),
-            "data": hashlib.sha256(np.asarray(ids, np.int32)).hexdigest(),
+            "data": hashlib.sha256(np.asarray(ids, np.int32).tobytes()).hexdigest(),
             "grid": repr(grid),
             "slices": slices,
             "samples": samples,
@@ -153,4 +153,3 @@ def _write(path: Path, content: object) -> None:
     scratch = path.with_name(f"{path.name}.part")
     scratch.write_text(json.dumps(content) + "\n")
     os.replace(scratch, path)
-

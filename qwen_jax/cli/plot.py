@@ -1,14 +1,17 @@
 """plot: pictures of scores and of attention recall, in the terminal or as PNG."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from qwen_jax.cli import documents
 from qwen_jax.cli.eval import whole_number
-from qwen_jax.cli.flags import note, option
+from qwen_jax.cli.flags import ModelArgument, ModelFlags, expand, note, open_model, option
 from qwen_jax.eval import heatmap, plot, sources, terminal
+from qwen_jax.eval.plan_picture import PlanPicture
 
 app = typer.Typer(
     help="Draw what `eval` and `calibrate` found.",
@@ -43,6 +46,17 @@ REPORT is what `calibrate` writes. Without --out the maps are drawn in the termi
 Examples:
   qwen-jax plot recall report.json
   qwen-jax plot recall report.json --length 16K --out recall.png
+"""
+
+
+_PLAN_HELP = """Draw which keys one head reads of a text in sparse prefill.
+
+Queries go down, keys to the right; the text is prefilled for it. Without --out the
+picture is drawn in the terminal.
+
+\b
+Examples:
+  qwen-jax plot plan ckpt/7b-1m --file book.txt --layer 3 --head 5 --out plan.png
 """
 
 
@@ -97,3 +111,57 @@ def _deliver(panels: heatmap.Panels, out: Path | None, csv: Path | None) -> None
     if csv:
         heatmap.write_csv(panels, csv)
         note(f"wrote {csv}")
+
+
+@expand
+def plan(
+    model: ModelArgument,
+    model_flags: ModelFlags,
+    file: Annotated[list[Path], option("A text file or a directory; may be repeated.")],
+    layer: Annotated[int, typer.Option(help="From 0; the last is never sparse.")] = 0,
+    head: Annotated[int, typer.Option(help="Query head, from 0.")] = 0,
+    tokens: Annotated[str | None, option("Read only so many tokens; 1K is 1024.")] = None,
+    out: Out = None,
+):
+    """See `_PLAN_HELP`.
+
+    Raises:
+        ConfigError: if the model has no budgets, or a flag cannot be used.
+        DocumentError: if a named path holds no text.
+    """
+    opened = open_model(model, dataclasses.replace(model_flags, sparse="on"))
+    ids = tuple(
+        opened.tokenizer().encode_text(documents.joined(documents.read(file, skipped=note), ""))
+    )
+    ids = ids[: whole_number(tokens)] if tokens else ids
+    opened.check_fits(len(ids))
+    engine = opened.engine(len(ids))
+    slices, density, recall, pairs = [], 0.0, 0.0, 0
+    for start, length, listed, report in engine.plans(ids, layer, head):
+        slices.append((start, length, listed))
+        new = length * start + length * (length + 1) // 2
+        density += float(report.density[layer, head]) * new
+        recall += float(report.recall[layer, head]) * length
+        pairs += new
+    assert opened.sparse is not None
+    geometry = opened.config.dual_chunk
+    picture = PlanPicture(
+        tokens=len(ids),
+        tiles=slices[0][2].tiles,
+        slices=tuple(slices),
+        chunk_len=geometry.chunk_len if geometry else None,
+        layer=layer,
+        head=head,
+        vertical=opened.sparse.vertical[layer][head],
+        slash=opened.sparse.slash[layer][head],
+        density=density / pairs,
+        recall=recall / len(ids),
+    )
+    if out is None:
+        terminal.show_plan(picture, Console())
+    else:
+        plot.save_plan(picture, out)
+        note(f"wrote {out}")
+
+
+app.command("plan", help=_PLAN_HELP)(plan)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from pallas_kernels import backend
+from pallas_kernels.plan import SparsePlan
 from qwen_jax import sparse
 from qwen_jax.config import ConfigError, ModelConfig, SparseConfig
 from qwen_jax.engine import batch
@@ -26,6 +27,7 @@ from qwen_jax.engine.request import (
 )
 from qwen_jax.engine.runner import Runner
 from qwen_jax.engine.scheduler import Decode, Scheduler, Slice, cut, default_slices
+from qwen_jax.sparse import Report
 from qwen_jax.survey import Grid, Survey
 
 _GREEDY = Sampling()
@@ -243,6 +245,28 @@ class Engine:
         tokens = self._checked(tokens)
         return self._survey(tokens, grid)
 
+    def plans(
+        self, tokens: Iterable[int], layer: int, head: int
+    ) -> Iterator[tuple[int, int, SparsePlan, Report]]:
+        """How a text is prefilled sparsely: of each slice start, length, plan and figures.
+
+        The plan is that of one layer and query head, before the guard of `least_recall`.
+        Holds pages while it is being iterated.
+
+        Raises:
+            ConfigError: if there are no budgets, or none that are used for this head.
+            RequestError: if the tokens are none of the model's or do not fit.
+        """
+        if self._config.sparse is None:
+            raise ConfigError("plans need budgets of sparse prefill (sparse_attention_config.json)")
+        for name, value, count in (
+            ("layer", layer, self._model.num_layers - 1),
+            ("head", head, self._model.num_heads),
+        ):
+            if not 0 <= value < count:
+                raise ConfigError(f"{name}={value} must be from 0 to {count - 1}")
+        return self._plans(self._checked(tokens), layer, head)
+
     def _checked(self, tokens: Iterable[int]) -> tuple[int, ...]:
         tokens = tuple(tokens)
         check_ids("tokens", tokens, self._model.vocab_size)
@@ -250,12 +274,22 @@ class Engine:
         return tokens
 
     def _survey(self, tokens: tuple[int, ...], grid: Grid) -> Iterator[tuple[int, int, Survey]]:
+        for start, length, step in self._cuts(tokens):
+            yield start, length, self._runner.survey(step, grid)
+
+    def _plans(self, tokens: tuple[int, ...], layer: int, head: int):
+        for start, length, step in self._cuts(tokens):
+            _, report = self._runner.prefill_sparse(step)
+            listed = self._runner.sparse_plan(step, layer, head)
+            yield start, length, listed, jax.device_get(report)
+
+    def _cuts(self, tokens: tuple[int, ...]) -> Iterator[tuple[int, int, batch.Prefill]]:
+        """Start, length and step of each slice of a text."""
         with self._borrowed(len(tokens)) as pages:
             start = 0
             while start < len(tokens):
                 length, size = cut(start, len(tokens), self._slices, self._boundary)
-                step = self._step_of(tokens, start, length, size, pages)
-                yield start, length, self._runner.survey(step, grid)
+                yield start, length, self._step_of(tokens, start, length, size, pages)
                 start += length
 
     def _score(self, tokens: tuple[int, ...], first: int) -> Iterator[np.ndarray]:

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float32, Int
 
 from pallas_kernels.backend import compiler_options
+from pallas_kernels.plan import SparsePlan
 from qwen_jax import cache as caches
 from qwen_jax import rope
 from qwen_jax.config import ModelConfig
@@ -68,6 +69,9 @@ class Runner:
         self._budgets = jax.device_put(budgets, device)
         self._prefill = jit(self._steps.prefill, donate_argnames="cache")
         self._prefill_sparse = jit(self._steps.prefill_sparse, donate_argnames="cache")
+        self._sparse_plan = jit(
+            self._steps.sparse_plan, donate_argnames="cache", static_argnames="layer"
+        )
         self._survey = jit(self._steps.survey, donate_argnames="cache", static_argnames="grid")
         self._choose = jit(self._steps.choose)
         self._score = jit(self._steps.score, donate_argnames="cache")
@@ -94,6 +98,13 @@ class Runner:
             self._weights, self._rotary, self._cache, step, self._budgets
         )
         return logits, report
+
+    def sparse_plan(self, step: Prefill, layer: int, head: int) -> SparsePlan:
+        """How `prefill_sparse` reads a slice in one layer and head, on the host."""
+        listed, self._cache = self._sparse_plan(
+            self._weights, self._rotary, self._cache, step, self._budgets, layer=layer
+        )
+        return jax.device_get(jax.tree.map(lambda array: array[head : head + 1], listed))
 
     def survey(self, step: Prefill, grid: Grid) -> Survey:
         """Fill the cache with a slice, densely; returns what budgets would find of it."""
@@ -149,6 +160,11 @@ class _Steps:
     def prefill_sparse(self, weights, rotary, cache, step, budgets):
         return self._model(weights).prefill_sparse(
             cache, _slice(step), rotary, budgets, backend=self._backend
+        )
+
+    def sparse_plan(self, weights, rotary, cache, step, budgets, layer):
+        return self._model(weights).sparse_plan(
+            cache, _slice(step), rotary, budgets, layer, backend=self._backend
         )
 
     def survey(self, weights, rotary, cache, step, grid):
