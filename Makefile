@@ -1,7 +1,8 @@
 # make demo    a real model reads a long document and answers a question about it
+# make demo-long  the same in 24,000 tokens, read densely and sparsely, side by side
 # make test    the test suite
 # make lint    formatting, lint, types, import directions
-# make bench   prefill, decode and memory against PyTorch (Python 3.11)
+# make bench   prefill, decode and memory against PyTorch (Python 3.11), then dense against sparse
 #
 # Everything is installed into $(VENV). Another Python: make test PYTHON=python3.12 VENV=.venv312
 
@@ -15,10 +16,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CON
 # With accelerate, transformers reads GGUF files.
 TORCH := $(if $(filter py311,$(TAG)),torch==2.13.0 accelerate)
 
-.PHONY: demo test lint bench clean
+.PHONY: demo demo-long test lint bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py
+
+demo-long: $(VENV)/.demo
+	$(BIN)/python scripts/demo_long.py
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
@@ -31,6 +35,7 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python scripts/bench.py
+	$(BIN)/python scripts/bench_sparse.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -98,13 +98,7 @@ def search(samples: Mapping[int, Sequence[Sample]], grid: Grid, target_recall: f
     Raises:
         CalibrationError: if the largest budgets do not meet the target.
     """
-    recall, density, overall = (
-        {
-            length: np.mean([getattr(each, name) for each in found], 0)
-            for length, found in samples.items()
-        }
-        for name in ("recall", "density", "overall")
-    )
+    recall, density = (_means(samples, name) for name in ("recall", "density"))
     most = min(of_length[..., -1, -1].mean() for of_length in recall.values())
     if most < target_recall:
         raise CalibrationError(
@@ -118,12 +112,8 @@ def search(samples: Mapping[int, Sequence[Sample]], grid: Grid, target_recall: f
         value = (rate * gain - cost).reshape(*gain.shape[:2], -1)
         return np.unravel_index(value.argmax(-1), gain.shape[2:])
 
-    def at(table, pair):
-        layer, head = np.indices(table.shape[:2])
-        return table[layer, head, *pair]
-
     def meets(pair) -> bool:
-        return all(at(table, pair).mean() >= target_recall for table in recall.values())
+        return all(_at(table, pair).mean() >= target_recall for table in recall.values())
 
     low, high = 0.0, 1.0
     while not meets(choose(high)) and high < 1e6:
@@ -135,9 +125,38 @@ def search(samples: Mapping[int, Sequence[Sample]], grid: Grid, target_recall: f
     return Budgets(
         vertical=np.asarray(grid.vertical)[pair[0]],
         slash=np.asarray(grid.slash)[pair[1]],
-        recall={length: at(table, pair) for length, table in recall.items()},
-        density={length: at(table, pair) for length, table in overall.items()},
+        **_measured(samples, pair),
     )
+
+
+def on_other_texts(
+    budgets: Budgets, samples: Mapping[int, Sequence[Sample]], grid: Grid
+) -> Budgets:
+    """The same budgets with what they find and compute in other texts."""
+    pair = (
+        np.searchsorted(grid.vertical, budgets.vertical),
+        np.searchsorted(grid.slash, budgets.slash),
+    )
+    return dataclasses.replace(budgets, **_measured(samples, pair))
+
+
+def _measured(samples: Mapping[int, Sequence[Sample]], pair) -> dict[str, Any]:
+    return {
+        name: {length: _at(table, pair) for length, table in _means(samples, field).items()}
+        for name, field in (("recall", "recall"), ("density", "overall"))
+    }
+
+
+def _means(samples: Mapping[int, Sequence[Sample]], field: str) -> dict[int, np.ndarray]:
+    return {
+        length: np.mean([getattr(each, field) for each in found], 0)
+        for length, found in samples.items()
+    }
+
+
+def _at(table: np.ndarray, pair) -> np.ndarray:
+    layer, head = np.indices(table.shape[:2])
+    return table[layer, head, *pair]
 
 
 def file_content(budgets: Budgets) -> list[dict[str, list[Any]]]:

@@ -40,6 +40,10 @@ def calibrate(
     target_recall: Annotated[
         float, typer.Option(help="Share of the attention that a mean head finds, at each length.")
     ] = 0.9,
+    held_out: Annotated[
+        list[Path] | None,
+        option("Other text, to see what the budgets find in it; may be repeated.", metavar="PATH"),
+    ] = None,
     report: Annotated[
         Path | None, option("All figures, for `plot recall`; beside --out.", metavar="FILE")
     ] = None,
@@ -66,67 +70,105 @@ def calibrate(
     for path in (out, report):
         if not path.parent.is_dir():
             raise ConfigError(f"{path}: there is no directory {path.parent}")
-    ids = _tokens(opened, data)
-    if len(ids) < sizes[-1]:
-        raise ConfigError(
-            f"--data holds {len(ids):,} tokens, --lengths asks for {sizes[-1]:,}: give more text"
-        )
     vertical, slash = calibration.budgets_up_to(sizes[-1])
     last_q = opened.sparse.last_q if opened.sparse else 64
     grid = Grid(vertical=vertical, slash=slash, last_q=last_q, tiles=TILES)
-    slices = _slices(opened)
-    texts = {
-        (length, number): (len(ids) - length) * number // max(samples - 1, 1)
-        for length in sizes
-        for number in range(samples)
-    }
-    kept = calibration.Progress(
-        out.with_suffix(".progress"),
-        {
-            "model": str(opened.directory.resolve()),
-            "config": repr(opened.config),
-            "flags": repr(opened.flags),
-            "data": hashlib.sha256(np.asarray(ids, np.int32).tobytes()).hexdigest(),
-            "grid": repr(grid),
-            "slices": slices,
-            "samples": samples,
-        },
-    )
-    found: dict[int, list[calibration.Sample]] = {length: [] for length in sizes}
-    engine = None
-    for (length, number), start in texts.items():
-        name = f"{length}-{number}"
-        sample = kept.load(name)
-        if sample is None:
-            engine = engine or opened.engine(sizes[-1], slices=slices)
-            surveys = engine.survey(ids[start : start + length], grid)
-            label = f"text {number + 1} of {samples}, {length:,} tokens"
-            sample = calibration.sample(_watched(surveys, length, label), length)
-            kept.save(name, sample)
-        else:
-            note(f"{kept.directory} holds text {number + 1} of {samples}, {length:,} tokens")
-        found[length].append(sample)
-    budgets = calibration.search(found, grid, target_recall)
+    survey = _Surveyor(opened, grid, sizes, samples, out.with_suffix(".progress"))
+    texts = {"--data": survey.tokens("--data", data)}
+    if held_out:
+        texts["--held-out"] = survey.tokens("--held-out", held_out)
+    budgets = calibration.search(survey.samples(texts["--data"]), grid, target_recall)
     figures = calibration.report(
         budgets, grid, opened.config, model=opened.directory.name, target_recall=target_recall
     )
-    _write(report, figures)
-    _write(out, calibration.file_content(budgets))
-    kept.clear()
-    for length in sizes:
-        recall, density = budgets.recall[length], budgets.density[length]
-        print(
-            f"{length:,} tokens: recall {recall.mean():.3f} ({recall.min():.3f} in the worst "
-            f"head), {density.mean():.1%} of the attention computed, "
-            f"predicted speed-up {figures['speedup'][str(length)]:.2f}"
-        )
+    write(report, figures)
+    write(out, calibration.file_content(budgets))
+    _print(budgets, figures["speedup"])
+    if held_out:
+        others = survey.samples(texts["--held-out"])
+        print("held-out text:")
+        _print(calibration.on_other_texts(budgets, others, grid))
+    survey.clear()
     note(f"wrote {out} and {report}")
 
 
-def _tokens(opened: Model, paths: list[Path]) -> tuple[int, ...]:
-    tokenizer = opened.tokenizer()
-    found = documents.read(paths, skipped=note)
-    return tuple(tokenizer.encode_text("\n\n".join(each.text for each in found)))
+class _Surveyor:
+    """Samples of texts, made once and kept until `clear`."""
+
+    def __init__(self, opened: Model, grid: Grid, sizes: list[int], samples: int, kept: Path):
+        self._opened, self._grid, self._sizes, self._samples = opened, grid, sizes, samples
+        self._kept = kept
+        self._slices = _slices(opened)
+        self._engine = None
+        self._progress: list[calibration.Progress] = []
+
+    def tokens(self, flag: str, paths: list[Path]) -> tuple[int, ...]:
+        """The tokens of some files.
+
+        Raises:
+            ConfigError: if they are fewer than the longest text.
+            DocumentError: if a named path holds no text.
+        """
+        found = documents.read(paths, skipped=note)
+        text = "\n\n".join(each.text for each in found)
+        ids = tuple(self._opened.tokenizer().encode_text(text))
+        if len(ids) < self._sizes[-1]:
+            raise ConfigError(
+                f"{flag} holds {len(ids):,} tokens, --lengths asks for {self._sizes[-1]:,}: "
+                "give more text"
+            )
+        return ids
+
+    def samples(self, ids: tuple[int, ...]) -> dict[int, list[calibration.Sample]]:
+        """Samples by length, of texts spread evenly over the tokens."""
+        progress = calibration.Progress(
+            self._kept,
+            {
+                "model": str(self._opened.directory.resolve()),
+                "config": repr(self._opened.config),
+                "flags": repr(self._opened.flags),
+                "data": hashlib.sha256(np.asarray(ids, np.int32).tobytes()).hexdigest(),
+                "grid": repr(self._grid),
+                "slices": self._slices,
+                "samples": self._samples,
+            },
+        )
+        self._progress.append(progress)
+        found: dict[int, list[calibration.Sample]] = {length: [] for length in self._sizes}
+        for length in self._sizes:
+            for number in range(self._samples):
+                start = (len(ids) - length) * number // max(self._samples - 1, 1)
+                label = f"text {number + 1} of {self._samples}, {length:,} tokens"
+                name = f"{length}-{number}"
+                sample = progress.load(name)
+                if sample is None:
+                    sample = self._survey(ids[start : start + length], label)
+                    progress.save(name, sample)
+                else:
+                    note(f"{label}: kept in {self._kept}")
+                found[length].append(sample)
+        return found
+
+    def clear(self) -> None:
+        """Delete what was kept."""
+        for progress in self._progress:
+            progress.clear()
+
+    def _survey(self, ids: tuple[int, ...], label: str) -> calibration.Sample:
+        if self._engine is None:
+            self._engine = self._opened.engine(self._sizes[-1], slices=self._slices)
+        surveys = self._engine.survey(ids, self._grid)
+        return calibration.sample(_watched(surveys, len(ids), label), len(ids))
+
+
+def _print(budgets: calibration.Budgets, speedup: dict[str, float] | None = None) -> None:
+    for length, recall in sorted(budgets.recall.items()):
+        density = budgets.density[length]
+        predicted = f", predicted speed-up {speedup[str(length)]:.2f}" if speedup else ""
+        print(
+            f"{length:,} tokens: recall {recall.mean():.3f} ({recall.min():.3f} in the worst "
+            f"head), {density.mean():.1%} of the attention computed{predicted}"
+        )
 
 
 def _slices(opened: Model) -> tuple[int, ...]:
@@ -149,7 +191,8 @@ def _watched(surveys, length: int, label: str):
             note(f"{label}: {done:,} done, at most {left:,.0f} s left")
 
 
-def _write(path: Path, content: object) -> None:
+def write(path: Path, content: object) -> None:
+    """JSON in a file that appears when it is complete."""
     scratch = path.with_name(f"{path.name}.part")
     scratch.write_text(json.dumps(content) + "\n")
     os.replace(scratch, path)

@@ -1,0 +1,195 @@
+"""Dense against sparse prefill with Dual Chunk Attention, on the demo model and a real text.
+
+Budgets are those of docs/demo, calibrated on other texts; the text is Python's own language
+reference, as the interpreter carries it. The two take turns in one process, in float32. Then
+attention alone: the operations of single layers, on what the model computes for the last slice.
+
+    python scripts/bench_sparse.py [--lengths 8192,16384,32768] [--repeats 1] [--layers 3,12,21]
+"""
+
+import argparse
+import dataclasses
+import os
+import platform
+import statistics
+import sys
+import time
+from importlib.metadata import version
+
+import demo_model
+import jax
+import jax.numpy as jnp
+from bench import commit
+from demo_long import BUDGETS, reference_text
+
+from convert import weights
+from pallas_kernels import plan
+from pallas_kernels.backend import compiler_options
+from pallas_kernels.prefill import prefill
+from pallas_kernels.select import select
+from pallas_kernels.tiles import Tiles, of_page
+from qwen_jax import rope, sparse
+from qwen_jax.cli.bench import run
+from qwen_jax.config import model_config, sparse_config
+from qwen_jax.engine import batch
+from qwen_jax.engine.engine import Engine, EngineConfig
+from qwen_jax.engine.scheduler import default_slices
+from qwen_jax.model import PrefillStep, Qwen2
+from qwen_jax.tokenizer import Tokenizer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--lengths", default="8192,16384,32768")
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--layers", default="3,12,21")
+    args = parser.parse_args()
+    lengths = [int(text) for text in args.lengths.split(",")]
+    layers = [int(text) for text in args.layers.split(",")]
+    directory = demo_model.cache_dir()
+    demo_model.fetch(directory)
+    ids = Tokenizer.load(directory).encode_text(reference_text())
+    model = model_config(directory)
+    found = sparse_config(directory, model, BUDGETS)
+    assert found is not None
+    budgets = dataclasses.replace(found, threshold=0)
+    tree = weights.load(directory, dtype=jnp.dtype("float32"))
+    print(
+        f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; "
+        f"Python {platform.python_version()}, jax {version('jax')}; commit {commit()}\n"
+    )
+    slices = default_slices(jax.default_backend(), model.dual_chunk, sparse=True)
+
+    def engine(found):
+        settings = EngineConfig(max_len=max(lengths) + 2, sparse=found, slices=slices)
+        return Engine(model, tree, settings)
+
+    ways = {"dense": engine(None), "sparse": engine(budgets)}
+    print(ways["sparse"].describe(), file=sys.stderr)
+    for way in ways.values():
+        run(way, tuple(ids[: slices[0] + 1][::-1]), 2)  # compiles
+    print("| prefill | dense | sparse | ratio |\n|---|---|---|---|")
+    for length in lengths:
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        for repeat in range(args.repeats):
+            # Another text each time, lest its pages are found in the cache.
+            text = tuple(ids[repeat + 1 : repeat + 1 + length])
+            for name, way in ways.items():
+                seconds[name].append(run(way, text, 1)[0])
+        dense, short = (statistics.median(seconds[name]) for name in ways)
+        print(f"| {length:,} | {dense:.1f} s | {short:.1f} s | {dense / short:.2f} |", flush=True)
+    del ways
+    print(
+        "\n| attention of the last slice, layer | dense | sparse | of it selection | density "
+        "| ratio x density |\n|---|---|---|---|---|---|"
+    )
+    for length in lengths:
+        for row in attention(model, tree, budgets, tuple(ids[:length]), layers, slices):
+            print(f"| {length:,}, {row}", flush=True)
+
+
+def attention(model, tree, budgets, ids, layers, slices):
+    """A row of the table for each layer, medians of 5 calls that take turns."""
+    engine = Engine(model, tree, EngineConfig(max_len=len(ids), slices=slices))
+    *_, (start, length, step) = _prefilled(engine, ids)
+    runner, last_q = engine._runner, budgets.last_q
+    on_device = sparse.budgets(budgets)
+    options = compiler_options(jax.default_backend())
+    geometry = model.dual_chunk
+    at = jnp.int32(start), jnp.int32(length)
+    page_table = jnp.asarray(step.page_table)
+    cache = runner._cache
+    tiles = Tiles(min(slices[0], on_device.tiles.q), of_page(cache.page, on_device.tiles.k))
+
+    def inputs(leaves, cache, rotary, step, layer):
+        decoder: Qwen2 = runner._steps._model(leaves)
+        slice_ = PrefillStep(**step._asdict())
+        angles = decoder._angles(slice_, rotary)
+        votes = decoder._votes(slice_, rotary, last_q)
+
+        def attend(module, x, state, i):
+            out, cache = module.prefill(x, state[0], i, slice_, angles, None)
+            queries = module._queries(x, slice_, angles)
+            tail = jax.lax.dynamic_slice_in_dim(x, length - last_q, last_q)
+            scale = slice_.query_scale * jnp.float32(module.scale)
+            voters = rope.views(module.q(tail), votes, scale)
+            kept = jax.tree.map(
+                lambda new, old: jnp.where(i == layer, new, old), (queries, voters), state[1]
+            )
+            return out, (cache, kept)
+
+        T, N, H = slices[0], model.num_heads, model.head_dim
+        empty = jnp.zeros((3, T, N, H)), jnp.zeros((3, last_q, N, H))
+        _, (_, kept) = decoder._layers(decoder.embed(slice_.tokens), (cache, empty), attend, skip=0)
+        return kept
+
+    def choose(voters, keys, layer):
+        found = select(
+            voters,
+            keys,
+            layer,
+            page_table,
+            *at,
+            on_device.vertical[layer],
+            on_device.slash[layer],
+            geometry=geometry,
+        )
+        return plan.build(
+            *found,
+            *at,
+            num_queries=slices[0],
+            num_columns=on_device.num_columns,
+            tiles=tiles,
+        )
+
+    def attend(queries, cache, layer, listed=None):
+        return prefill(
+            queries,
+            cache.keys,
+            cache.values,
+            layer,
+            page_table,
+            *at,
+            geometry=geometry,
+            plan=listed,
+        )
+
+    jit = jax.jit
+    capture = jit(inputs, compiler_options=options)
+    calls = {
+        "dense": jit(lambda q, v, c, i: attend(q, c, i), compiler_options=options),
+        "sparse": jit(
+            lambda q, v, c, i: attend(q, c, i, choose(v, c.keys, i)), compiler_options=options
+        ),
+        "selection": jit(lambda q, v, c, i: choose(v, c.keys, i), compiler_options=options),
+    }
+    for number in layers:
+        layer = jnp.int32(number)
+        queries, voters = capture(runner._weights, cache, runner._rotary, step, layer)
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        for turn in range(6):
+            for name, call in calls.items():
+                begin = time.perf_counter()
+                jax.block_until_ready(call(queries, voters, cache, layer))
+                if turn:
+                    seconds[name].append(time.perf_counter() - begin)
+        dense, short, chosen = (1e3 * statistics.median(each) for each in seconds.values())
+        listed = calls["selection"](queries, voters, cache, layer)
+        density = float(plan.density(listed, *at).mean())
+        yield (
+            f"{number} | {dense:.0f} ms | {short:.0f} ms | {chosen:.0f} ms ({chosen / short:.0%}) "
+            f"| {density:.3f} | {dense / short * density:.2f} |"
+        )
+
+
+def _prefilled(engine: Engine, ids: tuple[int, ...]):
+    """Start, length and step of each slice, run on the engine's cache but for the last."""
+    cuts = [(start, length, step) for start, length, step in engine._cuts(ids)]
+    for start, length, step in cuts:
+        if start + length < len(ids):
+            engine._runner.prefill(batch.Prefill(*step))
+        yield start, length, step
+
+
+if __name__ == "__main__":
+    main()
