@@ -20,7 +20,7 @@ import demo_model
 import jax
 import jax.numpy as jnp
 from bench import commit
-from demo_long import BUDGETS, reference_text
+from demo_long import BUDGETS
 
 from convert import weights
 from pallas_kernels import plan
@@ -83,14 +83,21 @@ def main() -> None:
         "\n| attention of the last slice, layer | dense | sparse | of it selection | density "
         "| ratio x density |\n|---|---|---|---|---|---|"
     )
-    for length in lengths:
-        for row in attention(model, tree, budgets, tuple(ids[:length]), layers, slices):
-            print(f"| {length:,}, {row}", flush=True)
+    longest = max(lengths)
+    for row in attention(model, tree, budgets, tuple(ids[:longest]), layers, slices):
+        print(f"| {longest:,}, {row}", flush=True)
+
+
+def reference_text() -> str:
+    """Python's language reference, in prose."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def attention(model, tree, budgets, ids, layers, slices):
     """A row of the table for each layer, medians of 5 calls that take turns."""
-    engine = Engine(model, tree, EngineConfig(max_len=len(ids), slices=slices))
+    engine = Engine(model, tree, EngineConfig(max_len=len(ids), slices=slices, sparse=budgets))
     *_, (start, length, step) = _prefilled(engine, ids)
     runner, last_q = engine._runner, budgets.last_q
     on_device = sparse.budgets(budgets)
@@ -187,7 +194,7 @@ def _prefilled(engine: Engine, ids: tuple[int, ...]):
     cuts = [(start, length, step) for start, length, step in engine._cuts(ids)]
     for start, length, step in cuts:
         if start + length < len(ids):
-            engine._runner.prefill(batch.Prefill(*step))
+            engine._runner.prefill_sparse(batch.Prefill(*step))
         yield start, length, step
 
 

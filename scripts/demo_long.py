@@ -1,35 +1,47 @@
 """Read a long document with dense and with sparse prefill, side by side.
 
-The journal of the lamp keeper lies in the middle of Python's language reference, as the
-interpreter carries it: over 24,000 tokens, three times what the model was trained on. Ends
-with status 0 only if both give the same answer, and it names the number that the text holds.
+A number lies hidden in over 24,000 tokens of made-up prose, three times what the model was
+trained on. Ends with status 0 only if both give the same answer, and it names the number.
 """
 
 import argparse
 import dataclasses
+import random
 import sys
 from pathlib import Path
 
 import demo_model
-from demo import DOCUMENT, EXPECTED, QUESTION
 from rich.console import Console
 from rich.table import Table
 
 from qwen_jax.cli.answer import Answer, answer, write
 from qwen_jax.cli.flags import ModelFlags, open_model
 from qwen_jax.engine.request import Request
-from qwen_jax.tokenizer import Stream
+from qwen_jax.eval.text import sentences
+from qwen_jax.tokenizer import Stream, Tokenizer
 
 BUDGETS = Path(__file__).parents[1] / "docs" / "demo" / "sparse_attention_config.json"
-TOKENS = 24_500
-NEW_TOKENS = 32
+TOKENS = 24_600  # of prose, as counted sentence by sentence; a few less in one piece
+NEW_TOKENS = 24
+NUMBER = "71906"
+NEEDLE = f"The pass key is {NUMBER}. Remember it. {NUMBER} is the pass key."
+INTRODUCTION = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize "
+    "it. I will quiz you about the important information there.\n\n"
+)
+QUESTION = "What is the number of the pass key?"
 
 
-def reference_text() -> str:
-    """Python's language reference, in prose."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
+def document(tokenizer: Tokenizer) -> str:
+    """Prose with the needle at two fifths of it, always the same."""
+    prose, count = [], 0
+    for sentence in sentences(random.Random(0)):
+        prose.append(sentence)
+        count += len(tokenizer.encode_text(sentence)) + 1
+        if count >= TOKENS:
+            break
+    prose.insert(2 * len(prose) // 5, NEEDLE)
+    return " ".join(prose)
 
 
 def run(directory: Path) -> bool:
@@ -38,11 +50,7 @@ def run(directory: Path) -> bool:
     flags = ModelFlags(sparse="on", sparse_config=BUDGETS)
     opened = open_model(directory, flags)
     tokenizer = opened.tokenizer()
-    journal = DOCUMENT.read_text()
-    around = tokenizer.encode_text(reference_text())
-    half = (TOKENS - len(tokenizer.encode_text(journal))) // 2
-    before, after = (tokenizer.decode(around[i * half : (i + 1) * half]) for i in (0, 1))
-    text = f"{before}\n\n{journal}\n\n{after}\n\n{QUESTION}"
+    text = f"{INTRODUCTION}{document(tokenizer)}\n\n{QUESTION}"
     ids = tuple(tokenizer.encode_chat([{"role": "user", "content": text}]))
     request = Request(
         prompt=ids,
@@ -72,8 +80,8 @@ def run(directory: Path) -> bool:
     table.add_row("answer", *(" ".join((each.text or "").split()) for each in answers.values()))
     print()
     Console().print(table)
-    print(f"\nThe journal says: the key of the lamp room is number {EXPECTED}.")
-    return dense.text == short.text and EXPECTED in (dense.text or "")
+    print(f"\nThe text says: {NEEDLE}")
+    return dense.text == short.text and NUMBER in (dense.text or "")
 
 
 def main() -> int:
