@@ -60,6 +60,17 @@ def largest(values, budget, forced):
     return np.sort(np.argsort(-values, kind="stable")[:budget])
 
 
+def assert_largest(found, values, budget, forced, rtol=1e-5):
+    """As `largest`, where of votes that differ by rounding either may be chosen."""
+    expected = largest(values, budget, forced)
+    assert len(found) == len(expected)
+    differing = np.setxor1d(found, expected)
+    if len(differing):
+        assert not np.isin(differing, forced).any()
+        least = values[np.setdiff1d(expected, forced)].min()
+        np.testing.assert_allclose(values[differing], least, rtol=rtol)
+
+
 def regions(start, length, geometry):
     """First key, number of keys and last diagonal + 1 of the regions intra, succ and inter."""
     e = start + length
