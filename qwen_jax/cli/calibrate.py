@@ -16,7 +16,7 @@ from qwen_jax.cli import documents
 from qwen_jax.cli.answer import LINE_S
 from qwen_jax.cli.eval import split, whole_number
 from qwen_jax.cli.flags import Model, ModelArgument, ModelFlags, expand, note, open_model, option
-from qwen_jax.config import ConfigError
+from qwen_jax.config import ConfigError, last_q
 from qwen_jax.engine.scheduler import default_slices
 from qwen_jax.sparse import TILES
 from qwen_jax.survey import Grid
@@ -62,18 +62,19 @@ def calibrate(
     if samples < 1:
         raise ConfigError(f"--samples {samples} must be at least 1")
     opened.check_fits(sizes[-1])
+    _check_writable(out)
     report = report or out.with_suffix(".report.json")
-    for path in (out, report):
-        if not path.parent.is_dir():
-            raise ConfigError(f"{path}: there is no directory {path.parent}")
+    _check_writable(report)
+    if out == report:
+        raise ConfigError(f"--out and --report are one file, {out}: give two")
     ids = _tokens(opened, data)
     if len(ids) < sizes[-1]:
         raise ConfigError(
             f"--data holds {len(ids):,} tokens, --lengths asks for {sizes[-1]:,}: give more text"
         )
     vertical, slash = calibration.budgets_up_to(sizes[-1])
-    last_q = opened.sparse.last_q if opened.sparse else 64
-    grid = Grid(vertical=vertical, slash=slash, last_q=last_q, tiles=TILES)
+    voters = last_q(opened.directory)
+    grid = Grid(vertical=vertical, slash=slash, last_q=voters, tiles=TILES)
     slices = _slices(opened)
     texts = {
         (length, number): (len(ids) - length) * number // max(samples - 1, 1)
@@ -121,6 +122,13 @@ def calibrate(
             f"predicted speed-up {figures['speedup'][str(length)]:.2f}"
         )
     note(f"wrote {out} and {report}")
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir():
+        raise ConfigError(f"{path} is a directory: give the name of a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path}: there is no directory {path.parent}")
 
 
 def _tokens(opened: Model, paths: list[Path]) -> tuple[int, ...]:
