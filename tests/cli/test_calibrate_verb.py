@@ -24,13 +24,14 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def engines():
-    """Engines of equal settings are one, so that their steps are compiled once."""
+    """Engines of equal flags are one, large enough for all, whose steps are compiled once."""
     build, made = Model.engine, {}
 
     def engine(self, length, **more):
-        key = self.directory, self.flags, length, *sorted(more.items())
+        assert length <= 1024
+        key = self.directory, self.flags
         if key not in made:
-            made[key] = build(self, length, **more)
+            made[key] = build(self, 1024, **more)
         return made[key]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -100,7 +101,7 @@ def test_budgets_are_found_read_and_drawn(calibrate, surveyed, tiny, text, tmp_p
     code, out, err = run(*plan, "--head", 3)
     assert code == 0
     assert "layer 0, head 3" in " ".join(out.split())
-    assert err.count("\n") == 1, err  # what runs where
+    assert not err
     png = tmp_path / "plan.png"
     code, out, err = run(*plan, "--out", png)
     assert (code, out) == (0, "")

@@ -67,8 +67,8 @@ def test_a_survey_foretells_the_first_layer_of_a_sparse_prefill():
         np.testing.assert_allclose(report.density[0], foretold, rtol=1e-6)
     foretold = [survey.recall()[0, n, v, s] for n, (v, s) in enumerate(PLACES)]
     np.testing.assert_allclose(report.recall[0], foretold, atol=1e-5)
-    assert (report.density[0, :3] < 0.95).all()
-    assert (report.recall[0, :3] < 0.95).all()
+    for figures in (report.density[0, :3], report.recall[0, :3]):
+        assert (figures < 1 - 1e-3).all()
 
 
 def test_plans_read_what_the_definition_selects():
