@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,8 @@ def search(samples: Mapping[int, Sequence[Sample]], grid: Grid, target_recall: f
         middle = (low + high) / 2
         low, high = (low, middle) if meets(choose(middle)) else (middle, high)
     pair = choose(high)
+    if not meets(pair):  # what is missing would cost more than any rate
+        pair = np.broadcast_to(np.subtract(gain.shape[2:], 1)[:, None, None], (2, *gain.shape[:2]))
     return Budgets(
         vertical=np.asarray(grid.vertical)[pair[0]],
         slash=np.asarray(grid.slash)[pair[1]],
@@ -234,9 +237,10 @@ class Progress:
         if not path.exists():
             return None
         try:
-            with np.load(path) as file:
+            # Opened here, since `np.load` leaves open what it cannot read.
+            with path.open("rb") as raw, np.load(raw) as file:
                 return Sample(**{field: file[field] for field in file.files})
-        except (ValueError, OSError, TypeError, EOFError) as error:
+        except (ValueError, OSError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise CalibrationError(f"{path} is damaged ({error}): delete it") from None
 
     def save(self, name: str, sample: Sample) -> None:

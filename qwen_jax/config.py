@@ -320,6 +320,16 @@ def sparse_config(
     return SparseConfig(vertical=vertical, slash=slash, threshold=threshold, last_q=last_q)
 
 
+def last_q(directory: Path) -> int:
+    """Queries of a slice that vote by `config.json`, whether there are budgets or not.
+
+    Raises:
+        ConfigError: if the file is missing or malformed.
+    """
+    path = Path(directory) / "config.json"
+    return _Fields(path, read_json(path).get("dual_chunk_attention_config") or {}).sparse()[1]
+
+
 def head_budgets(
     layers: Any, where: Path | str, num_layers: int, num_heads: int
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:

@@ -128,7 +128,7 @@ def survey(
             return jnp.einsum("NtbB,NbBv,Ntbs->Nvs", split, column, block)
 
         mass = by_budgets(jnp.einsum("NRk,Rt->Ntk", weights, own_tile))
-        visible = (k_pos <= final[:, None]) * members[:, None]
+        visible = jnp.where(k_pos <= final[:, None], members[:, None], 0)
         singles = by_budgets(jnp.broadcast_to(visible, (N, *visible.shape)))
         return sums[0] + mass, sums[1] + singles
 
@@ -148,7 +148,7 @@ def _first_taken(votes: Votes, start, length, num_queries: int, grid: Grid, tile
 
     def column(missing, budget):
         taken = choose(votes, end, jnp.full(N, budget), jnp.zeros(N, jnp.int32)).verticals
-        return missing + ~taken, None
+        return missing + (~taken).astype(jnp.int32), None
 
     def block(missing, budget):
         taken = choose(votes, end, jnp.zeros(N, jnp.int32), jnp.full(N, budget)).slashes
@@ -156,7 +156,7 @@ def _first_taken(votes: Votes, start, length, num_queries: int, grid: Grid, tile
             none, taken, start, length, num_queries=num_queries, num_columns=1, tiles=tiles
         )
         reads = listed.reads()[..., : S // tiles.k]
-        return missing + ~reads, None
+        return missing + (~reads).astype(jnp.int32), None
 
     count = -(-num_queries // tiles.q)
     columns = jnp.zeros((N, S), jnp.int32)

@@ -16,7 +16,7 @@ from qwen_jax.cli import documents
 from qwen_jax.cli.answer import LINE_S
 from qwen_jax.cli.eval import split, whole_number
 from qwen_jax.cli.flags import Model, ModelArgument, ModelFlags, expand, note, open_model, option
-from qwen_jax.config import ConfigError
+from qwen_jax.config import ConfigError, last_q
 from qwen_jax.engine.scheduler import default_slices
 from qwen_jax.sparse import TILES
 from qwen_jax.survey import Grid
@@ -66,13 +66,14 @@ def calibrate(
     if samples < 1:
         raise ConfigError(f"--samples {samples} must be at least 1")
     opened.check_fits(sizes[-1])
+    _check_writable(out)
     report = report or out.with_suffix(".report.json")
-    for path in (out, report):
-        if not path.parent.is_dir():
-            raise ConfigError(f"{path}: there is no directory {path.parent}")
+    _check_writable(report)
+    if out == report:
+        raise ConfigError(f"--out and --report are one file, {out}: give two")
     vertical, slash = calibration.budgets_up_to(sizes[-1])
-    last_q = opened.sparse.last_q if opened.sparse else 64
-    grid = Grid(vertical=vertical, slash=slash, last_q=last_q, tiles=TILES)
+    voters = last_q(opened.directory)
+    grid = Grid(vertical=vertical, slash=slash, last_q=voters, tiles=TILES)
     survey = _Surveyor(opened, grid, sizes, samples, out.with_suffix(".progress"))
     texts = {"--data": survey.tokens("--data", data)}
     if held_out:
@@ -169,6 +170,13 @@ def _print(budgets: calibration.Budgets, speedup: dict[str, float] | None = None
             f"{length:,} tokens: recall {recall.mean():.3f} ({recall.min():.3f} in the worst "
             f"head), {density.mean():.1%} of the attention computed{predicted}"
         )
+
+
+def _check_writable(path: Path) -> None:
+    if path.is_dir():
+        raise ConfigError(f"{path} is a directory: give the name of a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{path}: there is no directory {path.parent}")
 
 
 def _slices(opened: Model) -> tuple[int, ...]:

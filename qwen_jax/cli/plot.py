@@ -117,10 +117,14 @@ def _deliver(panels: heatmap.Panels, out: Path | None, csv: Path | None) -> None
 def plan(
     model: ModelArgument,
     model_flags: ModelFlags,
-    file: Annotated[list[Path], option("A text file or a directory; may be repeated.")],
+    file: Annotated[
+        list[Path], option("A text file or a directory; may be given repeatedly.", metavar="PATH")
+    ],
     layer: Annotated[int, typer.Option(help="From 0; the last is never sparse.")] = 0,
     head: Annotated[int, typer.Option(help="Query head, from 0.")] = 0,
-    tokens: Annotated[str | None, option("Read only so many tokens; 1K is 1024.")] = None,
+    tokens: Annotated[
+        str | None, option("Read only so many tokens; 1K is 1024.", metavar="N")
+    ] = None,
     out: Out = None,
 ):
     """See `_PLAN_HELP`.

@@ -100,11 +100,11 @@ class Runner:
         return logits, report
 
     def sparse_plan(self, step: Prefill, layer: int, head: int) -> SparsePlan:
-        """How `prefill_sparse` reads a slice in one layer and head, on the host."""
+        """How `prefill_sparse` reads a slice in one layer and head, on the device."""
         listed, self._cache = self._sparse_plan(
             self._weights, self._rotary, self._cache, step, self._budgets, layer=layer
         )
-        return jax.device_get(jax.tree.map(lambda array: array[head : head + 1], listed))
+        return jax.tree.map(lambda array: array[head : head + 1], listed)
 
     def survey(self, step: Prefill, grid: Grid) -> Survey:
         """Fill the cache with a slice, densely; returns what budgets would find of it."""

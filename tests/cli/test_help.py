@@ -20,14 +20,21 @@ def test_help_begins_with_the_summary_of_the_verb(verb, run):
     assert "Raises" not in out
 
 
-@pytest.mark.parametrize("verb", [*ANSWERING, "doctor"])
+@pytest.mark.parametrize("verb", [*ANSWERING, "calibrate", "doctor"])
 def test_help_teaches_with_examples(verb, run):
     assert f"\n  Examples:\n      qwen-jax {verb}" in run(verb, "--help")[1]
 
 
-@pytest.mark.parametrize("verb", ANSWERING)
+def test_every_plot_teaches_with_an_example(run):
+    for picture in ("eval", "recall", "plan"):
+        code, out, err = run("plot", picture, "--help")
+        assert (code, err) == (0, "")
+        assert f"\n  Examples:\n    qwen-jax plot {picture} " in out
+
+
+@pytest.mark.parametrize("verb", [*ANSWERING, "calibrate", "plot plan"])
 def test_every_verb_that_runs_a_model_takes_the_same_flags(verb, run):
-    out = run(verb, "--help")[1]
+    out = run(*verb.split(), "--help")[1]
     for field in dataclasses.fields(ModelFlags):
         assert f"--{field.name.replace('_', '-')} " in out
 

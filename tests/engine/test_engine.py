@@ -15,6 +15,8 @@ from qwen_jax.engine import batch
 from qwen_jax.engine.engine import Engine, EngineConfig
 from qwen_jax.engine.request import Request, RequestError, Sampling
 from qwen_jax.engine.sampling import sample
+from qwen_jax.sparse import TILES
+from qwen_jax.survey import Grid
 
 MAX_LEN, MAX_SEQS, PAGE, SLICES = 240, 4, 16, (32, 8)
 CHUNK_LEN = 32
@@ -44,6 +46,9 @@ def build(**fields):
     config = EngineConfig(**(sizes | {"vocab_limit": POISON} | fields))
     # On a device by choice, as weights from a checkpoint are.
     return Engine(MODEL, jax.device_put(tree, jax.devices()[0]), config)
+
+
+GRID = Grid(vertical=(64, 200), slash=(100, 200), last_q=8, tiles=TILES)
 
 
 choose = jax.jit(sample, static_argnames="vocab_limit")
@@ -276,6 +281,10 @@ def test_no_compiled_step_makes_a_second_cache():
         "prefill sparsely": runner._prefill_sparse.lower(
             *arrays, runner._cache, piece, runner._budgets
         ),
+        "sparse_plan": runner._sparse_plan.lower(
+            *arrays, runner._cache, piece, runner._budgets, layer=0
+        ),
+        "survey": runner._survey.lower(*arrays, runner._cache, piece, grid=GRID),
         "score": runner._score.lower(*arrays, runner._cache, piece),
         "decode": runner._decode.lower(*arrays, runner._cache, runner._seen, roster, step),
     }

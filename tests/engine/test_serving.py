@@ -325,6 +325,20 @@ def test_pages_and_slices_fit_the_chunks_of_the_model(platform, geometry, page, 
     assert default_slices(platform, geometry) == slices
 
 
+@pytest.mark.parametrize(
+    ("platform", "geometry", "slices"),
+    [
+        ("cpu", None, (4096, 2048, 1024, 512, 256, 64)),
+        ("tpu", None, (32768, 8192, 1024, 128)),
+        ("cpu", ChunkGeometry(262144, 8192), (4096, 2048, 1024, 512, 256, 64)),
+        ("cpu", ChunkGeometry(4608, 512), (4096, 2048, 1024, 512, 256, 64)),
+        ("cpu", ChunkGeometry(10000, 256), (3248, 2048, 1024, 512, 256, 64)),
+    ],
+)
+def test_sparse_slices_are_larger_where_chunks_allow_it(platform, geometry, slices):
+    assert default_slices(platform, geometry, sparse=True) == slices
+
+
 def test_the_description_is_one_line_with_the_sizes():
     line = build().describe()
     assert "\n" not in line
