@@ -146,7 +146,7 @@ class _Surveyor:
                     sample = self._survey(ids[start : start + length], label)
                     progress.save(name, sample)
                 else:
-                    note(f"{label}: kept in {self._kept}")
+                    note(f"{self._kept} holds {label}")
                 found[length].append(sample)
         return found
 
