@@ -44,6 +44,7 @@ def weights():
 
 def build(**fields):
     sizes = {"max_len": 400, "page": PAGE, "slices": (SLICE,), "sparse": BUDGETS}
+    sizes["backend"] = "reference"  # which compiles sooner
     return Engine(MODEL, weights(), EngineConfig(**(sizes | fields)))
 
 
