@@ -8,7 +8,8 @@ from plot_files import record, write_log, write_report
 
 from qwen_jax.eval import heatmap, sources
 from qwen_jax.eval.heatmap import PlotError
-from qwen_jax.eval.score import Log, Result
+from qwen_jax.eval.log import Log
+from qwen_jax.eval.score import Result
 from qwen_jax.eval.tasks import Cell
 
 NAN = float("nan")
@@ -206,7 +207,7 @@ def test_the_csv_holds_every_cell(tmp_path):
 def test_a_log_of_eval_as_it_is_today_is_read(tmp_path):
     log = Log(tmp_path / "log.jsonl", {"task": "passkey", "model": "m", "dca": None})
     for depth, answer in ((0.1, "It is 12345."), (0.9, "no")):
-        cell = Cell(length=1000, depth=depth)
-        log.add(Result(cell=cell, expected="12345", answer=answer))
+        cell = Cell(length=1000, task="passkey", depth=depth)
+        log.add(Result(cell=cell, expected=("12345",), answer=answer))
     [shown] = sources.scores([tmp_path / "log.jsonl"]).maps
     assert shown.values.tolist() == [[1], [0]]
