@@ -173,7 +173,7 @@ def recall(path: Path, length: int | None = None) -> Panels:
     least = float(found[layer, head])
     title = f"{report.model}: sparse prefill of {report.length:,} tokens"
     if report.speedup is not None:
-        title += f", predicted to be {report.speedup:.2f} times as fast as dense"
+        title += f", predicted speed-up {report.speedup:.2f}"
     rows, columns = _numbered("layer", found.shape[0]), _numbered("head", found.shape[1])
     return Panels(
         title=title,
