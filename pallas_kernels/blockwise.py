@@ -27,16 +27,18 @@ def scores(
     if geometry is None:
         logits = dot(queries[0], key)
     else:
-        pair = geometry.view(q_pos, k_pos)
-        nearest, farthest = pair.min(), pair.max()
+        nearest = geometry.view(q_pos.min(), k_pos.max())
+        farthest = geometry.view(q_pos.max(), k_pos.min())
+
+        def mixed():
+            pair = geometry.view(q_pos, k_pos)
+            near = jnp.where(pair == INTRA, dot(queries[INTRA], key), dot(queries[SUCC], key))
+            return jnp.where(pair == INTER, dot(queries[INTER], key), near)
+
         logits = jax.lax.cond(
             nearest == farthest,
             lambda: dot(jax.lax.dynamic_index_in_dim(queries, nearest, 0, False), key),
-            lambda: jnp.where(
-                pair == INTRA,
-                dot(queries[INTRA], key),
-                jnp.where(pair == SUCC, dot(queries[SUCC], key), dot(queries[INTER], key)),
-            ),
+            mixed,
         )
     return jnp.where((k_pos < kv_len) & (k_pos <= q_pos), logits, softmax.MASKED)
 

@@ -4,8 +4,6 @@ As in `blockwise`, a loop over each region of Dual Chunk Attention does nothing 
 and what a mask or a border of chunks cuts goes last.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -13,15 +11,6 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import softmax
 from pallas_kernels.blockwise import dot, fetch, scores, whole_tiles
 from pallas_kernels.geometry import ChunkGeometry
-from pallas_kernels.plan import ABSENT
-
-
-class Columns(NamedTuple):
-    """Single keys of one head, ascending by position, then `plan.ABSENT`."""
-
-    positions: Int[Array, " V"]
-    keys: Float[Array, "V H"]
-    values: Float[Array, "V H"]
 
 
 def attend_listed(
@@ -34,7 +23,7 @@ def attend_listed(
     page_table: Int[Array, " P"],
     kv_len: Int[Array, ""],
     reads: Bool[Array, " blocks"],
-    columns: Columns,
+    columns: Int[Array, " V"],
     *,
     geometry: ChunkGeometry | None,
     block: int,
@@ -47,21 +36,16 @@ def attend_listed(
         q_pos: absolute position of each row; the last may repeat.
         kv_len: keys that exist; 0 computes nothing and returns empty rows.
         reads: which blocks of keys to read.
-        columns: left out where their block is read.
+        columns: ascending positions of single keys; left out where their block is read.
         block: keys a block; must divide the page.
         width: keys a step.
     """
     queries, H = queries[:, None], queries.shape[-1]
-    reads = reads & (kv_len > 0)
-    upto, listed = _listed(reads)
-    in_block = jnp.take(reads, columns.positions // block, mode="clip")
-    _, single = _listed(~in_block & (columns.positions < jnp.minimum(q_pos[-1] + 1, kv_len)))
-    # Ascending as the columns themselves; those that are left out come last.
-    places = jnp.minimum(single, len(single) - 1)
-    positions = jnp.where(single < len(single), columns.positions[places], ABSENT)
-
-    def block_of(cache, index):
-        return fetch(cache, layer, head, page_table, index * block, heads=1, count=block)[0]
+    page = keys.shape[3]
+    upto = jnp.cumsum(reads & (kv_len > 0), dtype=jnp.int32)
+    in_block = jnp.take(reads, columns // block, mode="clip")
+    single = ~in_block & (columns < jnp.minimum(q_pos[-1] + 1, kv_len))
+    single_upto = jnp.cumsum(single, dtype=jnp.int32)
 
     def blocks_loop(state, low, high, attend):
         """Attend to the blocks of ranks [low, high)."""
@@ -69,15 +53,19 @@ def attend_listed(
 
         def body(i, state):
             rank = low + i * num + jnp.arange(num, dtype=jnp.int32)
-            blocks = jnp.where(rank < high, jnp.take(listed, rank, mode="clip"), 0)
-            key, value = (
-                jax.vmap(lambda index, cache=cache: block_of(cache, index))(blocks).reshape(
-                    1, -1, H
-                )
-                for cache in (keys, values)
-            )
+            blocks = _chosen(upto, jnp.minimum(rank, high - 1))
+
+            def read(cache):
+                def one(index):
+                    return fetch(
+                        cache, layer, head, page_table, index * block, heads=1, count=block
+                    )
+
+                return jax.vmap(one)(blocks).reshape(1, -1, H)
+
             k_pos = blocks[:, None] * block + jnp.arange(block, dtype=jnp.int32)
-            return attend(state, key, value, k_pos.reshape(-1), (rank < high).repeat(block))
+            there = (rank < high).repeat(block)
+            return attend(state, read(keys), read(values), k_pos.reshape(-1), there)
 
         return jax.lax.fori_loop(0, -(-(high - low) // num), body, state)
 
@@ -86,10 +74,9 @@ def attend_listed(
 
         def body(i, state):
             rank = low + i * width + jnp.arange(width, dtype=jnp.int32)
-            k_pos, key, value = (
-                jnp.take(part, jnp.take(places, rank, mode="clip"), axis=0) for part in columns
-            )
-            return attend(state, key[None], value[None], k_pos, rank < high)
+            k_pos = columns[_chosen(single_upto, jnp.minimum(rank, high - 1))]
+            at = layer, head, page_table[k_pos // page], k_pos % page
+            return attend(state, keys[at][None], values[at][None], k_pos, rank < high)
 
         return jax.lax.fori_loop(0, -(-(high - low) // width), body, state)
 
@@ -108,22 +95,25 @@ def attend_listed(
     state = softmax.start((1, len(q_pos)), H)
     low, column = jnp.int32(0), jnp.int32(0)
     for view, stop in whole_tiles(q_pos, kv_len, tile=block, geometry=geometry):
-        high, column_high = upto[stop], _before(positions, stop * block)
+        high, column_high = _before(upto, stop), _before(single_upto, _less(columns, stop * block))
         state = blocks_loop(state, low, high, plain(view))
         state = columns_loop(state, column, column_high, plain(view))
         low, column = high, column_high
     state = blocks_loop(state, low, upto[-1], general)
-    state = columns_loop(state, column, _before(positions, ABSENT), general)
+    state = columns_loop(state, column, single_upto[-1], general)
     out, lse = softmax.finish(state)
     return out[0], lse[0]
 
 
-def _listed(chosen: Bool[Array, " n"]) -> tuple[Int[Array, " n+1"], Int[Array, " n"]]:
-    """How many are chosen before each place; the chosen places, ascending, then n."""
-    upto = jnp.cumsum(chosen, dtype=jnp.int32)
-    rank = jnp.arange(1, len(chosen) + 1, dtype=jnp.int32)
-    return jnp.pad(upto, (1, 0)), jnp.searchsorted(upto, rank).astype(jnp.int32)
+def _chosen(upto: Int[Array, " n"], rank: Int[Array, " r"]) -> Int[Array, " r"]:
+    """Places of the chosen ones of these ranks, where `upto` counts those up to each place."""
+    return jnp.searchsorted(upto, rank + 1).astype(jnp.int32)
 
 
-def _before(positions: Int[Array, " V"], limit) -> Int[Array, ""]:
-    return jnp.searchsorted(positions, limit).astype(jnp.int32)
+def _before(upto: Int[Array, " n"], place: Int[Array, ""]) -> Int[Array, ""]:
+    """How many are chosen before a place."""
+    return jnp.where(place > 0, upto[place - 1], 0)
+
+
+def _less(ascending: Int[Array, " n"], limit) -> Int[Array, ""]:
+    return jnp.searchsorted(ascending, limit).astype(jnp.int32)

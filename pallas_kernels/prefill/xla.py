@@ -6,12 +6,12 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.blockwise import attend_tile
 from pallas_kernels.geometry import ChunkGeometry
-from pallas_kernels.listed import Columns, attend_listed
+from pallas_kernels.listed import attend_listed
 from pallas_kernels.plan import SparsePlan
 from pallas_kernels.tiles import Tiles, of_page, split
 
 TILES = Tiles(q=1536, k=256)
-WIDTH = 256  # listed keys a step
+WIDTH = 128  # listed keys a step
 
 
 def prefill(
@@ -77,20 +77,12 @@ def _sparse(
     queries, keys, values, layer, page_table, start, length, plan: SparsePlan, *, geometry, width
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     _, T, N, H = queries.shape
-    K, page, q_tile = keys.shape[1], keys.shape[3], plan.tiles.q
-    S = page_table.shape[0] * page
+    K, q_tile = keys.shape[1], plan.tiles.q
     count = -(-T // q_tile)
     rows = jnp.pad(queries, ((0, 0), (0, count * q_tile - T), (0, 0), (0, 0)))
     reads = plan.reads()
 
     def head_of(n):
-        head, positions = n // (N // K), plan.columns[n]
-        slot = jnp.minimum(positions, S - 1)
-        pages, row = page_table[slot // page], slot % page
-        # Once for all tiles: every query of a head reads the same columns. An absent one
-        # may point at memory that was never written, and 0 x nan is nan.
-        value = jnp.where((positions < S)[:, None], values[layer, head, pages, row], 0)
-        columns = Columns(positions, keys[layer, head, pages, row], value)
         of_head = jax.lax.dynamic_index_in_dim(rows, n, 2, False)
 
         def tile_of(i):
@@ -101,11 +93,11 @@ def _sparse(
                 keys,
                 values,
                 layer,
-                head,
+                n // (N // K),
                 page_table,
                 jnp.where(i * q_tile < length, start + length, 0),
                 reads[n, i],
-                columns,
+                plan.columns[n],
                 geometry=geometry,
                 block=plan.tiles.k,
                 width=width,
