@@ -40,6 +40,9 @@ def calibrate(
     target_recall: Annotated[
         float, typer.Option(help="Share of the attention that a mean head finds, at each length.")
     ] = 0.9,
+    margin: Annotated[
+        float, typer.Option(help="Found in --data beyond the target: other texts show less.")
+    ] = 0.02,
     held_out: Annotated[
         list[Path] | None,
         option("Other text, to see what the budgets find in it; may be repeated.", metavar="PATH"),
@@ -52,8 +55,8 @@ def calibrate(
 
     Texts are prefilled densely; what each pair of budgets would have found of the
     attention, and computed for it, is measured on the way. Then every head gets
-    the pair that finds most for what it costs, at the rate at which the target is
-    met. A run that is stopped goes on where it was, text by text, when repeated.
+    the pair that finds most for what it costs, at the rate at which the target and
+    a margin are met. A run that is stopped goes on where it was, text by text, when repeated.
 
     Examples:
         qwen-jax calibrate ckpt/7b-1m --data books/ --lengths 128K,512K
@@ -63,6 +66,8 @@ def calibrate(
     sizes = sorted({whole_number(text) for text in split("--lengths", lengths)})
     if not 0 < target_recall <= 1:
         raise ConfigError(f"--target-recall {target_recall} must be over 0 and at most 1")
+    if not 0 <= margin < 1:
+        raise ConfigError(f"--margin {margin} must be at least 0 and under 1")
     if samples < 1:
         raise ConfigError(f"--samples {samples} must be at least 1")
     opened.check_fits(sizes[-1])
@@ -78,17 +83,29 @@ def calibrate(
     texts = {"--data": survey.tokens("--data", data)}
     if held_out:
         texts["--held-out"] = survey.tokens("--held-out", held_out)
-    budgets = calibration.search(survey.samples(texts["--data"]), grid, target_recall)
+    budgets = calibration.search(survey.samples(texts["--data"]), grid, target_recall, margin)
     figures = calibration.report(
-        budgets, grid, opened.config, model=opened.directory.name, target_recall=target_recall
+        budgets,
+        grid,
+        opened.config,
+        model=opened.directory.name,
+        target_recall=target_recall,
+        margin=margin,
     )
     write(report, figures)
     write(out, calibration.file_content(budgets))
     _print(budgets, figures["speedup"])
     if held_out:
         others = survey.samples(texts["--held-out"])
+        elsewhere = calibration.on_other_texts(budgets, others, grid)
         print("held-out text:")
-        _print(calibration.on_other_texts(budgets, others, grid))
+        _print(elsewhere)
+        least = min(recall.mean() for recall in elsewhere.recall.values())
+        if least < target_recall:
+            note(
+                f"held-out text falls short of --target-recall {target_recall}: "
+                f"give more kinds of --data, or a --margin over {margin}"
+            )
     survey.clear()
     note(f"wrote {out} and {report}")
 

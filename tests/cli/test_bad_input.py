@@ -81,6 +81,11 @@ MISTAKES = {
         "calibrate MODEL --data D --lengths 2 --target-recall 1.1",
         "--target-recall 1.1 must be over 0 and at most 1",
     ),
+    "a margin of everything": (
+        ("D", "abc"),
+        "calibrate MODEL --data D --lengths 2 --margin 1",
+        "--margin 1.0 must be at least 0 and under 1",
+    ),
     "no samples": (
         ("D", "abc"),
         "calibrate MODEL --data D --lengths 2 --samples 0",

@@ -78,6 +78,7 @@ def test_budgets_are_found_read_and_drawn(calibrate, surveyed, tiny, text, tmp_p
     found = sparse_config(tiny, model_config(tiny), budgets)
     figures = json.loads(report.read_text())
     assert figures["format"] == "qwen-jax calibration 1"
+    assert (figures["target_recall"], figures["margin"]) == (0.8, 0.02)
     assert figures["lengths"] == [160, 300]
     assert figures["vertical"] == [list(row) for row in found.vertical]
     assert figures["slash"] == [list(row) for row in found.slash]
@@ -113,6 +114,18 @@ def test_budgets_are_found_read_and_drawn(calibrate, surveyed, tiny, text, tmp_p
     code, _, err = run(*plan, "--head", 4)
     assert code == 2
     assert err.splitlines()[-1] == "error: head=4 must be from 0 to 3"
+
+
+@pytest.mark.parametrize(("target", "short"), [(0.3, False), (0.95, True)])
+def test_held_out_text_in_which_less_is_found_is_said(calibrate, tmp_path, target, short):
+    repeated = tmp_path / "repeated.txt"
+    repeated.write_text("aaaa" * 100)
+    code, out, err = calibrate("--held-out", repeated, "--margin", 0, target=target)
+    assert code == 0
+    found = out.split("held-out text:")[1]
+    least = min(float(line.split("recall ")[1][:5]) for line in found.splitlines() if line)
+    assert (least < target) == short
+    assert (f"falls short of --target-recall {target}: give more kinds" in err) == short
 
 
 def test_a_killed_calibration_goes_on_and_ends_as_if_it_had_not_been(calibrate, surveyed, tmp_path):

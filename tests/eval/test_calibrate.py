@@ -97,6 +97,21 @@ def test_a_target_out_of_reach_is_one_clear_error():
     assert f"find {most:.3f}" in text
 
 
+def test_a_margin_is_aimed_at_beyond_the_target_but_not_beyond_all():
+    samples = {100: [one_sample(1)], 900: [one_sample(2)]}
+    aimed, beyond = (
+        calibrate.search(samples, GRID, 0.55),
+        calibrate.search(samples, GRID, 0.45, 0.1),
+    )
+    np.testing.assert_array_equal(aimed.vertical, beyond.vertical)
+    np.testing.assert_array_equal(aimed.slash, beyond.slash)
+    with pytest.raises(CalibrationError, match=r"--target-recall 0.9 with --margin 0.09 is out"):
+        calibrate.search(samples, GRID, 0.9, 0.09)
+    ones = np.ones((1, 2, 3, 2))
+    whole = Sample(recall=ones, density=ones, overall=ones)
+    assert calibrate.search({100: [whole]}, GRID, 0.99, 0.5).recall[100].mean() == 1
+
+
 def test_attention_that_is_spread_gets_less_than_attention_in_few_keys():
     density = np.array([[0.1, 0.3], [0.2, 0.5], [0.4, 0.9]])
     few = np.array([[0.3, 0.4], [0.6, 0.8], [0.9, 0.97]])
@@ -146,7 +161,8 @@ def test_budgets_stay_below_the_longest_text():
 def test_the_report_and_the_file_hold_what_was_chosen():
     budgets = calibrate.search({100: [one_sample(3)], 900: [one_sample(4)]}, GRID, 0.5)
     model = config(heads=(2, 1))
-    report = calibrate.report(budgets, GRID, model, model="some", target_recall=0.5)
+    report = calibrate.report(budgets, GRID, model, model="some", target_recall=0.5, margin=0.1)
+    assert (report["target_recall"], report["margin"]) == (0.5, 0.1)
     assert json.loads(json.dumps(report)) == report
     assert report["lengths"] == [100, 900]
     assert report["vertical"] == budgets.vertical.tolist()

@@ -1,0 +1,52 @@
+"""The demo model answers alike after dense and after sparse prefill, at the budgets of `docs`."""
+
+import dataclasses
+
+import demo_checkpoint
+import pytest
+
+from qwen_jax.cli.flags import ModelFlags, open_model
+from qwen_jax.eval import catalog, score
+from qwen_jax.eval.material import Material
+
+BUDGETS = demo_checkpoint.ROOT / "docs/demo/sparse_attention_config.json"
+
+
+@pytest.mark.demo
+@pytest.mark.parametrize(
+    ("length", "depths", "density"),
+    [
+        (6000, [0.1], 0.7),
+        pytest.param(16_000, [0.1, 0.9], 0.35, marks=pytest.mark.long),
+        pytest.param(24_000, [0.1, 0.9], 0.25, marks=pytest.mark.long),
+    ],
+)
+def test_pass_keys_are_found_with_the_same_words(length, depths, density):
+    """In prompts beyond the first border of chunks."""
+    opened = open_model(demo_checkpoint.directory(), ModelFlags(sparse="on", sparse_config=BUDGETS))
+    assert opened.config.dual_chunk is not None
+    assert length > opened.config.dual_chunk.chunk_len
+    tokenizer, weights = opened.tokenizer(), opened.weights()
+    material = Material(tokenizer)
+    kind = catalog.KINDS["passkey"]
+
+    def ask(model):
+        engine = model.engine(
+            length + kind.max_new_tokens, vocab_limit=tokenizer.size, weights=weights
+        )
+        return list(
+            score.run(
+                engine,
+                tokenizer,
+                catalog.grid(["passkey"], [length], depths, 1),
+                lambda cell: kind.build(material, cell),
+                eos_ids=opened.end_ids(tokenizer, chat=True),
+            )
+        )
+
+    dense, sparse = ask(dataclasses.replace(opened, sparse=None)), ask(opened)
+    assert [result.score for result in dense] == [1] * len(depths)
+    assert [result.answer for result in sparse] == [result.answer for result in dense]
+    for result in sparse:
+        assert result.sparse is not None
+        assert result.sparse.density < density
