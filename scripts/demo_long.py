@@ -1,12 +1,11 @@
 """Read a long document with dense and with sparse prefill, side by side.
 
-A number lies hidden in over 24,000 tokens of made-up prose, three times what the model was
-trained on. Ends with status 0 only if both give the same answer, and it names the number.
+A pass key lies hidden in 24,000 tokens, three times what the model was trained on. Ends with
+status 0 only if both give the same answer, and it names the pass key.
 """
 
 import argparse
 import dataclasses
-import random
 import sys
 from pathlib import Path
 
@@ -17,51 +16,34 @@ from rich.table import Table
 from qwen_jax.cli.answer import Answer, answer, write
 from qwen_jax.cli.flags import ModelFlags, open_model
 from qwen_jax.engine.request import Request
-from qwen_jax.eval.text import sentences
-from qwen_jax.tokenizer import Stream, Tokenizer
+from qwen_jax.eval.catalog import KINDS
+from qwen_jax.eval.material import Material
+from qwen_jax.eval.tasks import Cell
+from qwen_jax.tokenizer import Stream
 
 BUDGETS = Path(__file__).parents[1] / "docs" / "demo" / "sparse_attention_config.json"
-TOKENS = 24_600  # of prose, as counted sentence by sentence; a few less in one piece
-NEW_TOKENS = 24
-NUMBER = "71906"
-NEEDLE = f"The pass key is {NUMBER}. Remember it. {NUMBER} is the pass key."
-INTRODUCTION = (
-    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize "
-    "it. I will quiz you about the important information there.\n\n"
-)
-QUESTION = "What is the number of the pass key?"
-
-
-def document(tokenizer: Tokenizer) -> str:
-    """Prose with the needle at two fifths of it, always the same."""
-    prose, count = [], 0
-    for sentence in sentences(random.Random(0)):
-        prose.append(sentence)
-        count += len(tokenizer.encode_text(sentence)) + 1
-        if count >= TOKENS:
-            break
-    prose.insert(2 * len(prose) // 5, NEEDLE)
-    return " ".join(prose)
+CELL = Cell(task="passkey", length=24_000, depth=0.1)
 
 
 def run(directory: Path) -> bool:
     """Whether both answers are the same and right."""
     demo_model.fetch(directory)
-    flags = ModelFlags(sparse="on", sparse_config=BUDGETS)
-    opened = open_model(directory, flags)
+    opened = open_model(directory, ModelFlags(sparse="on", sparse_config=BUDGETS))
     tokenizer = opened.tokenizer()
-    text = f"{INTRODUCTION}{document(tokenizer)}\n\n{QUESTION}"
-    ids = tuple(tokenizer.encode_chat([{"role": "user", "content": text}]))
+    kind = KINDS[CELL.task]
+    task = kind.build(Material(tokenizer), CELL)
     request = Request(
-        prompt=ids,
-        max_new_tokens=NEW_TOKENS,
+        prompt=task.prompt,
+        max_new_tokens=kind.max_new_tokens,
         eos_ids=opened.end_ids(tokenizer, chat=True),
     )
     tree = opened.weights()
     answers: dict[str, Answer] = {}
     for name, way in (("dense", dataclasses.replace(opened, sparse=None)), ("sparse", opened)):
-        print(f"\n{name} prefill of {len(ids):,} tokens: {QUESTION}", flush=True)
-        engine = way.engine(len(ids) + NEW_TOKENS, vocab_limit=tokenizer.size, weights=tree)
+        print(f"\n{name} prefill of {len(task.prompt):,} tokens", flush=True)
+        engine = way.engine(
+            len(task.prompt) + kind.max_new_tokens, vocab_limit=tokenizer.size, weights=tree
+        )
         answers[name] = answer(engine, request, stream=Stream(tokenizer), write=write)
         print()
         del engine  # and its cache
@@ -80,8 +62,9 @@ def run(directory: Path) -> bool:
     table.add_row("answer", *(" ".join((each.text or "").split()) for each in answers.values()))
     print()
     Console().print(table)
-    print(f"\nThe text says: {NEEDLE}")
-    return dense.text == short.text and NUMBER in (dense.text or "")
+    (number,) = task.expected
+    print(f"\nThe pass key is {number}.")
+    return dense.text == short.text and number in (dense.text or "")
 
 
 def main() -> int:
