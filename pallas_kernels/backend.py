@@ -1,4 +1,4 @@
-"""Backends: their names, the preferred order per device, and the refusal `Unsupported`.
+"""Backends: their names, where each runs, the preferred one per device, the refusal `Unsupported`.
 
 The name of a backend is the name of the module that implements it in the folder of an
 operation, so `load("prefill", "xla")` is `pallas_kernels.prefill.xla`.
@@ -6,35 +6,111 @@ operation, so `load("prefill", "xla")` is `pallas_kernels.prefill.xla`.
 
 import importlib
 from types import ModuleType
+from typing import NamedTuple
 
-PREFERRED = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
-NAMES = ("reference", "xla")
+import jax
+
+from pallas_kernels.tiles import tuned
+
+FUNCTIONS = {"prefill": "prefill", "decode": "decode", "select": "vote"}
+"""The function of an operation's module that a backend implements."""
+RUNS_ON = {
+    "mosaic_tpu": ("tpu",),
+    "xla": ("cpu", "gpu", "tpu"),
+    "reference": ("cpu", "gpu", "tpu"),
+}
+NAMES = tuple(RUNS_ON)
 
 
 class Unsupported(NotImplementedError):
     """A backend cannot take these arguments although another could; the text says why."""
 
 
-def choose(platform: str, name: str | None = None) -> str:
-    """The backend to use on a platform ("cpu", "gpu" or "tpu").
+class Backends(NamedTuple):
+    """The backend of each operation."""
 
-    A `name` is taken as it is and never replaced by another.
+    prefill: str
+    decode: str
+    select: str
+
+    def __str__(self):
+        return ", ".join(map(" ".join, zip(self._fields, self, strict=True)))
+
+
+PREFERRED = {
+    "cpu": Backends("xla", "xla", "xla"),
+    "gpu": Backends("xla", "xla", "xla"),
+    "tpu": Backends("mosaic_tpu", "mosaic_tpu", "mosaic_tpu"),
+}
+
+Choice = str | Backends | None
+"""One backend for all operations, or one for each, or None for the preferred ones."""
+
+
+def on(platform: str) -> tuple[str, ...]:
+    """The backends that run on a platform."""
+    return tuple(name for name in NAMES if platform in RUNS_ON[name])
+
+
+def choose(platform: str, choice: Choice = None) -> Backends:
+    """The backends to use on a platform ("cpu", "gpu" or "tpu").
+
+    A choice is taken as it is and never replaced by another.
 
     Raises:
-        Unsupported: if there is no backend of that name, or none for the platform.
+        Unsupported: if there is no backend of that name, or if it does not run there.
     """
-    if name is not None:
-        if name not in NAMES:
-            raise Unsupported(f"there is no backend {name!r}; there are {', '.join(NAMES)}")
-        return name
     if platform not in PREFERRED:
         raise Unsupported(f"no backend for {platform!r}; there is {', '.join(PREFERRED)}")
-    return PREFERRED[platform][0]
+    if choice is None:
+        return PREFERRED[platform]
+    chosen = Backends(choice, choice, choice) if isinstance(choice, str) else choice
+    for name in chosen:
+        if name not in NAMES:
+            raise Unsupported(f"there is no backend {name!r}; there are {', '.join(NAMES)}")
+        if platform not in RUNS_ON[name]:
+            raise Unsupported(
+                f"backend {name!r} runs on {', '.join(RUNS_ON[name])}; on this device ({platform}) "
+                f"there are {', '.join(on(platform))}"
+            )
+    return chosen
+
+
+def device() -> jax.sharding.AbstractDevice:
+    """What a program traced now is compiled for: a device of the mesh in use, or the default."""
+    found = jax.sharding.get_abstract_mesh().abstract_device
+    if found is None:
+        default = jax.devices()[0]
+        found = jax.sharding.AbstractDevice(
+            device_kind=default.device_kind, num_cores=None, platform=default.platform
+        )
+    return found
 
 
 def load(operation: str, name: str) -> ModuleType:
     """The module that implements an operation, imported on first use."""
     return importlib.import_module(f"pallas_kernels.{operation}.{name}")
+
+
+def call(operation: str, choice: Choice, *args, **keywords):
+    """An operation by the backend chosen for it, on the device that is traced for.
+
+    Keywords that the backend alone knows, such as tile sizes, win over those that are
+    tuned for the device.
+
+    Raises:
+        Unsupported: if it does not run there or cannot take these arguments.
+    """
+    target = device()
+    name = getattr(choose(target.platform, choice), operation)
+    try:
+        keywords = tuned(name, operation, target.device_kind) | keywords
+    except ValueError as error:
+        raise Unsupported(str(error)) from None
+    try:
+        return getattr(load(operation, name), FUNCTIONS[operation])(*args, **keywords)
+    except Unsupported as error:
+        raise Unsupported(f"{operation} by {name}: {error} (xla takes every shape)") from None
 
 
 def compiler_options(platform: str) -> dict[str, int]:

@@ -1,6 +1,20 @@
-"""Tile sizes: how many queries and keys a kernel handles at a time. Speed, not numerics."""
+"""Tile sizes: how many queries and keys a kernel handles at a time. Speed, not numerics.
+
+`tuned/BACKEND.json`, made by `scripts/tune_kernels.py`, has a row per generation of devices:
+the names that jax has for it, and for each operation the keyword arguments of the backend's
+function that differ from its defaults. A device in no row gets the defaults. The environment
+variable `PALLAS_KERNELS_TUNED` names a directory of such files to use instead.
+"""
 
 import dataclasses
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+VARIABLE = "PALLAS_KERNELS_TUNED"
+PACKAGED = Path(__file__).parent / "tuned"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,3 +40,29 @@ def of_page(page: int, most: int) -> int:
     """Keys a tile: the largest divisor of the page up to `most`, or all of an odd page."""
     tile = max(d for d in range(1, min(page, most) + 1) if page % d == 0)
     return tile if tile >= min(page, 64) else page
+
+
+def tuned(backend: str, operation: str, device_kind: str) -> dict[str, Any]:
+    """Keyword arguments for an operation of a backend on a device, {} for the defaults.
+
+    Raises:
+        ValueError: if the file cannot be used.
+    """
+    directory = Path(os.environ.get(VARIABLE) or PACKAGED)
+    for row in _table(directory / f"{backend}.json").values():
+        if device_kind in row["device_kinds"]:
+            return dict(row.get(operation, {}))
+    return {}
+
+
+@functools.cache
+def _table(path: Path) -> dict[str, dict[str, Any]]:
+    if path.parent.is_dir() and not path.exists():
+        return {}  # a backend without a table
+    try:
+        rows = json.loads(path.read_text())
+        if not all(isinstance(row["device_kinds"], list) for row in rows.values()):
+            raise ValueError("device_kinds must be a list")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no table of tile sizes: {error!r}") from None
+    return rows

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import plan
+from pallas_kernels.backend import Choice
 from pallas_kernels.decode import decode
 from pallas_kernels.prefill import prefill
 from pallas_kernels.select import Votes, choose, vote
@@ -46,7 +47,7 @@ class Attention(nnx.Module):
         layer: Int[Array, ""],
         step,
         angles: rope.Angles,
-        backend: str | None,
+        backend: Choice,
     ) -> tuple[Float[Array, "T D"], Cache]:
         """A slice of one sequence (`model.PrefillStep`) and the cache with it written."""
         cache = self.write_slice(x, cache, layer, step, angles)
@@ -63,7 +64,7 @@ class Attention(nnx.Module):
         angles: rope.Angles,
         votes: rope.Rotary,
         budgets: Budgets,
-        backend: str | None,
+        backend: Choice,
     ) -> tuple[Float[Array, "T D"], Cache, Report, plan.SparsePlan]:
         """As `prefill`, of the columns and diagonals that the last queries of the slice choose.
 
@@ -122,7 +123,7 @@ class Attention(nnx.Module):
         angles: rope.Angles,
         votes: rope.Rotary,
         grid: Grid,
-        backend: str | None,
+        backend: Choice,
     ) -> tuple[Float[Array, "T D"], Cache, Survey]:
         """As `prefill`, and what each pair of budgets would have found of it."""
         cache = self.write_slice(x, cache, layer, step, angles)
@@ -168,7 +169,7 @@ class Attention(nnx.Module):
         layer: Int[Array, ""],
         step,
         angles: rope.Angles,
-        backend: str | None,
+        backend: Choice,
     ) -> tuple[Float[Array, "B D"], Cache]:
         """One token of each sequence (`model.DecodeStep`) and the cache with it written."""
         keys, values = self._keys_values(x, step, angles)
@@ -182,7 +183,7 @@ class Attention(nnx.Module):
         layer: Int[Array, ""],
         step,
         angles: rope.Angles,
-        backend: str | None,
+        backend: Choice,
     ) -> Float[Array, "B D"]:
         """One token of each sequence (`model.DecodeStep`), which the cache holds already."""
         out, _ = decode(

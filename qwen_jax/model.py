@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.backend import Choice
 from pallas_kernels.plan import SparsePlan
 from qwen_jax import rope
 from qwen_jax.attention import Attention
@@ -95,7 +96,7 @@ class Qwen2(nnx.Module):
         self.config = config
 
     def prefill(
-        self, cache: Cache, step: PrefillStep, rotary: rope.Rotary, *, backend: str | None = None
+        self, cache: Cache, step: PrefillStep, rotary: rope.Rotary, *, backend: Choice = None
     ) -> tuple[Float[Array, " V"], Cache]:
         """Logits of the slice's last token, in float32, and the cache with the slice written.
 
@@ -103,7 +104,7 @@ class Qwen2(nnx.Module):
 
         Args:
             rotary: `rope.table` of the configuration.
-            backend: of the attention operations, or None for the preferred one.
+            backend: of the attention operations, or None for the preferred ones.
         """
         x, cache = self._slice(cache, step, rotary, backend, skip=1)
         x, cache = self._last_token(x, cache, step, rotary, backend)
@@ -116,7 +117,7 @@ class Qwen2(nnx.Module):
         rotary: rope.Rotary,
         budgets: Budgets,
         *,
-        backend: str | None = None,
+        backend: Choice = None,
     ) -> tuple[Float[Array, " V"], Cache, Report]:
         """As `prefill`, with sparse attention; the report leaves out the last layer.
 
@@ -146,7 +147,7 @@ class Qwen2(nnx.Module):
         budgets: Budgets,
         layer: int,
         *,
-        backend: str | None = None,
+        backend: Choice = None,
     ) -> tuple[SparsePlan, Cache]:
         """The plan by which `prefill_sparse` reads a slice in one layer, before the guard.
 
@@ -182,7 +183,7 @@ class Qwen2(nnx.Module):
         rotary: rope.Rotary,
         grid: Grid,
         *,
-        backend: str | None = None,
+        backend: Choice = None,
     ) -> tuple[Cache, Survey]:
         """The cache with a slice written, densely, and a survey of all its layers."""
         votes = self._votes(step, rotary, grid.last_q)
@@ -200,14 +201,14 @@ class Qwen2(nnx.Module):
         return state
 
     def score(
-        self, cache: Cache, step: PrefillStep, rotary: rope.Rotary, *, backend: str | None = None
+        self, cache: Cache, step: PrefillStep, rotary: rope.Rotary, *, backend: Choice = None
     ) -> tuple[Float[Array, "T V"], Cache]:
         """As `prefill`, with the logits of every token; rows of padding mean nothing."""
         x, cache = self._slice(cache, step, rotary, backend, skip=0)
         return self.logits(x), cache
 
     def decode(
-        self, cache: Cache, step: DecodeStep, rotary: rope.Rotary, *, backend: str | None = None
+        self, cache: Cache, step: DecodeStep, rotary: rope.Rotary, *, backend: Choice = None
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Logits of one token of each sequence and the cache with those tokens written."""
         angles = rope.angles(self.config, rotary, jnp.maximum(step.positions, 0))

@@ -1,6 +1,5 @@
 """The decode operation that users call."""
 
-import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import backend
@@ -16,7 +15,7 @@ def decode(
     positions: Int[Array, " B"],
     *,
     geometry: ChunkGeometry | None,
-    backend_name: str | None = None,
+    backend_name: backend.Choice = None,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B N"]]:
     """Attention of one token of each sequence over itself and all before it.
 
@@ -27,8 +26,7 @@ def decode(
             and whose log-sum-exp is -inf.
 
     Raises:
-        Unsupported: if the backend cannot take these shapes.
+        Unsupported: if the backend does not run here or cannot take these shapes.
     """
-    name = backend.choose(jax.default_backend(), backend_name)
-    module = backend.load("decode", name)
-    return module.decode(queries, keys, values, layer, page_table, positions, geometry=geometry)
+    args = queries, keys, values, layer, page_table, positions
+    return backend.call("decode", backend_name, *args, geometry=geometry)

@@ -1,6 +1,5 @@
 """The prefill operation that users call."""
 
-import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import backend
@@ -19,7 +18,7 @@ def prefill(
     *,
     geometry: ChunkGeometry | None,
     plan: SparsePlan | None = None,
-    backend_name: str | None = None,
+    backend_name: backend.Choice = None,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     """Attention of a slice over its own keys and all before, which the cache holds.
 
@@ -35,7 +34,7 @@ def prefill(
         start: position of the first query.
         length: queries that count; the rows after them are padding.
         plan: which of these keys each query reads; None for all.
-        backend_name: one of `backend.NAMES`, or None for the preferred one.
+        backend_name: one of `backend.NAMES`, or None for the preferred one of the device.
 
     Returns:
         The output, in the dtype of the queries, and the natural log-sum-exp, in
@@ -43,10 +42,18 @@ def prefill(
         has output 0 and log-sum-exp -inf.
 
     Raises:
-        Unsupported: if the backend cannot take these shapes.
+        Unsupported: if the backend does not run here or cannot take these shapes.
     """
-    name = backend.choose(jax.default_backend(), backend_name)
-    module = backend.load("prefill", name)
-    return module.prefill(
-        queries, keys, values, layer, page_table, start, length, geometry=geometry, plan=plan
+    return backend.call(
+        "prefill",
+        backend_name,
+        queries,
+        keys,
+        values,
+        layer,
+        page_table,
+        start,
+        length,
+        geometry=geometry,
+        plan=plan,
     )

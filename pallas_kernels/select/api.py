@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import backend
@@ -50,7 +49,7 @@ def select(
     slash: Int[Array, " N"],
     *,
     geometry: ChunkGeometry | None,
-    backend_name: str | None = None,
+    backend_name: backend.Choice = None,
 ) -> Selection:
     """The columns and diagonals that hold most attention of a slice's last queries.
 
@@ -73,7 +72,7 @@ def select(
         Masks over S = P x page positions.
 
     Raises:
-        Unsupported: if the backend cannot take these shapes.
+        Unsupported: if the backend does not run here or cannot take these shapes.
     """
     votes = vote(
         queries,
@@ -97,16 +96,15 @@ def vote(
     length: Int[Array, ""],
     *,
     geometry: ChunkGeometry | None,
-    backend_name: str | None = None,
+    backend_name: backend.Choice = None,
 ) -> Votes:
     """The first half of `select`: how much attention columns and diagonals hold.
 
     Raises:
-        Unsupported: if the backend cannot take these shapes.
+        Unsupported: if the backend does not run here or cannot take these shapes.
     """
-    name = backend.choose(jax.default_backend(), backend_name)
-    module = backend.load("select", name)
-    return Votes(*module.vote(queries, keys, layer, page_table, start, length, geometry=geometry))
+    args = queries, keys, layer, page_table, start, length
+    return Votes(*backend.call("select", backend_name, *args, geometry=geometry))
 
 
 def choose(

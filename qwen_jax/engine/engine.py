@@ -164,7 +164,7 @@ class Engine:
         slices = "/".join(map(str, self._slices))
         return (
             f"{self._device.platform} ({self._device.device_kind}), 1 device; "
-            f"prefill {self._backend}, decode {self._backend}; "
+            f"{self._backend}; "
             f"weights and cache {self._runner.cache_dtype}; "
             f"{self._pages.total} pages of {self._page} tokens; slices {slices}; "
             f"up to {self._config.max_seqs} x {self._config.max_len} tokens"

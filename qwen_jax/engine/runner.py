@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float32, Int
 
-from pallas_kernels.backend import compiler_options
+from pallas_kernels.backend import Backends, compiler_options
 from pallas_kernels.plan import SparsePlan
 from qwen_jax import cache as caches
 from qwen_jax import rope
@@ -31,7 +31,7 @@ class Runner:
         weights: parameter tree, on the device.
         table_len: pages of the longest sequence.
         vocab_limit: ids from here on are never sampled.
-        backend: of the attention operations, or None for the preferred one.
+        backend: of each attention operation.
         budgets: of sparse prefill; None where there is none.
 
     Raises:
@@ -48,7 +48,7 @@ class Runner:
         table_len: int,
         max_seqs: int,
         vocab_limit: int | None,
-        backend: str | None,
+        backend: Backends,
         budgets: Budgets | None = None,
     ):
         dtype = jax.tree.leaves(weights)[0].dtype
@@ -148,7 +148,7 @@ class _Steps:
     its engine until the garbage collector comes by.
     """
 
-    def __init__(self, structure, vocab_limit: int | None, backend: str | None):
+    def __init__(self, structure, vocab_limit: int | None, backend: Backends):
         self.num_traced = 0
         self._graph, self._tree = structure
         self._vocab_limit = vocab_limit

@@ -1,0 +1,124 @@
+"""Which backend runs where, with which tile sizes, and what is refused."""
+
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import backend, tiles
+from pallas_kernels.backend import Backends, Unsupported
+from pallas_kernels.decode import decode
+
+PLATFORMS = tuple(backend.PREFERRED)
+
+
+def token(head_dim=128):
+    """Arguments of a decode step."""
+    cache = jnp.zeros((1, 1, 2, 128, head_dim))
+    return (
+        jnp.zeros((1, 1, 1, 8, head_dim)),
+        cache,
+        cache,
+        jnp.int32(0),
+        jnp.ones((1, 1), jnp.int32),
+        jnp.zeros((1, 1), jnp.int32),
+    )
+
+
+@pytest.mark.parametrize("platform", PLATFORMS)
+def test_the_preferred_backends_run_on_their_device(platform):
+    preferred = backend.choose(platform)
+    assert set(preferred) <= set(backend.on(platform))
+    assert backend.choose(platform, preferred) == preferred
+
+
+@pytest.mark.parametrize("operation", backend.FUNCTIONS)
+@pytest.mark.parametrize("name", backend.NAMES)
+def test_every_backend_has_every_operation(name, operation):
+    assert callable(getattr(backend.load(operation, name), backend.FUNCTIONS[operation]))
+
+
+def test_a_choice_is_never_replaced():
+    assert backend.choose("tpu", "reference") == Backends(*["reference"] * 3)
+    mixed = Backends("mosaic_tpu", "mosaic_tpu", "xla")
+    assert backend.choose("tpu", mixed) is mixed
+    assert str(mixed) == "prefill mosaic_tpu, decode mosaic_tpu, select xla"
+
+
+@pytest.mark.parametrize(
+    ("platform", "choice", "text"),
+    [
+        ("abacus", None, "no backend for 'abacus'; there is cpu, gpu, tpu"),
+        ("cpu", "cuda", "no backend 'cuda'; there are mosaic_tpu, xla, reference"),
+        ("cpu", "mosaic_tpu", "'mosaic_tpu' runs on tpu; on this device .cpu. there are xla"),
+        ("gpu", Backends("xla", "mosaic_tpu", "xla"), "'mosaic_tpu' runs on tpu"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_what_can(platform, choice, text):
+    with pytest.raises(Unsupported, match=text):
+        backend.choose(platform, choice)
+
+
+def test_an_operation_refuses_a_backend_of_another_device():
+    with pytest.raises(Unsupported, match="runs on tpu"):
+        jax.eval_shape(lambda: decode(*token(), geometry=None, backend_name="mosaic_tpu"))
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """A backend that records its keywords."""
+    seen = {}
+
+    def function(*args, **keywords):
+        seen.update(keywords)
+        if seen.get("tile") == 3:
+            raise Unsupported("tile=3 is odd")
+
+    module = types.SimpleNamespace(vote=function)
+    monkeypatch.setattr(backend, "load", lambda operation, name: module)
+    monkeypatch.setattr(backend, "RUNS_ON", {"fake": ("cpu",)})
+    monkeypatch.setattr(backend, "NAMES", ("fake",))
+    return seen
+
+
+def test_tuned_sizes_go_to_the_backend_and_a_caller_wins(fake, monkeypatch, tmp_path):
+    kind = jax.devices()[0].device_kind
+    table = {
+        "other": {"device_kinds": ["abacus"], "select": {"tile": 1}},
+        "this": {"device_kinds": ["x", kind], "select": {"tile": 2}},
+    }
+    (tmp_path / "fake.json").write_text(json.dumps(table))
+    monkeypatch.setenv(tiles.VARIABLE, str(tmp_path))
+    backend.call("select", "fake")
+    assert fake == {"tile": 2}
+    backend.call("select", "fake", tile=5)
+    assert fake == {"tile": 5}
+    with pytest.raises(Unsupported, match="^select by fake: tile=3 is odd .xla takes every"):
+        backend.call("select", "fake", tile=3)
+
+
+def test_an_unknown_device_gets_the_defaults(monkeypatch):
+    assert tiles.tuned("mosaic_tpu", "prefill", "TPU v99") == {}
+    assert tiles.tuned("xla", "prefill", "cpu") == {}
+
+
+@pytest.mark.parametrize("text", ["[", "[]", '{"v5e": {}}', '{"v5e": {"device_kinds": 1}}', None])
+def test_a_table_that_cannot_be_read_is_refused_by_name(fake, monkeypatch, tmp_path, text):
+    directory = tmp_path / "tables" if text is None else tmp_path
+    if text is not None:
+        (directory / "fake.json").write_text(text)
+    monkeypatch.setenv(tiles.VARIABLE, str(directory))
+    with pytest.raises(Unsupported, match="fake.json is no table of tile sizes"):
+        backend.call("select", "fake")
+
+
+def test_a_program_is_traced_for_the_mesh_in_use():
+    assert backend.device().platform == "cpu"
+    described = jax.sharding.AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=described)
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert backend.device() == described
+    np.testing.assert_equal(backend.device().device_kind, jax.devices()[0].device_kind)
