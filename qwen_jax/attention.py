@@ -187,16 +187,16 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B D"]:
         """One token of each sequence (`model.DecodeStep`), which the cache holds already."""
         out, _ = decode(
-            self._queries(x, step, angles),
+            self._queries(x, step, angles)[:, :, None],
             cache.keys,
             cache.values,
             layer,
             step.page_table,
-            step.positions,
+            step.positions[:, None],
             geometry=self.geometry,
             backend_name=backend,
         )
-        return self.o(out)
+        return self.o(out[:, 0])
 
     def _vote(self, x, cache: Cache, layer, step, votes: rope.Rotary, backend) -> Votes:
         last_q = votes.cos.shape[1]

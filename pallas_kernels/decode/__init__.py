@@ -1,3 +1,3 @@
-"""Decode: attention of one new token of each of several sequences, from the paged cache."""
+"""Decode: attention of a few new tokens of each of several sequences, from the paged cache."""
 
 from pallas_kernels.decode.api import decode as decode

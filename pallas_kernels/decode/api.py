@@ -7,23 +7,25 @@ from pallas_kernels.geometry import ChunkGeometry
 
 
 def decode(
-    queries: Float[Array, "views B N H"],
+    queries: Float[Array, "views B Q N H"],
     keys: Float[Array, "L K pages page H"],
     values: Float[Array, "L K pages page H"],
     layer: Int[Array, ""],
     page_table: Int[Array, "B P"],
-    positions: Int[Array, " B"],
+    positions: Int[Array, "B Q"],
     *,
     geometry: ChunkGeometry | None,
     backend_name: backend.Choice = None,
-) -> tuple[Float[Array, "B N H"], Float[Array, "B N"]]:
-    """Attention of one token of each sequence over itself and all before it.
+) -> tuple[Float[Array, "B Q N H"], Float[Array, "B Q N"]]:
+    """Attention of the newest tokens of each sequence over themselves and all before them.
 
-    The arguments are those of `prefill.prefill`, with a row per sequence.
+    The arguments are those of `prefill.prefill`, with a row per sequence. The cache holds
+    the keys of all these tokens; each token reads those at positions up to its own.
 
     Args:
-        positions: position of each token; -1 marks an idle row, whose output is 0
-            and whose log-sum-exp is -inf.
+        positions: position of each token, ascending in a row; -1 marks an idle token, whose
+            output is 0 and whose log-sum-exp is -inf. Idle tokens follow the others of
+            their row, which may have none.
 
     Raises:
         Unsupported: if the backend does not run here or cannot take these shapes.

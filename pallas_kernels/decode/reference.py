@@ -1,4 +1,4 @@
-"""Decode as a prefill of one token a sequence, by the reference: for tests."""
+"""Decode as a plain softmax over every key of every page: for tests."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -7,17 +7,17 @@ from pallas_kernels.geometry import ChunkGeometry
 
 
 def decode(
-    queries: Float[Array, "views B N H"],
+    queries: Float[Array, "views B Q N H"],
     keys: Float[Array, "L K pages page H"],
     values: Float[Array, "L K pages page H"],
     layer: Int[Array, ""],
     page_table: Int[Array, "B P"],
-    positions: Int[Array, " B"],
+    positions: Int[Array, "B Q"],
     *,
     geometry: ChunkGeometry | None,
-) -> tuple[Float[Array, "B N H"], Float[Array, "B N"]]:
+) -> tuple[Float[Array, "B Q N H"], Float[Array, "B Q N"]]:
     """See `api.decode`. Gathers every page of every sequence."""
-    _, B, N, H = queries.shape
+    _, B, _, N, H = queries.shape
     K = keys.shape[1]
     k, v = (
         cache[layer][:, page_table]
@@ -28,15 +28,16 @@ def decode(
         for cache in (keys, values)
     )
     k_pos = jnp.arange(k.shape[2], dtype=jnp.int32)
-    scores = jnp.einsum("VBNH,BNSH->VBNS", queries.astype(jnp.float32), k)
+    scores = jnp.einsum("VBQNH,BNSH->VBQNS", queries.astype(jnp.float32), k)
     if geometry is None:
         scores = scores[0]
     else:
-        view = geometry.view(positions[:, None], k_pos[None, :])
-        scores = jnp.take_along_axis(scores, view[None, :, None], axis=0)[0]
-    visible = k_pos <= positions[:, None]
-    scores = jnp.where(visible[:, None], scores, -jnp.inf)
+        view = geometry.view(positions[..., None], k_pos)
+        scores = jnp.take_along_axis(scores, view[None, :, :, None], axis=0)[0]
+    visible = (k_pos <= positions[..., None])[:, :, None]
+    scores = jnp.where(visible, scores, -jnp.inf)
     lse = jnp.logaddexp.reduce(scores, axis=-1)
-    weights = jnp.where(visible[:, None], jnp.exp(scores - lse[..., None]), 0)
-    out = jnp.einsum("BNS,BNSH->BNH", weights, jnp.where(visible[:, None, :, None], v, 0))
+    weights = jnp.where(visible, jnp.exp(scores - lse[..., None]), 0)
+    read = visible.any((1, 2))[:, None, :, None]
+    out = jnp.einsum("BQNS,BNSH->BQNH", weights, jnp.where(read, v, 0))
     return out.astype(queries.dtype), lse

@@ -12,34 +12,42 @@ TILE = 1024  # keys a step
 
 
 def decode(
-    queries: Float[Array, "views B N H"],
+    queries: Float[Array, "views B Q N H"],
     keys: Float[Array, "L K pages page H"],
     values: Float[Array, "L K pages page H"],
     layer: Int[Array, ""],
     page_table: Int[Array, "B P"],
-    positions: Int[Array, " B"],
+    positions: Int[Array, "B Q"],
     *,
     geometry: ChunkGeometry | None,
     tile: int = TILE,
-) -> tuple[Float[Array, "B N H"], Float[Array, "B N"]]:
+) -> tuple[Float[Array, "B Q N H"], Float[Array, "B Q N"]]:
     """See `api.decode`. Takes every shape; the tile shrinks to a divisor of the page."""
-    views, _, N, H = queries.shape
+    views, _, Q, N, H = queries.shape
     K, page = keys.shape[1], keys.shape[3]
+    G = N // K
 
     def attend(row):
         query, table, position = row
+        last = position.max()
+        # Grouped heads and tokens share their keys, so they are the rows of one product.
+        # Idle tokens stand at the last position, lest they keep tiles from being whole.
         out, lse = attend_tile(
-            query.reshape(views, K, N // K, H),
-            jnp.full((N // K,), position, jnp.int32),
+            query.reshape(views, Q, K, G, H).swapaxes(1, 2).reshape(views, K, Q * G, H),
+            jnp.repeat(jnp.where(position < 0, last, position), G),
             keys,
             values,
             layer,
             jnp.int32(0),
             table,
-            position + 1,
+            last + 1,
             geometry=geometry,
             tile=of_page(page, tile),
         )
-        return out.reshape(N, H).astype(queries.dtype), lse.reshape(N)
+        out = out.reshape(K, Q, G, H).swapaxes(0, 1).reshape(Q, N, H)
+        lse = lse.reshape(K, Q, G).swapaxes(0, 1).reshape(Q, N)
+        busy = (position >= 0)[:, None]
+        out = jnp.where(busy[..., None], out, 0).astype(queries.dtype)
+        return out, jnp.where(busy, lse, -jnp.inf)
 
     return jax.lax.map(attend, (queries.swapaxes(0, 1), page_table, positions))

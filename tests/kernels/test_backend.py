@@ -96,7 +96,7 @@ def test_tuned_sizes_go_to_the_backend_and_a_caller_wins(fake, monkeypatch, tmp_
     assert fake == {"tile": 2}
     backend.call("select", "fake", tile=5)
     assert fake == {"tile": 5}
-    with pytest.raises(Unsupported, match="^select by fake: tile=3 is odd .xla takes every"):
+    with pytest.raises(Unsupported, match=r"^select by fake: tile=3 is odd .xla takes every"):
         backend.call("select", "fake", tile=3)
 
 
@@ -111,7 +111,7 @@ def test_a_table_that_cannot_be_read_is_refused_by_name(fake, monkeypatch, tmp_p
     if text is not None:
         (directory / "fake.json").write_text(text)
     monkeypatch.setenv(tiles.VARIABLE, str(directory))
-    with pytest.raises(Unsupported, match="fake.json is no table of tile sizes"):
+    with pytest.raises(Unsupported, match=r"fake.json is no table of tile sizes"):
         backend.call("select", "fake")
 
 

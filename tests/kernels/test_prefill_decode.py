@@ -76,32 +76,63 @@ def test_prefill_matches_the_oracle(name, case, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 @pytest.mark.parametrize("name", DECODE)
-def test_decode_matches_the_oracle_and_idle_rows_are_empty(name, case, dtype):
+def test_decode_matches_the_oracle_and_idle_tokens_are_empty(name, case, dtype):
     rng, cache, flat, table = random_inputs(case, jnp.dtype(dtype))
     N, H = case.num_heads, case.head_dim
     views = 1 if case.geometry is None else 3
     attend = jax.jit(functools.partial(DECODE[name], geometry=case.geometry))
     last = len(flat[0]) - 1
-    positions = np.array([0, case.page - 1, -1, case.page, last // 2, last], np.int32)
-    queries = rng.standard_normal((views, len(positions), N, H)).astype(dtype)
-    keys, values = poison(cache, case, table, last + 1)
-    tables = np.tile(table, (len(positions), 1))
-    tables[2] = 0
-    out, lse = attend(
+    # Consecutive tokens lie on both sides of each border of chunks in some row.
+    rows = [(0, 1), (case.page - 1, 3), (0, 0), (case.page, 2), (last - 2, 3)]
+    if case.geometry is not None:
+        rows += [(case.geometry.chunk_len * n - 1, 3) for n in (1, 2, 3)]
+    for Q in (1, 3):
+        positions = np.full((len(rows), Q), -1, np.int32)
+        for row, (first, count) in enumerate(rows):
+            positions[row, : min(count, Q)] = first + np.arange(min(count, Q))
+        queries = rng.standard_normal((views, len(rows), Q, N, H)).astype(dtype)
+        keys, values = poison(cache, case, table, last + 1)
+        tables = np.tile(table, (len(rows), 1))
+        tables[2] = 0
+        out, lse = attend(
+            jnp.asarray(queries),
+            keys,
+            values,
+            jnp.int32(LAYER),
+            jnp.asarray(tables),
+            jnp.asarray(positions),
+        )
+        assert out.dtype == dtype
+        assert lse.dtype == jnp.float32
+        idle = positions < 0
+        assert (np.asarray(out, np.float32)[idle] == 0).all()
+        assert (np.asarray(lse)[idle] == -np.inf).all()
+        for row, (first, count) in enumerate(rows):
+            if count:
+                expected, expected_lse = oracle.attention(
+                    queries[:, row], flat[0], flat[1], first, min(count, Q), case.geometry
+                )
+                busy = slice(min(count, Q))
+                assert_close(out[row, busy], expected[busy])
+                assert_close(lse[row, busy], expected_lse[busy])
+
+
+@pytest.mark.parametrize("name", DECODE)
+def test_rows_of_a_page_past_the_newest_token_do_not_show(name):
+    case = CASES["tiles fit the chunk"]
+    rng, cache, flat, table = random_inputs(case, jnp.dtype("float32"))
+    positions = np.array([[17, 18, -1]], np.int32)
+    queries = rng.standard_normal((3, 1, 3, case.num_heads, case.head_dim)).astype(np.float32)
+    keys, values = poison(cache, case, table, 19)
+    out, _ = DECODE[name](
         jnp.asarray(queries),
         keys,
         values,
         jnp.int32(LAYER),
-        jnp.asarray(tables),
+        jnp.asarray(table[None]),
         jnp.asarray(positions),
+        geometry=case.geometry,
     )
-    for row, position in enumerate(positions):
-        if position < 0:
-            assert (np.asarray(out[row], np.float32) == 0).all()
-            assert (np.asarray(lse[row]) == -np.inf).all()
-            continue
-        expected, expected_lse = oracle.attention(
-            queries[:, row : row + 1], flat[0], flat[1], int(position), 1, case.geometry
-        )
-        assert_close(out[row], expected[0])
-        assert_close(lse[row], expected_lse[0])
+    expected, _ = oracle.attention(queries[:, 0], flat[0], flat[1], 17, 2, case.geometry)
+    assert_close(out[0, :2], expected[:2])
+    assert (np.asarray(out[0, 2]) == 0).all()

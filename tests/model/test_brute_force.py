@@ -108,8 +108,8 @@ def test_any_slicing_of_any_geometry_equals_the_brute_force(seed):
     def run_token(cache, tokens, positions):
         queries, keys, values = rotated(tokens, positions)
         cache = caches.write_tokens(cache, jnp.int32(0), keys, values, table[None], positions)
-        args = (cache.keys, cache.values, jnp.int32(0), table[None], positions)
-        return decode(queries, *args, geometry=geometry)[0], cache
+        args = (cache.keys, cache.values, jnp.int32(0), table[None], positions[None])
+        return decode(queries[:, None], *args, geometry=geometry)[0][0], cache
 
     cache = caches.init(config, config.max_len // PAGE + 1, PAGE, jnp.float32)
     for start, stop in itertools.pairwise(cuts):
