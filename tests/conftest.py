@@ -4,12 +4,25 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-
-for folder in (".", "kernels", "model", "engine", "convert", "eval", "text", "cli"):
+for folder in (".", "kernels", "model", "engine", "convert", "eval", "text", "cli", "../scripts"):
     sys.path.insert(0, str(Path(__file__).parent / folder))
 
+import tpu_compile  # noqa: E402
+
+for name, value in tpu_compile.ENVIRONMENT.items():
+    os.environ.setdefault(name, value)
+
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "allow")
+
+
+@pytest.fixture
+def unchecked():
+    """Annotations unchecked: `lower` puts descriptions of arrays where arrays are asked for."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -6,7 +6,6 @@ import re
 
 import jax
 import jax.numpy as jnp
-import jaxtyping
 import pytest
 from flax import nnx
 
@@ -35,14 +34,6 @@ MODEL = ModelConfig(
     original_len=262144,
 )
 SLICE, PAGE, TABLE = 256, 1024, 987
-
-
-@pytest.fixture
-def unchecked():
-    """Annotations unchecked: `lower` puts descriptions of arrays where arrays are asked for."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("unchecked")

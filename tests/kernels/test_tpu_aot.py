@@ -1,0 +1,105 @@
+"""Every kernel, compiled for five TPU generations by their compiler, at the shapes that they serve.
+
+A million tokens and slices of 32,768, on one device of the smallest mesh that fits them. The
+default suite compiles a few; the rest takes minutes: `make test-tpu-aot`.
+"""
+
+import functools
+
+import jax
+import pytest
+import tpu_compile
+from hlo import sizes
+
+from pallas_kernels.cases import MODELS
+from pallas_kernels.programs import PROGRAMS, inputs, program
+
+pytest.importorskip("libtpu", reason="the TPU compiler (pip install libtpu) is not installed")
+
+CONTEXT = 1_010_000
+SOON = {("v5e", "7B"), ("tpu7x", "14B")}
+MATRIX = [
+    pytest.param(
+        generation,
+        model,
+        name,
+        marks=() if (generation, model) in SOON else pytest.mark.tpu_aot,
+    )
+    for generation in tpu_compile.GENERATIONS
+    for model in MODELS
+    for name in PROGRAMS
+]
+
+
+@functools.cache
+def device(generation):
+    mesh = tpu_compile.mesh(generation)
+    return mesh, tpu_compile.memory_of(mesh)
+
+
+def check(mesh, memory, name, case):
+    """Compiles, fits, reads the cache where it lies, and holds little beside what it is given."""
+    args = jax.eval_shape(lambda: inputs(name, case))
+    compiled = tpu_compile.compiled(mesh, program(name, case, "mosaic_tpu"), *args)
+    used = compiled.memory_analysis()
+    queries = next(leaf for leaf in args if getattr(leaf, "ndim", 0) >= 4)
+    given = used.argument_size_in_bytes
+    assert given >= case.cache_bytes // (2 if name == "selection" else 1)
+    assert given + used.output_size_in_bytes + used.temp_size_in_bytes < memory
+    assert used.temp_size_in_bytes <= bound(name, case, queries.size * queries.dtype.itemsize)
+    layer = case.num_kv_heads * case.num_pages * case.page * case.head_dim
+    made = sizes(compiled.as_text())
+    assert not made & {layer * count for count in (1, case.num_layers)}
+    assert max(made) < layer * case.num_layers
+
+
+def bound(name, case, query_bytes):
+    """Bytes that a program may hold beside its arguments and results."""
+    if name == "decode":
+        return 2**20
+    if name == "selection":
+        return 2**22
+    return 2 * query_bytes
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("generation", "model", "name"), MATRIX)
+def test_a_kernel_compiles_at_what_a_device_holds_of_a_million_tokens(generation, model, name):
+    mesh, memory = device(generation)
+    check(mesh, memory, name, MODELS[model].share(CONTEXT, memory))
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("generation", tpu_compile.GENERATIONS)
+def test_a_kv_head_with_a_million_tokens_compiles_for_one_device(generation, name):
+    mesh, memory = device(generation)
+    case = MODELS["7B"].served(CONTEXT, tensor=4, num_layers=14)
+    check(mesh, memory, name, case)
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("generation", tpu_compile.GENERATIONS)
+def test_thirty_two_sequences_decode_in_one_step(generation):
+    mesh, memory = device(generation)
+    case = MODELS["7B"].served(32_768, tensor=4, num_seqs=32, num_pages=32 * 32 + 1)
+    check(mesh, memory, "decode", case)
+
+
+@pytest.mark.parametrize(
+    ("memory", "model", "parts"),
+    [
+        (17_200_000_000, "7B", (4, 4)),
+        (17_200_000_000, "14B", (8, 4)),
+        (34_400_000_000, "7B", (4, 1)),
+        (103_000_000_000, "14B", (4, 1)),
+    ],
+)
+def test_a_share_leaves_room_and_is_the_smallest_that_does(memory, model, parts):
+    case = MODELS[model].share(CONTEXT, memory)
+    assert case.parts == parts
+    weights = MODELS[model].weight_bytes // parts[0]
+    assert case.cache_bytes + weights <= 0.6 * memory
+    assert case.num_pages - 1 == -(-987 // parts[1])
