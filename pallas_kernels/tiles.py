@@ -2,8 +2,9 @@
 
 `tuned/BACKEND.json`, made by `scripts/tune_kernels.py`, has a row per generation of devices:
 the names that jax has for it, and for each operation the keyword arguments of the backend's
-function that differ from its defaults. A device in no row gets the defaults. The environment
-variable `PALLAS_KERNELS_TUNED` names a directory of such files to use instead.
+function that differ from its defaults, `Tiles` as {"q": ..., "k": ...}. A device in no row gets
+the defaults. The environment variable `PALLAS_KERNELS_TUNED` names a directory of such files
+to use instead.
 """
 
 import dataclasses
@@ -51,7 +52,11 @@ def tuned(backend: str, operation: str, device_kind: str) -> dict[str, Any]:
     directory = Path(os.environ.get(VARIABLE) or PACKAGED)
     for row in _table(directory / f"{backend}.json").values():
         if device_kind in row["device_kinds"]:
-            return dict(row.get(operation, {}))
+            found = row.get(operation, {})
+            return {
+                name: Tiles(**value) if isinstance(value, dict) else value
+                for name, value in found.items()
+            }
     return {}
 
 

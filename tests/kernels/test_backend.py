@@ -88,14 +88,14 @@ def test_tuned_sizes_go_to_the_backend_and_a_caller_wins(fake, monkeypatch, tmp_
     kind = jax.devices()[0].device_kind
     table = {
         "other": {"device_kinds": ["abacus"], "select": {"tile": 1}},
-        "this": {"device_kinds": ["x", kind], "select": {"tile": 2}},
+        "this": {"device_kinds": ["x", kind], "select": {"tile": 2, "tiles": {"q": 3, "k": 4}}},
     }
     (tmp_path / "fake.json").write_text(json.dumps(table))
     monkeypatch.setenv(tiles.VARIABLE, str(tmp_path))
     backend.call("select", "fake")
-    assert fake == {"tile": 2}
+    assert fake == {"tile": 2, "tiles": tiles.Tiles(q=3, k=4)}
     backend.call("select", "fake", tile=5)
-    assert fake == {"tile": 5}
+    assert fake["tile"] == 5
     with pytest.raises(Unsupported, match=r"^select by fake: tile=3 is odd .xla takes every"):
         backend.call("select", "fake", tile=3)
 
