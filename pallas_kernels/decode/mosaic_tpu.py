@@ -197,10 +197,14 @@ def _kernel(
         whole = count // piece
         pl.loop(0, whole)(lambda i: copy(pl.multiple_of(i * piece, piece), piece))
         rest = count % piece // granule
-        for bit in reversed(range((piece // granule - 1).bit_length())):
-            before = rest >> (bit + 1) << (bit + 1)
-            offset = pl.multiple_of(whole * piece + before * granule, granule)
-            pl.when(rest >> bit & 1 == 1)(lambda o=offset, n=granule << bit: copy(o, n))
+
+        @pl.when(rest > 0)
+        def _rest():
+            # Copies have fixed sizes: one for each bit of the rest, the largest first.
+            for bit in reversed(range((piece // granule - 1).bit_length())):
+                before = rest >> (bit + 1) << (bit + 1)
+                offset = pl.multiple_of(whole * piece + before * granule, granule)
+                pl.when(rest >> bit & 1 == 1)(lambda o=offset, n=granule << bit: copy(o, n))
 
     start = functools.partial(transfer, lambda copy: copy.start())
     wait = functools.partial(transfer, lambda copy: copy.wait())
