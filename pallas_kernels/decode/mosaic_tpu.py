@@ -48,10 +48,15 @@ def decode(
         cores: that share a device's memory and split the keys between them.
 
     Raises:
-        Unsupported: if pages cannot be cut into rows of lanes.
+        Unsupported: if heads or pages do not fill rows of lanes.
     """
     _, B, Q, N, H = queries.shape
     K, page = keys.shape[1], keys.shape[3]
+    if H % LANES and not interpret:
+        raise Unsupported(
+            f"head_dim={H} must be a multiple of {LANES}: the program would lay out a copy of "
+            "the cache, padded"
+        )
     if page % LANES and LANES % page:
         raise Unsupported(
             f"{page=} must divide {LANES} or be a multiple of it: scores lie in rows of {LANES}"
