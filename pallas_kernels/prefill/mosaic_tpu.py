@@ -109,7 +109,9 @@ def prefill(
         pltpu.VMEM((M, LANES), jnp.float32),  # l: running sum, a part in each lane
         pltpu.VMEM((M, H), jnp.float32),  # acc: unnormalised output
         pltpu.VMEM((2, shape.chunk, shape.sub), jnp.float32),  # logits
-        pltpu.VMEM((2, shape.chunk, shape.sub), values.dtype),  # their exponentials
+        # Their exponentials, in words: whole registers are written.
+        pltpu.VMEM((2, shape.chunk * values.dtype.itemsize // 4, shape.sub), jnp.uint32),
+        pltpu.VMEM((width // shape.sub, 1, shape.sub), jnp.int32),  # positions of keys
         pltpu.SemaphoreType.DMA((2,)),
     ]
     if plan is not None:
@@ -267,6 +269,7 @@ class _Tile:
             self.acc_ref,
             self.s_ref,
             self.p_ref,
+            self.positions_ref,
             self.semaphores,
         ) = scratch
         self.first_row = pl.program_id(1) * shape.q
@@ -336,9 +339,10 @@ class _Tile:
         for keys in parts:
             p = jnp.exp2(part(keys) - m)
             l = l + p
-            p_ref[:, keys] = p.astype(p_ref.dtype)
+            p_ref[:, keys] = pltpu.bitcast(p.astype(value.dtype), p_ref.dtype)
         self.m_ref[rows], self.l_ref[rows] = m, l
-        added = self.dot(p_ref[...], value, (((1,), (0,)), ((), ())))
+        p = pltpu.bitcast(p_ref[...], value.dtype)
+        added = self.dot(p, value, (((1,), (0,)), ((), ())))
         acc = self.acc_ref[rows]
         self.acc_ref[rows] = _wide(decay, acc) * acc + added
 
@@ -372,30 +376,36 @@ class _Tile:
 
         Args:
             positions: of the keys [1, width]; those that must not show lie past `last`.
-            part_first: the lowest position of the part of the step from a key on.
+            part_first: the lowest position from a key of the step on.
         """
         shape = self.shape
         height = math.gcd(2 * LANES, shape.rows)
-        logits, p = self.s_ref.at[0, :height], self.p_ref.at[0, :height]
-        for key in range(0, shape.width, shape.sub):
-            keys = pl.ds(key, shape.sub)
-            k_pos = positions[:, key : key + shape.sub]
+        chunks, subs = shape.rows // height, shape.width // shape.sub
+        logits = self.s_ref.at[0, :height]
+        p = self.p_ref.at[0, : height * self.value_ref.dtype.itemsize // 4]
+        for i in range(subs):
+            self.positions_ref[i] = positions[:, i * shape.sub : (i + 1) * shape.sub]
 
-            def part(number, _, keys=keys, k_pos=k_pos):
-                view = near + jax.lax.div(number, jnp.int32(shape.rows // height))
-                chunk = jax.lax.rem(number, jnp.int32(shape.rows // height))
-                row = pl.multiple_of(chunk * height, height)
-                rows = pl.ds(row, height)
-                low, high = self.seen(row, height, view)
-                seen = (k_pos >= low) & (k_pos <= high)
-                logits[...] = jnp.where(seen, self.logits(view, rows, slot, keys), MASKED)
-                self.update(rows, logits, p, self.value_ref[slot, keys])
-                return 0
+        def part(number, i):
+            view = near + jax.lax.div(number, jnp.int32(chunks))
+            row = pl.multiple_of(jax.lax.rem(number, jnp.int32(chunks)) * height, height)
+            rows = pl.ds(row, height)
+            keys = pl.ds(pl.multiple_of(i * shape.sub, shape.sub), shape.sub)
+            low, high = self.seen(row, height, view)
+            k_pos = self.positions_ref[i]
+            seen = (k_pos >= low) & (k_pos <= high)
+            logits[...] = jnp.where(seen, self.logits(view, rows, slot, keys), MASKED)
+            self.update(rows, logits, p, self.value_ref[slot, keys])
+            return i
 
-            @pl.when(part_first(key) <= self.last)
-            def _(part=part):
-                number = (far - near + 1) * (shape.rows // height)
-                jax.lax.fori_loop(0, number, part, 0)
+        def sub(i, _):
+            @pl.when(part_first(i * shape.sub) <= self.last)
+            def _():
+                jax.lax.fori_loop(0, (far - near + 1) * chunks, part, i)
+
+            return 0
+
+        jax.lax.fori_loop(0, subs, sub, 0)
 
     def seen(self, row, height, view):
         """The first and the last position that each of some rows sees in a view, [height, 1]."""
@@ -413,13 +423,20 @@ class _Tile:
         above = jnp.where(view == INTRA, FAR, jnp.where(view == SUCC, 0, -length))
         return own - below, jnp.minimum(q_pos, own + above - 1)
 
-    def clear(self, slot, piece, first, kv_len):
-        """Make values of a piece from position `kv_len` on zero: 0 x nan of a stale row is nan."""
-        rows = pl.ds(piece * self.shape.piece, self.shape.piece)
-        value = self.value_ref[slot, rows]
-        position = first + jax.lax.broadcasted_iota(jnp.int32, value.shape, 0)
-        kept = jnp.where(position < kv_len, value.astype(jnp.float32), 0.0)
-        self.value_ref[slot, rows] = kept.astype(value.dtype)
+    def clear(self, slot, position_of):
+        """Make values past `last` zero: 0 x nan of a stale row is nan."""
+        height = math.gcd(LANES, self.shape.piece)
+
+        def body(i, _):
+            row = i * height
+            rows = pl.ds(pl.multiple_of(row, height), height)
+            value = self.value_ref[slot, rows]
+            position = position_of(row) + jax.lax.broadcasted_iota(jnp.int32, value.shape, 0)
+            kept = jnp.where(position <= self.last, value.astype(jnp.float32), 0.0)
+            self.value_ref[slot, rows] = kept.astype(value.dtype)
+            return 0
+
+        jax.lax.fori_loop(0, self.shape.width // height, body, 0)
 
 
 def _wide(x, like):
@@ -441,7 +458,6 @@ def _steps(tile, layer, keys_ref, values_ref, table_ref, piece_at, number):
     """
     shape = tile.shape
     head = jax.lax.div(pl.program_id(0), jnp.int32(shape.kv_group))
-    kv_len = tile.last + 1
 
     def fetch(j, slot):
         for b in range(shape.pieces):
@@ -456,9 +472,9 @@ def _steps(tile, layer, keys_ref, values_ref, table_ref, piece_at, number):
                     tile.semaphores.at[slot],
                 ).start()
 
-    def position_of(j, b):
-        first, counts = piece_at(j, b)
-        return jnp.where(counts, first, FAR)
+    def position_of(j, key):
+        first, counts = piece_at(j, key // shape.piece)
+        return jnp.where(counts, first + key % shape.piece, FAR)
 
     def step(j, _):
         slot = jax.lax.rem(j, 2)
@@ -468,7 +484,7 @@ def _steps(tile, layer, keys_ref, values_ref, table_ref, piece_at, number):
             fetch(j + 1, 1 - slot)
 
         tile.wait(slot)
-        first, last = position_of(j, 0), position_of(j, shape.pieces - 1) + shape.piece - 1
+        first, last = position_of(j, 0), position_of(j, shape.width - 1)
         near, far = tile.views(first, last)
         whole = (last <= tile.first) & (near == far)
 
@@ -478,18 +494,12 @@ def _steps(tile, layer, keys_ref, values_ref, table_ref, piece_at, number):
 
         @pl.when(jnp.logical_not(whole))
         def _():
+            tile.clear(slot, functools.partial(position_of, j))
             lane = jax.lax.broadcasted_iota(jnp.int32, (1, shape.width), 1)
             offset = jnp.zeros_like(lane)
-            for b in range(shape.pieces):
-                position = position_of(j, b)
-                tile.clear(slot, b, position, kv_len)
-                begin = b * shape.piece
-                offset = jnp.where(lane >= begin, position - begin, offset)
-
-            def part_first(key):
-                return position_of(j, key // shape.piece) + key % shape.piece
-
-            tile.attend_cut(slot, near, far, lane + offset, part_first)
+            for key in range(0, shape.width, shape.piece):
+                offset = jnp.where(lane >= key, position_of(j, key) - key, offset)
+            tile.attend_cut(slot, near, far, lane + offset, functools.partial(position_of, j))
 
         return 0
 
