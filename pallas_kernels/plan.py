@@ -7,6 +7,7 @@ of Dual Chunk Attention share one plan. Nothing outside this file knows the layo
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from pallas_kernels.tiles import Tiles
 ABSENT = 2**31 - 1
 """Position of a column that is not there: after every key."""
 _WORD = 32  # bits
+_LANES = 128  # of a vector register of a TPU
 
 
 @functools.partial(
@@ -75,16 +77,28 @@ def build(
     before = jnp.pad(before, ((0, 0), (0, rest)), mode="edge").reshape(N, -1, B)
     first_keys = jnp.arange(num_blocks, dtype=jnp.int32) * B
 
+    # The rows of a tile cross a block from its first key on, moved by as many keys as rows lie
+    # after them. Tiles whose moves agree modulo the block look in the same places.
+    kinds = B // math.gcd(B, tiles.q)
+    after = length - 1 - jnp.arange(kinds, dtype=jnp.int32) * tiles.q
+
+    def column(place):
+        return jax.lax.dynamic_index_in_dim(before, place % B, 2, False)
+
+    from_first, from_final = (jax.lax.map(column, x) for x in (after, after - tiles.q + 1))
+    from_last = before[:, :num_blocks, 0]
+
     def blocks_of(tile):
         first = start + tile * tiles.q
         final = jnp.minimum(first + tiles.q - 1, last)
 
-        def before_blocks(offset):  # how many lie before each block's first key + offset
-            column = jax.lax.dynamic_index_in_dim(before, offset % B, 2, False)
-            return jax.lax.dynamic_slice_in_dim(column, offset // B, num_blocks, 1)
+        def before_blocks(columns, offset):  # how many lie before each block's first key + offset
+            of_kind = jax.lax.dynamic_index_in_dim(columns, tile % kinds, 0, False)
+            return jax.lax.dynamic_slice_in_dim(of_kind, offset // B, num_blocks, 1)
 
-        crossed = before_blocks(last - first + B) > before_blocks(last - final)
-        return _packed(crossed & (first_keys <= final) & (first <= last))
+        upto = before_blocks(from_first, last - first + B)
+        below = jnp.where(final < last, before_blocks(from_final, last - final), from_last)
+        return _packed((upto > below) & (first_keys <= final) & (first <= last))
 
     blocks = jax.lax.map(blocks_of, jnp.arange(count, dtype=jnp.int32)).swapaxes(0, 1)
     return SparsePlan(blocks, _positions(verticals, num_columns), tiles)
@@ -111,8 +125,22 @@ def _positions(chosen: Bool[Array, "N S"], most: int) -> Int[Array, "N V"]:
     """Where `chosen` is true, ascending, in the first of `most` places."""
     upto = jnp.cumsum(chosen, -1, dtype=jnp.int32)
     place = jnp.arange(most, dtype=jnp.int32)
-    found = jax.vmap(functools.partial(jnp.searchsorted, v=place + 1))(upto)
-    return jnp.where(place < upto[:, -1:], found.astype(jnp.int32), ABSENT)
+    found = jax.lax.map(functools.partial(_number_up_to, limit=place), upto)
+    return jnp.where(place < upto[:, -1:], found, ABSENT)
+
+
+def _number_up_to(ascending: Int[Array, " n"], limit: Int[Array, " v"]) -> Int[Array, " v"]:
+    """How many of `ascending` are at most each limit.
+
+    A search that compares whole registers: a TPU takes as long to fetch one number.
+    """
+    if len(ascending) <= _LANES:
+        return (ascending <= limit[:, None]).sum(-1, dtype=jnp.int32)
+    rest = -len(ascending) % _LANES
+    rows = jnp.pad(ascending, (0, rest), constant_values=ABSENT).reshape(-1, _LANES)
+    row = _number_up_to(rows[:, -1], limit)
+    inside = (jnp.take(rows, row, axis=0, mode="clip") <= limit[:, None]).sum(-1, dtype=jnp.int32)
+    return row * _LANES + inside
 
 
 def to_mask(

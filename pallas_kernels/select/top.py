@@ -36,4 +36,9 @@ def top(
     kth, _ = jax.lax.fori_loop(0, 31, halve, (lower, upper))
     above, equal = rank > kth[:, None], rank == kth[:, None]
     wanted = budget - above.sum(-1)
-    return above | (equal & (jnp.cumsum(equal, -1) <= wanted[:, None]))
+
+    def first_ones():
+        return equal & (jnp.cumsum(equal, -1) <= wanted[:, None])
+
+    tied = (equal.sum(-1) > wanted).any()  # rare, and the sums are dear
+    return above | jax.lax.cond(tied, first_ones, lambda: equal)
