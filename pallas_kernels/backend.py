@@ -8,9 +8,7 @@ import importlib
 from types import ModuleType
 from typing import NamedTuple
 
-import jax
-
-from pallas_kernels.tiles import tuned
+from pallas_kernels.tiles import generations, tuned
 
 FUNCTIONS = {"prefill": "prefill", "decode": "decode", "select": "vote"}
 """The function of an operation's module that a backend implements."""
@@ -76,15 +74,35 @@ def choose(platform: str, choice: Choice = None) -> Backends:
     return chosen
 
 
-def device() -> jax.sharding.AbstractDevice:
+class Device(NamedTuple):
+    """What a program is compiled for, in jax's words."""
+
+    platform: str
+    kind: str
+
+
+def device() -> Device:
     """What a program traced now is compiled for: a device of the mesh in use, or the default."""
-    found = jax.sharding.get_abstract_mesh().abstract_device
-    if found is None:
-        default = jax.devices()[0]
-        found = jax.sharding.AbstractDevice(
-            device_kind=default.device_kind, num_cores=None, platform=default.platform
-        )
-    return found
+    import jax  # takes long, and those who want names only need it not
+
+    found = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
+    return Device(found.platform, found.device_kind)
+
+
+def preferences() -> dict[str, Backends]:
+    """The preferred backends of each kind of device, those with tuned tiles by generation.
+
+    Raises:
+        Unsupported: if the tuned tiles cannot be read.
+    """
+    try:
+        return {
+            f"{platform} {generation.removeprefix(platform)}".rstrip(): backends
+            for platform, backends in PREFERRED.items()
+            for generation in generations(backends.prefill) or ("",)
+        }
+    except ValueError as error:
+        raise Unsupported(str(error)) from None
 
 
 def load(operation: str, name: str) -> ModuleType:
@@ -104,7 +122,7 @@ def call(operation: str, choice: Choice, *args, **keywords):
     target = device()
     name = getattr(choose(target.platform, choice), operation)
     try:
-        keywords = tuned(name, operation, target.device_kind) | keywords
+        keywords = tuned(name, operation, target.kind) | keywords
     except ValueError as error:
         raise Unsupported(str(error)) from None
     try:

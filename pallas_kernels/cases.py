@@ -181,8 +181,6 @@ SERVED = {
     "7B at 32k": MODELS["7B"].served(32_768, num_layers=2),
     "7B at 256k": MODELS["7B"].served(262_144, num_layers=2),
     "7B at 1M": MODELS["7B"].served(1_010_000, num_layers=2),
-    "7B at 32k, 32 sequences": MODELS["7B"].served(
-        32_768, num_layers=2, num_seqs=32, num_pages=1025
-    ),
+    "7B at 32k x 32": MODELS["7B"].served(32_768, num_layers=2, num_seqs=32, num_pages=1025),
     "14B at 1M": MODELS["14B"].served(1_010_000, num_layers=2),
 }

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from pallas_kernels import backend, plan
 from pallas_kernels.cases import Served
-from pallas_kernels.tiles import Tiles
+from pallas_kernels.tiles import Tiles, of_page
 
 PROGRAMS = {
     "prefill": "prefill",
@@ -33,7 +33,7 @@ def program(name: str, case: Served, choice: backend.Choice = None, **keywords) 
 
 
 def inputs(
-    name: str, case: Served, dtype: jnp.dtype = jnp.bfloat16, tiles: Tiles = PLAN
+    name: str, case: Served, dtype=jnp.bfloat16, tiles: Tiles = PLAN
 ) -> tuple[Array | plan.SparsePlan, ...]:
     """Random queries at the end of the context, random keys and values.
 
@@ -79,6 +79,6 @@ def inputs(
         length,
         num_queries=T,
         num_columns=case.num_columns,
-        tiles=tiles,
+        tiles=Tiles(min(T, tiles.q), of_page(page, tiles.k)),
     )
     return listed, *args

@@ -49,8 +49,7 @@ def tuned(backend: str, operation: str, device_kind: str) -> dict[str, Any]:
     Raises:
         ValueError: if the file cannot be used.
     """
-    directory = Path(os.environ.get(VARIABLE) or PACKAGED)
-    for row in _table(directory / f"{backend}.json").values():
+    for row in _table(_path(backend)).values():
         if device_kind in row["device_kinds"]:
             found = row.get(operation, {})
             return {
@@ -58,6 +57,15 @@ def tuned(backend: str, operation: str, device_kind: str) -> dict[str, Any]:
                 for name, value in found.items()
             }
     return {}
+
+
+def generations(backend: str) -> tuple[str, ...]:
+    """Devices that a backend has tuned sizes for, by the names of the rows."""
+    return tuple(_table(_path(backend)))
+
+
+def _path(backend: str) -> Path:
+    return Path(os.environ.get(VARIABLE) or PACKAGED) / f"{backend}.json"
 
 
 @functools.cache

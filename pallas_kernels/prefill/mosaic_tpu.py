@@ -173,9 +173,7 @@ def _listed(plan: SparsePlan, keys, values, layer, page_table, kv_len, width):
     N, num_tiles, words = plan.blocks.shape
     V, page = plan.columns.shape[1], keys.shape[3]
     steps = max(pl.cdiv(V, width), 1)
-    columns = jnp.pad(
-        plan.columns, ((0, 0), (0, steps * width - V)), constant_values=plans.ABSENT
-    )
+    columns = jnp.pad(plan.columns, ((0, 0), (0, steps * width - V)), constant_values=plans.ABSENT)
     at = jnp.minimum(columns, jnp.maximum(kv_len - 1, 0))
     head = jnp.arange(N, dtype=jnp.int32)[:, None] // (N // keys.shape[1])
     there = (columns < kv_len)[..., None]
@@ -190,9 +188,7 @@ def _listed(plan: SparsePlan, keys, values, layer, page_table, kv_len, width):
         reads = reads.reshape(-1, WORD, reads.shape[1])
         return (reads << jnp.arange(WORD, dtype=jnp.uint32)[:, None]).sum(1, dtype=jnp.uint32)
 
-    covered = jax.lax.bitcast_convert_type(
-        jax.lax.map(bits_of, (plan.blocks, columns)), jnp.int32
-    )
+    covered = jax.lax.bitcast_convert_type(jax.lax.map(bits_of, (plan.blocks, columns)), jnp.int32)
     columns = columns.reshape(N, steps, 1, width)
     spans = jnp.stack([columns[:, :, 0, 0], columns[:, :, 0, -1]], -1)
     return [

@@ -34,7 +34,11 @@ VERBS = {
         "Say what a checkpoint holds, from its headers: no weight is read.",
     ),
     "verify": ("inspect", "verify", "Check that a checkpoint is whole."),
-    "doctor": ("doctor", "doctor", "Show versions, devices, memory, disk and missing extras."),
+    "doctor": (
+        "doctor",
+        "doctor",
+        "Show versions, devices, kernels, memory, disk and missing extras.",
+    ),
     "generate": ("generate", "generate", "Continue a prompt."),
     "chat": ("chat", "chat", "Talk to a model."),
     "ask": ("ask", "ask", "Answer a question about text files."),
@@ -43,6 +47,11 @@ VERBS = {
     "plot": ("plot", "app", "Draw what `eval` and `calibrate` found."),
     "calibrate": ("calibrate", "calibrate", "Find budgets of sparse prefill for every head."),
     "bench": ("bench", "bench", "Measure prefill and decode on prompts of random tokens."),
+    "bench kernels": (
+        "kernels",
+        "kernels",
+        "Time prefill, sparse prefill, decode and selection on random values.",
+    ),
 }
 # What a user can put right; anything else is a bug and shows its traceback.
 _FAULTS = (ConfigError, CheckpointError, DocumentError, RequestError, TokenizerError, Unsupported)
@@ -62,6 +71,12 @@ class _Verbs(typer.core.TyperGroup):
 
     def list_commands(self, ctx):
         return list(VERBS)
+
+    def resolve_command(self, ctx, args):
+        name = " ".join(args[:2])
+        if len(args) > 1 and name in VERBS:
+            return name, self.get_command(ctx, name), args[2:]
+        return super().resolve_command(ctx, args)
 
     def get_command(self, ctx, cmd_name):
         if cmd_name not in VERBS:

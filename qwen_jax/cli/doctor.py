@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from pallas_kernels.backend import preferences
 from qwen_jax.cli.flags import Json
 
 _PACKAGES = (
@@ -19,7 +20,7 @@ _PACKAGES = (
 
 
 def doctor(json_output: Json = False):
-    """Show versions, devices, memory, disk and missing extras.
+    """Show versions, devices, kernels, memory, disk and missing extras.
 
     Examples:
         qwen-jax doctor
@@ -37,6 +38,9 @@ def doctor(json_output: Json = False):
         print(f"device {device['id']}: {device['kind']}{f', {_gib(memory)}' if memory else ''}")
     if found["device_error"]:
         print(f"no device: {found['device_error']}")
+    print(f"{'kernels of':12}" + "".join(f"{name:12}" for name in found["kernels"]["cpu"]))
+    for kind, names in found["kernels"].items():
+        print((f"  {kind:10}" + "".join(f"{name:12}" for name in names.values())).rstrip())
     print(f"memory: {_gib(found['memory']['available'])} of {_gib(found['memory']['total'])} free")
     print(f"disk here: {_gib(found['disk']['free'])} of {_gib(found['disk']['total'])} free")
     for extra, missing in found["extras"].items():
@@ -55,6 +59,7 @@ def examine() -> dict[str, Any]:
         "versions": {name: _version(name) for name in _PACKAGES},
         "devices": devices,
         "device_error": device_error,
+        "kernels": {kind: each._asdict() for kind, each in preferences().items()},
         "memory": {
             "total": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "available": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"),

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 
 import jax
 
@@ -17,7 +18,10 @@ def test_doctor_tells_versions_devices_memory_disk_and_extras(run):
     assert 0 < found["memory"]["available"] <= found["memory"]["total"]
     assert 0 < found["disk"]["free"] <= found["disk"]["total"]
     assert {"tpu", "cuda12", "cuda13", "test"} <= found["extras"].keys()
+    assert found["kernels"]["cpu"] == {"prefill": "xla", "decode": "xla", "select": "xla"}
+    assert set(found["kernels"]["tpu v5e"].values()) == {"mosaic_tpu"}
     _, text, _ = run("doctor")
+    assert re.search(r"^  tpu 7x +mosaic_tpu  mosaic_tpu  mosaic_tpu$", text, re.MULTILINE)
     assert f"jax {jax.__version__}" in text
 
 

@@ -14,15 +14,15 @@ ANSWERING = ["generate", "ask", "chat", "score"]
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_begins_with_the_summary_of_the_verb(verb, run):
-    code, out, err = run(verb, "--help")
+    code, out, err = run(*verb.split(), "--help")
     assert (code, err) == (0, "")
     assert VERBS[verb][2] in " ".join(out.split())
     assert "Raises" not in out
 
 
-@pytest.mark.parametrize("verb", [*ANSWERING, "calibrate", "doctor"])
+@pytest.mark.parametrize("verb", [*ANSWERING, "calibrate", "doctor", "bench kernels"])
 def test_help_teaches_with_examples(verb, run):
-    assert f"\n  Examples:\n      qwen-jax {verb}" in run(verb, "--help")[1]
+    assert f"\n  Examples:\n      qwen-jax {verb}" in run(*verb.split(), "--help")[1]
 
 
 def test_every_plot_teaches_with_an_example(run):

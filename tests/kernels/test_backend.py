@@ -5,7 +5,6 @@ import types
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from pallas_kernels import backend, tiles
@@ -116,9 +115,18 @@ def test_a_table_that_cannot_be_read_is_refused_by_name(fake, monkeypatch, tmp_p
 
 
 def test_a_program_is_traced_for_the_mesh_in_use():
-    assert backend.device().platform == "cpu"
+    here = jax.devices()[0]
+    assert backend.device() == (here.platform, here.device_kind)
     described = jax.sharding.AbstractDevice(device_kind="TPU v6 lite", num_cores=1, platform="tpu")
     mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=described)
     with jax.sharding.use_abstract_mesh(mesh):
-        assert backend.device() == described
-    np.testing.assert_equal(backend.device().device_kind, jax.devices()[0].device_kind)
+        assert backend.device() == ("tpu", "TPU v6 lite")
+
+
+def test_the_preferred_backends_are_told_by_kind_of_device():
+    told = backend.preferences()
+    assert told["cpu"] == Backends("xla", "xla", "xla")
+    assert [kind for kind in told if kind.startswith("tpu")] == [
+        f"tpu {generation}" for generation in ("v4", "v5e", "v5p", "v6e", "7x")
+    ]
+    assert {"mosaic_tpu"} == set(told["tpu v5e"])

@@ -1,0 +1,105 @@
+"""bench kernels: how fast the attention kernels are on this device."""
+
+import json as json_format
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pallas_kernels import backend
+from pallas_kernels.backend import Unsupported
+from pallas_kernels.cases import SERVED, Served
+from pallas_kernels.programs import PROGRAMS, inputs, program
+from qwen_jax.cli.flags import Json, option
+from qwen_jax.config import ConfigError
+
+_SOON = {"cpu": "small at 2k"}
+_USUAL = "7B at 32k,7B at 1M"
+
+
+def kernels(
+    shapes: Annotated[str | None, option(f"Of {', '.join(SERVED)}; what suits the device.")] = None,
+    backends: Annotated[
+        str | None, option("Of those that run here; all but the reference.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Runs of each; the median counts.")] = 5,
+    json: Json = False,
+):
+    """Time prefill, sparse prefill, decode and selection on random values.
+
+    One layer's attention of one device, without the rest of the model. Each program runs
+    once before it is timed. Also says which kernels each kind of device would run.
+
+    Examples:
+        qwen-jax bench kernels
+        qwen-jax bench kernels --shapes "7B at 256k" --backends mosaic_tpu,xla --json
+    """
+    here = backend.device()
+    names = (shapes or _SOON.get(here.platform, _USUAL)).split(",")
+    for name in names:
+        if name not in SERVED:
+            raise ConfigError(f"there is no shape {name!r}; there are {', '.join(SERVED)}")
+    chosen = [each for each in backend.on(here.platform) if each != "reference"]
+    if backends is not None:
+        chosen = backends.split(",")
+        for each in chosen:
+            backend.choose(here.platform, each)
+    if repeats < 1:
+        raise ConfigError(f"--repeats must be at least 1, got {repeats}")
+    preferences = {kind: each._asdict() for kind, each in backend.preferences().items()}
+    rows = []
+    table = Table("shape", "program", "backend", "ms (median)")
+    for row in measure(names, chosen, repeats):
+        rows.append(row)
+        result = row["refused"] or f"{1e3 * row['median_s']:.2f}"
+        table.add_row(row["shape"], row["program"], row["backend"], result)
+    if json:
+        print(json_format.dumps({"device": here._asdict(), "rows": rows, "kernels": preferences}))
+        return
+    print(f"{here.platform} ({here.kind}); {backend.choose(here.platform)}")
+    Console().print(table)
+    Console().print(table_of(preferences))
+
+
+def measure(names: list[str], backends: list[str], repeats: int) -> Iterator[dict[str, Any]]:
+    """Seconds of every program at every shape, or why a backend refuses it."""
+    dtype = jnp.float32 if backend.device().platform == "cpu" else jnp.bfloat16
+    for name in names:
+        for what in PROGRAMS:
+            # From inside a program, so that no more is made than is needed.
+            args = jax.jit(lambda what=what, case=SERVED[name]: inputs(what, case, dtype))()
+            for each in backends:
+                row = {"shape": name, "program": what, "backend": each, "refused": None}
+                try:
+                    row["seconds"] = time_of(what, SERVED[name], each, args, repeats)
+                    row["median_s"] = statistics.median(row["seconds"])
+                except Unsupported as error:
+                    row["refused"] = str(error)
+                yield row
+
+
+def time_of(what: str, case: Served, name: str, args, repeats: int) -> list[float]:
+    """Seconds of some runs of a compiled program."""
+    options = backend.compiler_options(backend.device().platform)
+    run = jax.jit(program(what, case, name), compiler_options=options)
+    jax.block_until_ready(run(*args))
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run(*args))
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def table_of(preferences: dict[str, dict[str, str]]) -> Table:
+    """Kinds of devices by operations."""
+    table = Table("device", *backend.Backends._fields)
+    for kind, row in preferences.items():
+        table.add_row(kind, *row.values())
+    return table

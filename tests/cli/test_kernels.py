@@ -1,0 +1,91 @@
+"""bench kernels, and kernels that refuse a model."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import backend
+from pallas_kernels.backend import Unsupported
+from pallas_kernels.cases import SERVED, Case, Served
+from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.programs import PROGRAMS, inputs, program
+from qwen_jax.cli import kernels
+
+SMALL = Served(
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    page=16,
+    geometry=ChunkGeometry(chunk_size=64, local_size=16),
+    slice_len=32,
+    context=160,
+    num_pages=11,
+    num_columns=8,
+    num_seqs=2,
+)
+
+
+def test_bench_times_every_program_by_every_backend_that_runs_here(monkeypatch, run):
+    monkeypatch.setitem(SERVED, "tiny", SMALL)
+    names = ["xla", "reference"]
+    flags = ["--shapes", "tiny", "--backends", ",".join(names), "--repeats", 2]
+    code, out, _ = run("bench", "kernels", *flags, "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["device"] == {"platform": "cpu", "kind": jax.devices()[0].device_kind}
+    assert found["kernels"]["tpu v6e"]["decode"] == "mosaic_tpu"
+    rows = found["rows"]
+    assert [(row["program"], row["backend"]) for row in rows] == [
+        (what, name) for what in PROGRAMS for name in names
+    ]
+    for row in rows:
+        assert len(row["seconds"]) == 2
+        assert min(row["seconds"]) <= row["median_s"] <= max(row["seconds"])
+
+
+def test_bench_shows_a_refusal_in_the_place_of_a_time(monkeypatch, run):
+    def refuse(*args, **keywords):
+        raise Unsupported("page=16 is odd")
+
+    monkeypatch.setitem(SERVED, "tiny", SMALL)
+    monkeypatch.setattr(kernels, "time_of", refuse)
+    code, out, _ = run("bench", "kernels", "--shapes", "tiny")
+    assert code == 0
+    assert out.startswith("cpu (cpu); prefill xla, decode xla, select xla\n")
+    assert "page=16 is odd" in out
+    assert "mosaic_tpu" in out
+
+
+def test_a_directory_called_kernels_is_still_a_model(run):
+    code, _, err = run("bench", "./kernels")
+    assert code == 2
+    assert "no such model" in err
+
+
+def test_the_programs_agree_between_backends():
+    for what in PROGRAMS:
+        args = inputs(what, SMALL, jnp.float32)
+        ours, right = (jax.jit(program(what, SMALL, name))(*args) for name in ("xla", "reference"))
+        for a, b in zip(ours, right, strict=True):
+            assert jnp.abs(a - b).max() <= 1e-5 * jnp.abs(b).max(), what
+
+
+def test_a_shape_that_a_kernel_refuses_ends_in_one_line(tiny, monkeypatch, run):
+    """As on a TPU: tiny pages and heads are none of its kernels'."""
+    monkeypatch.setitem(backend.RUNS_ON, "mosaic_tpu", ("tpu", "cpu"))
+    code, _, err = run("generate", tiny, "--prompt", "x", "--backend", "mosaic_tpu")
+    assert code == 2
+    last = err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert " by mosaic_tpu: " in last
+    assert last.endswith("(xla takes every shape)")
+    assert "Traceback" not in err
+
+
+def test_served_cases_are_cases():
+    assert all(isinstance(case, Case) for case in SERVED.values())
+    for case in SERVED.values():
+        assert case.context <= case.num_pages * case.page * max(case.num_seqs, 1)
+        assert case.num_heads % case.num_kv_heads == 0
