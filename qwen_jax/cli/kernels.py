@@ -84,10 +84,10 @@ def measure(names: list[str], backends: list[str], repeats: int) -> Iterator[dic
                 yield row
 
 
-def time_of(what: str, case: Served, name: str, args, repeats: int) -> list[float]:
-    """Seconds of some runs of a compiled program."""
+def time_of(what: str, case: Served, name: str, args, repeats: int, **keywords: Any) -> list[float]:
+    """Seconds of some runs of a compiled program; the backend gets the keywords."""
     options = backend.compiler_options(backend.device().platform)
-    run = jax.jit(program(what, case, name), compiler_options=options)
+    run = jax.jit(program(what, case, name, **keywords), compiler_options=options)
     jax.block_until_ready(run(*args))
     seconds = []
     for _ in range(repeats):
