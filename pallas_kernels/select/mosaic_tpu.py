@@ -60,10 +60,10 @@ def vote(
         raise Unsupported(f"queries are {queries.dtype}, keys {keys.dtype}; one dtype is needed")
     tile = max(t for t in range(LANES, min(max(tile, LANES), page) + 1, LANES) if page % t == 0)
 
-    whole = -R % _PACKED + R
+    whole = max(_PACKED, 1 << (R - 1).bit_length())
     M = G * whole
     rows = jnp.pad(queries[:, ::-1], ((0, 0), (0, whole - R), (0, 0), (0, 0)))
-    rows = rows.reshape(views, whole, K, G, H).transpose(0, 2, 3, 1, 4).reshape(views, K, M, H)
+    rows = rows.reshape(views, whole, K, G, H).swapaxes(1, 2).reshape(views, K, M, H)
     row = jnp.arange(whole, dtype=jnp.int32)
     end = start + length
     votes = row < jnp.minimum(R, length)
@@ -76,7 +76,7 @@ def vote(
     scalars = jnp.stack(
         [layer, end, q_pos[-1] + 1, succ_from[0], intra_from[-1], intra_from[0], succ_from[-1]]
     )
-    bounds = jnp.tile(jnp.stack([succ_from, intra_from, q_pos + 1])[..., None], (1, G, 1))
+    bounds = jnp.stack([succ_from, intra_from, q_pos + 1]).repeat(G, 1)[..., None]
 
     def key_map(k, j, scalars, table):
         j = jnp.minimum(j, (scalars[_END] - 1) // tile)
@@ -104,7 +104,7 @@ def vote(
         interpret=interpret,
         name="select_row_lse",
     )(scalars, page_table, rows, bounds, keys)
-    lse = jnp.where(jnp.tile(votes, G)[:, None], lse, jnp.inf)
+    lse = jnp.where(votes.repeat(G)[:, None], lse, jnp.inf)
     return tuple(
         pl.pallas_call(
             functools.partial(_sums, tile=tile, heads=G, precision=precision),
@@ -118,7 +118,7 @@ def vote(
                     pl.BlockSpec(key_block, lambda j, k, *args: key_map(k, j, *args)),
                 ],
                 out_specs=[pl.BlockSpec((N, tile), lambda j, k, *_: (0, j))] * 2,
-                scratch_shapes=[pltpu.VMEM((N, LANES), jnp.float32)],
+                scratch_shapes=[pltpu.VMEM((K, G, LANES), jnp.float32)],
             ),
             out_shape=[jax.ShapeDtypeStruct((N, S), jnp.float32)] * 2,
             interpret=interpret,
@@ -210,7 +210,6 @@ def _sums(
 ):
     """Weights of a tile by column and by diagonal; `carry` is what falls into the next tile."""
     j, k = pl.program_id(0), pl.program_id(1)
-    R = lse_ref.shape[0] // heads
 
     @pl.when((j == 0) & (k == 0))
     def _():
@@ -222,17 +221,26 @@ def _sums(
         diagonals_ref[...] = jnp.zeros_like(diagonals_ref)
 
     def body(logits):
+        p = jnp.exp(logits - jnp.concatenate([lse_ref[...]] * (tile // LANES), axis=1))
+        column = _sum_rows(p, heads)
+        p = jnp.concatenate([p, jnp.zeros((len(p), LANES), jnp.float32)], axis=1)
+        diagonal = _sum_rows(p, heads, move=True)
+        carry = carry_ref[k]
+        carry_ref[k] = diagonal[:, tile:]
+        diagonal = [diagonal[:, :LANES] + carry, diagonal[:, LANES:tile]]
+        diagonal = jnp.concatenate(diagonal, axis=1)
         for g in range(heads):
-            of_head = slice(g * R, (g + 1) * R)
-            lse = jnp.concatenate([lse_ref[of_head]] * (tile // LANES), axis=1)
-            p = jnp.exp(logits[of_head] - lse)
-            at = pl.ds(k * heads + g, 1)
-            columns_ref[at] = p.sum(0, keepdims=True)
-            p = jnp.concatenate([p, jnp.zeros((R, LANES), jnp.float32)], axis=1)
-            moved = pltpu.roll(p, 0, 1, stride=1, stride_axis=0).sum(0, keepdims=True)
-            diagonals_ref[at] = jnp.concatenate(
-                [moved[:, :LANES] + carry_ref[at], moved[:, LANES:tile]], axis=1
-            )
-            carry_ref[at] = moved[:, tile:]
+            head = pl.ds(k * heads + g, 1)
+            columns_ref[head], diagonals_ref[head] = column[g : g + 1], diagonal[g : g + 1]
 
     _with_scores(body, j, scalars, rows_ref, bounds_ref, key_ref, tile=tile, precision=precision)
+
+
+def _sum_rows(p: Float[Array, "M S"], heads: int, *, move: bool = False) -> Float[Array, "G S"]:
+    """The sum of all rows of each of G heads, row i moved by i places if `move`."""
+    rows = len(p) // heads
+    while rows > 1:
+        rows //= 2
+        upper = p[rows * heads :]
+        p = p[: rows * heads] + (pltpu.roll(upper, rows, 1) if move else upper)
+    return p
