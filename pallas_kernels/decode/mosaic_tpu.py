@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import softmax
 from pallas_kernels.backend import Unsupported
-from pallas_kernels.geometry import INTER, INTRA, SUCC, ChunkGeometry
+from pallas_kernels.geometry import INTER, INTRA, ChunkGeometry
 
 LANES = 128  # minor dimension of a vector register
 SUBLANES = 8  # the other one, in 32-bit rows
@@ -176,7 +176,7 @@ def _kernel(
     sub = math.gcd(SUB_BLOCK, block)
     piece = min(page, block)
     granule = math.gcd(GRANULE, page)
-    kv_len = lens_ref[b]
+    oldest, kv_len = positions_ref[b, 0], lens_ref[b]
 
     # Steps of this core; of them, blocks of this sequence.
     first, last = (ends_ref[B - 1] * c // cores for c in (core, core + 1))
@@ -184,7 +184,7 @@ def _kernel(
     begin, end = jnp.maximum(first - done, 0), jnp.minimum(ends_ref[b], last) - done
 
     def transfer(do, b, j, slot):
-        """Start or await the copies of one block, a page at a time; of the last page a part."""
+        """Start or await the copies of one block: of whole pages, then of granules of one."""
         count = fetched(lens_ref[b], j, page=page, block=block)
 
         def copy(offset, size):
@@ -201,15 +201,8 @@ def _kernel(
 
         whole = count // piece
         pl.loop(0, whole)(lambda i: copy(pl.multiple_of(i * piece, piece), piece))
-        rest = count % piece // granule
-
-        @pl.when(rest > 0)
-        def _rest():
-            # Copies have fixed sizes: one for each bit of the rest, the largest first.
-            for bit in reversed(range((piece // granule - 1).bit_length())):
-                before = rest >> (bit + 1) << (bit + 1)
-                offset = pl.multiple_of(whole * piece + before * granule, granule)
-                pl.when(rest >> bit & 1 == 1)(lambda o=offset, n=granule << bit: copy(o, n))
+        rest = pl.loop(whole * piece // granule, count // granule)
+        rest(lambda i: copy(pl.multiple_of(i * granule, granule), granule))
 
     start = functools.partial(transfer, lambda copy: copy.start())
     wait = functools.partial(transfer, lambda copy: copy.wait())
@@ -235,18 +228,27 @@ def _kernel(
         @pl.loop(0, pl.cdiv(jnp.minimum(kv_len - j * block, block), sub))
         def _sub_block(i):
             here = pl.ds(pl.multiple_of(i * sub, sub), sub)
-            k_pos = j * block + i * sub + jax.lax.broadcasted_iota(jnp.int32, (rows, sub), 1)
-            row = jax.lax.broadcasted_iota(jnp.int32, (sub, H), 0)
-            for head in range(K):
-                k = k_buf[slot, head, here]
-                s = scores(INTRA, head, k)
-                if geometry is not None:
-                    s = jnp.where(k_pos < chunk_start, scores(SUCC, head, k), s)
-                    older = k_pos < chunk_start - geometry.chunk_len
-                    s = jnp.where(older, scores(INTER, head, k), s)
-                # 0 x nan of a stale row is nan
-                v = jnp.where(row < kv_len - j * block - i * sub, v_buf[slot, head, here], 0)
-                update(head, jnp.where(k_pos <= q_pos, s, softmax.MASKED), v)
+            k_first = j * block + i * sub
+            k_pos = k_first + jax.lax.broadcasted_iota(jnp.int32, (rows, sub), 1)
+            exists = jax.lax.broadcasted_iota(jnp.int32, (sub, H), 0) < kv_len - k_first
+
+            def attend(view, visible):
+                for head in range(K):
+                    s = scores(view, head, k_buf[slot, head, here])
+                    # 0 x nan of a stale row is nan
+                    v = jnp.where(exists, v_buf[slot, head, here], 0)
+                    update(head, jnp.where(visible, s, softmax.MASKED), v)
+
+            if geometry is None:
+                attend(INTRA, k_pos <= q_pos)
+                return
+            k_last = jnp.minimum(k_first + sub, kv_len) - 1
+
+            @pl.loop(geometry.view(oldest, k_last), geometry.view(kv_len - 1, k_first) + 1)
+            def _view(view):
+                bottom = chunk_start - view * geometry.chunk_len
+                top = jnp.minimum(q_pos, bottom + geometry.chunk_len - 1)
+                attend(view, (k_pos <= top) & ((k_pos >= bottom) | (view == INTER)))
 
     # Position of each row, -1 in idle ones, and where its chunk begins.
     row = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
@@ -265,7 +267,6 @@ def _kernel(
         m_ref[...] = jnp.full(m_ref.shape, softmax.MASKED, jnp.float32)
         l_ref[...] = jnp.zeros(l_ref.shape, jnp.float32)
         acc_ref[...] = jnp.zeros(acc_ref.shape, jnp.float32)
-        oldest = positions_ref[b, 0]
 
         @pl.when(done + begin == first)
         def _start_first():
