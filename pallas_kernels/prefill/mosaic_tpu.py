@@ -31,6 +31,7 @@ TILES = Tiles(q=1792, k=1024)
 STEP = 1024  # listed keys a step
 LANES = 128  # of a vector register
 WORD = 32  # bits
+ORDER=0; MAXR=1024; SUB=512
 FAR = 2**30  # further than any position
 VMEM_BYTES = 32 * 2**20
 
@@ -111,6 +112,7 @@ def prefill(
         pltpu.VMEM((2, shape.chunk, shape.sub), jnp.float32),  # logits
         # Their exponentials, in words: whole registers are written.
         pltpu.VMEM((2, shape.chunk * values.dtype.itemsize // 4, shape.sub), jnp.uint32),
+        pltpu.VMEM((2, shape.chunk, LANES), jnp.float32),  # decay of the output
         pltpu.VMEM((width // shape.sub, 1, shape.sub), jnp.int32),  # positions of keys
         pltpu.SemaphoreType.DMA((2,)),
     ]
@@ -128,7 +130,7 @@ def prefill(
             _in_smem(listed[4], lambda n, i, *_: (n, 0, 0)),
             _in_smem(listed[5], lambda n, i, *_: (n, i, 0, 0)),
         ]
-        scratch.append(pltpu.SMEM((plan.blocks.shape[2] * WORD,), jnp.int32))
+        scratch.append(pltpu.SMEM(((plan.blocks.shape[2] + 1) * WORD,), jnp.int32))
     out, lse = pl.pallas_call(
         functools.partial(_dense if plan is None else _sparse, shape),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -230,12 +232,12 @@ class _Shape:
     @property
     def chunk(self) -> int:
         """Rows that go through the matrix unit together."""
-        return max(c for c in range(LANES, 1024 + 1, LANES) if self.rows % c == 0)
+        return max(c for c in range(LANES, MAXR + 1, LANES) if self.rows % c == 0)
 
     @property
     def sub(self) -> int:
         """Keys that go through the softmax together."""
-        return max(c for c in range(LANES, 512 + 1, LANES) if self.width % c == 0)
+        return max(c for c in range(LANES, SUB + 1, LANES) if self.width % c == 0)
 
     @property
     def pieces(self) -> int:
@@ -265,6 +267,7 @@ class _Tile:
             self.acc_ref,
             self.s_ref,
             self.p_ref,
+            self.decay_ref,
             self.positions_ref,
             self.semaphores,
         ) = scratch
@@ -318,31 +321,29 @@ class _Tile:
         contract_last = (((1,), (1,)), ((), ()))
         return self.dot(self.q_ref[view, rows], self.key_ref[slot, keys], contract_last)
 
-    def update(self, rows, logits, p_ref, value, *, bias=None):
-        """The softmax of some rows after more keys; `logits` and `p_ref` are refs."""
+    def weigh(self, rows, logits, p_ref, decay_ref, *, bias=None):
+        """Exponentials of some rows' logits, and by what these rows' output decays."""
         parts = [pl.ds(i, LANES) for i in range(0, logits.shape[1], LANES)]
-
-        def part(keys):
-            s = logits[:, keys]
-            return s if bias is None else s + bias[:, keys.start : keys.start + LANES]
-
-        m_old, m = self.m_ref[rows], part(parts[0])
+        m_old, m = self.m_ref[rows], logits[:, parts[0]]
         for keys in parts[1:]:
-            m = jnp.maximum(m, part(keys))
+            m = jnp.maximum(m, logits[:, keys])
         m = jnp.maximum(m_old, m.max(1, keepdims=True))
         decay = jnp.exp2(m_old - m)
         l = decay * self.l_ref[rows]
         for keys in parts:
-            p = jnp.exp2(part(keys) - m)
+            s = logits[:, keys] - m
+            p = jnp.exp2(s if bias is None else s + bias[:, keys.start : keys.start + LANES])
             l = l + p
-            p_ref[:, keys] = pltpu.bitcast(p.astype(value.dtype), p_ref.dtype)
-        self.m_ref[rows], self.l_ref[rows] = m, l
+            p_ref[:, keys] = pltpu.bitcast(p.astype(self.value_ref.dtype), p_ref.dtype)
+        self.m_ref[rows], self.l_ref[rows], decay_ref[...] = m, l, decay
+
+    def add(self, rows, p_ref, decay_ref, value):
+        """The output of some rows after more values."""
         p = pltpu.bitcast(p_ref[...], value.dtype)
         added = self.dot(p, value, (((1,), (0,)), ((), ())))
-        acc = self.acc_ref[rows]
-        self.acc_ref[rows] = _wide(decay, acc) * acc + added
+        self.acc_ref[rows] = _wide(decay_ref[...], added) * self.acc_ref[rows] + added
 
-    def attend_whole(self, slot, view, *, bias=None):
+    def attend_whole(self, slot, view, ahead, *, bias=None):
         """Attend to a step that all rows see in one view.
 
         The logits of a part are written before the softmax of the part before it, so that
@@ -354,24 +355,39 @@ class _Tile:
             for row in range(0, shape.rows, shape.chunk)
             for key in range(0, shape.width, shape.sub)
         ]
-        self.s_ref[0] = self.logits(view, parts[0][0], slot, parts[0][1])
-        for i, (rows, keys) in enumerate(parts):
-            if i + 1 < len(parts):
-                following = parts[i + 1]
-                self.s_ref[(i + 1) % 2] = self.logits(view, following[0], slot, following[1])
-            self.update(
-                rows,
-                self.s_ref.at[i % 2],
-                self.p_ref.at[i % 2],
-                self.value_ref[slot, keys],
-                bias=None if bias is None else bias[:, keys.start : keys.start + shape.sub],
-            )
 
-    def attend_cut(self, slot, near, far, positions, part_first):
+        def dot(i):
+            rows, keys = parts[i]
+            self.s_ref[i % 2] = self.logits(view, rows, slot, keys)
+
+        def weigh(i):
+            rows, keys = parts[i]
+            here = None if bias is None else bias[:, keys.start : keys.start + shape.sub]
+            refs = (ref.at[i % 2] for ref in (self.s_ref, self.p_ref, self.decay_ref))
+            self.weigh(rows, *refs, bias=here)
+
+        def add(i):
+            rows, keys = parts[i]
+            refs = (ref.at[i % 2] for ref in (self.p_ref, self.decay_ref))
+            self.add(rows, *refs, self.value_ref[slot, keys])
+
+        share = pl.cdiv(len(ahead), max(len(parts) // 2, 1))
+        dot(0)
+        for i in range(len(parts)):
+            if i + 1 < len(parts):
+                dot(i + 1)
+            for fetch in ahead[i * share : (i + 1) * share]:
+                fetch()
+            weigh(i)
+            add(i)
+
+    def attend_cut(self, slot, near, far, part_first):
         """Attend to a step of which each row sees some keys, in views `near` to `far`.
 
+        Positions of the keys are in `positions_ref`; those of keys that must not show lie
+        past `last`.
+
         Args:
-            positions: of the keys [1, width]; those that must not show lie past `last`.
             part_first: the lowest position from a key of the step on.
         """
         shape = self.shape
@@ -379,8 +395,7 @@ class _Tile:
         chunks, subs = shape.rows // height, shape.width // shape.sub
         logits = self.s_ref.at[0, :height]
         p = self.p_ref.at[0, : height * self.value_ref.dtype.itemsize // 4]
-        for i in range(subs):
-            self.positions_ref[i] = positions[:, i * shape.sub : (i + 1) * shape.sub]
+        decay = self.decay_ref.at[0, :height]
 
         def part(number, i):
             view = near + jax.lax.div(number, jnp.int32(chunks))
@@ -391,7 +406,8 @@ class _Tile:
             k_pos = self.positions_ref[i]
             seen = (k_pos >= low) & (k_pos <= high)
             logits[...] = jnp.where(seen, self.logits(view, rows, slot, keys), MASKED)
-            self.update(rows, logits, p, self.value_ref[slot, keys])
+            self.weigh(rows, logits, p, decay)
+            self.add(rows, p, decay, self.value_ref[slot, keys])
             return i
 
         def sub(i, _):
@@ -445,8 +461,29 @@ def _floor_div(x, n: int):
     return jnp.floor((x.astype(jnp.float32) + 0.5) / n).astype(jnp.int32)
 
 
-def _steps(tile, layer, keys_ref, values_ref, table_ref, piece_at, number):
-    """Attend to `number` steps of pieces.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Columns:
+    """The packed columns of a head inside the kernel; see `_listed`.
+
+    Attributes:
+        number: steps of columns that the tile reads some of.
+    """
+
+    keys_ref: jax.Array
+    values_ref: jax.Array
+    positions_ref: jax.Array
+    covered_ref: jax.Array
+    spans_ref: jax.Array
+    number: Int[Array, ""]
+
+    def in_block(self, j):
+        """Which columns of step j lie in a block that the tile reads, [1, width]."""
+        bit = jax.lax.rem(pl.program_id(1), WORD)
+        return jax.lax.shift_right_logical(self.covered_ref[j], bit) & 1 > 0
+
+
+def _sweep(tile, layer, keys_ref, values_ref, table_ref, piece_at, number, columns=None):
+    """Attend to `number` steps of pieces, then to columns.
 
     Args:
         piece_at: position of piece b of step j, and whether it counts; if it does not, the
@@ -454,56 +491,112 @@ def _steps(tile, layer, keys_ref, values_ref, table_ref, piece_at, number):
     """
     shape = tile.shape
     head = jax.lax.div(pl.program_id(0), jnp.int32(shape.kv_group))
+    total = number if columns is None else number + columns.number
+
+    def copy(source, into, buffer, slot):
+        pltpu.make_async_copy(source, buffer.at[slot, into], tile.semaphores.at[slot]).start()
+
+    def fetch_piece(j, b, slot):
+        first, _ = piece_at(j, b)
+        page = table_ref[jax.lax.div(first, jnp.int32(shape.page))]
+        row = pl.multiple_of(jax.lax.rem(first, jnp.int32(shape.page)), shape.piece)
+        into = pl.ds(pl.multiple_of(b * shape.piece, shape.piece), shape.piece)
+        for cache, buffer in ((keys_ref, tile.key_ref), (values_ref, tile.value_ref)):
+            copy(cache.at[layer, head, page, pl.ds(row, shape.piece)], into, buffer, slot)
 
     def fetch(j, slot):
-        for b in range(shape.pieces):
-            first, _ = piece_at(j, b)
-            page = table_ref[jax.lax.div(first, jnp.int32(shape.page))]
-            row = pl.multiple_of(jax.lax.rem(first, jnp.int32(shape.page)), shape.piece)
-            into = pl.ds(b * shape.piece, shape.piece)
-            for cache, buffer in ((keys_ref, tile.key_ref), (values_ref, tile.value_ref)):
-                pltpu.make_async_copy(
-                    cache.at[layer, head, page, pl.ds(row, shape.piece)],
-                    buffer.at[slot, into],
-                    tile.semaphores.at[slot],
-                ).start()
+        def piece(b, _):
+            fetch_piece(j, b, slot)
+            return 0
+
+        @pl.when(j < number)
+        def _():
+            jax.lax.fori_loop(0, shape.pieces, piece, 0)
+
+        if columns is None:
+            return
+
+        @pl.when((j >= number) & (j < total))
+        def _():
+            row = pl.multiple_of((j - number) * shape.width, shape.width)
+            rows, into = pl.ds(row, shape.width), pl.ds(0, shape.width)
+            copy(columns.keys_ref.at[pl.program_id(0), rows], into, tile.key_ref, slot)
+            copy(columns.values_ref.at[pl.program_id(0), rows], into, tile.value_ref, slot)
 
     def position_of(j, key):
-        first, counts = piece_at(j, key // shape.piece)
-        return jnp.where(counts, first + key % shape.piece, FAR)
+        first, counts = piece_at(j, jax.lax.div(jnp.int32(key), jnp.int32(shape.piece)))
+        return jnp.where(counts, first + jax.lax.rem(key, jnp.int32(shape.piece)), FAR)
+
+    def write_positions(j):
+        lane = jax.lax.broadcasted_iota(jnp.int32, (1, shape.sub), 1)
+        for i in range(shape.width // shape.sub):
+            begin = i * shape.sub
+            positions = lane + position_of(j, begin)
+            for key in range(shape.piece, shape.sub, shape.piece):
+                positions = jnp.where(
+                    lane >= key, lane - key + position_of(j, begin + key), positions
+                )
+            tile.positions_ref[i] = positions
 
     def step(j, _):
         slot = jax.lax.rem(j, 2)
+        tile.wait(slot)
+        listed = j < number
+        column = jnp.maximum(j - number, 0)
+        first, last = position_of(j, 0), position_of(j, shape.width - 1)
+        if columns is not None:
+            spans = columns.spans_ref
+            first = jnp.where(listed, first, spans[0, 2 * column])
+            last = jnp.where(listed, last, spans[0, 2 * column + 1])
+        near, far = tile.views(first, last)
+        whole = (last <= tile.first) & (near == far)
+        # Copies of the next step start in the block of code that they shall overlap with,
+        # so there must be one.
+        plain = whole & (j + 1 < number)
 
-        @pl.when(j + 1 < number)
+        @pl.when(plain)
+        def _():
+            ahead = [
+                functools.partial(fetch_piece, j + 1, b, 1 - slot) for b in range(shape.pieces)
+            ]
+            tile.attend_whole(slot, near, ahead)
+
+        @pl.when(jnp.logical_not(plain))
         def _():
             fetch(j + 1, 1 - slot)
 
-        tile.wait(slot)
-        first, last = position_of(j, 0), position_of(j, shape.width - 1)
-        near, far = tile.views(first, last)
-        whole = (last <= tile.first) & (near == far)
+        cut = jnp.logical_not(plain)
+        if columns is not None:
+            cut &= listed | jnp.logical_not(whole)
 
-        @pl.when(whole)
-        def _():
-            tile.attend_whole(slot, near)
+            @pl.when(whole & jnp.logical_not(listed))
+            def _():
+                in_block = columns.in_block(column)
+                tile.attend_whole(slot, near, [], bias=jnp.where(in_block, MASKED, 0.0))
 
-        @pl.when(jnp.logical_not(whole))
+            @pl.when(cut & jnp.logical_not(listed))
+            def _():
+                in_block, position = columns.in_block(column), columns.positions_ref[column]
+                position = jnp.where(in_block, FAR, position)
+                for i in range(shape.width // shape.sub):
+                    tile.positions_ref[i] = position[:, i * shape.sub : (i + 1) * shape.sub]
+
+        @pl.when(cut & listed)
         def _():
             tile.clear(slot, functools.partial(position_of, j))
-            lane = jax.lax.broadcasted_iota(jnp.int32, (1, shape.width), 1)
-            offset = jnp.zeros_like(lane)
-            for key in range(0, shape.width, shape.piece):
-                offset = jnp.where(lane >= key, position_of(j, key) - key, offset)
-            tile.attend_cut(slot, near, far, lane + offset, functools.partial(position_of, j))
+            write_positions(j)
+
+        def part_first(key):
+            return jnp.where(listed, position_of(j, key), first)
+
+        @pl.when(cut)
+        def _():
+            tile.attend_cut(slot, near, far, part_first)
 
         return 0
 
-    @pl.when(number > 0)
-    def _():
-        fetch(0, 0)
-
-    jax.lax.fori_loop(0, number, step, 0)
+    fetch(0, 0)
+    jax.lax.fori_loop(0, total, step, 0)
 
 
 def _dense(shape, where_ref, table_ref, q_ref, keys_ref, values_ref, out_ref, lse_ref, *scratch):
@@ -517,7 +610,7 @@ def _dense(shape, where_ref, table_ref, q_ref, keys_ref, values_ref, out_ref, ls
         return jnp.minimum(first, final), first <= final
 
     number = jnp.where(tile.first_row < tile.length, pl.cdiv(tile.last + 1, shape.width), 0)
-    _steps(tile, where_ref[0], keys_ref, values_ref, table_ref, piece_at, number)
+    _sweep(tile, where_ref[0], keys_ref, values_ref, table_ref, piece_at, number)
     tile.finish()
 
 
@@ -530,7 +623,7 @@ def _sparse(
     values_ref,
     packed_keys_ref,
     packed_values_ref,
-    columns_ref,
+    positions_ref,
     covered_ref,
     spans_ref,
     words_ref,
@@ -550,7 +643,7 @@ def _sparse(
         def some():
             end = count
             for bit in range(WORD):
-                list_ref[jnp.minimum(end, list_ref.shape[0] - 1)] = WORD * word + bit
+                list_ref[end] = WORD * word + bit
                 end += jax.lax.shift_right_logical(bits, jnp.int32(bit)) & 1
             return end
 
@@ -561,56 +654,20 @@ def _sparse(
 
     def piece_at(j, b):
         rank = j * shape.pieces + b
-        return list_ref[jnp.minimum(rank, count - 1)] * shape.piece, rank < count
-
-    number = pl.cdiv(count, shape.pieces)
-    _steps(tile, where_ref[0], keys_ref, values_ref, table_ref, piece_at, number)
+        return list_ref[jnp.clip(rank, 0, count - 1)] * shape.piece, rank < count
 
     def later(j, number):
         return number + (spans_ref[0, 2 * j] <= tile.last).astype(jnp.int32)
 
     steps = jax.lax.fori_loop(0, spans_ref.shape[1] // 2, later, jnp.int32(0))
-    number = jnp.where(wanted, steps, 0)
-    head = pl.program_id(0)
-
-    def fetch(j, slot):
-        rows = pl.ds(pl.multiple_of(j * shape.width, shape.width), shape.width)
-        for packed, buffer in (
-            (packed_keys_ref, tile.key_ref),
-            (packed_values_ref, tile.value_ref),
-        ):
-            pltpu.make_async_copy(
-                packed.at[head, rows], buffer.at[slot], tile.semaphores.at[slot]
-            ).start()
-
-    def step(j, _):
-        slot = jax.lax.rem(j, 2)
-
-        @pl.when(j + 1 < number)
-        def _():
-            fetch(j + 1, 1 - slot)
-
-        tile.wait(slot)
-        first, last = spans_ref[0, 2 * j], spans_ref[0, 2 * j + 1]
-        near, far = tile.views(first, last)
-        whole = (last <= tile.first) & (near == far)
-        bit = jax.lax.rem(pl.program_id(1), WORD)
-        in_block = jax.lax.shift_right_logical(covered_ref[j], bit) & 1 > 0
-
-        @pl.when(whole)
-        def _():
-            tile.attend_whole(slot, near, bias=jnp.where(in_block, MASKED, 0.0))
-
-        @pl.when(jnp.logical_not(whole))
-        def _():
-            positions = jnp.where(in_block, FAR, columns_ref[j])
-            tile.attend_cut(slot, near, far, positions, lambda _: first)
-
-        return 0
-
-    @pl.when(number > 0)
-    def _():
-        fetch(0, 0)
-
-    jax.lax.fori_loop(0, number, step, 0)
+    columns = _Columns(
+        keys_ref=packed_keys_ref,
+        values_ref=packed_values_ref,
+        positions_ref=positions_ref,
+        covered_ref=covered_ref,
+        spans_ref=spans_ref,
+        number=jnp.where(wanted, steps, 0),
+    )
+    number = pl.cdiv(count, shape.pieces)
+    _sweep(tile, where_ref[0], keys_ref, values_ref, table_ref, piece_at, number, columns)
     tile.finish()
