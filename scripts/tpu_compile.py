@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 GENERATIONS = {
     "v4": "v4:2x2x1",
@@ -83,8 +84,18 @@ def memory_of(mesh) -> int:
     return info.hbm_capacity_bytes * info.num_cores
 
 
-def compiled(mesh, function: Callable, *args, **options):
-    """A function compiled for a mesh; the arguments are arrays or shapes, `options` go to jit."""
+class Compiled(NamedTuple):
+    """What the compiler made: `memory_analysis()`, and its text."""
+
+    memory: Any
+    text: str
+
+
+def compiled(mesh, function: Callable, *args, **options) -> Compiled:
+    """A function compiled for a mesh; the arguments are arrays or shapes, `options` go to jit.
+
+    The text is the compiler's own, since it may hold what jax is too old to parse.
+    """
     import jax
 
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -94,7 +105,11 @@ def compiled(mesh, function: Callable, *args, **options):
 
     with jax.set_mesh(mesh):
         lowered = jax.jit(function, **options).lower(*jax.tree.map(described, args))
-    return lowered.compile()
+    with tempfile.TemporaryDirectory() as dump:
+        dumped = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+        memory = lowered.compile(compiler_options=dumped).memory_analysis()
+        (text,) = Path(dump).glob("*.after_optimizations.txt")
+        return Compiled(memory, text.read_text())
 
 
 def in_child(script: str, *arguments: str) -> Iterator[dict]:
@@ -120,7 +135,7 @@ def schedules(mesh, function: Callable, *args) -> list[Schedule]:
     dump = Path(os.environ[_DUMP])
     for old in dump.iterdir():
         old.unlink()
-    text = compiled(mesh, function, *args).as_text() or ""
+    text = compiled(mesh, function, *args).text
     kernels = re.findall(r"%([\w.-]+) = [^\n]* custom_call_target=\"tpu_custom_call\"", text)
     return [_schedule(dump, name) for name in dict.fromkeys(kernels)]
 

@@ -52,7 +52,7 @@ def matrix(generation: str) -> Iterator[str]:
             args = jax.eval_shape(lambda name=name, case=case: inputs(name, case))
             try:
                 done = compiled(device, program(name, case, "mosaic_tpu"), *args)
-                temps.append(f"{done.memory_analysis().temp_size_in_bytes / 1e6:,.1f} MB")  # pyright: ignore
+                temps.append(f"{done.memory.temp_size_in_bytes / 1e6:,.1f} MB")
             except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
                 temps.append(f"no: {str(error).splitlines()[0]}")
         cells = (

@@ -31,7 +31,9 @@ TILES = Tiles(q=1792, k=1024)
 STEP = 1024  # listed keys a step
 LANES = 128  # of a vector register
 WORD = 32  # bits
-ORDER=0; MAXR=1024; SUB=512
+ORDER = 0
+MAXR = 1024
+SUB = 512
 FAR = 2**30  # further than any position
 VMEM_BYTES = 32 * 2**20
 

@@ -17,7 +17,7 @@ from pallas_kernels.programs import PROGRAMS, inputs, program
 pytest.importorskip("libtpu", reason="the TPU compiler (pip install libtpu) is not installed")
 
 CONTEXT = 1_010_000
-SOON = {("v5e", "7B"), ("tpu7x", "14B")}
+SOON = {("v5e", "7B")}
 MATRIX = [
     pytest.param(
         generation,
@@ -41,14 +41,14 @@ def check(mesh, memory, name, case):
     """Compiles, fits, reads the cache where it lies, and holds little beside what it is given."""
     args = jax.eval_shape(lambda: inputs(name, case))
     compiled = tpu_compile.compiled(mesh, program(name, case, "mosaic_tpu"), *args)
-    used = compiled.memory_analysis()
+    used = compiled.memory
     queries = next(leaf for leaf in args if getattr(leaf, "ndim", 0) >= 4)
     given = used.argument_size_in_bytes
     assert given >= case.cache_bytes // (2 if name == "selection" else 1)
     assert given + used.output_size_in_bytes + used.temp_size_in_bytes < memory
     assert used.temp_size_in_bytes <= bound(name, case, queries.size * queries.dtype.itemsize)
     layer = case.num_kv_heads * case.num_pages * case.page * case.head_dim
-    made = sizes(compiled.as_text())
+    made = sizes(compiled.text)
     assert not made & {layer * count for count in (1, case.num_layers)}
     assert max(made) < layer * case.num_layers
 
@@ -59,7 +59,9 @@ def bound(name, case, query_bytes):
         return 2**20
     if name == "selection":
         return 2**22
-    return 2 * query_bytes
+    # The queries scaled, and as the kernel takes them; of a plan the packed columns.
+    columns = 2 * 2 * case.num_heads * case.num_columns * case.head_dim
+    return 2**22 + 2 * query_bytes + (2 * columns if name == "sparse prefill" else 0)
 
 
 @pytest.mark.usefixtures("unchecked")
