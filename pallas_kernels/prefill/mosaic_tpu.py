@@ -13,6 +13,7 @@ The logits are to base 2: the queries come in times log2(e).
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,7 @@ def prefill(
         width=width,
         piece=piece,
         page=page,
+        kv_heads=K,
         kv_group=heads // K,
         geometry=geometry,
     )
@@ -104,7 +106,8 @@ def prefill(
         anywhere,
         anywhere,
     ]
-    args = [rows, keys, values]
+    # A view: rows of pages lie one after another.
+    args = [rows, *(cache.reshape(-1, cache.shape[2] * page, H) for cache in (keys, values))]
     scratch = [
         pltpu.VMEM((2, width, H), keys.dtype),
         pltpu.VMEM((2, width, H), values.dtype),
@@ -132,7 +135,8 @@ def prefill(
             _in_smem(listed[4], lambda n, i, *_: (n, 0, 0)),
             _in_smem(listed[5], lambda n, i, *_: (n, i, 0, 0)),
         ]
-        scratch.append(pltpu.SMEM(((plan.blocks.shape[2] + 1) * WORD,), jnp.int32))
+        # Numbers of the blocks that a tile reads, and their rows in the cache.
+        scratch += 2 * [pltpu.SMEM(((plan.blocks.shape[2] + 1) * WORD,), jnp.int32)]
     out, lse = pl.pallas_call(
         functools.partial(_dense if plan is None else _sparse, shape),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -214,6 +218,7 @@ class _Shape:
         group: query heads that join the rows of a tile.
         width: keys a step.
         piece: keys that are copied together.
+        kv_heads: kv heads of a layer.
         kv_group: heads of the grid that read one kv head.
     """
 
@@ -223,6 +228,7 @@ class _Shape:
     width: int
     piece: int
     page: int
+    kv_heads: int
     kv_group: int
     geometry: ChunkGeometry | None
 
@@ -362,26 +368,35 @@ class _Tile:
             rows, keys = parts[i]
             self.s_ref[i % 2] = self.logits(view, rows, slot, keys)
 
-        def weigh(i):
+        def weigh(i, ahead):
             rows, keys = parts[i]
             here = None if bias is None else bias[:, keys.start : keys.start + shape.sub]
-            refs = (ref.at[i % 2] for ref in (self.s_ref, self.p_ref, self.decay_ref))
-            self.weigh(rows, *refs, bias=here)
+            for row in range(0, shape.chunk, LANES):
+                some = pl.ds(row, LANES)
+                words = LANES * self.value_ref.dtype.itemsize // 4
+                self.weigh(
+                    pl.ds(rows.start + row, LANES),
+                    self.s_ref.at[i % 2, some],
+                    self.p_ref.at[i % 2, pl.ds(row // LANES * words, words)],
+                    self.decay_ref.at[i % 2, some],
+                    bias=here,
+                )
+                if ahead:
+                    ahead.pop(0)()
 
         def add(i):
             rows, keys = parts[i]
             refs = (ref.at[i % 2] for ref in (self.p_ref, self.decay_ref))
             self.add(rows, *refs, self.value_ref[slot, keys])
 
-        share = pl.cdiv(len(ahead), max(len(parts) // 2, 1))
         dot(0)
         for i in range(len(parts)):
             if i + 1 < len(parts):
                 dot(i + 1)
-            for fetch in ahead[i * share : (i + 1) * share]:
-                fetch()
-            weigh(i)
+            weigh(i, ahead)
             add(i)
+        for fetch in ahead:
+            fetch()
 
     def attend_cut(self, slot, near, far, part_first):
         """Attend to a step of which each row sees some keys, in views `near` to `far`.
@@ -471,11 +486,11 @@ class _Columns:
         number: steps of columns that the tile reads some of.
     """
 
-    keys_ref: jax.Array
-    values_ref: jax.Array
-    positions_ref: jax.Array
-    covered_ref: jax.Array
-    spans_ref: jax.Array
+    keys_ref: Any
+    values_ref: Any
+    positions_ref: Any
+    covered_ref: Any
+    spans_ref: Any
     number: Int[Array, ""]
 
     def in_block(self, j):
@@ -484,31 +499,31 @@ class _Columns:
         return jax.lax.shift_right_logical(self.covered_ref[j], bit) & 1 > 0
 
 
-def _sweep(tile, layer, keys_ref, values_ref, table_ref, piece_at, number, columns=None):
+def _sweep(tile, layer, keys_ref, values_ref, row_at, piece_at, number, columns=None):
     """Attend to `number` steps of pieces, then to columns.
 
     Args:
-        piece_at: position of piece b of step j, and whether it counts; if it does not, the
-            position is of one that does.
+        row_at: where piece b of step j begins in the cache of a head; of any other piece if
+            it does not count.
+        piece_at: position of piece b of step j, and whether it counts.
     """
     shape = tile.shape
     head = jax.lax.div(pl.program_id(0), jnp.int32(shape.kv_group))
+    lane_of_cache = layer * shape.kv_heads + head
     total = number if columns is None else number + columns.number
 
     def copy(source, into, buffer, slot):
         pltpu.make_async_copy(source, buffer.at[slot, into], tile.semaphores.at[slot]).start()
 
-    def fetch_piece(j, b, slot):
-        first, _ = piece_at(j, b)
-        page = table_ref[jax.lax.div(first, jnp.int32(shape.page))]
-        row = pl.multiple_of(jax.lax.rem(first, jnp.int32(shape.page)), shape.piece)
+    def fetch_piece(row, b, slot):
+        rows = pl.ds(pl.multiple_of(row, shape.piece), shape.piece)
         into = pl.ds(pl.multiple_of(b * shape.piece, shape.piece), shape.piece)
-        for cache, buffer in ((keys_ref, tile.key_ref), (values_ref, tile.value_ref)):
-            copy(cache.at[layer, head, page, pl.ds(row, shape.piece)], into, buffer, slot)
+        copy(keys_ref.at[lane_of_cache, rows], into, tile.key_ref, slot)
+        copy(values_ref.at[lane_of_cache, rows], into, tile.value_ref, slot)
 
     def fetch(j, slot):
         def piece(b, _):
-            fetch_piece(j, b, slot)
+            fetch_piece(row_at(j, b), b, slot)
             return 0
 
         @pl.when(j < number)
@@ -559,7 +574,8 @@ def _sweep(tile, layer, keys_ref, values_ref, table_ref, piece_at, number, colum
         @pl.when(plain)
         def _():
             ahead = [
-                functools.partial(fetch_piece, j + 1, b, 1 - slot) for b in range(shape.pieces)
+                functools.partial(fetch_piece, row_at(j + 1, b), b, 1 - slot)
+                for b in range(shape.pieces)
             ]
             tile.attend_whole(slot, near, ahead)
 
@@ -611,8 +627,13 @@ def _dense(shape, where_ref, table_ref, q_ref, keys_ref, values_ref, out_ref, ls
         final = jax.lax.div(tile.last, jnp.int32(shape.piece)) * shape.piece
         return jnp.minimum(first, final), first <= final
 
+    def row_at(j, b):
+        first, _ = piece_at(j, b)
+        page = table_ref[jax.lax.div(first, jnp.int32(shape.page))]
+        return page * shape.page + jax.lax.rem(first, jnp.int32(shape.page))
+
     number = jnp.where(tile.first_row < tile.length, pl.cdiv(tile.last + 1, shape.width), 0)
-    _sweep(tile, where_ref[0], keys_ref, values_ref, table_ref, piece_at, number)
+    _sweep(tile, where_ref[0], keys_ref, values_ref, row_at, piece_at, number)
     tile.finish()
 
 
@@ -634,10 +655,12 @@ def _sparse(
     *scratch,
 ):
     """A tile of queries of one head over the blocks that a plan lists, then over its columns."""
-    *scratch, list_ref = scratch
+    *scratch, block_ref, row_ref = scratch
     tile = _Tile(shape, where_ref, q_ref, out_ref, lse_ref, scratch)
     tile.start()
     wanted = tile.first_row < tile.length
+    span = min(shape.page // shape.piece, WORD)  # bits that lie in one page
+    last_page = jax.lax.div(tile.last, jnp.int32(shape.page))
 
     def append(word, count):
         bits = words_ref[0, word]
@@ -645,7 +668,11 @@ def _sparse(
         def some():
             end = count
             for bit in range(WORD):
-                list_ref[end] = WORD * word + bit
+                first = (WORD * word + bit // span * span) * shape.piece
+                page = jnp.minimum(jax.lax.div(first, jnp.int32(shape.page)), last_page)
+                base = table_ref[page] * shape.page + jax.lax.rem(first, jnp.int32(shape.page))
+                block_ref[end] = WORD * word + bit
+                row_ref[end] = base + bit % span * shape.piece
                 end += jax.lax.shift_right_logical(bits, jnp.int32(bit)) & 1
             return end
 
@@ -654,9 +681,14 @@ def _sparse(
     words = jnp.where(wanted, pl.cdiv(tile.last + 1, WORD * shape.piece), 0)
     count = jax.lax.fori_loop(0, words, append, jnp.int32(0))
 
+    def rank_of(j, b):
+        return jnp.clip(j * shape.pieces + b, 0, count - 1)
+
     def piece_at(j, b):
-        rank = j * shape.pieces + b
-        return list_ref[jnp.clip(rank, 0, count - 1)] * shape.piece, rank < count
+        return block_ref[rank_of(j, b)] * shape.piece, j * shape.pieces + b < count
+
+    def row_at(j, b):
+        return row_ref[rank_of(j, b)]
 
     def later(j, number):
         return number + (spans_ref[0, 2 * j] <= tile.last).astype(jnp.int32)
@@ -671,5 +703,5 @@ def _sparse(
         number=jnp.where(wanted, steps, 0),
     )
     number = pl.cdiv(count, shape.pieces)
-    _sweep(tile, where_ref[0], keys_ref, values_ref, table_ref, piece_at, number, columns)
+    _sweep(tile, where_ref[0], keys_ref, values_ref, row_at, piece_at, number, columns)
     tile.finish()

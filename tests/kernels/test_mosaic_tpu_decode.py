@@ -20,9 +20,15 @@ from pallas_kernels.decode import mosaic_tpu
 from pallas_kernels.geometry import INTER, SUCC, ChunkGeometry
 
 LAYER, NOWHERE = 1, 2**30
-INTERPRET = pltpu.InterpretParams(
-    detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
-)
+
+
+def interpreter(cores):
+    return pltpu.InterpretParams(
+        detect_races=True,
+        uninitialized_memory="nan",
+        out_of_bounds_reads="raise",
+        num_cores_or_threads=cores,
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,14 +81,14 @@ class Sequences:
     def _sizes(shape):
         return shape.num_kv_heads, shape.head_dim, shape.page
 
-    def decode(self, queries=None, table=None, positions=None, interpret=INTERPRET):
+    def decode(self, queries=None, table=None, positions=None, interpret=None):
         out, lse = jax.jit(
             functools.partial(
                 mosaic_tpu.decode,
                 geometry=self.geometry,
                 block_bytes=self.shape.block_bytes,
                 cores=self.shape.cores,
-                interpret=interpret,
+                interpret=interpreter(self.shape.cores) if interpret is None else interpret,
             )
         )(
             jnp.asarray(self.queries if queries is None else queries),
