@@ -93,9 +93,7 @@ def check(case, dtype, start, length, tiles=None, selected=None, seed=0):
     assert lse.dtype == np.float32
     assert np.isfinite(out.astype(np.float32)).all()
     mask = None if mask is None else np.asarray(mask)
-    expected, expected_lse = oracle.attention(
-        queries, *flat, start, length, case.geometry, mask
-    )
+    expected, expected_lse = oracle.attention(queries, *flat, start, length, case.geometry, mask)
     seen = expected_lse[:length] > -np.inf
     assert (out[:length][~seen] == 0).all()
     assert (lse[:length][~seen] == -np.inf).all()
@@ -168,6 +166,13 @@ def test_keys_that_are_not_whole_registers_are_refused(tiles, text):
     zero = jnp.int32(0)
     with pytest.raises(Unsupported, match=text):
         mosaic_tpu.prefill(
-            queries, cache, cache, zero, jnp.arange(3), zero, zero, geometry=case.geometry,
+            queries,
+            cache,
+            cache,
+            zero,
+            jnp.arange(3),
+            zero,
+            zero,
+            geometry=case.geometry,
             tiles=tiles,
         )
