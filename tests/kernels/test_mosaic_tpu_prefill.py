@@ -1,7 +1,6 @@
 """The TPU kernel of prefill in the TPU interpreter, which finds races and bad reads."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +30,8 @@ COLUMNS = 40
 
 
 def case_of(**sizes):
-    sizes = dict(num_heads=2, num_kv_heads=1, head_dim=16, page=64, geometry=None) | sizes
-    return Case(slice_len=sizes.pop("slice_len", 150), **sizes)
+    usual = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "page": 64, "geometry": None}
+    return Case(slice_len=150, **usual | sizes)
 
 
 # Slices of two tiles, caches of 11 pages: 704 keys, of several steps each.
@@ -51,7 +50,7 @@ def compiled(case, tiles):
 
     def run(queries, keys, values, table, start, length, verticals, slashes):
         args = queries, keys, values, jnp.int32(LAYER), table, start, length
-        options = dict(geometry=case.geometry, interpret=INTERPRET)
+        options = {"geometry": case.geometry, "interpret": INTERPRET}
         if tiles is None:
             dense = Tiles(q=128 * case.num_heads // case.num_kv_heads, k=128)
             return *mosaic_tpu.prefill(*args, **options, tiles=dense), None
@@ -93,9 +92,7 @@ def check(case, dtype, start, length, tiles=None, selected=None, seed=0):
     assert lse.dtype == np.float32
     assert np.isfinite(out.astype(np.float32)).all()
     mask = None if mask is None else np.asarray(mask)
-    expected, expected_lse = oracle.attention(
-        queries, *flat, start, length, case.geometry, mask
-    )
+    expected, expected_lse = oracle.attention(queries, *flat, start, length, case.geometry, mask)
     seen = expected_lse[:length] > -np.inf
     assert (out[:length][~seen] == 0).all()
     assert (lse[:length][~seen] == -np.inf).all()
@@ -168,6 +165,13 @@ def test_keys_that_are_not_whole_registers_are_refused(tiles, text):
     zero = jnp.int32(0)
     with pytest.raises(Unsupported, match=text):
         mosaic_tpu.prefill(
-            queries, cache, cache, zero, jnp.arange(3), zero, zero, geometry=case.geometry,
+            queries,
+            cache,
+            cache,
+            zero,
+            jnp.arange(3),
+            zero,
+            zero,
+            geometry=case.geometry,
             tiles=tiles,
         )
