@@ -85,8 +85,7 @@ def prefill(
     )
     M = shape.rows
 
-    scaled = (queries.astype(jnp.float32) * math.log2(math.e)).astype(queries.dtype)
-    rows = jnp.pad(scaled, ((0, 0), (0, count * q - T), (0, 0), (0, 0)))
+    rows = jnp.pad(queries, ((0, 0), (0, count * q - T), (0, 0), (0, 0)))
     rows = rows.reshape(views, count, q, heads, G, H).transpose(0, 3, 1, 4, 2, 5)
     rows = jnp.pad(rows, ((0, 0),) * 4 + ((0, rows_of_head - q), (0, 0)))
     rows = rows.reshape(views, heads, count, M, H)
@@ -101,6 +100,7 @@ def prefill(
     # A view: rows of pages lie one after another.
     args = [rows, *(cache.reshape(-1, cache.shape[2] * page, H) for cache in (keys, values))]
     scratch = [
+        pltpu.VMEM((views, M, H), queries.dtype),  # queries for logits to base 2
         pltpu.VMEM((2, width, H), keys.dtype),
         pltpu.VMEM((2, width, H), values.dtype),
         pltpu.VMEM((M, LANES), jnp.float32),  # m: running maximum, in every lane

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jaxtyping import Array, Int
 from pallas_kernels.prefill.mosaic_tpu_tile import FAR, Tile
 from pallas_kernels.softmax import MASKED
 
-WORD = 32  # bits
+WORD, BYTE = 32, 8  # bits
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +59,8 @@ def _sweep(
     shape = tile.shape
     head = jax.lax.div(pl.program_id(0), jnp.int32(shape.kv_group))
     cache_head = layer * shape.kv_heads + head
-    total = number if columns is None else number + columns.number
+    packed = columns is not None  # else all steps are of pieces
+    total = number + columns.number if packed else number
 
     def copy(source, into, buffer, slot):
         pltpu.make_async_copy(source, buffer.at[slot, into], tile.semaphores.at[slot]).start()
@@ -78,7 +80,7 @@ def _sweep(
         def _():
             jax.lax.fori_loop(0, shape.pieces, piece, 0)
 
-        if columns is None:
+        if not packed:
             return
 
         @pl.when((j >= number) & (j < total))
@@ -94,14 +96,17 @@ def _sweep(
 
     def write_positions(j):
         lane = jax.lax.broadcasted_iota(jnp.int32, (1, shape.sub), 1)
-        for i in range(shape.width // shape.sub):
+
+        def body(i, _):
             begin = i * shape.sub
             positions = lane + position_of(j, begin)
             for key in range(shape.piece, shape.sub, shape.piece):
-                positions = jnp.where(
-                    lane >= key, lane - key + position_of(j, begin + key), positions
-                )
+                first = position_of(j, begin + key)
+                positions = jnp.where(lane >= key, lane - key + first, positions)
             tile.positions_ref[i] = positions
+            return 0
+
+        jax.lax.fori_loop(0, shape.width // shape.sub, body, 0)
 
     def step(j, _):
         slot = jax.lax.rem(j, 2)
@@ -109,7 +114,7 @@ def _sweep(
         listed = j < number
         column = jnp.maximum(j - number, 0)
         first, last = position_of(j, 0), position_of(j, shape.width - 1)
-        if columns is not None:
+        if packed:
             spans = columns.spans_ref
             first = jnp.where(listed, first, spans[0, 2 * column])
             last = jnp.where(listed, last, spans[0, 2 * column + 1])
@@ -134,7 +139,7 @@ def _sweep(
             fetch(j + 1, 1 - slot)
 
         cut = jnp.logical_not(plain)
-        if columns is not None:
+        if packed:
             cut &= listed | jnp.logical_not(whole)
 
             @pl.when(whole & jnp.logical_not(listed))
@@ -209,27 +214,29 @@ def sparse(
     tile = Tile(shape, where_ref, q_ref, out_ref, lse_ref, scratch)
     tile.start()
     wanted = tile.first_row < tile.length
-    span = min(shape.page // shape.piece, WORD)  # bits that lie in one page
+    span = math.gcd(shape.page // shape.piece, BYTE)  # bits that lie in one page
     last_page = jax.lax.div(tile.last, jnp.int32(shape.page))
 
-    def append(word, count):
-        bits = words_ref[0, word]
+    def append(byte, count):
+        word = words_ref[0, jax.lax.div(byte, jnp.int32(WORD // BYTE))]
+        shift = BYTE * jax.lax.rem(byte, jnp.int32(WORD // BYTE))
+        bits = jax.lax.shift_right_logical(word, shift)
 
         def some():
             end = count
-            for bit in range(WORD):
-                first = (WORD * word + bit // span * span) * shape.piece
+            for bit in range(BYTE):
+                first = (BYTE * byte + bit // span * span) * shape.piece
                 page = jnp.minimum(jax.lax.div(first, jnp.int32(shape.page)), last_page)
                 base = table_ref[page] * shape.page + jax.lax.rem(first, jnp.int32(shape.page))
-                block_ref[end] = WORD * word + bit
+                block_ref[end] = BYTE * byte + bit
                 row_ref[end] = base + bit % span * shape.piece
                 end += jax.lax.shift_right_logical(bits, jnp.int32(bit)) & 1
             return end
 
-        return jax.lax.cond(bits != 0, some, lambda: count)
+        return jax.lax.cond(bits & (2**BYTE - 1) != 0, some, lambda: count)
 
-    words = jnp.where(wanted, pl.cdiv(tile.last + 1, WORD * shape.piece), 0)
-    count = jax.lax.fori_loop(0, words, append, jnp.int32(0))
+    bytes_ = jnp.where(wanted, pl.cdiv(tile.last + 1, BYTE * shape.piece), 0)
+    count = jax.lax.fori_loop(0, bytes_, append, jnp.int32(0))
 
     def rank_of(j, b):
         return jnp.clip(j * shape.pieces + b, 0, count - 1)

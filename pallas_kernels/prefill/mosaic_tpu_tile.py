@@ -1,6 +1,6 @@
 """Flash attention of one tile of queries inside the TPU kernel of prefill.
 
-Logits are to base 2: the queries come in times log2(e). A step of keys that no mask and no
+Logits are to base 2, of queries times log2(e). A step of keys that no mask and no
 border of chunks cuts has one view of the queries and goes through `attend_whole`, which only
 attends; the others go through `attend_cut`.
 """
@@ -83,6 +83,7 @@ class Tile:
         self.shape = shape
         self.q_ref, self.out_ref, self.lse_ref = q_ref, out_ref, lse_ref
         (
+            self.rows_ref,
             self.key_ref,
             self.value_ref,
             self.m_ref,
@@ -111,6 +112,8 @@ class Tile:
             self.m_ref[rows] = jnp.full((LANES, LANES), MASKED, jnp.float32)
             self.l_ref[rows] = jnp.zeros((LANES, LANES), jnp.float32)
             self.acc_ref[rows] = jnp.zeros((LANES, self.acc_ref.shape[1]), jnp.float32)
+            scaled = self.q_ref[:, rows].astype(jnp.float32) * math.log2(math.e)
+            self.rows_ref[:, rows] = scaled.astype(self.rows_ref.dtype)
             return 0
 
         jax.lax.fori_loop(0, self.shape.rows // LANES, body, 0)
@@ -142,7 +145,7 @@ class Tile:
 
     def logits(self, view, rows, slot, keys):
         contract_last = (((1,), (1,)), ((), ()))
-        return self.dot(self.q_ref[view, rows], self.key_ref[slot, keys], contract_last)
+        return self.dot(self.rows_ref[view, rows], self.key_ref[slot, keys], contract_last)
 
     def weigh(self, rows, logits, p_ref, decay_ref, *, bias=None):
         """Exponentials of some rows' logits, and by what these rows' output decays.
