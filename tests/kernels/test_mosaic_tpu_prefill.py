@@ -1,7 +1,6 @@
 """The TPU kernel of prefill in the TPU interpreter, which finds races and bad reads."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +26,12 @@ INTERPRET = pltpu.InterpretParams(
 )
 # Queries times log2(e) are rounded to bfloat16 once more than those of other backends.
 LIMIT = {"float32": 2e-6, "bfloat16": 2e-2}
-COLUMNS = 40
+COLUMNS = 150  # more than a step
 
 
 def case_of(**sizes):
-    sizes = dict(num_heads=2, num_kv_heads=1, head_dim=16, page=64, geometry=None) | sizes
-    return Case(slice_len=sizes.pop("slice_len", 150), **sizes)
+    usual = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "page": 64, "geometry": None}
+    return Case(slice_len=150, **usual | sizes)
 
 
 # Slices of two tiles, caches of 11 pages: 704 keys, of several steps each.
@@ -51,7 +50,7 @@ def compiled(case, tiles):
 
     def run(queries, keys, values, table, start, length, verticals, slashes):
         args = queries, keys, values, jnp.int32(LAYER), table, start, length
-        options = dict(geometry=case.geometry, interpret=INTERPRET)
+        options = {"geometry": case.geometry, "interpret": INTERPRET}
         if tiles is None:
             dense = Tiles(q=128 * case.num_heads // case.num_kv_heads, k=128)
             return *mosaic_tpu.prefill(*args, **options, tiles=dense), None
@@ -102,13 +101,12 @@ def check(case, dtype, start, length, tiles=None, selected=None, seed=0):
         assert_close(lse[:length][seen], expected_lse[:length][seen], LIMIT[dtype])
 
 
-def selection(rng, case, start, length, budget):
-    """Columns and diagonals; head 0 has columns alone."""
-    end = start + length
+def selection(rng, case, end, columns, diagonals):
+    """Columns and diagonals of each head; head 0 has columns alone."""
     selected = np.zeros((2, case.num_heads, 11 * case.page), bool)
     for head in range(case.num_heads):
-        selected[0, head, rng.permutation(end)[: min(budget, COLUMNS)]] = True
-        selected[1, head, rng.permutation(end)[: budget if head else 0]] = True
+        selected[0, head, rng.permutation(end)[:columns]] = True
+        selected[1, head, rng.permutation(end)[: diagonals if head else 0]] = True
     return selected
 
 
@@ -128,10 +126,10 @@ def test_dense_attention_is_right_on_both_sides_of_a_chunk(name):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_plan_gives_dense_attention_under_its_mask_in_both_types(dtype):
-    case, tiles = CASES["tiles fit the chunk"], Tiles(q=64, k=16)
+    case, tiles = CASES["one window"], Tiles(q=64, k=32)
     rng = np.random.default_rng(1)
-    for start, length, budget in ((500, 130, 30), (0, 1, 3), (511, 2, 0)):
-        selected = selection(rng, case, start, length, budget)
+    for start, length, columns, diagonals in ((554, 150, 150, 4), (0, 1, 3, 3), (511, 2, 0, 0)):
+        selected = selection(rng, case, start + length, columns, diagonals)
         check(case, dtype, start, length, tiles, selected)
 
 
@@ -150,8 +148,9 @@ def test_a_plan_is_right_for_every_slice(data):
     case, tiles = CASES["borders inside a tile"], Tiles(q=128, k=32)
     end = data.draw(st.integers(1, 11 * case.page), "end")
     length = data.draw(st.integers(1, min(end, case.slice_len)), "length")
-    budget = data.draw(st.sampled_from([0, 1, 5, 60, 704]), "budget")
-    selected = selection(np.random.default_rng(end), case, end - length, length, budget)
+    columns = data.draw(st.sampled_from([0, 1, COLUMNS]), "columns")
+    diagonals = data.draw(st.sampled_from([0, 1, 5, 704]), "diagonals")
+    selected = selection(np.random.default_rng(end), case, end, columns, diagonals)
     check(case, "float32", end - length, length, tiles, selected, seed=end)
 
 
