@@ -48,14 +48,14 @@ def decode(
         cores: that share a device's memory and split the keys between them.
 
     Raises:
-        Unsupported: if heads or pages do not fill rows of lanes.
+        Unsupported: if heads do not fill a row of lanes, or pages do not fill rows.
     """
     _, B, Q, N, H = queries.shape
     K, page = keys.shape[1], keys.shape[3]
-    if H % LANES and not interpret:
+    if H > LANES or (H < LANES and not interpret):
         raise Unsupported(
-            f"head_dim={H} must be a multiple of {LANES}: the program would lay out a copy of "
-            "the cache, padded"
+            f"head_dim={H} must be {LANES}: one row of lanes, lest a padded copy of the cache "
+            "be laid out"
         )
     if page % LANES and LANES % page:
         raise Unsupported(
@@ -121,10 +121,9 @@ def block_of(page: int, num_pages: int, token_bytes: int, *, block_bytes: int = 
 
 
 def fetched(kv_len, j, *, page: int, block: int):
-    """Keys of block j of a sequence that are read from HBM; on integers and arrays alike."""
+    """Keys of block j of a sequence that are read from HBM; on numpy and jax arrays alike."""
     granule = math.gcd(GRANULE, page)
-    rest = -(-(kv_len - j * block) // granule) * granule
-    return min(max(rest, 0), block) if isinstance(rest, int) else rest.clip(0, block)
+    return _up(kv_len - j * block, granule).clip(0, block)
 
 
 def _up(size, unit):
@@ -242,12 +241,13 @@ def _kernel(
             if geometry is None:
                 attend(INTRA, k_pos <= q_pos)
                 return
+            chunk_len = geometry.chunk_len
             k_last = jnp.minimum(k_first + sub, kv_len) - 1
 
             @pl.loop(geometry.view(oldest, k_last), geometry.view(kv_len - 1, k_first) + 1)
             def _view(view):
-                bottom = chunk_start - view * geometry.chunk_len
-                top = jnp.minimum(q_pos, bottom + geometry.chunk_len - 1)
+                bottom = chunk_start - view * chunk_len
+                top = jnp.minimum(q_pos, bottom + chunk_len - 1)
                 attend(view, (k_pos <= top) & ((k_pos >= bottom) | (view == INTER)))
 
     # Position of each row, -1 in idle ones, and where its chunk begins.

@@ -58,7 +58,8 @@ class Sequences:
 
     def __init__(self, shape, rows, geometry, seed=0):
         rng = np.random.default_rng(seed)
-        B, Q, K, H, page = len(rows), max(map(len, rows)), *self._sizes(shape)
+        B, Q = len(rows), max(map(len, rows))
+        K, H, page = shape.num_kv_heads, shape.head_dim, shape.page
         self.shape, self.geometry = shape, geometry
         self.rows, self.lens = rows, [max(row, default=-1) + 1 for row in rows]
         dtype = jnp.dtype(shape.dtype)
@@ -76,10 +77,6 @@ class Sequences:
         views = 1 if geometry is None else 3
         queries = rng.standard_normal((views, B, Q, K * shape.group, H)) * 16 / H
         self.queries = queries.astype(dtype)
-
-    @staticmethod
-    def _sizes(shape):
-        return shape.num_kv_heads, shape.head_dim, shape.page
 
     def decode(self, queries=None, table=None, positions=None, interpret=None):
         out, lse = jax.jit(
@@ -125,8 +122,7 @@ def after(position, count=1):
 
 
 SHAPES = {
-    "a page a block": Shape(),
-    "a page a block, two cores": Shape(cores=2),
+    "a page a block": Shape(cores=2),
     "heads share blocks of two pages": Shape(num_kv_heads=2, group=3, block=256),
     "blocks are parts of pages": Shape(page=256, num_pages=2, cores=3),
     "blocks are many small pages": Shape(page=32, num_pages=10, block=256),
@@ -157,7 +153,7 @@ def test_one_to_eight_tokens_across_a_border_of_chunks_match_the_oracle(chunk_le
     sequences.assert_expected(*sequences.decode())
 
 
-@settings(max_examples=8, derandomize=True, deadline=None)
+@settings(max_examples=6, derandomize=True, deadline=None)
 @given(st.data())
 def test_random_batches_of_random_geometries_match_the_oracle(data):
     shape = Shape(
@@ -204,13 +200,11 @@ def test_two_shards_merge_to_the_whole():
 @pytest.mark.parametrize(("page", "block"), [(1024, 4096), (1024, 512), (896, 1792), (64, 256)])
 def test_each_key_is_fetched_once_and_five_percent_more_at_most(page, block):
     for kv_len in [0, 1, 127, 128, 129, block, block + 1, 2560, 2561, 100_001, 1_010_000]:
-        counts = [
-            mosaic_tpu.fetched(kv_len, j, page=page, block=block)
-            for j in range(-(-kv_len // block))
-        ]
-        assert all(count == block for count in counts[:-1])
-        assert kv_len <= sum(counts) < kv_len + mosaic_tpu.GRANULE
-        assert sum(counts) <= 1.05 * kv_len or kv_len < 20 * mosaic_tpu.GRANULE
+        j = np.arange(-(-kv_len // block))
+        counts = mosaic_tpu.fetched(kv_len, j, page=page, block=block)
+        assert (counts[:-1] == block).all()
+        assert kv_len <= counts.sum() < kv_len + mosaic_tpu.GRANULE
+        assert counts.sum() <= 1.05 * kv_len or kv_len < 20 * mosaic_tpu.GRANULE
 
 
 def test_the_kernel_copies_what_it_should_fetch_and_no_more(monkeypatch):
@@ -233,9 +227,8 @@ def test_the_kernel_copies_what_it_should_fetch_and_no_more(monkeypatch):
     sequences = Sequences(shape, [after(0), [], after(700, 2), after(511)], None)
     sequences.assert_expected(*sequences.decode())
     jax.effects_barrier()
-    keys = sum(
-        mosaic_tpu.fetched(n, j, page=512, block=256) for n in sequences.lens for j in range(4)
-    )
+    lens = np.array(sequences.lens)[:, None]
+    keys = mosaic_tpu.fetched(lens, np.arange(4), page=512, block=256).sum()
     assert sum(copied) == 2 * keys == 2 * (128 + 768 + 512)
 
 
@@ -255,5 +248,5 @@ def test_a_page_that_rows_of_lanes_cannot_fill_is_refused():
 
 def test_a_head_that_does_not_fill_the_lanes_is_refused():
     sequences = Sequences(Shape(), [after(5)], None)
-    with pytest.raises(Unsupported, match="head_dim=16 must be a multiple of 128"):
+    with pytest.raises(Unsupported, match="head_dim=16 must be 128"):
         sequences.decode(interpret=False)
