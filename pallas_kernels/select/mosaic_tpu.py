@@ -69,10 +69,9 @@ def vote(
     votes = row < jnp.minimum(R, length)
     # Rows without a vote see what the slice's first query sees, and are left out of the sums.
     q_pos = jnp.maximum(end - 1 - row, jnp.maximum(start, end - R))
-    chunk = 0 * q_pos if geometry is None else q_pos // geometry.chunk_len
     chunk_len = 0 if geometry is None else geometry.chunk_len
-    intra_from = chunk * chunk_len
-    succ_from = jnp.maximum(chunk - 1, 0) * chunk_len
+    intra_from = 0 * q_pos if geometry is None else q_pos // chunk_len * chunk_len
+    succ_from = intra_from - chunk_len
     scalars = jnp.stack(
         [layer, end, q_pos[-1] + 1, succ_from[0], intra_from[-1], intra_from[0], succ_from[-1]]
     )
