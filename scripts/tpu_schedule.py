@@ -24,8 +24,8 @@ from tpu_compile import GENERATIONS, Schedule, in_child, memory_of, mesh, schedu
 
 SPLASH = "splash"
 # Of queries, of keys, and of keys that are computed with at a time: as large as our prefill's,
-# and wider ones, which suit some generations better.
-BLOCKS = ((1792, 1024, 512), (1024, 2048, 512))
+# and smaller ones, which suit some generations better.
+BLOCKS = ((1792, 2048, 512), (1024, 2048, 512))
 CONTEXT = 1_010_000
 HEADS = ("TPU", "kernel", "bundles", "matmuls", "slots", "MXU", "inner", "spills", "ratio")
 

@@ -32,10 +32,10 @@ TABLE = PACKAGED / "mosaic_tpu.json"
 CANDIDATES: dict[str, dict[str, list[Any]]] = {
     "prefill": {
         "tiles": [
-            {"q": q, "k": k} for q, k in itertools.product((896, 1792, 2688, 3584), (512, 1024))
+            {"q": q, "k": k} for q, k in itertools.product((896, 1792, 2688), (512, 1024, 2048))
         ]
     },
-    "sparse prefill": {"step": [512, 1024, 2048]},
+    "sparse prefill": {"step": [512, 1024, 2048, 4096]},
     "selection": {"tile": [256, 512, 1024]},
     "decode": {"block_bytes": [2**18, 2**19, 2**20, 2**21]},
 }
