@@ -69,6 +69,8 @@ def matrix(generation: str) -> Iterator[str]:
 
 def traffic() -> Iterator[str]:
     """Keys that kernels copy from the cache for a kv head, against the least."""
+    import numpy as np
+
     from pallas_kernels.cases import MODELS
     from pallas_kernels.decode import mosaic_tpu as decode
     from pallas_kernels.prefill import mosaic_tpu as prefill
@@ -79,8 +81,8 @@ def traffic() -> Iterator[str]:
         token_bytes = 2 * model.num_kv_heads * model.head_dim
         for context in (1_000, 32_768, 100_001, CONTEXT):
             block = decode.block_of(1024, -(-context // 1024), token_bytes)
-            blocks = range(-(-context // block))
-            copied = sum(decode.fetched(context, j, page=1024, block=block) for j in blocks)
+            blocks = np.arange(-(-context // block))
+            copied = int(decode.fetched(context, blocks, page=1024, block=block).sum())
             least = context
             yield (
                 f"| decode after {context:,} | {name} | {copied:,} keys | {least:,} keys "
