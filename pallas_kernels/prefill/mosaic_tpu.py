@@ -52,8 +52,9 @@ def prefill(
         step: keys a step of one with a plan.
 
     Raises:
-        Unsupported: if a step of keys is not whole registers, if blocks of the plan do not
-            divide the page, or, on a TPU, if a piece is smaller than its registers.
+        Unsupported: if a step of keys is not whole registers or blocks of the plan do not
+            divide it and the page, if the heads are wider than a register but not whole
+            ones, or, on a TPU, if a piece is smaller than a register.
     """
     views, T, N, H = queries.shape
     _, K, _, page, _ = keys.shape
@@ -83,6 +84,8 @@ def prefill(
         kv_group=heads // K,
         geometry=geometry,
     )
+    if shape.sub % piece and piece % shape.sub:
+        raise Unsupported(f"pieces of {piece} keys, of which none ends where {shape.sub} do")
     M = shape.rows
 
     rows = jnp.pad(queries, ((0, 0), (0, count * q - T), (0, 0), (0, 0)))
