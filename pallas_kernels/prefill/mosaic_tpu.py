@@ -44,7 +44,7 @@ def prefill(
     step: int = STEP,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
-    """See `api.prefill`. In HBM it holds a copy of the queries, and the columns of a plan packed.
+    """See `api.prefill`. In HBM it holds the queries head by head, and packed columns of a plan.
 
     A plan takes 8 bytes of scalar memory for each block of the context: 64 KiB for a million
     keys in blocks of 128. Blocks of 256 lose less to starting copies than smaller ones.
@@ -91,15 +91,16 @@ def prefill(
         raise Unsupported(f"pieces of {piece} keys, of which none ends where {shape.sub} do")
     M = shape.rows
 
-    rows = jnp.pad(queries, ((0, 0), (0, count * q - T), (0, 0), (0, 0)))
-    rows = rows.reshape(views, count, q, heads, G, H).transpose(0, 3, 1, 4, 2, 5)
-    rows = jnp.pad(rows, ((0, 0),) * 4 + ((0, rows_of_head - q), (0, 0)))
-    rows = rows.reshape(views, heads, count, M, H)
+    rows = jnp.pad(queries, ((0, 0), (0, count * q - T), (0, 0), (0, 0))).swapaxes(1, 2)
+    if rows_of_head > q:
+        rows = rows.reshape(views, N, count, q, H)
+        rows = jnp.pad(rows, ((0, 0),) * 3 + ((0, rows_of_head - q), (0, 0)))
+        rows = rows.reshape(views, N, count * rows_of_head, H)
 
     where = jnp.stack([layer, start, length])
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     in_specs = [
-        pl.BlockSpec((views, None, None, M, H), lambda n, i, *_: (0, n, i, 0, 0)),
+        pl.BlockSpec((views, G, rows_of_head, H), lambda n, i, *_: (0, n, i, 0)),
         anywhere,
         anywhere,
     ]
@@ -142,24 +143,24 @@ def prefill(
             grid=(heads, count),
             in_specs=in_specs,
             out_specs=[
-                pl.BlockSpec((None, None, M, H), lambda n, i, *_: (n, i, 0, 0)),
+                pl.BlockSpec((G, rows_of_head, H), lambda n, i, *_: (n, i, 0)),
                 pl.BlockSpec((None, None, M // LANES, LANES), lambda n, i, *_: (n, i, 0, 0)),
             ],
             scratch_shapes=scratch,
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((heads, count, M, H), queries.dtype),
+            jax.ShapeDtypeStruct((N, count * rows_of_head, H), queries.dtype),
             jax.ShapeDtypeStruct((heads, count, M // LANES, LANES), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_BYTES),
         interpret=interpret,
         name="prefill_dense" if plan is None else "prefill_sparse",
     )(where, page_table, *args)
-    out = out.reshape(heads, count, G, rows_of_head, H)[:, :, :, :q]
+    if rows_of_head > q:
+        out = out.reshape(N, count, rows_of_head, H)[:, :, :q].reshape(N, count * q, H)
     lse = lse.reshape(heads, count, G, rows_of_head)[:, :, :, :q]
-    out = out.transpose(1, 3, 0, 2, 4).reshape(count * q, N, H)
     lse = lse.transpose(1, 3, 0, 2).reshape(count * q, N)
-    return out[:T], lse[:T]
+    return out.swapaxes(0, 1)[:T], lse[:T]
 
 
 def _in_smem(array, index_map):
