@@ -44,7 +44,10 @@ def prefill(
     step: int = STEP,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
-    """See `api.prefill`.
+    """See `api.prefill`. In HBM it holds the queries head by head, and packed columns of a plan.
+
+    A plan takes 8 bytes of scalar memory for each block of the context: 64 KiB for a million
+    keys in blocks of 128. Blocks of 256 lose less to starting copies than smaller ones.
 
     Args:
         tiles: of an attention without a plan, which brings its own; rounded to whole
@@ -52,8 +55,9 @@ def prefill(
         step: keys a step of one with a plan.
 
     Raises:
-        Unsupported: if a step of keys is not whole registers, if blocks of the plan do not
-            divide the page, or, on a TPU, if a piece is smaller than its registers.
+        Unsupported: if a step of keys is not whole registers or blocks of the plan do not
+            divide it and the page, if the heads are wider than a register but not whole
+            ones, or, on a TPU, if a piece is smaller than a register.
     """
     views, T, N, H = queries.shape
     _, K, _, page, _ = keys.shape
@@ -83,17 +87,20 @@ def prefill(
         kv_group=heads // K,
         geometry=geometry,
     )
+    if shape.sub % piece and piece % shape.sub:
+        raise Unsupported(f"pieces of {piece} keys, of which none ends where {shape.sub} do")
     M = shape.rows
 
-    rows = jnp.pad(queries, ((0, 0), (0, count * q - T), (0, 0), (0, 0)))
-    rows = rows.reshape(views, count, q, heads, G, H).transpose(0, 3, 1, 4, 2, 5)
-    rows = jnp.pad(rows, ((0, 0),) * 4 + ((0, rows_of_head - q), (0, 0)))
-    rows = rows.reshape(views, heads, count, M, H)
+    rows = jnp.pad(queries, ((0, 0), (0, count * q - T), (0, 0), (0, 0))).swapaxes(1, 2)
+    if rows_of_head > q:
+        rows = rows.reshape(views, N, count, q, H)
+        rows = jnp.pad(rows, ((0, 0),) * 3 + ((0, rows_of_head - q), (0, 0)))
+        rows = rows.reshape(views, N, count * rows_of_head, H)
 
     where = jnp.stack([layer, start, length])
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     in_specs = [
-        pl.BlockSpec((views, None, None, M, H), lambda n, i, *_: (0, n, i, 0, 0)),
+        pl.BlockSpec((views, G, rows_of_head, H), lambda n, i, *_: (0, n, i, 0)),
         anywhere,
         anywhere,
     ]
@@ -136,24 +143,24 @@ def prefill(
             grid=(heads, count),
             in_specs=in_specs,
             out_specs=[
-                pl.BlockSpec((None, None, M, H), lambda n, i, *_: (n, i, 0, 0)),
+                pl.BlockSpec((G, rows_of_head, H), lambda n, i, *_: (n, i, 0)),
                 pl.BlockSpec((None, None, M // LANES, LANES), lambda n, i, *_: (n, i, 0, 0)),
             ],
             scratch_shapes=scratch,
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((heads, count, M, H), queries.dtype),
+            jax.ShapeDtypeStruct((N, count * rows_of_head, H), queries.dtype),
             jax.ShapeDtypeStruct((heads, count, M // LANES, LANES), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_BYTES),
         interpret=interpret,
         name="prefill_dense" if plan is None else "prefill_sparse",
     )(where, page_table, *args)
-    out = out.reshape(heads, count, G, rows_of_head, H)[:, :, :, :q]
+    if rows_of_head > q:
+        out = out.reshape(N, count, rows_of_head, H)[:, :, :q].reshape(N, count * q, H)
     lse = lse.reshape(heads, count, G, rows_of_head)[:, :, :, :q]
-    out = out.transpose(1, 3, 0, 2, 4).reshape(count * q, N, H)
     lse = lse.transpose(1, 3, 0, 2).reshape(count * q, N)
-    return out[:T], lse[:T]
+    return out.swapaxes(0, 1)[:T], lse[:T]
 
 
 def _in_smem(array, index_map):

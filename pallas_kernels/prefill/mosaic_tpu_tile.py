@@ -106,13 +106,20 @@ class Tile:
             preferred_element_type=jnp.float32,
         )
 
+    def place(self, i):
+        """Head and positions of the i-th LANES rows, as in the queries and the output."""
+        parts = jnp.int32(self.shape.rows_of_head // LANES)
+        first = pl.multiple_of(jax.lax.rem(i, parts) * LANES, LANES)
+        return jax.lax.div(i, parts), pl.ds(first, LANES)
+
     def start(self):
         def body(i, _):
             rows = pl.ds(pl.multiple_of(i * LANES, LANES), LANES)
             self.m_ref[rows] = jnp.full((LANES, LANES), MASKED, jnp.float32)
             self.l_ref[rows] = jnp.zeros((LANES, LANES), jnp.float32)
             self.acc_ref[rows] = jnp.zeros((LANES, self.acc_ref.shape[1]), jnp.float32)
-            scaled = self.q_ref[:, rows].astype(jnp.float32) * math.log2(math.e)
+            query = self.q_ref[:, *self.place(i)].astype(jnp.float32)
+            scaled = query * math.log2(math.e)
             self.rows_ref[:, rows] = scaled.astype(self.rows_ref.dtype)
             return 0
 
@@ -126,7 +133,7 @@ class Tile:
             l = jnp.where(seen, jnp.broadcast_to(l, m.shape), 1.0)
             acc = self.acc_ref[rows]
             out = jnp.where(_wide(seen, acc), acc / _wide(l, acc), 0.0)
-            self.out_ref[rows] = out.astype(self.out_ref.dtype)
+            self.out_ref[self.place(i)] = out.astype(self.out_ref.dtype)
             lse = jnp.where(seen, (m + jnp.log2(l)) * math.log(2), -jnp.inf)
             self.lse_ref[pl.ds(i, 1)] = lse.T[:1]
             return 0
