@@ -23,7 +23,7 @@ LANES = 128  # minor dimension of a vector register
 _PACKED = 16  # rows of a vector register of bfloat16
 TILE = 1024  # keys a step
 
-# Scalars of a slice, in the order of `_scalars`.
+# Scalars of a slice: which keys all of its rows see, and all in one view.
 _LAYER, _END, _WHOLE, _SUCC_FROM, _SUCC_TO, _INTRA_FROM, _INTER_TO = range(7)
 
 
@@ -55,16 +55,16 @@ def vote(
     if page % LANES:
         raise Unsupported(f"{page=} must be a multiple of {LANES}: the lanes of a register")
     if R > LANES:
-        raise Unsupported(f"{R=} rows must be at most {LANES}: a tile reaches into one other")
+        raise Unsupported(f"{R=} rows must be at most {LANES}: diagonals end in the next tile")
     if queries.dtype != keys.dtype:
         raise Unsupported(f"queries are {queries.dtype}, keys {keys.dtype}; one dtype is needed")
     tile = max(t for t in range(LANES, min(max(tile, LANES), page) + 1, LANES) if page % t == 0)
 
-    whole = max(_PACKED, 1 << (R - 1).bit_length())
-    M = G * whole
-    rows = jnp.pad(queries[:, ::-1], ((0, 0), (0, whole - R), (0, 0), (0, 0)))
-    rows = rows.reshape(views, whole, K, G, H).swapaxes(1, 2).reshape(views, K, M, H)
-    row = jnp.arange(whole, dtype=jnp.int32)
+    padded = max(_PACKED, 1 << (R - 1).bit_length())  # to be halved until one is left
+    M = padded * G
+    rows = jnp.pad(queries[:, ::-1], ((0, 0), (0, padded - R), (0, 0), (0, 0)))
+    rows = rows.reshape(views, padded, K, G, H).swapaxes(1, 2).reshape(views, K, M, H)
+    row = jnp.arange(padded, dtype=jnp.int32)
     end = start + length
     votes = row < jnp.minimum(R, length)
     # Rows without a vote see what the slice's first query sees, and are left out of the sums.
@@ -75,6 +75,7 @@ def vote(
     scalars = jnp.stack(
         [layer, end, q_pos[-1] + 1, succ_from[0], intra_from[-1], intra_from[0], succ_from[-1]]
     )
+    # Of each row: where the keys of its second and of its first view begin, and where they end.
     bounds = jnp.stack([succ_from, intra_from, q_pos + 1]).repeat(G, 1)[..., None]
 
     def key_map(k, j, scalars, table):
@@ -100,6 +101,7 @@ def vote(
             ],
         ),
         out_shape=jax.ShapeDtypeStruct((K, M, LANES), jnp.float32),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
         name="select_row_lse",
     )(scalars, page_table, rows, bounds, keys)
