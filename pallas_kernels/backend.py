@@ -18,6 +18,8 @@ RUNS_ON = {
     "reference": ("cpu", "gpu", "tpu"),
 }
 NAMES = tuple(RUNS_ON)
+LANES = 128
+"""Of a vector register of a TPU."""
 
 
 class Unsupported(NotImplementedError):
@@ -35,9 +37,10 @@ class Backends(NamedTuple):
         return ", ".join(map(" ".join, zip(self._fields, self, strict=True)))
 
 
+_XLA = Backends("xla", "xla", "xla")
 PREFERRED = {
-    "cpu": Backends("xla", "xla", "xla"),
-    "gpu": Backends("xla", "xla", "xla"),
+    "cpu": _XLA,
+    "gpu": _XLA,
     "tpu": Backends("mosaic_tpu", "mosaic_tpu", "mosaic_tpu"),
 }
 
@@ -50,10 +53,11 @@ def on(platform: str) -> tuple[str, ...]:
     return tuple(name for name in NAMES if platform in RUNS_ON[name])
 
 
-def choose(platform: str, choice: Choice = None) -> Backends:
-    """The backends to use on a platform ("cpu", "gpu" or "tpu").
+def choose(platform: str, choice: Choice = None, *, head_dim: int = LANES) -> Backends:
+    """The backends to use on a platform ("cpu", "gpu" or "tpu") for heads of a size.
 
-    A choice is taken as it is and never replaced by another.
+    A choice is taken as it is and never replaced by another. Without one, a TPU gets the
+    kernels where heads fill the lanes of its registers, else XLA.
 
     Raises:
         Unsupported: if there is no backend of that name, or if it does not run there.
@@ -61,7 +65,7 @@ def choose(platform: str, choice: Choice = None) -> Backends:
     if platform not in PREFERRED:
         raise Unsupported(f"no backend for {platform!r}; there is {', '.join(PREFERRED)}")
     if choice is None:
-        return PREFERRED[platform]
+        return _XLA if platform == "tpu" and head_dim % LANES else PREFERRED[platform]
     chosen = Backends(choice, choice, choice) if isinstance(choice, str) else choice
     for name in chosen:
         if name not in NAMES:
@@ -72,6 +76,19 @@ def choose(platform: str, choice: Choice = None) -> Backends:
                 f"there are {', '.join(on(platform))}"
             )
     return chosen
+
+
+def check_heads(head_dim: int) -> None:
+    """Refuse heads that a TPU would pad, and the whole cache with them.
+
+    Raises:
+        Unsupported: if they do not fill the lanes of a register.
+    """
+    if head_dim % LANES:
+        raise Unsupported(
+            f"{head_dim=} must be a multiple of {LANES}: the program would lay out a copy of "
+            "the cache, padded"
+        )
 
 
 class Device(NamedTuple):

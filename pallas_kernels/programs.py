@@ -19,7 +19,7 @@ PROGRAMS = {
 }
 """The operation that each program runs."""
 VOTERS = 64  # queries that select
-PLAN = Tiles(q=1024, k=64)  # of sparse prefill
+PLAN = Tiles(q=1024, k=128)  # of sparse prefill
 
 
 def program(name: str, case: Served, choice: backend.Choice = None, **keywords) -> Callable:

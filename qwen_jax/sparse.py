@@ -13,6 +13,9 @@ from pallas_kernels.tiles import Tiles
 from qwen_jax.config import SparseConfig
 
 TILES = Tiles(q=1024, k=64)
+"""Of plans; shorter blocks read less beside what was selected."""
+TPU_TILES = Tiles(q=1024, k=128)
+"""Of plans on a TPU, which copies each block by itself and loses time on short ones."""
 
 
 @functools.partial(
@@ -51,6 +54,11 @@ class Report(NamedTuple):
 
     density: Float[Array, "*L N"]
     recall: Float[Array, "*L N"]
+
+
+def tiles_on(platform: str) -> Tiles:
+    """Tiles of plans on a platform ("cpu", "gpu" or "tpu")."""
+    return TPU_TILES if platform == "tpu" else TILES
 
 
 def budgets(

@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import plan as plans
-from pallas_kernels.backend import Unsupported
+from pallas_kernels.backend import Unsupported, check_heads
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.plan import SparsePlan
 from pallas_kernels.prefill.mosaic_tpu_sweep import WORD, dense, sparse
@@ -73,6 +73,8 @@ def prefill(
     least = 32 // keys.dtype.itemsize
     if not interpret and piece % least:
         raise Unsupported(f"pieces of {piece} keys; a TPU copies whole tiles of {least}")
+    if not interpret:
+        check_heads(H)
     if H > LANES and H % LANES:
         raise Unsupported(f"a head_dim of {H}: neither within {LANES} nor a multiple of it")
     heads, count = N // G, pl.cdiv(T, q)

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.backend import Unsupported
+from pallas_kernels.backend import Unsupported, check_heads
 from pallas_kernels.geometry import INTER, INTRA, SUCC, ChunkGeometry
 from pallas_kernels.softmax import MASKED
 
@@ -52,6 +52,8 @@ def vote(
     views, R, N, H = queries.shape
     _, K, _, page, _ = keys.shape
     G, S = N // K, page_table.shape[0] * page
+    if not interpret:
+        check_heads(H)
     if page % LANES:
         raise Unsupported(f"{page=} must be a multiple of {LANES}: the lanes of a register")
     if R > LANES:

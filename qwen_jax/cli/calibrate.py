@@ -18,7 +18,7 @@ from qwen_jax.cli.eval import split, whole_number
 from qwen_jax.cli.flags import Model, ModelArgument, ModelFlags, expand, note, open_model, option
 from qwen_jax.config import ConfigError, last_q
 from qwen_jax.engine.scheduler import default_slices
-from qwen_jax.sparse import TILES
+from qwen_jax.sparse import tiles_on
 from qwen_jax.survey import Grid
 
 
@@ -78,7 +78,8 @@ def calibrate(
         raise ConfigError(f"--out and --report are one file, {out}: give two")
     vertical, slash = calibration.budgets_up_to(sizes[-1])
     voters = last_q(opened.directory)
-    grid = Grid(vertical=vertical, slash=slash, last_q=voters, tiles=TILES)
+    tiles = tiles_on(jax.default_backend())
+    grid = Grid(vertical=vertical, slash=slash, last_q=voters, tiles=tiles)
     survey = _Surveyor(opened, grid, sizes, samples, out.with_suffix(".progress"))
     texts = {"--data": survey.tokens("--data", data)}
     if held_out:

@@ -105,7 +105,9 @@ class Engine:
                 "of the model: is this its tokenizer?"
             )
         try:
-            self._backend = backend.choose(self._device.platform, config.backend)
+            self._backend = backend.choose(
+                self._device.platform, config.backend, head_dim=model.head_dim
+            )
         except backend.Unsupported as error:
             raise ConfigError(f"backend={config.backend!r}: {error}") from None
         platform, geometry = self._device.platform, model.dual_chunk
@@ -136,6 +138,7 @@ class Engine:
                 config.sparse,
                 least_recall=config.least_recall,
                 num_keys=self._table_len * self._page,
+                tiles=sparse.tiles_on(platform),
             )
         self._runner = Runner(
             model,

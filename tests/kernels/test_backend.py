@@ -40,6 +40,12 @@ def test_every_backend_has_every_operation(name, operation):
     assert callable(getattr(backend.load(operation, name), backend.FUNCTIONS[operation]))
 
 
+def test_heads_that_do_not_fill_registers_get_operations_of_xla_unless_told_otherwise():
+    assert set(backend.choose("tpu", head_dim=128)) == {"mosaic_tpu"}
+    assert set(backend.choose("tpu", head_dim=64)) == {"xla"}
+    assert set(backend.choose("tpu", "mosaic_tpu", head_dim=64)) == {"mosaic_tpu"}
+
+
 def test_a_choice_is_never_replaced():
     assert backend.choose("tpu", "reference") == Backends(*["reference"] * 3)
     mixed = Backends("mosaic_tpu", "mosaic_tpu", "xla")

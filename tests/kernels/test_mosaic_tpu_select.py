@@ -98,9 +98,9 @@ def test_votes_of_any_heads_rows_and_dtypes(N, K, R, dtype):
 
 
 def test_shapes_that_do_not_fit_the_registers_are_refused():
-    def refuse(*, page=PAGE, R=64, dtype="bfloat16", match):
-        queries = jax.ShapeDtypeStruct((1, R, 2, 128), "bfloat16")
-        keys = jax.ShapeDtypeStruct((1, 1, 4, page, 128), dtype)
+    def refuse(*, page=PAGE, R=64, H=128, dtype="bfloat16", match):
+        queries = jax.ShapeDtypeStruct((1, R, 2, H), "bfloat16")
+        keys = jax.ShapeDtypeStruct((1, 1, 4, page, H), dtype)
         table, scalar = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((3,), ()))
         with pytest.raises(Unsupported, match=match):
             jax.eval_shape(
@@ -108,6 +108,7 @@ def test_shapes_that_do_not_fit_the_registers_are_refused():
                 *(queries, keys, scalar, table, scalar, scalar),
             )
 
+    refuse(H=64, match="head_dim=64 must be a multiple of 128")
     refuse(page=64, match="page=64 must be a multiple of 128")
     refuse(R=129, match="R=129 rows must be at most 128")
     refuse(dtype="float32", match="queries are bfloat16, keys float32")

@@ -87,7 +87,7 @@ def step_of(name, model):
         least_recall=scale,
         last_q=64,
         num_columns=MODELS["7B"].num_columns,
-        tiles=sparse.TILES,
+        tiles=sparse.TPU_TILES,
     )
     return steps.prefill_sparse, [*args, step, budgets], (2,)
 
