@@ -1,6 +1,7 @@
 # make demo    a real model reads a long document and answers a question about it
-# make demo-long  the same in 24,000 tokens, read densely and sparsely, side by side
+# make demo-long  the same in 24,576 tokens, read densely and sparsely, side by side
 # make test    the test suite
+# make test-long  what takes longer: answers about 16,000 and 24,000 tokens
 # make test-tpu-aot  all kernels and steps compiled for five TPU generations, without a TPU
 # make lint    formatting, lint, types, import directions
 # make bench   prefill, decode and memory against PyTorch (Python 3.11), then dense against sparse
@@ -17,7 +18,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CON
 # With accelerate, transformers reads GGUF files.
 TORCH := $(if $(filter py311,$(TAG)),torch==2.13.0 accelerate)
 
-.PHONY: demo demo-long test test-tpu-aot lint bench clean
+.PHONY: demo demo-long test test-long test-tpu-aot lint bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py
@@ -27,6 +28,9 @@ demo-long: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+test-long: $(VENV)/.test
+	$(BIN)/python -m pytest -m long
 
 test-tpu-aot: $(VENV)/.test
 	$(BIN)/python -m pytest -m tpu_aot
