@@ -98,7 +98,8 @@ class Attention(nnx.Module):
         _, full = attend(
             jax.lax.dynamic_slice_in_dim(queries, first, count, 1), start + first, length - first
         )
-        found = jnp.exp(jax.lax.dynamic_slice_in_dim(lse, first, count) - full)
+        # Rounding must not show as more than all.
+        found = jnp.exp(jnp.minimum(jax.lax.dynamic_slice_in_dim(lse, first, count) - full, 0))
         counts = (jnp.arange(count) < length - first)[:, None]
         recall = jnp.where(counts, found, 0).sum(0) / counts.sum(dtype=jnp.float32)
         density = plan.density(listed, start, length)

@@ -29,7 +29,7 @@ class Budgets:
         slash: diagonals.
         least_recall: heads that recall less of a slice read all of it; 0 for none.
         last_q: queries of a slice that vote.
-        num_columns: the largest of `vertical`.
+        num_columns: most columns that a head may have, at the longest context.
         tiles: of the plans; blocks of keys shrink to a divisor of the page.
     """
 
@@ -53,15 +53,26 @@ class Report(NamedTuple):
     recall: Float[Array, "*L N"]
 
 
-def budgets(config: SparseConfig, *, least_recall: float = 0.0, tiles: Tiles = TILES) -> Budgets:
-    """The budgets of a checkpoint, as the original engines read them: 30 columns mean 130."""
+def budgets(
+    config: SparseConfig,
+    *,
+    num_keys: int | None = None,
+    least_recall: float = 0.0,
+    tiles: Tiles = TILES,
+) -> Budgets:
+    """The budgets of a checkpoint, as the original engines read them: 30 columns mean 130.
+
+    Args:
+        num_keys: the longest context, if it is known; a head cannot read more columns.
+    """
     vertical = np.asarray(config.vertical, np.int32)
     vertical = np.where(vertical == 30, 130, vertical)
+    num_columns = int(vertical.max())
     return Budgets(
         vertical=jnp.asarray(vertical),
         slash=jnp.asarray(np.asarray(config.slash, np.int32)),
         least_recall=jnp.float32(least_recall),
         last_q=config.last_q,
-        num_columns=int(vertical.max()),
+        num_columns=num_columns if num_keys is None else min(num_columns, num_keys),
         tiles=tiles,
     )

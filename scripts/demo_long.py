@@ -1,7 +1,7 @@
 """Read a long document with dense and with sparse prefill, side by side.
 
-A pass key lies hidden in 24,000 tokens, three times what the model was trained on. Ends with
-status 0 only if both give the same answer, and it names the pass key.
+A pass key lies hidden in 24,576 tokens, three times what the model was trained on. Ends with
+status 0 only if both give the same answer, a sentence, and it names the pass key.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from rich.table import Table
 
 from qwen_jax.cli.answer import Answer, answer, write
 from qwen_jax.cli.flags import ModelFlags, open_model
+from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Request
 from qwen_jax.eval.catalog import KINDS
 from qwen_jax.eval.material import Material
@@ -22,7 +23,7 @@ from qwen_jax.eval.tasks import Cell
 from qwen_jax.tokenizer import Stream
 
 BUDGETS = Path(__file__).parents[1] / "docs" / "demo" / "sparse_attention_config.json"
-CELL = Cell(task="passkey", length=24_000, depth=0.1)
+CELL = Cell(task="passkey", length=24_576, depth=0.1)
 
 
 def run(directory: Path) -> bool:
@@ -44,7 +45,8 @@ def run(directory: Path) -> bool:
         engine = way.engine(
             len(task.prompt) + kind.max_new_tokens, vocab_limit=tokenizer.size, weights=tree
         )
-        answers[name] = answer(engine, request, stream=Stream(tokenizer), write=write)
+        stream = Stream(tokenizer, stop=(".",))
+        answers[name] = answer(engine, request, stream=stream, write=write)
         print()
         del engine  # and its cache
     table = Table("", *answers, box=None, pad_edge=False)
@@ -79,7 +81,7 @@ def main() -> int:
     )
     try:
         return 0 if run(parser.parse_args().model) else 1
-    except (demo_model.DemoModelError, OSError) as error:
+    except (demo_model.DemoModelError, ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -132,7 +132,11 @@ class Engine:
         )
         budgets = None
         if config.sparse is not None:
-            budgets = sparse.budgets(config.sparse, least_recall=config.least_recall)
+            budgets = sparse.budgets(
+                config.sparse,
+                least_recall=config.least_recall,
+                num_keys=self._table_len * self._page,
+            )
         self._runner = Runner(
             model,
             weights,
@@ -259,6 +263,8 @@ class Engine:
         """
         if self._config.sparse is None:
             raise ConfigError("plans need budgets of sparse prefill (sparse_attention_config.json)")
+        if self._model.num_layers == 1:
+            raise ConfigError("a model of one layer is prefilled densely: its only one is the last")
         for name, value, count in (
             ("layer", layer, self._model.num_layers - 1),
             ("head", head, self._model.num_heads),

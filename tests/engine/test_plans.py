@@ -38,14 +38,14 @@ TOKENS = random_models.tokens(MODEL, LENGTH)
 
 
 @functools.cache
-def weights():
-    return jax.device_put(random_models.weights(MODEL), jax.devices()[0])
+def weights(model=MODEL):
+    return jax.device_put(random_models.weights(model), jax.devices()[0])
 
 
-def build(**fields):
+def build(model=MODEL, **fields):
     sizes = {"max_len": 400, "page": PAGE, "slices": (SLICE,), "sparse": BUDGETS}
     sizes["backend"] = "reference"  # which compiles sooner
-    return Engine(MODEL, weights(), EngineConfig(**(sizes | fields)))
+    return Engine(model, weights(model), EngineConfig(**(sizes | fields)))
 
 
 @functools.cache
@@ -113,6 +113,9 @@ def test_what_cannot_be_planned_is_refused_at_once():
         engine().plans(TOKENS, -1, 0)
     with pytest.raises(ConfigError, match=r"head=4 must be from 0 to 3"):
         engine().plans(TOKENS, 0, 4)
+    one = dataclasses.replace(MODEL, num_layers=1)
+    with pytest.raises(ConfigError, match="a model of one layer is prefilled densely"):
+        build(one).plans(TOKENS, 0, 0)
     with pytest.raises(ConfigError, match="plans need budgets"):
         build(sparse=None).plans(TOKENS, 1, 0)
     for call in (lambda ids: engine().survey(ids, GRID), lambda ids: engine().plans(ids, 0, 0)):

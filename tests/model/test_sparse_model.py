@@ -159,6 +159,7 @@ def test_the_original_budget_of_thirty_columns_means_130():
     assert found.vertical.tolist() == [[130, 31]]
     assert found.slash.tolist() == [[30, 31]]
     assert found.num_columns == 130
+    assert sparse.budgets(config, num_keys=96).num_columns == 96
 
 
 def test_the_engine_is_sparse_over_the_threshold_and_shares_pages_within_a_kind():
