@@ -6,7 +6,7 @@ from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-for folder in (".", "kernels", "model", "engine", "convert", "eval", "text", "cli"):
+for folder in (".", "kernels", "model", "engine", "convert", "eval", "text", "cli", "mesh"):
     sys.path.insert(0, str(Path(__file__).parent / folder))
 
 import jax  # noqa: E402
