@@ -4,11 +4,14 @@ Sizes are those of the parameters and of the cache as they will be placed, and f
 slice of T tokens, of which a device holds t = T / seq outside attention, the larger of two
 moments (bytes of an element b, heads n, k and MLP width f of a device, views V of a query):
 
-    attention   4 t D b + 2 t k H b + (V + 1) T n H b    and for the kernel  V T n H b + 4 T n H
-    MLP         4 t D b + 3 t f b                        and for the kernel  D f b
+                activations                              workspace
+    attention   4 t D b + 2 t k H b + (V + 1) T n H b    V T n H (4 + 2 b) + 4 T n H
+    MLP         4 t D b + 3 t f b                        D f b
 
-In attention keys stay where they are, and every device along `seq` holds all queries of the
-slice, for its heads. A decode step is smaller than any slice.
+The workspace of attention is the rotation in float32 before it is rounded, queries in the
+order in which a kernel reads them, and its float32 output; that of the MLP a matrix taken
+from the stack of layers. Keys stay where they are: every device along `seq` holds all queries
+of the slice, for its heads. A decode step takes less than a slice.
 """
 
 import dataclasses
@@ -110,14 +113,14 @@ def _slice(config: ModelConfig, load: Load, mesh: MeshShape, rules: Rules) -> tu
     k, f = part(config.num_kv_heads, "kv_heads"), part(config.mlp_dim, "mlp")
     residual = 4 * t * D * b
     query = T * n * H  # of one view
-    queries = (1 if config.dual_chunk is None else 3) * query * b
+    views = 1 if config.dual_chunk is None else 3
     votes = 0
     if load.sparse:
         # Keys lie along the sequence as tokens do.
         votes = _VOTE_ARRAYS * n * part(_pages(load) * load.page, "tokens") * _FLOAT32
     attention = (
-        residual + 2 * t * k * H * b + queries + query * b,
-        queries + query * _FLOAT32 + votes,
+        residual + 2 * t * k * H * b + (views + 1) * query * b,
+        views * query * (_FLOAT32 + 2 * b) + query * _FLOAT32 + votes,
     )
     return max(attention, (residual + 3 * t * f * b, D * f * b), key=sum)
 
