@@ -107,7 +107,7 @@ def test_every_dimension_of_a_parameter_has_a_meaning_of_its_size(name):
 
 
 TINY = Tiny(heads=8, kv_heads=4, hidden=32, mlp=48, vocab=40)
-MESHES = [(1, 8, 1), (1, 2, 4), (1, 4, 2), (2, 2, 2), (1, 5, 1), (1, 1, 1)]
+MESHES = [(1, 8, 1), (1, 2, 4), (2, 2, 2), (1, 5, 1)]
 
 
 def test_weights_load_straight_to_their_shards(tmp_path):
