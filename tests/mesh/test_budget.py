@@ -68,6 +68,23 @@ def compile_on_meshes(directory):
             assert held == memory.weights + memory.cache
 
 
+def test_slices_on_meshes_take_what_they_take_by_hand(tmp_path):
+    config = published.config(tmp_path, "7b")
+    tables = 262_145 * 128 * 4 + 152_064 // 4 * 4
+
+    # In a short slice the MLP weighs most, with the matrix that is taken from the stack.
+    load = dataclasses.replace(MILLION, slice_len=1024)
+    memory = budget.memory(config, load, MeshShape(tensor=4))
+    assert memory.activations == 2 * 1024 * (4 * 3584 + 3 * 18944 // 4)
+    assert memory.workspace == tables + 2 * 3584 * 18944 // 4
+
+    # A quarter of the tokens, but all queries of a quarter of the heads.
+    memory = budget.memory(config, MILLION, MeshShape(seq=4, tensor=4))
+    query = 32768 * 7 * 128
+    assert memory.activations == 2 * (8192 * 4 * 3584 + 2 * 8192 * 128 + 4 * query)
+    assert memory.workspace == tables + 3 * query * 8 + 4 * query
+
+
 @given(
     config=st.sampled_from(list(CONFIGS.values())[::8]),
     page=st.sampled_from([1, 64, 1024]),
