@@ -27,7 +27,8 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.sharding import RULES, MeshShape, Rules
 
 _FLOAT32 = 4
-_VOTE_ARRAYS = 10  # of a number for each head and key, while a slice selects
+# Of a number for each head and key, that XLA for CPUs holds at most while a slice selects.
+_VOTE_ARRAYS = 10
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
