@@ -12,6 +12,9 @@ from jaxtyping import Array, Float, Int
 
 from qwen_jax.config import ModelConfig
 
+AXES = ("layers", "kv_heads", "pages", "page", "head_dim")
+"""Dimensions of both arrays."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)

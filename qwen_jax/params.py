@@ -28,6 +28,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from qwen_jax import manifest as manifests
+from qwen_jax import sharding
 from qwen_jax.config import ModelConfig, model_config
 from qwen_jax.manifest import DTYPES, CheckpointError, File, Manifest, Progress, Tensor
 from qwen_jax.model import Qwen2
@@ -39,6 +40,26 @@ def abstract(config: ModelConfig, dtype=jnp.bfloat16) -> dict:
     """The parameter tree of a model without its values: nested dicts of ShapeDtypeStruct."""
     model = nnx.eval_shape(lambda: Qwen2(config, key=jax.random.key(0), dtype=dtype))
     return nnx.to_pure_dict(nnx.state(model))
+
+
+def axes(config: ModelConfig) -> dict:
+    """What each dimension of the parameters means: a tree like `abstract` of tuples of names.
+
+    The layers name their own where they make them; stacked ones begin with "layers".
+    """
+    model = nnx.eval_shape(lambda: Qwen2(config, key=jax.random.key(0)))
+    found = {}
+    for path, leaf in nnx.to_flat_state(nnx.state(model)):
+        stacked = ("layers",) if path[0] == "blocks" else ()
+        found[tuple(map(str, path))] = (*stacked, *leaf.get_metadata()["axes"])
+    return nest(found)
+
+
+def shardings(
+    config: ModelConfig, mesh: jax.sharding.Mesh, rules: sharding.Rules = sharding.RULES
+) -> dict:
+    """Where the parameters lie on a mesh, for `load`: a tree like `abstract`."""
+    return sharding.shardings(axes(config), mesh, rules)
 
 
 def count(tree) -> int:

@@ -4,7 +4,8 @@ import os
 import sys
 from pathlib import Path
 
-for folder in (".", "kernels", "model", "engine", "convert", "eval", "text", "cli", "../scripts"):
+FOLDERS = ". kernels model engine convert eval text cli mesh ../scripts"
+for folder in FOLDERS.split():
     sys.path.insert(0, str(Path(__file__).parent / folder))
 
 import tpu_compile  # noqa: E402

@@ -34,6 +34,7 @@ VERBS = {
         "Say what a checkpoint holds, from its headers: no weight is read.",
     ),
     "verify": ("inspect", "verify", "Check that a checkpoint is whole."),
+    "plan": ("plan", "plan", "Say whether a length fits on devices, before renting them."),
     "doctor": (
         "doctor",
         "doctor",

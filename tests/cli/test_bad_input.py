@@ -118,6 +118,27 @@ MISTAKES = {
     ),
     "no text to plan": (None, "plot plan MODEL", "Missing option '--file'"),
     "a plan without budgets": (("D", "abc"), "plot plan MODEL --file D", "has no budgets"),
+    "no topology": (None, "plan MODEL", "Missing option '--topology'"),
+    "no such topology": (None, "plan MODEL --topology b200:8", "'b200:8' must be one of v4, v5e"),
+    "a flat topology": (None, "plan MODEL --topology v5e:16", "2 sides of v5e, such as v5e:2x2"),
+    "a plan for nothing": (None, "plan MODEL --topology cpu:8 --tokens 0", "--tokens 0 must be"),
+    "a plan of empty slices": (None, "plan MODEL --topology cpu:8 --slice 0", "--slice 0 must be"),
+    "what is no mesh": (
+        None,
+        "plan MODEL --topology cpu:8 --mesh 2x4",
+        "mesh '2x4' must look like seq=4,tensor=4",
+    ),
+    "a mesh of other devices": (
+        None,
+        "plan MODEL --topology cpu:8 --mesh seq=4",
+        "mesh seq=4,tensor=1 has 4 devices, there are 8: this model would take seq=4,tensor=2",
+    ),
+    "a mesh that cuts heads": (
+        None,
+        "plan MODEL --topology cpu:8 --mesh seq=2,tensor=4",
+        "tensor=4 does not divide num_kv_heads=2",
+    ),
+    "a plan for no model": (None, "plan nowhere --topology cpu:8", "there is no such model"),
     "an empty stop string": (None, ["ask", "MODEL", "Q", "--stop", ""], "--stop must not be empty"),
     "no such backend": (None, "generate MODEL --prompt x --backend cuda", "no backend 'cuda'"),
     "a kernel of another device": (

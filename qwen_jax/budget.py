@@ -1,0 +1,194 @@
+"""What a length costs on a mesh: bytes a device, FLOPs, and the longest context that fits.
+
+Sizes are those of the parameters and of the cache as they will be placed, and for a prefill
+slice of T tokens, of which a device holds t = T / seq outside attention, the larger of two
+moments (bytes of an element b, heads n, k and MLP width f of a device, views V of a query):
+
+                activations                              workspace
+    attention   4 t D b + 2 t k H b + (V + 1) T n H b    V T n H (4 + 2 b) + 4 T n H
+    MLP         4 t D b + 3 t f b                        D f b
+
+The workspace of attention is the rotation in float32 before it is rounded, queries in the
+order in which a kernel reads them, and its float32 output; that of the MLP a matrix taken
+from the stack of layers. Keys stay where they are: every device along `seq` holds all queries
+of the slice, for its heads. A decode step takes less than a slice.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from qwen_jax import cache, params
+from qwen_jax.config import ModelConfig
+from qwen_jax.sharding import RULES, MeshShape, Rules
+
+_FLOAT32 = 4
+# Of a number for each head and key, that XLA for CPUs holds at most while a slice selects.
+_VOTE_ARRAYS = 10
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """What is to run: one sequence for each part of the mesh's `data` axis.
+
+    Attributes:
+        tokens: prompt and answer.
+        page: tokens a page of the cache.
+        slice_len: prompt tokens computed at a time.
+        dtype: of weights and cache.
+        sparse: whether prefill selects what it reads.
+    """
+
+    tokens: int
+    page: int
+    slice_len: int
+    dtype: str = "bfloat16"
+    sparse: bool = False
+
+    @property
+    def itemsize(self) -> int:
+        return jnp.dtype(self.dtype).itemsize
+
+
+class Memory(NamedTuple):
+    """Bytes on one device, the fullest."""
+
+    weights: int
+    cache: int
+    activations: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+def memory(config: ModelConfig, load: Load, mesh: MeshShape, rules: Rules = RULES) -> Memory:
+    """What a device of the mesh holds at once, at most."""
+    activations, workspace = _slice(config, load, mesh, rules)
+    return Memory(
+        weights=weights(config, mesh, rules) * load.itemsize,
+        cache=_cache(config, load, mesh, rules),
+        activations=activations,
+        workspace=workspace + _tables(config, load, mesh, rules),
+    )
+
+
+def weights(config: ModelConfig, mesh: MeshShape, rules: Rules = RULES) -> int:
+    """Parameters on a device."""
+    return sum(math.prod(mesh.shard(shape, axes, rules)) for shape, axes in _arrays(config))
+
+
+@functools.lru_cache(maxsize=8)
+def _arrays(config: ModelConfig) -> tuple[tuple[tuple[int, ...], tuple[str, ...]], ...]:
+    """Shape and axes of every parameter."""
+    shapes = params.abstract(config)
+    found = jax.tree.map(lambda leaf, axes: (leaf.shape, axes), shapes, params.axes(config))
+    return tuple(jax.tree.leaves(found, is_leaf=lambda node: isinstance(node, tuple)))
+
+
+def _pages(load: Load) -> int:
+    return -(-load.tokens // load.page)
+
+
+def _cache(config: ModelConfig, load: Load, mesh: MeshShape, rules: Rules) -> int:
+    pages = _pages(load) * mesh.data
+    shape = config.num_layers, config.num_kv_heads, pages, load.page, config.head_dim
+    layers, heads, pages, page, dim = mesh.shard(shape, cache.AXES, rules)
+    # Every device has a page for padding beside its own.
+    return 2 * layers * heads * (pages + 1) * page * dim * load.itemsize
+
+
+def _slice(config: ModelConfig, load: Load, mesh: MeshShape, rules: Rules) -> tuple[int, int]:
+    """Activations and workspace of a prefill slice at the larger of its two moments."""
+
+    def part(size: int, axis: str) -> int:
+        return mesh.shard((size,), (axis,), rules)[0]
+
+    T, D, H, b = load.slice_len, config.embed_dim, config.head_dim, load.itemsize
+    t, n = part(T, "tokens"), part(config.num_heads, "heads")
+    k, f = part(config.num_kv_heads, "kv_heads"), part(config.mlp_dim, "mlp")
+    residual = 4 * t * D * b
+    query = T * n * H  # of one view
+    views = 1 if config.dual_chunk is None else 3
+    votes = 0
+    if load.sparse:
+        # Keys lie along the sequence as tokens do.
+        votes = _VOTE_ARRAYS * n * part(_pages(load) * load.page, "tokens") * _FLOAT32
+    attention = (
+        residual + 2 * t * k * H * b + (views + 1) * query * b,
+        views * query * (_FLOAT32 + 2 * b) + query * _FLOAT32 + votes,
+    )
+    return max(attention, (residual + 3 * t * f * b, D * f * b), key=sum)
+
+
+def _tables(config: ModelConfig, load: Load, mesh: MeshShape, rules: Rules) -> int:
+    """Rotary angles and the logits of a token, in float32."""
+    rows = _pages(load) * load.page
+    if config.dual_chunk is not None and rows > config.dual_chunk.chunk_len:
+        rows = config.dual_chunk.chunk_size + 1
+    (vocab,) = mesh.shard((config.vocab_size,), ("vocab",), rules)
+    return (rows * config.head_dim + vocab) * _FLOAT32
+
+
+def longest(
+    config: ModelConfig, load: Load, mesh: MeshShape, limit: int, rules: Rules = RULES
+) -> int:
+    """The most tokens of a sequence with which a device holds at most `limit` bytes.
+
+    A whole number of pages, 0 if not even one fits, and under 2^31, as positions are.
+    """
+
+    def fits(pages: int) -> bool:
+        longer = dataclasses.replace(load, tokens=pages * load.page)
+        return memory(config, longer, mesh, rules).total <= limit
+
+    low, high = 0, (2**31 - 1) // load.page + 1  # `low` fits, `high` does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * load.page
+
+
+def prefill_flops(config: ModelConfig, tokens: int) -> int:
+    """Multiplications and additions of dense prefill.
+
+    Of the last layer only keys and values count: what follows needs a token a slice.
+    """
+    layers = config.num_layers - 1
+    pairs = tokens * (tokens + 1) // 2
+    attention = 4 * config.num_heads * config.head_dim * pairs
+    return layers * (attention + 2 * _block(config) * tokens) + 2 * _keys_values(config) * tokens
+
+
+def decode_flops(config: ModelConfig, length: int) -> int:
+    """Multiplications and additions of the token after `length` others."""
+    attention = 4 * config.num_heads * config.head_dim * (length + 1)
+    head = config.embed_dim * config.vocab_size
+    return config.num_layers * (attention + 2 * _block(config)) + 2 * head
+
+
+def decode_bytes(config: ModelConfig, load: Load, mesh: MeshShape, rules: Rules = RULES) -> int:
+    """Bytes that a device reads for the last token.
+
+    All of its weights but for a separate embedding, and the cache.
+    """
+    count = weights(config, mesh, rules)
+    if not config.tie_embeddings:
+        table = config.vocab_size, config.embed_dim
+        count -= math.prod(mesh.shard(table, ("vocab", "embed"), rules))
+    return count * load.itemsize + _cache(config, load, mesh, rules)
+
+
+def _block(config: ModelConfig) -> int:
+    """Weights of the matrices of a layer."""
+    queries = 2 * config.embed_dim * config.num_heads * config.head_dim
+    return queries + _keys_values(config) + 3 * config.embed_dim * config.mlp_dim
+
+
+def _keys_values(config: ModelConfig) -> int:
+    return 2 * config.embed_dim * config.num_kv_heads * config.head_dim

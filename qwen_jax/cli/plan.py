@@ -1,0 +1,232 @@
+"""plan: whether a length fits on devices that are not there, and how it would be spread."""
+
+import dataclasses
+import json
+import os
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from convert.terminal import show
+from qwen_jax import devices
+from qwen_jax.cli.flags import Json, Model, ModelArgument, ModelFlags, note, open_model, option
+from qwen_jax.config import ConfigError, ModelConfig
+
+if TYPE_CHECKING:
+    from qwen_jax.budget import Load
+    from qwen_jax.sharding import MeshShape
+
+_MOST_DEVICES = 1 << 14  # that advice asks for
+_LEAST_SLICE = 128  # tokens that advice asks for
+
+
+def plan(
+    model: ModelArgument,
+    topology: Annotated[
+        str,
+        option(
+            "Devices, as v5e:4x4, v6e:2x4, v5p:2x2x2, tpu7x:2x2x1, h200:8 or cpu:8.",
+            metavar="KIND:SIZE",
+        ),
+    ],
+    tokens: Annotated[
+        int | None, option("Prompt and answer, in tokens; the longest that config.json declares.")
+    ] = None,
+    mesh: Annotated[
+        str | None, option("How to use the devices, as seq=4,tensor=4.", metavar="AXIS=N,...")
+    ] = None,
+    slice: Annotated[  # noqa: A002
+        int | None, option("Prompt tokens computed at a time; the engine's largest.")
+    ] = None,
+    dtype: Annotated[
+        Literal["f32", "bf16"] | None,
+        option("Precision of weights and cache; the checkpoint's own, on CPUs f32."),
+    ] = None,
+    json_output: Json = False,
+):
+    """Say whether a length fits on devices, before renting them.
+
+    Reads config.json alone: no weights and no such devices are needed. The numbers are
+    computed from the sizes of arrays, for one sequence. Exits with 1 if it does not fit.
+
+    Examples:
+        qwen-jax plan ckpt/7b-1m --topology v5e:4x4 --tokens 1010000
+        qwen-jax plan ckpt/14b-1m --topology v5p:2x2x2 --mesh seq=2,tensor=4 --json
+    """
+    opened = open_model(model, ModelFlags(slice=slice))
+    found = examine(opened, topology, tokens, mesh, dtype)
+    if json_output:
+        print(json.dumps(found))
+    else:
+        _print(found)
+    raise typer.Exit(0 if found["fits"] else 1)
+
+
+def examine(
+    opened: Model, name: str, tokens: int | None, mesh: str | None, dtype: str | None
+) -> dict[str, Any]:
+    """All that `plan` says, as JSON has it.
+
+    Raises:
+        ConfigError: if a flag cannot be used with this model.
+    """
+    from qwen_jax import budget, sharding
+    from qwen_jax.engine.pages import default_page
+    from qwen_jax.engine.scheduler import cut, default_slices
+
+    config, topology = opened.config, devices.topology(name)
+    device = topology.device
+    tokens = config.max_len if tokens is None else tokens
+    if not 1 <= tokens < 2**31:
+        raise ConfigError(f"--tokens {tokens} must be at least 1 and under 2^31")
+    if tokens > config.max_len:
+        note(f"{tokens:,} tokens are over the {config.max_len:,} that config.json declares")
+    chosen = sharding.choose(config, topology.count)
+    shape = chosen if mesh is None else sharding.parse(mesh)
+    sharding.check(config, shape, topology.count)
+    sparse = opened.sparse is not None and tokens > opened.sparse.threshold
+    slices = default_slices(device.platform, config.dual_chunk, sparse=opened.sparse is not None)
+    load = budget.Load(
+        tokens=tokens,
+        page=default_page(device.platform, config.dual_chunk),
+        slice_len=opened.flags.slice or cut(0, tokens, slices, None)[1],
+        dtype=_precision(dtype, device, config),
+        sparse=sparse,
+    )
+    memory = budget.memory(config, load, shape)
+    limit = device.memory or _host_bytes() // topology.count
+    flops = budget.prefill_flops(config, tokens), budget.decode_flops(config, tokens - 1)
+    read = budget.decode_bytes(config, load, shape)
+    replicas = topology.count // shape.data  # that share the work of a sequence
+    fits = memory.total <= limit
+    return {
+        "model": str(opened.directory),
+        "num_parameters": budget.weights(config, sharding.MeshShape()),
+        "dtype": load.dtype,
+        "cache_bytes_per_token": config.kv_elements_per_token * load.itemsize,
+        "topology": topology.name,
+        "devices": topology.count,
+        "device": dataclasses.asdict(device) | {"memory": limit},
+        "mesh": dataclasses.asdict(shape),
+        "mesh_reason": _reason(config, topology.count) if mesh is None else "as --mesh says",
+        "tokens": tokens,
+        "slice": load.slice_len,
+        "page": load.page,
+        "sparse": sparse,
+        "bytes": memory._asdict() | {"total": memory.total},
+        "headroom": limit - memory.total,
+        "fits": fits,
+        "longest": budget.longest(config, load, shape, limit),
+        "prefill_flops": flops[0],
+        "decode_flops": flops[1],
+        "least_prefill_seconds": device.flops and flops[0] / device.flops / replicas,
+        "least_decode_seconds": device.bandwidth and read / device.bandwidth,
+        "advice": []
+        if fits
+        else list(_advice(config, topology, load, shape, limit)) or ["devices with more memory"],
+    }
+
+
+def _precision(dtype: str | None, device: devices.Device, config: ModelConfig) -> str:
+    if dtype is not None:
+        return {"f32": "float32", "bf16": "bfloat16"}[dtype]
+    return "float32" if device.platform == "cpu" else config.weights_dtype
+
+
+def _host_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _reason(config: ModelConfig, count: int) -> str:
+    if count == 1:
+        return "there is nothing to divide"
+    return (
+        f"the largest tensor that divides {count} devices, {config.num_heads} and "
+        f"{config.num_kv_heads} heads, mlp and vocabulary; the rest is seq"
+    )
+
+
+def _advice(
+    config: ModelConfig, topology: devices.Topology, load: "Load", shape: "MeshShape", limit: int
+):
+    """Single changes that make it fit, each tried."""
+    from qwen_jax import budget, sharding
+
+    def fits(mesh: "MeshShape" = shape, **changes: Any) -> bool:
+        changed = dataclasses.replace(load, **changes)
+        return budget.memory(config, changed, mesh).total <= limit
+
+    chosen = sharding.choose(config, topology.count)
+    if chosen != shape and fits(chosen):
+        yield f"leave out --mesh: {chosen} fits"
+    if load.dtype == "float32" and fits(dtype="bfloat16"):
+        yield "--dtype bf16"
+    smaller = load.slice_len // 2
+    while smaller >= _LEAST_SLICE and not fits(slice_len=smaller):
+        smaller //= 2
+    if smaller >= _LEAST_SLICE:
+        yield f"--slice {smaller}: less is computed at a time"
+    longest = budget.longest(config, load, shape, limit)
+    if longest:
+        yield f"--tokens {longest}: a shorter context"
+    count = 2 * topology.count
+    while count <= _MOST_DEVICES and not fits(sharding.choose(config, count)):
+        count *= 2
+    if count <= _MOST_DEVICES and topology.device.memory is not None:
+        chips = count // topology.device.per_chip
+        mesh = sharding.choose(config, count)
+        yield f"{chips} chips of {topology.kind}: {count} devices as {mesh}"
+
+
+def _print(found: dict[str, Any]) -> None:
+    device, mesh = found["device"], found["mesh"]
+    shape = ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "one device"
+    how = "votes of sparse prefill included" if found["sparse"] else "prefilled densely"
+    show(
+        [
+            (
+                "model",
+                f"{found['num_parameters']:,} parameters, {found['dtype']}, "
+                f"{found['cache_bytes_per_token']:,} bytes of cache a token",
+            ),
+            (
+                "devices",
+                f"{found['topology']}: {found['devices']} of {_gib(device['memory'])} for programs",
+            ),
+            ("mesh", f"{shape}: {found['mesh_reason']}"),
+            (
+                "prompt",
+                f"{found['tokens']:,} tokens in slices of {found['slice']:,}, "
+                f"pages of {found['page']:,}, {how}",
+            ),
+        ]
+    )
+    print("\nOn each device:")
+    rows = [(f"  {name}", _gib(size)) for name, size in found["bytes"].items()]
+    show([*rows, ("  headroom", _gib(found["headroom"]))], right=(1,))
+    print()
+    verdict = "fits" if found["fits"] else "does not fit"
+    rows = [("verdict", f"{verdict}; the longest context that fits is {found['longest']:,} tokens")]
+    if found["advice"]:
+        rows += [
+            ("or" if number else "change", text) for number, text in enumerate(found["advice"])
+        ]
+    prefill = f"{_short(found['prefill_flops'] / 1e15)} PFLOP if dense"
+    decode = f"{_short(found['decode_flops'] / 1e9)} GFLOP for the last token"
+    if device["flops"]:
+        prefill += f", at least {found['least_prefill_seconds']:,.1f} s at the published peak"
+        decode += f", at least {1e3 * found['least_decode_seconds']:,.1f} ms to read its memory"
+    rows += [("prefill", prefill), ("decode", decode)]
+    show(rows)
+    if device["platform"] == "gpu":
+        print(
+            "\njax takes 3/4 of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says more, such as .93"
+        )
+
+
+def _short(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:,.2f} GiB"

@@ -1,0 +1,131 @@
+"""What plan says of topologies, from a config.json alone."""
+
+import json
+import re
+
+import published
+import pytest
+
+TOPOLOGIES = {
+    # name: (devices, does the 7B model fit with 1,010,000 tokens, does the 14B)
+    "v5e:2x2": (4, False, False),
+    "v5e:2x4": (8, True, False),
+    "v5e:4x4": (16, True, False),
+    "v5e:8x8": (64, True, True),
+    "v6e:2x2": (4, True, False),
+    "v6e:2x4": (8, True, True),
+    "v6e:4x4": (16, True, True),
+    "v5p:2x2x1": (4, True, True),
+    "v5p:2x2x2": (8, True, True),
+    "tpu7x:2x2x1": (8, True, True),
+    "v4:2x2x2": (8, True, True),
+    "h100:8": (8, True, True),
+    "h200:1": (1, True, False),
+    "h200:8": (8, True, True),
+}
+
+
+def examine(run, directory, *arguments):
+    code, out, err = run("plan", directory, *arguments, "--json")
+    found = json.loads(out)
+    assert code == (0 if found["fits"] else 1)
+    return found, err
+
+
+@pytest.mark.parametrize("model", ["7b", "14b"])
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+def test_every_topology_is_answered(topology, model, tmp_path, run):
+    devices, *fits = TOPOLOGIES[topology]
+    found, err = examine(run, published.write(tmp_path, model), "--topology", topology)
+    assert err == ""
+    assert found["tokens"] == 1_010_000
+    assert found["devices"] == devices == found["mesh"]["seq"] * found["mesh"]["tensor"]
+    assert found["fits"] == fits[model == "14b"] == (found["longest"] >= 1_010_000)
+    sizes = found["bytes"]
+    assert sizes.pop("total") == sum(sizes.values())
+    assert found["headroom"] == found["device"]["memory"] - sum(sizes.values())
+    assert bool(found["advice"]) != found["fits"]
+
+
+def follow(advice, arguments):
+    """A command line changed as a piece of advice says."""
+    if more := re.fullmatch(r"(\d+) chips of v5e: \1 devices as seq=\d+,tensor=4", advice):
+        kept = [each for each in arguments if not each.startswith(("--mesh", "seq="))]
+        return ["--topology", f"v5e:1x{more[1]}", *kept]
+    if advice.startswith("leave out --mesh: "):
+        return ["--topology", "v5e:2x4", *arguments[:-2]]
+    flag, value = re.match(r"(--\w+) (\w+)", advice).groups()
+    return ["--topology", "v5e:2x4", *arguments, flag, value]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kinds"),
+    [
+        ("--tokens 1010000 --mesh seq=8", "leave 16"),
+        ("--tokens 1010000 --dtype f32", "--dtype --tokens 32"),
+        ("--tokens 1010000 --slice 262144", "--slice --tokens 32"),
+        ("--tokens 4000000", "--tokens 32"),
+        ("--tokens 4000000 --dtype f32 --mesh seq=2,tensor=4", "--tokens 64"),
+        ("--tokens 4000000 --mesh seq=8", "32"),
+    ],
+)
+def test_every_piece_of_advice_makes_it_fit(arguments, kinds, tmp_path, run):
+    model, arguments = published.write(tmp_path, "7b"), arguments.split()
+    found, _ = examine(run, model, "--topology", "v5e:2x4", *arguments)
+    assert not found["fits"]
+    assert " ".join(advice.split()[0] for advice in found["advice"]) == kinds
+    for advice in found["advice"]:
+        assert examine(run, model, *follow(advice, arguments))[0]["fits"], advice
+
+
+def test_bounds_on_time_come_from_published_rates(tmp_path, run):
+    model = published.write(tmp_path, "7b")
+    asked = ["--topology", "v5e:4x4"]
+    found, _ = examine(run, model, *asked)
+    assert found["least_prefill_seconds"] == found["prefill_flops"] / (16 * 197e12)
+    halves, _ = examine(run, model, *asked, "--mesh", "data=2,seq=2,tensor=4")
+    assert halves["least_prefill_seconds"] == 2 * found["least_prefill_seconds"]
+    # All weights but the embedding, which a token reads a row of, and the cache.
+    embedding = 2 * 152_064 * 3584 // 4
+    read = found["bytes"]["weights"] - embedding + found["bytes"]["cache"]
+    assert found["least_decode_seconds"] == read / 819e9
+
+
+def test_the_text_names_mesh_bytes_headroom_and_the_longest_context(tmp_path, run):
+    model = published.write(tmp_path, "7b")
+    code, out, err = run("plan", model, "--topology", "v5e:4x4", "--tokens", "1010000")
+    assert (code, err) == (0, "")
+    for text in (
+        "7,615,616,512 parameters, bfloat16, 57,344 bytes of cache a token",
+        "16 of 15.75 GiB",
+        "seq=4,tensor=4: the largest tensor that divides 16 devices, 28 and 4 heads",
+        "weights      3.55 GiB",
+        "headroom",
+        "fits; the longest context that fits is",
+    ):
+        assert text in out
+
+
+def test_a_context_beyond_what_the_model_declares_is_noted(tmp_path, run):
+    model = published.write(tmp_path, "7b")
+    _, err = examine(run, model, "--topology", "v6e:16x16", "--tokens", "10000000")
+    assert err == "10,000,000 tokens are over the 1,010,000 that config.json declares\n"
+
+
+def test_budgets_of_sparse_prefill_take_workspace(model, run):
+    asked = ["--topology", "v5e:1x1", "--tokens", "100000"]
+    dense, _ = examine(run, model, *asked)
+    row = {str(head): ["vertical_and_slash", 8, 8, 1.0] for head in range(4)}
+    (model / "sparse_attention_config.json").write_text(json.dumps([row, row]))
+    sparse, _ = examine(run, model, *asked)
+    assert (dense["sparse"], sparse["sparse"]) == (False, True)
+    assert sparse["bytes"]["workspace"] > dense["bytes"]["workspace"] + 4 * 4 * 100_000
+
+
+def test_virtual_devices_share_the_memory_of_the_machine(model, run, monkeypatch):
+    monkeypatch.setattr("qwen_jax.cli.plan._host_bytes", lambda: 8 << 30)
+    found, _ = examine(run, model, "--topology", "cpu:8")
+    assert found["device"]["memory"] == 1 << 30
+    assert found["dtype"] == "float32"
+    assert found["mesh"] == {"data": 1, "seq": 4, "tensor": 2}
+    assert found["least_prefill_seconds"] is None

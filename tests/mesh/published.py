@@ -1,0 +1,42 @@
+"""The config.json of the published models, as far as a planner reads it."""
+
+import json
+from pathlib import Path
+
+from qwen_jax.config import ModelConfig, model_config
+
+_COMMON = {
+    "model_type": "qwen2",
+    "hidden_act": "silu",
+    "head_dim": 128,
+    "max_position_embeddings": 1010000,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 152064,
+    "dual_chunk_attention_config": {
+        "chunk_size": 262144,
+        "local_size": 8192,
+        "original_max_position_embeddings": 262144,
+    },
+}
+_SIZES = {
+    "7b": (28, 3584, 18944, 28, 4),
+    "14b": (48, 5120, 13824, 40, 8),
+}
+_FIELDS = (
+    "num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads"
+).split()
+
+
+def write(directory: Path, name: str) -> Path:
+    """A directory that holds the config.json of a published model and nothing else."""
+    directory.mkdir(exist_ok=True)
+    raw = _COMMON | dict(zip(_FIELDS, _SIZES[name], strict=True))
+    (directory / "config.json").write_text(json.dumps(raw))
+    return directory
+
+
+def config(directory: Path, name: str) -> ModelConfig:
+    return model_config(write(directory, name))
