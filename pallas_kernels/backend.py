@@ -56,8 +56,8 @@ def on(platform: str) -> tuple[str, ...]:
 def choose(platform: str, choice: Choice = None, *, head_dim: int = LANES) -> Backends:
     """The backends to use on a platform ("cpu", "gpu" or "tpu") for heads of a size.
 
-    A choice is taken as it is and never replaced by another. Without one, a TPU gets the
-    kernels where heads fill the lanes of its registers, else XLA.
+    A choice is taken as it is and never replaced by another. Without one, a TPU gets its
+    kernels for heads of 128, that is one row of lanes, and XLA for others.
 
     Raises:
         Unsupported: if there is no backend of that name, or if it does not run there.
@@ -65,7 +65,7 @@ def choose(platform: str, choice: Choice = None, *, head_dim: int = LANES) -> Ba
     if platform not in PREFERRED:
         raise Unsupported(f"no backend for {platform!r}; there is {', '.join(PREFERRED)}")
     if choice is None:
-        return _XLA if platform == "tpu" and head_dim % LANES else PREFERRED[platform]
+        return _XLA if platform == "tpu" and head_dim != LANES else PREFERRED[platform]
     chosen = Backends(choice, choice, choice) if isinstance(choice, str) else choice
     for name in chosen:
         if name not in NAMES:
@@ -127,7 +127,7 @@ def load(operation: str, name: str) -> ModuleType:
     return importlib.import_module(f"pallas_kernels.{operation}.{name}")
 
 
-def call(operation: str, choice: Choice, *args, **keywords):
+def call(operation: str, choice: Choice, queries, *args, **keywords):
     """An operation by the backend chosen for it, on the device that is traced for.
 
     Keywords that the backend alone knows, such as tile sizes, win over those that are
@@ -137,13 +137,13 @@ def call(operation: str, choice: Choice, *args, **keywords):
         Unsupported: if it does not run there or cannot take these arguments.
     """
     target = device()
-    name = getattr(choose(target.platform, choice), operation)
+    name = getattr(choose(target.platform, choice, head_dim=queries.shape[-1]), operation)
     try:
         keywords = tuned(name, operation, target.kind) | keywords
     except ValueError as error:
         raise Unsupported(str(error)) from None
     try:
-        return getattr(load(operation, name), FUNCTIONS[operation])(*args, **keywords)
+        return getattr(load(operation, name), FUNCTIONS[operation])(queries, *args, **keywords)
     except Unsupported as error:
         raise Unsupported(f"{operation} by {name}: {error} (xla takes every shape)") from None
 

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from pallas_kernels.backend import LANES
 from pallas_kernels.tiles import Tiles
 
 ABSENT = 2**31 - 1
 """Position of a column that is not there: after every key."""
 _WORD = 32  # bits
-_LANES = 128  # of a vector register of a TPU
 
 
 @functools.partial(
@@ -134,13 +134,13 @@ def _number_up_to(ascending: Int[Array, " n"], limit: Int[Array, " v"]) -> Int[A
 
     A search that compares whole registers: a TPU takes as long to fetch one number.
     """
-    if len(ascending) <= _LANES:
+    if len(ascending) <= LANES:
         return (ascending <= limit[:, None]).sum(-1, dtype=jnp.int32)
-    rest = -len(ascending) % _LANES
-    rows = jnp.pad(ascending, (0, rest), constant_values=ABSENT).reshape(-1, _LANES)
+    rest = -len(ascending) % LANES
+    rows = jnp.pad(ascending, (0, rest), constant_values=ABSENT).reshape(-1, LANES)
     row = _number_up_to(rows[:, -1], limit)
     inside = (jnp.take(rows, row, axis=0, mode="clip") <= limit[:, None]).sum(-1, dtype=jnp.int32)
-    return row * _LANES + inside
+    return row * LANES + inside
 
 
 def to_mask(

@@ -17,6 +17,7 @@ of the slice, for its heads. A decode step takes less than a slice.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -136,22 +137,29 @@ def _tables(config: ModelConfig, load: Load, mesh: MeshShape, rules: Rules) -> i
 
 
 def longest(
-    config: ModelConfig, load: Load, mesh: MeshShape, limit: int, rules: Rules = RULES
+    config: ModelConfig,
+    load_of: Callable[[int], Load],
+    mesh: MeshShape,
+    limit: int,
+    rules: Rules = RULES,
 ) -> int:
     """The most tokens of a sequence with which a device holds at most `limit` bytes.
 
     A whole number of pages, 0 if not even one fits, and under 2^31, as positions are.
+
+    Args:
+        load_of: what so many tokens run as; more tokens must not need less.
     """
+    page = load_of(1).page
 
     def fits(pages: int) -> bool:
-        longer = dataclasses.replace(load, tokens=pages * load.page)
-        return memory(config, longer, mesh, rules).total <= limit
+        return memory(config, load_of(pages * page), mesh, rules).total <= limit
 
-    low, high = 0, (2**31 - 1) // load.page + 1  # `low` fits, `high` does not
+    low, high = 0, (2**31 - 1) // page + 1  # `low` fits, `high` does not
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
-    return low * load.page
+    return low * page
 
 
 def prefill_flops(config: ModelConfig, tokens: int) -> int:

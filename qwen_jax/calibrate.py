@@ -100,20 +100,20 @@ def search(
     Args:
         samples: by length.
         target_recall: least mean over layers and heads.
-        margin: what these samples must show beyond it, since others show less; to 1 at most.
+        margin: what these samples should show beyond it, as far as they can, since others
+            show less.
 
     Raises:
         CalibrationError: if the largest budgets do not meet the target.
     """
     recall, density = (_means(samples, name) for name in ("recall", "density"))
     most = min(of_length[..., -1, -1].mean() for of_length in recall.values())
-    aim = min(target_recall + margin, 1.0)
-    if most < aim:
-        beyond = f" with --margin {margin}" if margin else ""
+    if most < target_recall:
         raise CalibrationError(
-            f"--target-recall {target_recall}{beyond} is out of reach: the largest budgets "
+            f"--target-recall {target_recall} is out of reach: the largest budgets "
             f"({grid.vertical[-1]} columns, {grid.slash[-1]} diagonals) find {most:.3f}"
         )
+    aim = min(target_recall + margin, most)
     gain = np.mean(list(recall.values()), 0)
     cost = np.mean(list(density.values()), 0)
 

@@ -1,8 +1,9 @@
 """Search tile sizes of the TPU kernels: by compiled schedule without a TPU, by time on one.
 
 Without a device every candidate is compiled for every generation. Of those that compile the one
-with the most of its matrix unit's slots filled is best, and of those within 2% of it the largest,
-which reads keys and values least often. Decode, which waits for memory, is tuned by time only.
+with the most of its matrix unit's slots filled is best, and of those within 2% of it the one with
+most queries, which reads keys and values least often. Decode, which waits for memory, is tuned by
+time only.
 
 With --time the candidates run on this machine's TPU, and the fastest of the median is taken.
 Either way the table of before is read, and what was searched is replaced.

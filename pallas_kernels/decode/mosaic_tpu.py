@@ -18,10 +18,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import softmax
-from pallas_kernels.backend import Unsupported
+from pallas_kernels.backend import LANES, Unsupported
 from pallas_kernels.geometry import INTER, INTRA, ChunkGeometry
 
-LANES = 128  # minor dimension of a vector register
 SUBLANES = 8  # the other one, in 32-bit rows
 BLOCK_BYTES = 2**20  # of keys a step, and of values as many
 GRANULE = 128  # keys to which the fetch of a sequence's end is rounded up

@@ -154,7 +154,10 @@ def prefill(
             jax.ShapeDtypeStruct((N, count * rows_of_head, H), queries.dtype),
             jax.ShapeDtypeStruct((heads, count, M // LANES, LANES), jnp.float32),
         ],
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=VMEM_BYTES),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel"),  # each core takes some tiles
+            vmem_limit_bytes=VMEM_BYTES,
+        ),
         interpret=interpret,
         name="prefill_dense" if plan is None else "prefill_sparse",
     )(where, page_table, *args)

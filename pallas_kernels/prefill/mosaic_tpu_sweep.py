@@ -239,7 +239,7 @@ def sparse(
     count = jax.lax.fori_loop(0, bytes_, append, jnp.int32(0))
 
     def rank_of(j, b):
-        return jnp.clip(j * shape.pieces + b, 0, count - 1)
+        return jnp.clip(j * shape.pieces + b, 0, jnp.maximum(count - 1, 0))
 
     def piece_at(j, b):
         return block_ref[rank_of(j, b)] * shape.piece, j * shape.pieces + b < count

@@ -15,11 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.backend import Unsupported, check_heads
+from pallas_kernels.backend import LANES, Unsupported, check_heads
 from pallas_kernels.geometry import INTER, INTRA, SUCC, ChunkGeometry
 from pallas_kernels.softmax import MASKED
 
-LANES = 128  # minor dimension of a vector register
 _PACKED = 16  # rows of a vector register of bfloat16
 TILE = 1024  # keys a step
 

@@ -79,8 +79,8 @@ def measure(names: list[str], backends: list[str], repeats: int) -> Iterator[dic
                 try:
                     row["seconds"] = time_of(what, SERVED[name], each, args, repeats)
                     row["median_s"] = statistics.median(row["seconds"])
-                except Unsupported as error:
-                    row["refused"] = str(error)
+                except (Unsupported, jax.errors.JaxRuntimeError) as error:
+                    row["refused"] = str(error).splitlines()[0]
                 yield row
 
 

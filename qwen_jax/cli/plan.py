@@ -84,17 +84,21 @@ def examine(
     chosen = sharding.choose(config, topology.count)
     shape = chosen if mesh is None else sharding.parse(mesh)
     sharding.check(config, shape, topology.count)
-    sparse = opened.sparse is not None and tokens > opened.sparse.threshold
     slices = default_slices(device.platform, config.dual_chunk, sparse=opened.sparse is not None)
-    load = budget.Load(
-        tokens=tokens,
-        page=default_page(device.platform, config.dual_chunk),
-        slice_len=opened.flags.slice or cut(0, tokens, slices, None)[1],
-        dtype=_precision(dtype, device, config),
-        sparse=sparse,
-    )
+
+    def load_of(tokens: int) -> budget.Load:
+        return budget.Load(
+            tokens=tokens,
+            page=default_page(device.platform, config.dual_chunk),
+            slice_len=opened.flags.slice or cut(0, tokens, slices, None)[1],
+            dtype=_precision(dtype, device, config),
+            sparse=opened.sparse is not None and tokens > opened.sparse.threshold,
+        )
+
+    load = load_of(tokens)
     memory = budget.memory(config, load, shape)
     limit = device.memory or _host_bytes() // topology.count
+    longest = budget.longest(config, load_of, shape, limit)
     flops = budget.prefill_flops(config, tokens), budget.decode_flops(config, tokens - 1)
     read = budget.decode_bytes(config, load, shape)
     replicas = topology.count // shape.data  # that share the work of a sequence
@@ -112,18 +116,19 @@ def examine(
         "tokens": tokens,
         "slice": load.slice_len,
         "page": load.page,
-        "sparse": sparse,
+        "sparse": load.sparse,
         "bytes": memory._asdict() | {"total": memory.total},
         "headroom": limit - memory.total,
         "fits": fits,
-        "longest": budget.longest(config, load, shape, limit),
+        "longest": longest,
         "prefill_flops": flops[0],
         "decode_flops": flops[1],
         "least_prefill_seconds": device.flops and flops[0] / device.flops / replicas,
         "least_decode_seconds": device.bandwidth and read / device.bandwidth,
         "advice": []
         if fits
-        else list(_advice(config, topology, load, shape, limit)) or ["devices with more memory"],
+        else list(_advice(config, topology, load, shape, limit, longest))
+        or ["devices with more memory"],
     }
 
 
@@ -147,7 +152,12 @@ def _reason(config: ModelConfig, count: int) -> str:
 
 
 def _advice(
-    config: ModelConfig, topology: devices.Topology, load: "Load", shape: "MeshShape", limit: int
+    config: ModelConfig,
+    topology: devices.Topology,
+    load: "Load",
+    shape: "MeshShape",
+    limit: int,
+    longest: int,
 ):
     """Single changes that make it fit, each tried."""
     from qwen_jax import budget, sharding
@@ -166,7 +176,6 @@ def _advice(
         smaller //= 2
     if smaller >= _LEAST_SLICE:
         yield f"--slice {smaller}: less is computed at a time"
-    longest = budget.longest(config, load, shape, limit)
     if longest:
         yield f"--tokens {longest}: a shorter context"
     count = 2 * topology.count

@@ -7,10 +7,15 @@ from pallas_kernels.geometry import ChunkGeometry
 
 
 def default_page(platform: str, geometry: ChunkGeometry | None) -> int:
-    """Tokens a page, so that no page straddles two chunks if their length allows it."""
+    """Tokens a page, so that no page straddles two chunks if their length allows it.
+
+    On accelerators a page is a multiple of 128 tokens, as kernels want.
+    """
+    if platform == "cpu":
+        return 512 if geometry is None else divisor(geometry.chunk_len, least=64, most=1024) or 256
     if geometry is None:
-        return 512 if platform == "cpu" else 1024
-    return divisor(geometry.chunk_len, least=64, most=1024) or 256
+        return 1024
+    return next((page for page in range(1024, 0, -128) if geometry.chunk_len % page == 0), 1024)
 
 
 def divisor(length: int, *, least: int, most: int) -> int | None:

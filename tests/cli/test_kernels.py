@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import backend
 from pallas_kernels.backend import Unsupported
-from pallas_kernels.cases import SERVED, Case, Served
+from pallas_kernels.cases import SERVED, Served
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.programs import PROGRAMS, inputs, program
 from qwen_jax.cli import kernels
@@ -84,8 +84,7 @@ def test_a_shape_that_a_kernel_refuses_ends_in_one_line(tiny, monkeypatch, run):
     assert "Traceback" not in err
 
 
-def test_served_cases_are_cases():
-    assert all(isinstance(case, Case) for case in SERVED.values())
+def test_served_cases_have_room_for_their_context():
     for case in SERVED.values():
         assert case.context <= case.num_pages * case.page * max(case.num_seqs, 1)
         assert case.num_heads % case.num_kv_heads == 0

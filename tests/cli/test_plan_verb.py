@@ -61,12 +61,12 @@ def follow(advice, arguments):
 @pytest.mark.parametrize(
     ("arguments", "kinds"),
     [
-        ("--tokens 1010000 --mesh seq=8", "leave 16"),
+        ("--tokens 1010000 --mesh seq=8", "leave --tokens 16"),
         ("--tokens 1010000 --dtype f32", "--dtype --tokens 32"),
         ("--tokens 1010000 --slice 262144", "--slice --tokens 32"),
         ("--tokens 4000000", "--tokens 32"),
         ("--tokens 4000000 --dtype f32 --mesh seq=2,tensor=4", "--tokens 64"),
-        ("--tokens 4000000 --mesh seq=8", "32"),
+        ("--tokens 4000000 --mesh seq=8", "--tokens 32"),
     ],
 )
 def test_every_piece_of_advice_makes_it_fit(arguments, kinds, tmp_path, run):
@@ -76,6 +76,17 @@ def test_every_piece_of_advice_makes_it_fit(arguments, kinds, tmp_path, run):
     assert " ".join(advice.split()[0] for advice in found["advice"]) == kinds
     for advice in found["advice"]:
         assert examine(run, model, *follow(advice, arguments))[0]["fits"], advice
+
+
+def test_the_longest_context_fits_when_it_is_asked_for(tmp_path, run):
+    """Though it is read in larger slices than the short one that was asked for."""
+    model = published.write(tmp_path, "7b")
+    where = "--topology", "v6e:2x2", "--tokens"
+    found, _ = examine(run, model, *where, "1000")
+    longest, _ = examine(run, model, *where, str(found["longest"]))
+    assert longest["slice"] > found["slice"]
+    assert longest["fits"]
+    assert longest["longest"] == found["longest"]
 
 
 def test_bounds_on_time_come_from_published_rates(tmp_path, run):

@@ -5,6 +5,7 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels import backend, tiles
@@ -12,6 +13,7 @@ from pallas_kernels.backend import Backends, Unsupported
 from pallas_kernels.decode import decode
 
 PLATFORMS = tuple(backend.PREFERRED)
+QUERY = np.zeros((1, 128))
 
 
 def token(head_dim=128):
@@ -43,6 +45,7 @@ def test_every_backend_has_every_operation(name, operation):
 def test_heads_that_do_not_fill_registers_get_operations_of_xla_unless_told_otherwise():
     assert set(backend.choose("tpu", head_dim=128)) == {"mosaic_tpu"}
     assert set(backend.choose("tpu", head_dim=64)) == {"xla"}
+    assert set(backend.choose("tpu", head_dim=256)) == {"xla"}
     assert set(backend.choose("tpu", "mosaic_tpu", head_dim=64)) == {"mosaic_tpu"}
 
 
@@ -97,15 +100,15 @@ def test_tuned_sizes_go_to_the_backend_and_a_caller_wins(fake, monkeypatch, tmp_
     }
     (tmp_path / "fake.json").write_text(json.dumps(table))
     monkeypatch.setenv(tiles.VARIABLE, str(tmp_path))
-    backend.call("select", "fake")
+    backend.call("select", "fake", QUERY)
     assert fake == {"tile": 2, "tiles": tiles.Tiles(q=3, k=4)}
-    backend.call("select", "fake", tile=5)
+    backend.call("select", "fake", QUERY, tile=5)
     assert fake["tile"] == 5
     with pytest.raises(Unsupported, match=r"^select by fake: tile=3 is odd .xla takes every"):
-        backend.call("select", "fake", tile=3)
+        backend.call("select", "fake", QUERY, tile=3)
 
 
-def test_an_unknown_device_gets_the_defaults(monkeypatch):
+def test_an_unknown_device_gets_the_defaults():
     assert tiles.tuned("mosaic_tpu", "prefill", "TPU v99") == {}
     assert tiles.tuned("xla", "prefill", "cpu") == {}
 
@@ -117,7 +120,7 @@ def test_a_table_that_cannot_be_read_is_refused_by_name(fake, monkeypatch, tmp_p
         (directory / "fake.json").write_text(text)
     monkeypatch.setenv(tiles.VARIABLE, str(directory))
     with pytest.raises(Unsupported, match=r"fake.json is no table of tile sizes"):
-        backend.call("select", "fake")
+        backend.call("select", "fake", QUERY)
 
 
 def test_a_program_is_traced_for_the_mesh_in_use():

@@ -145,7 +145,8 @@ def test_dense_attention_is_right_for_every_slice(data):
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_a_plan_is_right_for_every_slice(data):
-    case, tiles = CASES["borders inside a tile"], Tiles(q=128, k=32)
+    case = CASES[data.draw(st.sampled_from(["borders inside a tile", "two kv heads"]), "case")]
+    tiles = Tiles(q=128, k=32)
     end = data.draw(st.integers(1, 11 * case.page), "end")
     length = data.draw(st.integers(1, min(end, case.slice_len)), "length")
     columns = data.draw(st.sampled_from([0, 1, COLUMNS]), "columns")

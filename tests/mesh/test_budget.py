@@ -100,7 +100,9 @@ def test_no_page_more_fits_than_the_longest_context_has(config, page, seq, spars
     def total(tokens):
         return budget.memory(config, dataclasses.replace(load, tokens=tokens), mesh).total
 
-    longest = budget.longest(config, load, mesh, limit)
+    longest = budget.longest(
+        config, lambda tokens: dataclasses.replace(load, tokens=tokens), mesh, limit
+    )
     assert longest % page == 0
     assert longest == 0 or total(longest) <= limit
     assert longest + page >= 2**31 or total(longest + page) > limit
