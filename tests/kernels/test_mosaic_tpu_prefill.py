@@ -133,6 +133,13 @@ def test_a_plan_gives_dense_attention_under_its_mask_in_both_types(dtype):
         check(case, dtype, start, length, tiles, selected)
 
 
+@pytest.mark.long
+def test_a_plan_of_more_tiles_than_a_word_has_bits_is_right():
+    case, tiles = CASES["two kv heads"], Tiles(q=4, k=32)
+    selected = selection(np.random.default_rng(2), case, 704, COLUMNS, 5)
+    check(case, "float32", 554, 150, tiles, selected)
+
+
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_dense_attention_is_right_for_every_slice(data):
