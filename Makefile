@@ -18,6 +18,13 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CON
 # With accelerate, transformers reads GGUF files.
 TORCH := $(if $(filter py311,$(TAG)),torch==2.13.0 accelerate)
 
+# Without a TPU, libtpu, which the tests compile with, is told not to look for one.
+ifeq ($(wildcard /dev/accel* /dev/vfio),)
+export TPU_SKIP_MDS_QUERY := 1
+export TPU_WORKER_HOSTNAMES := localhost
+export TPU_ACCELERATOR_TYPE := v5litepod-4
+endif
+
 .PHONY: demo demo-long test test-long test-tpu-aot lint bench clean
 
 demo: $(VENV)/.demo
