@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import softmax
 from pallas_kernels.geometry import INTER, INTRA, SUCC, ChunkGeometry
+from pallas_kernels.shard import Shard
 
 
 def scores(
@@ -66,23 +67,30 @@ def fetch(
 
 
 def whole_tiles(
-    q_pos: Int[Array, "*J"], kv_len: Int[Array, ""], *, tile: int, geometry: ChunkGeometry | None
+    q_pos: Int[Array, "*J"],
+    kv_len: Int[Array, ""],
+    *,
+    tile: int,
+    geometry: ChunkGeometry | None,
+    shard: Shard,
 ) -> list[tuple[int, Int[Array, ""]]]:
     """Each view and where its tiles of keys end, in ascending order: those that no mask cuts.
 
     The first view begins at tile 0, each other one where the one before ends.
     """
     first, last = q_pos.min(), q_pos.max()
-    whole = jnp.minimum(first + 1, kv_len) // tile
+    whole = shard.before(jnp.minimum(first + 1, kv_len)) // tile
     if geometry is None:
         return [(0, whole)]
     if geometry.chunk_len % tile:
         return []
     chunk = first // geometry.chunk_len
     whole = jnp.where(chunk == last // geometry.chunk_len, whole, 0)
-    count = geometry.chunk_len // tile  # in one chunk
     borders = (INTER, chunk - 1), (SUCC, chunk), (INTRA, chunk + 1)
-    return [(view, jnp.clip(border * count, 0, whole)) for view, border in borders]
+    return [
+        (view, jnp.clip(shard.before(border * geometry.chunk_len) // tile, 0, whole))
+        for view, border in borders
+    ]
 
 
 def attend_tile(
@@ -97,6 +105,7 @@ def attend_tile(
     *,
     geometry: ChunkGeometry | None,
     tile: int,
+    shard: Shard,
 ) -> tuple[Float[Array, "J M H"], Float[Array, "J M"]]:
     """Output and log-sum-exp of M scaled queries over their causal keys below `kv_len`.
 
@@ -108,7 +117,7 @@ def attend_tile(
         tile: keys a step; must divide the page.
     """
     _, J, M, H = queries.shape
-    end = jnp.minimum(q_pos.max() + 1, kv_len)
+    end = shard.before(jnp.minimum(q_pos.max() + 1, kv_len))
 
     def tile_of(cache, j):
         return fetch(cache, layer, head, page_table, j * tile, heads=J, count=tile)
@@ -121,7 +130,7 @@ def attend_tile(
         return body
 
     def general(j, state):
-        k_pos = j * tile + jnp.arange(tile, dtype=jnp.int32)
+        k_pos = shard.position(j * tile + jnp.arange(tile, dtype=jnp.int32))
         logits = scores(queries, q_pos, tile_of(keys, j), k_pos, kv_len, geometry=geometry)
         # 0 x nan of a stale page is nan
         value = jnp.where((k_pos < kv_len)[:, None], tile_of(values, j), 0)
@@ -129,7 +138,7 @@ def attend_tile(
 
     state = softmax.start((J, M), H)
     done = jnp.int32(0)
-    for view, stop in whole_tiles(q_pos, kv_len, tile=tile, geometry=geometry):
+    for view, stop in whole_tiles(q_pos, kv_len, tile=tile, geometry=geometry, shard=shard):
         state, done = jax.lax.fori_loop(done, stop, plain(view), state), stop
     state = jax.lax.fori_loop(done, -(-end // tile), general, state)
     return softmax.finish(state)

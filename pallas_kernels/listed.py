@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import softmax
 from pallas_kernels.blockwise import dot, fetch, scores, whole_tiles
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.shard import Shard
 
 
 def attend_listed(
@@ -28,6 +29,7 @@ def attend_listed(
     geometry: ChunkGeometry | None,
     block: int,
     width: int,
+    shard: Shard,
 ) -> tuple[Float[Array, "M H"], Float[Array, " M"]]:
     """Output and log-sum-exp of M scaled queries of one head over listed causal keys.
 
@@ -35,8 +37,8 @@ def attend_listed(
         head: the kv head that the query head reads.
         q_pos: absolute position of each row; the last may repeat.
         kv_len: keys that exist; 0 computes nothing and returns empty rows.
-        reads: which blocks of keys to read.
-        columns: ascending positions of single keys; left out where their block is read.
+        reads: which blocks of local keys to read.
+        columns: ascending local indices of single keys; left out where their block is read.
         block: keys a block; must divide the page.
         width: keys a step.
     """
@@ -44,7 +46,7 @@ def attend_listed(
     page = keys.shape[3]
     upto = jnp.cumsum(reads & (kv_len > 0), dtype=jnp.int32)
     in_block = jnp.take(reads, columns // block, mode="clip")
-    single = ~in_block & (columns < jnp.minimum(q_pos[-1] + 1, kv_len))
+    single = ~in_block & (columns < shard.before(jnp.minimum(q_pos[-1] + 1, kv_len)))
     single_upto = jnp.cumsum(single, dtype=jnp.int32)
 
     def blocks_loop(state, low, high, attend):
@@ -63,9 +65,9 @@ def attend_listed(
 
                 return jax.vmap(one)(blocks).reshape(1, -1, H)
 
-            k_pos = blocks[:, None] * block + jnp.arange(block, dtype=jnp.int32)
+            local = (blocks[:, None] * block + jnp.arange(block, dtype=jnp.int32)).reshape(-1)
             there = (rank < high).repeat(block)
-            return attend(state, read(keys), read(values), k_pos.reshape(-1), there)
+            return attend(state, read(keys), read(values), shard.position(local), there)
 
         return jax.lax.fori_loop(0, -(-(high - low) // num), body, state)
 
@@ -74,8 +76,9 @@ def attend_listed(
 
         def body(i, state):
             rank = low + i * width + jnp.arange(width, dtype=jnp.int32)
-            k_pos = columns[_chosen(single_upto, jnp.minimum(rank, high - 1))]
-            at = layer, head, page_table[k_pos // page], k_pos % page
+            local = columns[_chosen(single_upto, jnp.minimum(rank, high - 1))]
+            at = layer, head, page_table[local // page], local % page
+            k_pos = shard.position(local)
             return attend(state, keys[at][None], values[at][None], k_pos, rank < high)
 
         return jax.lax.fori_loop(0, -(-(high - low) // width), body, state)
@@ -94,7 +97,7 @@ def attend_listed(
 
     state = softmax.start((1, len(q_pos)), H)
     low, column = jnp.int32(0), jnp.int32(0)
-    for view, stop in whole_tiles(q_pos, kv_len, tile=block, geometry=geometry):
+    for view, stop in whole_tiles(q_pos, kv_len, tile=block, geometry=geometry, shard=shard):
         high, column_high = _before(upto, stop), _before(single_upto, _less(columns, stop * block))
         state = blocks_loop(state, low, high, plain(view))
         state = columns_loop(state, column, column_high, plain(view))

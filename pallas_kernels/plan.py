@@ -2,7 +2,8 @@
 
 A tile of queries reads whole blocks of keys, a bit each, and the single columns that none
 of its blocks covers. Blocks and columns are positions in the sequence, so the three regions
-of Dual Chunk Attention share one plan. Nothing outside this file knows the layout.
+of Dual Chunk Attention share one plan; those of a shard are local. Nothing outside this file
+knows the layout.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from pallas_kernels.backend import LANES
+from pallas_kernels.shard import WHOLE, Shard
 from pallas_kernels.tiles import Tiles
 
 ABSENT = 2**31 - 1
@@ -53,6 +55,7 @@ def build(
     num_queries: int,
     num_columns: int,
     tiles: Tiles,
+    shard: Shard = WHOLE,
 ) -> SparsePlan:
     """The plan of a slice from what was selected for it (arXiv:2407.02490, section 3.2).
 
@@ -66,7 +69,10 @@ def build(
         length: queries that count; tiles past them read nothing.
         num_queries: rows of the slice with its padding, T.
         num_columns: columns that a head has at most, V.
+        shard: of which these are the columns and diagonals, inside `shard_map`; `tiles.k`
+            divides a part. The plan is of its keys.
     """
+    slashes = shard.gather(slashes)
     N, S = slashes.shape
     B, count = tiles.k, -(-num_queries // tiles.q)
     num_blocks = -(-S // (B * _WORD)) * _WORD
@@ -88,6 +94,12 @@ def build(
     from_first, from_final = (jax.lax.map(column, x) for x in (after, after - tiles.q + 1))
     from_last = before[:, :num_blocks, 0]
 
+    def own(reads):
+        if shard.count == 1:
+            return reads
+        reads = shard.own(reads[:, : S // B], B)
+        return jnp.pad(reads, ((0, 0), (0, -reads.shape[1] % _WORD)))
+
     def blocks_of(tile):
         first = start + tile * tiles.q
         final = jnp.minimum(first + tiles.q - 1, last)
@@ -98,19 +110,26 @@ def build(
 
         upto = before_blocks(from_first, last - first + B)
         below = jnp.where(final < last, before_blocks(from_final, last - final), from_last)
-        return _packed((upto > below) & (first_keys <= final) & (first <= last))
+        reads = (upto > below) & (first_keys <= final) & (first <= last)
+        return _packed(own(reads))
 
     blocks = jax.lax.map(blocks_of, jnp.arange(count, dtype=jnp.int32)).swapaxes(0, 1)
     return SparsePlan(blocks, _positions(verticals, num_columns), tiles)
 
 
 def everything(
-    plan: SparsePlan, heads: Bool[Array, " N"], start: Int[Array, ""], length: Int[Array, ""]
+    plan: SparsePlan,
+    heads: Bool[Array, " N"],
+    start: Int[Array, ""],
+    length: Int[Array, ""],
+    *,
+    shard: Shard = WHOLE,
 ) -> SparsePlan:
     """A plan of the same shape that reads all keys in some heads and none in the others."""
     tile = jnp.arange(plan.blocks.shape[1], dtype=jnp.int32)
     final = jnp.minimum(start + (tile + 1) * plan.tiles.q, start + length) - 1
     first_keys = jnp.arange(plan.blocks.shape[2] * _WORD, dtype=jnp.int32) * plan.tiles.k
+    first_keys = shard.position(first_keys)
     reads = (first_keys <= final[:, None]) & (tile * plan.tiles.q < length)[:, None]
     blocks = jnp.where(heads[:, None, None], _packed(reads), jnp.uint32(0))
     return SparsePlan(blocks, jnp.full_like(plan.columns, ABSENT), plan.tiles)
@@ -144,7 +163,12 @@ def _number_up_to(ascending: Int[Array, " n"], limit: Int[Array, " v"]) -> Int[A
 
 
 def to_mask(
-    plan: SparsePlan, start: Int[Array, ""], length: Int[Array, ""], *, num_keys: int
+    plan: SparsePlan,
+    start: Int[Array, ""],
+    length: Int[Array, ""],
+    *,
+    num_keys: int,
+    shard: Shard = WHOLE,
 ) -> Bool[Array, "N T S"]:
     """The pairs that a small plan reads, causal, for its first `length` queries."""
     blocks = plan.reads().repeat(plan.tiles.k, -1)[..., :num_keys]
@@ -152,13 +176,16 @@ def to_mask(
     columns = (plan.columns[..., None] == key).any(1)
     rows = (blocks | columns[:, None]).repeat(plan.tiles.q, 1)
     row = jnp.arange(rows.shape[1], dtype=jnp.int32)
-    return rows & (key <= start + row[:, None]) & (row < length)[:, None]
+    return rows & (shard.position(key) <= start + row[:, None]) & (row < length)[:, None]
 
 
-def density(plan: SparsePlan, start: Int[Array, ""], length: Int[Array, ""]) -> Float[Array, " N"]:
+def density(
+    plan: SparsePlan, start: Int[Array, ""], length: Int[Array, ""], *, shard: Shard = WHOLE
+) -> Float[Array, " N"]:
     """Pairs that a kernel computes by the plan, as a share of those that it would without.
 
-    Both count whole blocks, so a plan that leaves out nothing has density 1.
+    Both count whole blocks, so a plan that leaves out nothing has density 1. Of the plans of
+    all shards together, inside `shard_map`.
     """
     q, B = plan.tiles.q, plan.tiles.k
     reads = plan.reads()
@@ -168,6 +195,6 @@ def density(plan: SparsePlan, start: Int[Array, ""], length: Int[Array, ""]) -> 
     # A column costs a tile something unless a block covers it or it comes later.
     block = jnp.minimum(plan.columns // B, reads.shape[2] - 1)
     covered = jnp.take_along_axis(reads, block[:, None], 2)
-    single = ((plan.columns[:, None] <= final[:, None]) & ~covered).sum(-1)
+    single = ((plan.columns[:, None] < shard.before(final + 1)[:, None]) & ~covered).sum(-1)
     kept = (reads.sum(-1) * B + single).astype(jnp.float32) @ rows
-    return kept / (((final // B + 1) * B).astype(jnp.float32) @ rows)
+    return shard.sum(kept) / (((final // B + 1) * B).astype(jnp.float32) @ rows)

@@ -1,4 +1,8 @@
-"""The attention layer: project, rotate, write the cache, attend, project."""
+"""The attention layer: project, rotate, write the cache, attend, project.
+
+Between the projections all happens in `spread.run`, so that the same code serves one device
+and a mesh.
+"""
 
 import dataclasses
 
@@ -12,8 +16,9 @@ from pallas_kernels.backend import Choice
 from pallas_kernels.decode import decode
 from pallas_kernels.prefill import prefill
 from pallas_kernels.select import Votes, choose, vote
+from pallas_kernels.shard import WHOLE, Shard
 from pallas_kernels.tiles import Tiles, of_page
-from qwen_jax import rope
+from qwen_jax import rope, spread
 from qwen_jax.cache import Cache, write_slice, write_tokens
 from qwen_jax.config import ModelConfig
 from qwen_jax.layers import Projection
@@ -50,9 +55,17 @@ class Attention(nnx.Module):
         backend: Choice,
     ) -> tuple[Float[Array, "T D"], Cache]:
         """A slice of one sequence (`model.PrefillStep`) and the cache with it written."""
-        cache = self.write_slice(x, cache, layer, step, angles)
-        queries = self._queries(x, step, angles)
-        out, _ = self._attend(queries, cache, layer, step, step.start, step.length, backend)
+
+        def attend(part, cache, rows, _):
+            query, key, value = map(part.all_tokens, rows)
+            cache = self._write_slice(cache, layer, step, angles, key, value, part.shard)
+            queries = self._views(query, step, angles)
+            slice_ = step.start, step.length
+            out, lse = self._attend(queries, cache, layer, step, *slice_, backend, part.shard)
+            return cache, part.merge(out, lse), None
+
+        rows = self.q(x), self.k(x), self.v(x)
+        cache, out, _ = spread.run(attend, cache, rows, split=spread.splits(len(x)))
         return self.o(out), cache
 
     def prefill_sparse(
@@ -65,55 +78,49 @@ class Attention(nnx.Module):
         votes: rope.Rotary,
         budgets: Budgets,
         backend: Choice,
-    ) -> tuple[Float[Array, "T D"], Cache, Report, plan.SparsePlan]:
+    ) -> tuple[Float[Array, "T D"], Cache, Report]:
         """As `prefill`, of the columns and diagonals that the last queries of the slice choose.
 
         Args:
             votes: `rope.critical` of the last `budgets.last_q` positions.
 
         Returns:
-            Also how it was done, and the plan before the guard of `budgets.least_recall`.
+            Also how it was done.
         """
+
+        def attend(part, cache, rows, kept):
+            query, key, value = map(part.all_tokens, rows)
+            cache = self._write_slice(cache, layer, step, angles, key, value, part.shard)
+            listed = self._plan(
+                query, cache, layer, step, votes, budgets, kept, backend, part.shard
+            )
+            queries = self._views(query, step, angles)
+            out, lse, report = self._attend_listed(
+                queries, cache, layer, step, listed, budgets.least_recall, backend, part.shard
+            )
+            return cache, part.merge(out, lse), report
+
+        rows = self.q(x), self.k(x), self.v(x)
+        kept = budgets.vertical[layer], budgets.slash[layer]
+        cache, out, report = spread.run(attend, cache, rows, kept, split=spread.splits(len(x)))
+        return self.o(out), cache, report
+
+    def sparse_plan(
+        self,
+        x: Float[Array, "T D"],
+        cache: Cache,
+        layer: Int[Array, ""],
+        step,
+        angles: rope.Angles,
+        votes: rope.Rotary,
+        budgets: Budgets,
+        backend: Choice,
+    ) -> tuple[plan.SparsePlan, Cache]:
+        """The plan of `prefill_sparse` before the guard of `budgets.least_recall`; no mesh."""
         cache = self.write_slice(x, cache, layer, step, angles)
-        T, start, length = x.shape[0], step.start, step.length
-        cast = self._vote(x, cache, layer, step, votes, backend)
-        selection = choose(cast, start + length, budgets.vertical[layer], budgets.slash[layer])
-        listed = plan.build(
-            *selection,
-            start,
-            length,
-            num_queries=T,
-            num_columns=budgets.num_columns,
-            tiles=Tiles(min(T, budgets.tiles.q), of_page(cache.page, budgets.tiles.k)),
-        )
-
-        def attend(queries, start, length, listed=None):
-            return self._attend(queries, cache, layer, step, start, length, backend, listed)
-
-        queries = self._queries(x, step, angles)
-        out, lse = attend(queries, start, length, listed)
-
-        # What the last rows find, against all there is to find.
-        count = min(T, RECALL_ROWS)
-        first = jnp.maximum(length - count, 0)
-        _, full = attend(
-            jax.lax.dynamic_slice_in_dim(queries, first, count, 1), start + first, length - first
-        )
-        # Rounding must not show as more than all.
-        found = jnp.exp(jnp.minimum(jax.lax.dynamic_slice_in_dim(lse, first, count) - full, 0))
-        counts = (jnp.arange(count) < length - first)[:, None]
-        recall = jnp.where(counts, found, 0).sum(0) / counts.sum(dtype=jnp.float32)
-        density = plan.density(listed, start, length)
-
-        poor = recall < budgets.least_recall
-
-        def read_all():
-            more, _ = attend(queries, start, length, plan.everything(listed, poor, start, length))
-            return jnp.where(poor[:, None], more, out)
-
-        out = jax.lax.cond(poor.any(), read_all, lambda: out)
-        report = Report(density=jnp.where(poor, 1.0, density), recall=jnp.where(poor, 1.0, recall))
-        return self.o(out), cache, report, listed
+        kept = budgets.vertical[layer], budgets.slash[layer]
+        args = self.q(x), cache, layer, step, votes, budgets, kept, backend, WHOLE
+        return self._plan(*args), cache
 
     def survey(
         self,
@@ -126,18 +133,19 @@ class Attention(nnx.Module):
         grid: Grid,
         backend: Choice,
     ) -> tuple[Float[Array, "T D"], Cache, Survey]:
-        """As `prefill`, and what each pair of budgets would have found of it."""
+        """As `prefill`, and what each pair of budgets would have found of it; no mesh."""
         cache = self.write_slice(x, cache, layer, step, angles)
         T, start, length = x.shape[0], step.start, step.length
-        queries = self._queries(x, step, angles)
-        out, lse = self._attend(queries, cache, layer, step, start, length, backend)
+        query = self.q(x)
+        queries = self._views(query, step, angles)
+        out, lse = self._attend(queries, cache, layer, step, start, length, backend, WHOLE)
         count = min(ROWS, T)
         rows = jnp.arange(count, dtype=jnp.int32) * length // count
         surveyed = survey(
             queries[:, rows],
             lse[rows],
             rows,
-            self._vote(x, cache, layer, step, votes, backend),
+            self._vote(query, cache, layer, step, votes, backend, WHOLE),
             cache.keys,
             layer,
             step.page_table,
@@ -160,8 +168,14 @@ class Attention(nnx.Module):
         angles: rope.Angles,
     ) -> Cache:
         """The cache with a slice of one sequence (`model.PrefillStep`) written."""
-        keys, values = self._keys_values(x, step, angles)
-        return write_slice(cache, layer, keys, values, step.page_table, step.start, step.length)
+
+        def write(part, cache, rows, _):
+            key, value = map(part.all_tokens, rows)
+            cache = self._write_slice(cache, layer, step, angles, key, value, part.shard)
+            return cache, None, None
+
+        rows = self.k(x), self.v(x)
+        return spread.run(write, cache, rows, split=spread.splits(len(x)))[0]
 
     def decode(
         self,
@@ -173,9 +187,17 @@ class Attention(nnx.Module):
         backend: Choice,
     ) -> tuple[Float[Array, "B D"], Cache]:
         """One token of each sequence (`model.DecodeStep`) and the cache with it written."""
-        keys, values = self._keys_values(x, step, angles)
-        cache = write_tokens(cache, layer, keys, values, step.page_table, step.positions)
-        return self.read_tokens(x, cache, layer, step, angles, backend), cache
+
+        def attend(part, cache, rows, _):
+            query, key, value = rows
+            keys = self._rotated_keys(key, step, angles)
+            table, positions = step.page_table, step.positions
+            cache = write_tokens(cache, layer, keys, value, table, positions, part.shard)
+            return cache, self._read(part, query, cache, layer, step, angles, backend), None
+
+        rows = self.q(x), self.k(x), self.v(x)
+        cache, out, _ = spread.run(attend, cache, rows, split=False)
+        return self.o(out), cache
 
     def read_tokens(
         self,
@@ -185,24 +207,85 @@ class Attention(nnx.Module):
         step,
         angles: rope.Angles,
         backend: Choice,
-    ) -> Float[Array, "B D"]:
+    ) -> tuple[Float[Array, "B D"], Cache]:
         """One token of each sequence (`model.DecodeStep`), which the cache holds already."""
-        out, _ = decode(
-            self._queries(x, step, angles)[:, :, None],
+
+        def attend(part, cache, rows, _):
+            return cache, self._read(part, *rows, cache, layer, step, angles, backend), None
+
+        cache, out, _ = spread.run(attend, cache, (self.q(x),), split=False)
+        return self.o(out), cache
+
+    def _read(self, part: spread.Part, query, cache: Cache, layer, step, angles, backend):
+        out, lse = decode(
+            self._views(query, step, angles)[:, :, None],
             cache.keys,
             cache.values,
             layer,
             step.page_table,
             step.positions[:, None],
             geometry=self.geometry,
+            shard=part.shard,
             backend_name=backend,
         )
-        return self.o(out[:, 0])
+        return part.merge(out[:, 0], lse[:, 0])
 
-    def _vote(self, x, cache: Cache, layer, step, votes: rope.Rotary, backend) -> Votes:
+    def _plan(
+        self, query, cache: Cache, layer, step, votes, budgets: Budgets, kept, backend, shard: Shard
+    ) -> plan.SparsePlan:
+        T, start, length = len(query), step.start, step.length
+        cast = self._vote(query, cache, layer, step, votes, backend, shard)
+        return plan.build(
+            *choose(cast, start + length, *kept, shard=shard),
+            start,
+            length,
+            num_queries=T,
+            num_columns=budgets.num_columns,
+            tiles=Tiles(min(T, budgets.tiles.q), of_page(cache.page, budgets.tiles.k)),
+            shard=shard,
+        )
+
+    def _attend_listed(
+        self, queries, cache: Cache, layer, step, listed, least_recall, backend, shard: Shard
+    ):
+        """Output and log-sum-exp over the keys of a plan, and how well it did."""
+        T, start, length = queries.shape[1], step.start, step.length
+
+        def attend(queries, start, length, listed=None):
+            return self._attend(queries, cache, layer, step, start, length, backend, shard, listed)
+
+        out, lse = attend(queries, start, length, listed)
+
+        # What the last rows find, against all there is to find.
+        count = min(T, RECALL_ROWS)
+        first = jnp.maximum(length - count, 0)
+        _, full = attend(
+            jax.lax.dynamic_slice_in_dim(queries, first, count, 1), start + first, length - first
+        )
+        found = jax.lax.dynamic_slice_in_dim(lse, first, count)
+        found, full = shard.merge_lse(found), shard.merge_lse(full)
+        found = jnp.exp(jnp.minimum(found - full, 0))  # rounding must not show as more than all
+        counts = (jnp.arange(count) < length - first)[:, None]
+        recall = jnp.where(counts, found, 0).sum(0) / counts.sum(dtype=jnp.float32)
+        density = plan.density(listed, start, length, shard=shard)
+
+        poor = recall < least_recall
+
+        def read_all():
+            all_keys = plan.everything(listed, poor, start, length, shard=shard)
+            more, more_lse = attend(queries, start, length, all_keys)
+            return jnp.where(poor[:, None], more, out), jnp.where(poor, more_lse, lse)
+
+        out, lse = jax.lax.cond(poor.any(), read_all, lambda: (out, lse))
+        report = Report(density=jnp.where(poor, 1.0, density), recall=jnp.where(poor, 1.0, recall))
+        return out, lse, report
+
+    def _vote(
+        self, query, cache: Cache, layer, step, votes: rope.Rotary, backend, shard: Shard
+    ) -> Votes:
         last_q = votes.cos.shape[1]
         index = step.length - last_q + jnp.arange(last_q)
-        voters = self.q(jnp.take(x, index, axis=0, mode="clip"))
+        voters = jnp.take(query, index, axis=0, mode="clip")
         return vote(
             rope.views(voters, votes, step.query_scale * jnp.float32(self.scale)),
             cache.keys,
@@ -211,10 +294,13 @@ class Attention(nnx.Module):
             step.start,
             step.length,
             geometry=self.geometry,
+            shard=shard,
             backend_name=backend,
         )
 
-    def _attend(self, queries, cache: Cache, layer, step, start, length, backend, listed=None):
+    def _attend(
+        self, queries, cache: Cache, layer, step, start, length, backend, shard, listed=None
+    ):
         return prefill(
             queries,
             cache.keys,
@@ -225,12 +311,18 @@ class Attention(nnx.Module):
             length,
             geometry=self.geometry,
             plan=listed,
+            shard=shard,
             backend_name=backend,
         )
 
-    def _queries(self, x, step, angles: rope.Angles) -> Float[Array, "views T N H"]:
-        return rope.views(self.q(x), angles.query, step.query_scale * jnp.float32(self.scale))
+    def _write_slice(self, cache: Cache, layer, step, angles, key, value, shard: Shard) -> Cache:
+        keys = self._rotated_keys(key, step, angles)
+        table, start, length = step.page_table, step.start, step.length
+        return write_slice(cache, layer, keys, value, table, start, length, shard)
 
-    def _keys_values(self, x, step, angles: rope.Angles):
-        key = rope.Rotary(*(part[None] for part in angles.key))
-        return rope.views(self.k(x), key, step.key_scale)[0], self.v(x)
+    def _views(self, query, step, angles: rope.Angles) -> Float[Array, "views T N H"]:
+        return rope.views(query, angles.query, step.query_scale * jnp.float32(self.scale))
+
+    def _rotated_keys(self, key, step, angles: rope.Angles) -> Float[Array, "T K H"]:
+        one_view = rope.Rotary(*(part[None] for part in angles.key))
+        return rope.views(key, one_view, step.key_scale)[0]

@@ -1,7 +1,9 @@
 """Paged key and value arrays as a pytree: init, write.
 
 A page holds consecutive tokens of one sequence, for all layers. Page 0 belongs to no
-sequence: padding is written there.
+sequence: padding is written there. On a mesh each page is cut along its tokens, so that all
+devices have the same page table, and the parts of a sequence are dealt round-robin
+(`pallas_kernels.shard`).
 """
 
 import dataclasses
@@ -10,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.shard import WHOLE, Shard
 from qwen_jax.config import ModelConfig
 
 AXES = ("layers", "kv_heads", "pages", "page", "head_dim")
@@ -44,18 +47,23 @@ def write_slice(
     page_table: Int[Array, " P"],
     start: Int[Array, ""],
     length: Int[Array, ""],
+    shard: Shard = WHOLE,
 ) -> Cache:
     """The cache with the first `length` of T consecutive tokens written, in place if donated.
 
     Goes page by page: a scatter of single rows would be slower by the page.
+
+    Args:
+        shard: which part of each page the cache holds; other tokens are left out.
     """
     T, page, P = keys.shape[0], cache.page, page_table.shape[0]
-    offset = start % page
     row = jnp.arange(page, dtype=jnp.int32)
+    whole_page = page * shard.count
 
     def write(i, arrays):
-        slot = start // page + i
-        index = i * page + row - offset  # of each row of this page in the slice
+        slot = start // whole_page + i
+        first = shard.position(slot * page) - start  # of this page, in the slice
+        index = first + row
         mine = (index >= 0) & (index < length)
         target = jnp.where(mine.any() & (slot < P), page_table[jnp.minimum(slot, P - 1)], 0)
         at = (layer, 0, target, 0, 0)
@@ -63,7 +71,7 @@ def write_slice(
         def put(array, new):
             # Shifted by one page, so that rows before the slice do not clamp the window.
             padded = jnp.pad(new, ((page, page), (0, 0), (0, 0)))
-            window = jax.lax.dynamic_slice_in_dim(padded, page + i * page - offset, page)
+            window = jax.lax.dynamic_slice_in_dim(padded, page + first, page)
             window = window.swapaxes(0, 1)[None, :, None].astype(array.dtype)
             old = jax.lax.dynamic_slice(array, at, window.shape)
             window = jnp.where(mine[:, None], window, old)
@@ -71,7 +79,7 @@ def write_slice(
 
         return put(arrays[0], keys), put(arrays[1], values)
 
-    pages = -(-T // page) + 1 if T > 1 else 1  # that T consecutive tokens can touch
+    pages = -(-T // whole_page) + 1 if T > 1 else 1  # that T consecutive tokens can touch
     arrays = jax.lax.fori_loop(0, pages, write, (cache.keys, cache.values))
     return Cache(*arrays)
 
@@ -83,15 +91,22 @@ def write_tokens(
     values: Float[Array, "B K H"],
     page_table: Int[Array, "B P"],
     positions: Int[Array, " B"],
+    shard: Shard = WHOLE,
 ) -> Cache:
-    """The cache with one token of each sequence written; an idle row (-1) goes to page 0."""
+    """The cache with one token of each sequence written.
+
+    An idle row (-1) goes to page 0, as do tokens of other shards.
+    """
     page = cache.page
-    slot = jnp.maximum(positions, 0) // page
+    slot = jnp.maximum(positions, 0) // (page * shard.count)
+    row = positions - shard.position(slot * page)
+    mine = (positions >= 0) & (row >= 0) & (row < page)
     target = jnp.take_along_axis(page_table, slot[:, None], axis=1)[:, 0]
-    target = jnp.where(positions >= 0, target, 0)
+    target = jnp.where(mine, target, 0)
+    row = jnp.where(mine, row, 0)
 
     def write(b, arrays):
-        at = (layer, 0, target[b], positions[b] % page, 0)
+        at = (layer, 0, target[b], row[b], 0)
 
         def put(array, new):
             row = new[b][None, :, None, None].astype(array.dtype)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.backend import Choice
 from pallas_kernels.plan import SparsePlan
-from qwen_jax import rope
+from qwen_jax import rope, spread
 from qwen_jax.attention import Attention
 from qwen_jax.cache import Cache
 from qwen_jax.config import ModelConfig
@@ -128,14 +128,14 @@ class Qwen2(nnx.Module):
 
         def attend(attention, x, state, layer):
             cache, report = state
-            out, cache, part, _ = attention.prefill_sparse(
+            out, cache, part = attention.prefill_sparse(
                 x, cache, layer, step, angles, votes, budgets, backend
             )
             return out, (cache, jax.tree.map(lambda a, b: a.at[layer].set(b), report, part))
 
         everything = jnp.ones((max(self.config.num_layers - 1, 1), self.config.num_heads))
         state = cache, Report(everything, everything)
-        x, (cache, report) = self._layers(self.embed(step.tokens), state, attend, skip=1)
+        x, (cache, report) = self._layers(step.tokens, state, attend, skip=1)
         x, cache = self._last_token(x, cache, step, rotary, backend)
         return self.logits(x)[0], cache, report
 
@@ -162,9 +162,9 @@ class Qwen2(nnx.Module):
             ]
 
         skip = self.config.num_layers - layer
-        x, cache = self._layers(self.embed(step.tokens), cache, attend, skip=skip)
+        x, cache = self._layers(step.tokens, cache, attend, skip=skip)
         block = self._block(layer)
-        _, cache, _, listed = block.attention.prefill_sparse(
+        return block.attention.sparse_plan(
             block.attention_norm(x),
             cache,
             jnp.int32(layer),
@@ -174,7 +174,6 @@ class Qwen2(nnx.Module):
             budgets,
             backend,
         )
-        return listed, cache
 
     def survey(
         self,
@@ -197,7 +196,7 @@ class Qwen2(nnx.Module):
         L, N = self.config.num_layers, self.config.num_heads
         table = jnp.zeros((L, N, len(grid.vertical) + 1, len(grid.slash) + 1))
         empty = Survey(table, table, table[:, :, 0], table[:, :, 0, 0])
-        _, state = self._layers(self.embed(step.tokens), (cache, empty), attend, skip=0)
+        _, state = self._layers(step.tokens, (cache, empty), attend, skip=0)
         return state
 
     def score(
@@ -216,7 +215,7 @@ class Qwen2(nnx.Module):
         def attend(attention, x, cache, layer):
             return attention.decode(x, cache, layer, step, angles, backend)
 
-        x, cache = self._layers(self.embed(step.tokens), cache, attend, skip=0)
+        x, cache = self._layers(step.tokens, cache, attend, skip=0, sliced=False)
         return self.logits(x), cache
 
     def logits(self, x: Float[Array, "T D"]) -> Float[Array, "T V"]:
@@ -233,7 +232,7 @@ class Qwen2(nnx.Module):
         def attend(attention, x, cache, layer):
             return attention.prefill(x, cache, layer, step, angles, backend)
 
-        return self._layers(self.embed(step.tokens), cache, attend, skip=skip)
+        return self._layers(step.tokens, cache, attend, skip=skip)
 
     def _angles(self, step: PrefillStep, rotary: rope.Rotary) -> rope.Angles:
         positions = step.start + jnp.arange(step.tokens.shape[0], dtype=jnp.int32)
@@ -258,10 +257,10 @@ class Qwen2(nnx.Module):
             key_scale=step.key_scale[None],
         )
         angles = rope.angles(self.config, rotary, token.positions)
-        x = jax.lax.dynamic_slice_in_dim(x, step.length - 1, 1)
+        x = spread.row(x, step.length - 1)
 
         def attend(attention, x):
-            return attention.read_tokens(x, cache, layer, token, angles, backend), cache
+            return attention.read_tokens(x, cache, layer, token, angles, backend)
 
         return block(x, attend)
 
@@ -269,11 +268,20 @@ class Qwen2(nnx.Module):
         graph, weights = nnx.split(self.blocks)
         return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[layer], weights))
 
-    def _layers(self, x, state, attend, *, skip: int):
-        """All layers, but for the last `skip`; `state` is the cache and what goes with it."""
+    def _layers(self, tokens, state, attend, *, skip: int, sliced: bool = True):
+        """All layers, but for the last `skip`; `state` is the cache and what goes with it.
+
+        Args:
+            sliced: whether the tokens are a slice of one sequence, which a mesh divides.
+        """
+        split = sliced and spread.splits(len(tokens))
 
         def body(layer, carry):
             x, state = carry
-            return self._block(layer)(x, lambda attention, x: attend(attention, x, state, layer))
+            x, state = self._block(layer)(
+                x, lambda attention, x: attend(attention, x, state, layer)
+            )
+            return spread.place(x, split=split), state
 
+        x = spread.place(self.embed(tokens), split=split)
         return jax.lax.fori_loop(0, self.config.num_layers - skip, body, (x, state))

@@ -3,7 +3,7 @@
 A mesh has three axes, any of which may be 1:
 
     data      independent requests
-    seq       pages of the cache, and the tokens of a slice
+    seq       the tokens of every page of the cache, and those of a slice
     tensor    heads, the MLP and the vocabulary
 """
 
@@ -35,8 +35,8 @@ class Rules:
     mlp: str | None = "tensor"
     requests: str | None = "data"
     tokens: str | None = "seq"
-    pages: tuple[str, ...] | str | None = ("data", "seq")
-    page: str | None = None
+    pages: tuple[str, ...] | str | None = "data"
+    page: str | None = "seq"
 
     def spec(self, axes: Sequence[str]) -> PartitionSpec:
         """Where an array with these axes lies.

@@ -4,6 +4,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import backend
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.shard import WHOLE, Shard
 
 
 def decode(
@@ -15,6 +16,7 @@ def decode(
     positions: Int[Array, "B Q"],
     *,
     geometry: ChunkGeometry | None,
+    shard: Shard = WHOLE,
     backend_name: backend.Choice = None,
 ) -> tuple[Float[Array, "B Q N H"], Float[Array, "B Q N"]]:
     """Attention of the newest tokens of each sequence over themselves and all before them.
@@ -26,9 +28,10 @@ def decode(
         positions: position of each token, ascending in a row; -1 marks an idle token, whose
             output is 0 and whose log-sum-exp is -inf. Idle tokens follow the others of
             their row, which may have none.
+        shard: which part of each page the cache holds.
 
     Raises:
         Unsupported: if the backend does not run here or cannot take these shapes.
     """
     args = queries, keys, values, layer, page_table, positions
-    return backend.call("decode", backend_name, *args, geometry=geometry)
+    return backend.call("decode", backend_name, *args, geometry=geometry, shard=shard)

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.shard import WHOLE, Shard
 
 
 def decode(
@@ -15,6 +16,7 @@ def decode(
     positions: Int[Array, "B Q"],
     *,
     geometry: ChunkGeometry | None,
+    shard: Shard = WHOLE,
 ) -> tuple[Float[Array, "B Q N H"], Float[Array, "B Q N"]]:
     """See `api.decode`. Gathers every page of every sequence."""
     _, B, _, N, H = queries.shape
@@ -27,7 +29,7 @@ def decode(
         .astype(jnp.float32)
         for cache in (keys, values)
     )
-    k_pos = jnp.arange(k.shape[2], dtype=jnp.int32)
+    k_pos = shard.position(jnp.arange(k.shape[2], dtype=jnp.int32))
     scores = jnp.einsum("VBQNH,BNSH->VBQNS", queries.astype(jnp.float32), k)
     if geometry is None:
         scores = scores[0]

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.blockwise import attend_tile
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.shard import WHOLE, Shard
 from pallas_kernels.tiles import of_page
 
 TILE = 1024  # keys a step
@@ -20,6 +21,7 @@ def decode(
     positions: Int[Array, "B Q"],
     *,
     geometry: ChunkGeometry | None,
+    shard: Shard = WHOLE,
     tile: int = TILE,
 ) -> tuple[Float[Array, "B Q N H"], Float[Array, "B Q N"]]:
     """See `api.decode`. Takes every shape; the tile shrinks to a divisor of the page."""
@@ -43,6 +45,7 @@ def decode(
             last + 1,
             geometry=geometry,
             tile=of_page(page, tile),
+            shard=shard,
         )
         out = out.reshape(K, Q, G, H).swapaxes(0, 1).reshape(Q, N, H)
         lse = lse.reshape(K, Q, G).swapaxes(0, 1).reshape(Q, N)

@@ -5,6 +5,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import backend
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.plan import SparsePlan
+from pallas_kernels.shard import WHOLE, Shard
 
 
 def prefill(
@@ -18,6 +19,7 @@ def prefill(
     *,
     geometry: ChunkGeometry | None,
     plan: SparsePlan | None = None,
+    shard: Shard = WHOLE,
     backend_name: backend.Choice = None,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     """Attention of a slice over its own keys and all before, which the cache holds.
@@ -34,6 +36,8 @@ def prefill(
         start: position of the first query.
         length: queries that count; the rows after them are padding.
         plan: which of these keys each query reads; None for all.
+        shard: which part of each page the cache holds; all shards' results, merged, are those
+            of the whole. A plan is of a shard's own keys.
         backend_name: one of `backend.NAMES`, or None for the preferred one of the device.
 
     Returns:
@@ -56,4 +60,5 @@ def prefill(
         length,
         geometry=geometry,
         plan=plan,
+        shard=shard,
     )

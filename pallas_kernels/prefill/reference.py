@@ -5,6 +5,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.plan import SparsePlan, to_mask
+from pallas_kernels.shard import WHOLE, Shard
 
 
 def prefill(
@@ -18,6 +19,7 @@ def prefill(
     *,
     geometry: ChunkGeometry | None,
     plan: SparsePlan | None = None,
+    shard: Shard = WHOLE,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     """See `api.prefill`. Holds `[views, N, T, S]` scores."""
     _, T, N, H = queries.shape
@@ -27,7 +29,7 @@ def prefill(
         for cache in (keys, values)
     )
     q_pos = start + jnp.arange(T, dtype=jnp.int32)
-    k_pos = jnp.arange(k.shape[1], dtype=jnp.int32)
+    k_pos = shard.position(jnp.arange(k.shape[1], dtype=jnp.int32))
     scores = jnp.einsum("VTNH,NSH->VNTS", queries.astype(jnp.float32), k)
     if geometry is None:
         scores = scores[0]
@@ -36,7 +38,7 @@ def prefill(
         scores = jnp.take_along_axis(scores, view[None, None], axis=0)[0]
     visible = (k_pos <= q_pos[:, None]) & (k_pos < start + length)
     if plan is not None:
-        visible &= to_mask(plan, start, length, num_keys=k.shape[1])[:, :T]
+        visible &= to_mask(plan, start, length, num_keys=k.shape[1], shard=shard)[:, :T]
     scores = jnp.where(visible, scores, -jnp.inf)
     lse = jnp.logaddexp.reduce(scores, axis=-1)
     weights = jnp.where(visible, jnp.exp(scores - lse[..., None]), 0)

@@ -8,6 +8,7 @@ from pallas_kernels.blockwise import attend_tile
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.listed import attend_listed
 from pallas_kernels.plan import SparsePlan
+from pallas_kernels.shard import WHOLE, Shard
 from pallas_kernels.tiles import Tiles, of_page, split
 
 TILES = Tiles(q=1536, k=256)
@@ -25,6 +26,7 @@ def prefill(
     *,
     geometry: ChunkGeometry | None,
     plan: SparsePlan | None = None,
+    shard: Shard = WHOLE,
     tiles: Tiles = TILES,
     width: int = WIDTH,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
@@ -39,7 +41,7 @@ def prefill(
     G = N // K
     if plan is not None:
         args = queries, keys, values, layer, page_table, start, length, plan
-        return _sparse(*args, geometry=geometry, width=width)
+        return _sparse(*args, geometry=geometry, width=width, shard=shard)
     count, q_tile = split(T, max(tiles.q // G, 1))
     k_tile = of_page(page, tiles.k)
 
@@ -64,6 +66,7 @@ def prefill(
             jnp.where(i * q_tile < length, start + length, 0),
             geometry=geometry,
             tile=k_tile,
+            shard=shard,
         )
 
     # One kv head at a time: its scores stay in a core's cache.
@@ -74,7 +77,18 @@ def prefill(
 
 
 def _sparse(
-    queries, keys, values, layer, page_table, start, length, plan: SparsePlan, *, geometry, width
+    queries,
+    keys,
+    values,
+    layer,
+    page_table,
+    start,
+    length,
+    plan: SparsePlan,
+    *,
+    geometry,
+    width,
+    shard,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     _, T, N, H = queries.shape
     K, q_tile = keys.shape[1], plan.tiles.q
@@ -101,6 +115,7 @@ def _sparse(
                 geometry=geometry,
                 block=plan.tiles.k,
                 width=width,
+                shard=shard,
             )
 
         out, lse = jax.lax.map(tile_of, jnp.arange(count, dtype=jnp.int32))

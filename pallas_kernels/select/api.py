@@ -7,6 +7,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import backend
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.select.top import top
+from pallas_kernels.shard import WHOLE, Shard
 
 FORCED_COLUMNS = 30
 """Columns at the start of the sequence that are always read (attention sinks)."""
@@ -49,6 +50,7 @@ def select(
     slash: Int[Array, " N"],
     *,
     geometry: ChunkGeometry | None,
+    shard: Shard = WHOLE,
     backend_name: backend.Choice = None,
 ) -> Selection:
     """The columns and diagonals that hold most attention of a slice's last queries.
@@ -67,9 +69,11 @@ def select(
         length: queries of the slice.
         vertical: columns to keep, per query head; more than there are keeps all.
         slash: diagonals to keep.
+        shard: which part of each page the cache holds; inside `shard_map`, where all shards
+            vote together.
 
     Returns:
-        Masks over S = P x page positions.
+        Masks over S = P x page positions, or those of local keys.
 
     Raises:
         Unsupported: if the backend does not run here or cannot take these shapes.
@@ -82,9 +86,10 @@ def select(
         start,
         length,
         geometry=geometry,
+        shard=shard,
         backend_name=backend_name,
     )
-    return choose(votes, start + length, vertical, slash)
+    return choose(votes, start + length, vertical, slash, shard=shard)
 
 
 def vote(
@@ -96,6 +101,7 @@ def vote(
     length: Int[Array, ""],
     *,
     geometry: ChunkGeometry | None,
+    shard: Shard = WHOLE,
     backend_name: backend.Choice = None,
 ) -> Votes:
     """The first half of `select`: how much attention columns and diagonals hold.
@@ -104,14 +110,19 @@ def vote(
         Unsupported: if the backend does not run here or cannot take these shapes.
     """
     args = queries, keys, layer, page_table, start, length
-    return Votes(*backend.call("select", backend_name, *args, geometry=geometry))
+    return Votes(*backend.call("select", backend_name, *args, geometry=geometry, shard=shard))
 
 
 def choose(
-    votes: Votes, end: Int[Array, ""], vertical: Int[Array, " N"], slash: Int[Array, " N"]
+    votes: Votes,
+    end: Int[Array, ""],
+    vertical: Int[Array, " N"],
+    slash: Int[Array, " N"],
+    *,
+    shard: Shard = WHOLE,
 ) -> Selection:
     """The second half of `select`, of the first `end` positions."""
     return Selection(
-        top(votes.columns, vertical, low=0, high=FORCED_COLUMNS, end=end),
-        top(votes.diagonals, slash, low=end - FORCED_DIAGONALS, high=end, end=end),
+        top(votes.columns, vertical, low=0, high=FORCED_COLUMNS, end=end, shard=shard),
+        top(votes.diagonals, slash, low=end - FORCED_DIAGONALS, high=end, end=end, shard=shard),
     )

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.shard import WHOLE, Shard
 
 
 def vote(
@@ -16,14 +17,14 @@ def vote(
     length: Int[Array, ""],
     *,
     geometry: ChunkGeometry | None,
+    shard: Shard = WHOLE,
 ) -> tuple[Float[Array, "N S"], Float[Array, "N S"]]:
     """Sums of softmax weights by column and by diagonal; see `api.select`."""
     _, R, N, H = queries.shape
-    K = keys.shape[1]
+    K, page = keys.shape[1], keys.shape[3]
     k = keys[layer][:, page_table].reshape(K, -1, H).repeat(N // K, 0).astype(jnp.float32)
-    S = k.shape[1]
     q_pos = start + length - R + jnp.arange(R, dtype=jnp.int32)
-    k_pos = jnp.arange(S, dtype=jnp.int32)
+    k_pos = shard.position(jnp.arange(k.shape[1], dtype=jnp.int32))
     scores = jnp.einsum("VRNH,NSH->VNRS", queries.astype(jnp.float32), k)
     if geometry is None:
         scores = scores[0]
@@ -31,8 +32,11 @@ def vote(
         view = geometry.view(q_pos[:, None], k_pos[None, :])
         scores = jnp.take_along_axis(scores, view[None, None], axis=0)[0]
     visible = (k_pos <= q_pos[:, None]) & (q_pos >= start)[:, None]
-    weights = jax.nn.softmax(scores, axis=-1, where=visible)
-    weights = jnp.where(visible, weights, 0)
+    lse = shard.merge_lse(jax.nn.logsumexp(scores, axis=-1, where=visible))
+    weights = jnp.where(visible, jnp.exp(scores - lse[..., None]), 0)
     # The weight of row r in column c lies on the diagonal that ends in column c + R - 1 - r.
-    moved = [jnp.pad(weights[:, r], ((0, 0), (R - 1 - r, 0)))[:, :S] for r in range(R)]
-    return weights.sum(1), sum(moved, jnp.zeros((N, S)))
+    of_page = weights.reshape(N, R, -1, page)
+    moved = [jnp.pad(of_page[:, r], ((0, 0), (0, 0), (R - 1 - r, r))) for r in range(R)]
+    diagonals = sum(moved, jnp.zeros(()))
+    own, over = diagonals[..., :page], diagonals[..., page:]
+    return weights.sum(1), (own + shard.hand_on(over, page)).reshape(N, -1)

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import softmax
 from pallas_kernels.blockwise import dot, fetch, scores, whole_tiles
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.shard import WHOLE, Shard
 from pallas_kernels.tiles import of_page
 
 TILE = 1024  # keys a step
@@ -21,6 +22,7 @@ def vote(
     length: Int[Array, ""],
     *,
     geometry: ChunkGeometry | None,
+    shard: Shard = WHOLE,
     tile: int = TILE,
 ) -> tuple[Float[Array, "N S"], Float[Array, "N S"]]:
     """Sums of softmax weights by column and by diagonal; see `api.select`.
@@ -31,7 +33,7 @@ def vote(
     """
     views, R, N, H = queries.shape
     K, page = keys.shape[1], keys.shape[3]
-    G, S, end = N // K, page_table.shape[0] * page, start + length
+    G, pages, end = N // K, page_table.shape[0], start + length
     tile = of_page(page, tile)
     row_pos = end - R + jnp.arange(R, dtype=jnp.int32)
     q_pos = jnp.tile(jnp.maximum(row_pos, 0), G)
@@ -47,14 +49,14 @@ def vote(
             return lambda j, state: body(state, j, dot(rows[view], key_of(j)))
 
         def general(j, state):
-            k_pos = j * tile + jnp.arange(tile, dtype=jnp.int32)
+            k_pos = shard.position(j * tile + jnp.arange(tile, dtype=jnp.int32))
             logits = scores(rows, q_pos, key_of(j), k_pos, end, geometry=geometry)
             return body(state, j, logits)
 
         done = jnp.int32(0)
-        for view, stop in whole_tiles(q_pos, end, tile=tile, geometry=geometry):
+        for view, stop in whole_tiles(q_pos, end, tile=tile, geometry=geometry, shard=shard):
             state, done = jax.lax.fori_loop(done, stop, plain(view), state), stop
-        return jax.lax.fori_loop(done, -(-end // tile), general, state)
+        return jax.lax.fori_loop(done, -(-shard.before(end) // tile), general, state)
 
     def first_pass(state, _, logits):
         m, l = state
@@ -64,19 +66,22 @@ def vote(
     empty = jnp.full((K, G * R), softmax.MASKED), jnp.zeros((K, G * R))
     m, l = sweep(first_pass, empty)
     # Rows before the slice have no vote.
-    lse = jnp.where(jnp.tile(row_pos >= start, G), m + jnp.log(l), jnp.inf)
+    lse = jnp.where(jnp.tile(row_pos >= start, G), shard.merge_lse(m + jnp.log(l)), jnp.inf)
 
     def second_pass(sums, j, logits):
         columns, diagonals = sums
         p = jnp.exp(logits - lse[..., None]).reshape(N, R, tile)
-        at = (0, j * tile)
-        columns = jax.lax.dynamic_update_slice(columns, p.sum(1), at)
-        new = _diagonals(p)
+        columns = jax.lax.dynamic_update_slice(columns, p.sum(1), (0, j * tile))
+        # Diagonals run on past the end of their page.
+        new = _diagonals(p)[:, None]
+        at = (0, j * tile // page, j * tile % page)
         old = jax.lax.dynamic_slice(diagonals, at, new.shape)
         return columns, jax.lax.dynamic_update_slice(diagonals, old + new, at)
 
-    columns, diagonals = sweep(second_pass, (jnp.zeros((N, S)), jnp.zeros((N, S + R - 1))))
-    return columns, diagonals[:, :S]
+    empty = jnp.zeros((N, pages * page)), jnp.zeros((N, pages, page + R - 1))
+    columns, diagonals = sweep(second_pass, empty)
+    own = diagonals[..., :page] + shard.hand_on(diagonals[..., page:], page)
+    return columns, own.reshape(N, -1)
 
 
 def _diagonals(p: Float[Array, "N R S"]) -> Float[Array, "N S+R-1"]:

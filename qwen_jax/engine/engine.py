@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float32
 
 from pallas_kernels import backend
@@ -98,6 +99,7 @@ class Engine:
     def __init__(self, model: ModelConfig, weights, config: EngineConfig):
         self._model = model
         self._config = config
+        self._mesh = _mesh_of(weights)
         self._device = next(iter(jax.tree.leaves(weights)[0].devices()))
         if config.vocab_limit is not None and config.vocab_limit > model.vocab_size:
             raise ConfigError(
@@ -111,9 +113,12 @@ class Engine:
         except backend.Unsupported as error:
             raise ConfigError(f"backend={config.backend!r}: {error}") from None
         platform, geometry = self._device.platform, model.dual_chunk
-        self._page = config.page or default_page(platform, geometry)
+        seq = 1 if self._mesh is None else self._mesh.shape["seq"]
+        self._page = config.page or default_page(platform, geometry, parts=seq)
+        if self._page % seq:
+            raise ConfigError(f"page={self._page} must be a multiple of seq={seq} of the mesh")
         self._slices = config.slices or default_slices(
-            platform, geometry, sparse=config.sparse is not None
+            platform, geometry, sparse=config.sparse is not None, parts=seq
         )
         self._boundary = None
         if geometry is not None and geometry.chunk_len >= self._slices[0]:
@@ -143,6 +148,7 @@ class Engine:
         self._runner = Runner(
             model,
             weights,
+            mesh=self._mesh,
             num_pages=num_pages,
             page=self._page,
             table_len=self._table_len,
@@ -170,7 +176,7 @@ class Engine:
         """One line on what runs where and how."""
         slices = "/".join(map(str, self._slices))
         return (
-            f"{self._device.platform} ({self._device.device_kind}), 1 device; "
+            f"{self._device.platform} ({self._device.device_kind}), {self._devices()}; "
             f"{self._backend}; "
             f"weights and cache {self._runner.cache_dtype}; "
             f"{self._pages.total} pages of {self._page} tokens; slices {slices}; "
@@ -249,8 +255,8 @@ class Engine:
         Raises:
             RequestError: if the tokens are none of the model's or do not fit.
         """
-        tokens = self._checked(tokens)
-        return self._survey(tokens, grid)
+        self._refuse_mesh("surveys")
+        return self._survey(self._checked(tokens), grid)
 
     def plans(
         self, tokens: Iterable[int], layer: int, head: int
@@ -264,6 +270,7 @@ class Engine:
             ConfigError: if there are no budgets, or none that are used for this head.
             RequestError: if the tokens are none of the model's or do not fit.
         """
+        self._refuse_mesh("plans")
         if self._config.sparse is None:
             raise ConfigError("plans need budgets of sparse prefill (sparse_attention_config.json)")
         if self._model.num_layers == 1:
@@ -275,6 +282,16 @@ class Engine:
             if not 0 <= value < count:
                 raise ConfigError(f"{name}={value} must be from 0 to {count - 1}")
         return self._plans(self._checked(tokens), layer, head)
+
+    def _refuse_mesh(self, what: str) -> None:
+        if self._mesh is not None:
+            raise ConfigError(f"{what} are made on one device: leave out the mesh")
+
+    def _devices(self) -> str:
+        if self._mesh is None:
+            return "1 device"
+        axes = ",".join(f"{name}={size}" for name, size in self._mesh.shape.items() if size > 1)
+        return f"{self._mesh.size} devices as {axes}"
 
     def _checked(self, tokens: Iterable[int]) -> tuple[int, ...]:
         tokens = tuple(tokens)
@@ -446,6 +463,22 @@ class Engine:
         )
         self._scheduler.finish(sequence)
         return event
+
+
+def _mesh_of(weights) -> Mesh | None:
+    """The mesh on which weights lie; None for one device.
+
+    Raises:
+        ConfigError: if it holds several requests side by side.
+    """
+    placed = jax.tree.leaves(weights)[0].sharding
+    if not isinstance(placed, NamedSharding) or placed.mesh.size == 1:
+        return None
+    mesh = placed.mesh
+    assert isinstance(mesh, Mesh)
+    if mesh.shape["data"] > 1:
+        raise ConfigError("an engine runs on a mesh without data: give each its own part")
+    return mesh
 
 
 def _scales(model: ModelConfig, vllm_parity: bool, length: int) -> tuple[float, float]:

@@ -5,17 +5,28 @@ from collections.abc import Hashable, Sequence
 
 from pallas_kernels.geometry import ChunkGeometry
 
+_MESH_PAGE = 4096  # tokens a page on a mesh, if its parts are not too small then
 
-def default_page(platform: str, geometry: ChunkGeometry | None) -> int:
-    """Tokens a page, so that no page straddles two chunks if their length allows it.
 
-    On accelerators a page is a multiple of 128 tokens, as kernels want.
+def default_page(platform: str, geometry: ChunkGeometry | None, *, parts: int = 1) -> int:
+    """Tokens a page, so that no part of it straddles two chunks if their length allows it.
+
+    On accelerators a part is a multiple of 128 tokens, as kernels want.
+
+    Args:
+        parts: devices that hold a part of each page.
     """
+    least = 64 if platform == "cpu" else 128
+    most = min(1024, max(_MESH_PAGE // parts, least))
     if platform == "cpu":
-        return 512 if geometry is None else divisor(geometry.chunk_len, least=64, most=1024) or 256
+        if geometry is None:
+            return parts * min(most, 512)
+        return parts * (divisor(geometry.chunk_len, least=64, most=most) or min(most, 256))
+    most -= most % least
     if geometry is None:
-        return 1024
-    return next((page for page in range(1024, 0, -128) if geometry.chunk_len % page == 0), 1024)
+        return parts * most
+    fitting = (part for part in range(most, 0, -least) if geometry.chunk_len % part == 0)
+    return parts * next(fitting, most)
 
 
 def divisor(length: int, *, least: int, most: int) -> int | None:

@@ -1,4 +1,4 @@
-"""The model on its device: weights, cache and the compiled steps."""
+"""The model on its device or mesh: weights, cache and the compiled steps."""
 
 import functools
 
@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float32, Int
 
 from pallas_kernels.backend import Backends, compiler_options
 from pallas_kernels.plan import SparsePlan
 from qwen_jax import cache as caches
-from qwen_jax import rope
+from qwen_jax import rope, sharding
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import sampling
 from qwen_jax.engine.batch import Choice, Prefill, Roster, Tokens
@@ -28,7 +29,8 @@ class Runner:
     never on a prompt, and so does the number of programs.
 
     Args:
-        weights: parameter tree, on the device.
+        weights: parameter tree, on the device or mesh.
+        mesh: where the weights lie; None for one device.
         table_len: pages of the longest sequence.
         vocab_limit: ids from here on are never sampled.
         backend: of each attention operation.
@@ -43,6 +45,7 @@ class Runner:
         config: ModelConfig,
         weights,
         *,
+        mesh: Mesh | None = None,
         num_pages: int,
         page: int,
         table_len: int,
@@ -54,29 +57,41 @@ class Runner:
         dtype = jax.tree.leaves(weights)[0].dtype
         # As a plain list, which costs less to hand over at every step than a module's state.
         self._weights, structure = _flatten(config, weights, dtype)
-        (device,) = jax.tree.leaves(weights)[0].devices()
+        whole, of_cache, platform = _placements(weights, mesh)
+        self._whole = whole
         # Where steps return them, or the second step of each kind would be compiled anew.
-        self._rotary, self._cache, self._seen = jax.device_put(
+        self._rotary, self._seen, self._budgets = jax.device_put(
             (
                 rope.table(config, table_len * page),
-                caches.init(config, num_pages, page, dtype),
                 jnp.zeros((max_seqs, config.vocab_size), bool),
+                budgets,
             ),
-            device,
+            whole,
         )
-        jit = functools.partial(jax.jit, compiler_options=compiler_options(device.platform))
+        empty = functools.partial(caches.init, config, num_pages, page, dtype)
+        self._cache = jax.jit(empty, out_shardings=of_cache)()
         self._steps = _Steps(structure, vocab_limit, backend)
-        self._budgets = jax.device_put(budgets, device)
-        self._prefill = jit(self._steps.prefill, donate_argnames="cache")
-        self._prefill_sparse = jit(self._steps.prefill_sparse, donate_argnames="cache")
-        self._sparse_plan = jit(
-            self._steps.sparse_plan, donate_argnames="cache", static_argnames="layer"
-        )
-        self._survey = jit(self._steps.survey, donate_argnames="cache", static_argnames="grid")
-        self._choose = jit(self._steps.choose)
-        self._score = jit(self._steps.score, donate_argnames="cache")
-        self._decode = jit(self._steps.decode, donate_argnames=("cache", "seen"))
-        self._mark = jit(self._steps.mark, donate_argnames="seen")
+
+        def jit(step, *outputs, donated="cache", static=None):
+            return _on(
+                mesh,
+                jax.jit(
+                    step,
+                    donate_argnames=donated,
+                    static_argnames=static,
+                    out_shardings=outputs if len(outputs) > 1 else outputs[0],
+                    compiler_options=compiler_options(platform),
+                ),
+            )
+
+        self._prefill = jit(self._steps.prefill, whole, of_cache)
+        self._prefill_sparse = jit(self._steps.prefill_sparse, whole, of_cache, whole)
+        self._sparse_plan = jit(self._steps.sparse_plan, whole, of_cache, static="layer")
+        self._survey = jit(self._steps.survey, of_cache, whole, static="grid")
+        self._choose = jit(self._steps.choose, whole, donated=None)
+        self._score = jit(self._steps.score, whole, of_cache)
+        self._decode = jit(self._steps.decode, whole, of_cache, whole, donated=("cache", "seen"))
+        self._mark = jit(self._steps.mark, whole, donated="seen")
 
     @property
     def num_compilations(self) -> int:
@@ -124,7 +139,7 @@ class Runner:
 
     def place(self, roster: Roster) -> Roster:
         """The roster on the device, for as long as it does not change."""
-        return jax.device_put(roster)
+        return jax.device_put(roster, self._whole)
 
     def decode(self, roster: Roster, step: Tokens) -> Int[np.ndarray, " B"]:
         """The token after the given one in every row, -1 if not finite."""
@@ -194,6 +209,29 @@ class _Steps:
         # Runs when a step is traced, which is once for each program.
         self.num_traced += 1
         return nnx.merge(self._graph, jax.tree.unflatten(self._tree, weights))
+
+
+def _placements(weights, mesh: Mesh | None):
+    """Where small arrays lie, the cache, and on what platform."""
+    leaf = jax.tree.leaves(weights)[0]
+    (platform,) = {device.platform for device in leaf.devices()}
+    if mesh is None:
+        return leaf.sharding, leaf.sharding, platform
+    of_cache = NamedSharding(mesh, sharding.RULES.spec(caches.AXES))
+    return NamedSharding(mesh, PartitionSpec()), of_cache, platform
+
+
+def _on(mesh: Mesh | None, function):
+    """A function that is traced and called with a mesh in use."""
+    if mesh is None:
+        return function
+
+    @functools.wraps(function)
+    def call(*args, **keywords):
+        with jax.set_mesh(mesh):
+            return function(*args, **keywords)
+
+    return call
 
 
 def _flatten(config: ModelConfig, weights, dtype):

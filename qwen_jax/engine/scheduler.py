@@ -35,14 +35,22 @@ class Decode:
 
 
 def default_slices(
-    platform: str, geometry: ChunkGeometry | None, *, sparse: bool = False
+    platform: str, geometry: ChunkGeometry | None, *, sparse: bool = False, parts: int = 1
 ) -> tuple[int, ...]:
     """Lengths of prefill slices, largest first.
 
     On a CPU, where chunks may be short, the largest divides the chunk, so that
     cutting at chunk borders leaves no small rest. Sparse ones are larger, since the
     vote of each slice reads all keys.
+
+    Args:
+        parts: devices that divide the tokens of a slice between them.
     """
+    sizes = _slices(platform, geometry, sparse=sparse)
+    return tuple(size - size % parts for size in sizes if size >= parts) or (parts,)
+
+
+def _slices(platform: str, geometry: ChunkGeometry | None, *, sparse: bool) -> tuple[int, ...]:
     if platform != "cpu":
         return _ACCELERATOR_SLICES
     largest = _CPU_SLICES[0] * (2 if sparse else 1)
