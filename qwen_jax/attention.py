@@ -56,7 +56,8 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "T D"], Cache]:
         """A slice of one sequence (`model.PrefillStep`) and the cache with it written."""
 
-        def attend(part, cache, rows, _):
+        def attend(part, cache, rows, rest, _):
+            layer, step, angles = rest
             query, key, value = map(part.all_tokens, rows)
             cache = self._write_slice(cache, layer, step, angles, key, value, part.shard)
             queries = self._views(query, step, angles)
@@ -65,7 +66,8 @@ class Attention(nnx.Module):
             return cache, part.merge(out, lse), None
 
         rows = self.q(x), self.k(x), self.v(x)
-        cache, out, _ = spread.run(attend, cache, rows, split=spread.splits(len(x)))
+        rest, split = (layer, step, angles), spread.splits(len(x))
+        cache, out, _ = spread.run(attend, cache, rows, rest, split=split)
         return self.o(out), cache
 
     def prefill_sparse(
@@ -88,7 +90,8 @@ class Attention(nnx.Module):
             Also how it was done.
         """
 
-        def attend(part, cache, rows, kept):
+        def attend(part, cache, rows, rest, kept):
+            layer, step, angles, votes, budgets = rest
             query, key, value = map(part.all_tokens, rows)
             cache = self._write_slice(cache, layer, step, angles, key, value, part.shard)
             listed = self._plan(
@@ -102,7 +105,8 @@ class Attention(nnx.Module):
 
         rows = self.q(x), self.k(x), self.v(x)
         kept = budgets.vertical[layer], budgets.slash[layer]
-        cache, out, report = spread.run(attend, cache, rows, kept, split=spread.splits(len(x)))
+        rest, split = (layer, step, angles, votes, budgets), spread.splits(len(x))
+        cache, out, report = spread.run(attend, cache, rows, rest, kept, split=split)
         return self.o(out), cache, report
 
     def sparse_plan(
@@ -169,13 +173,15 @@ class Attention(nnx.Module):
     ) -> Cache:
         """The cache with a slice of one sequence (`model.PrefillStep`) written."""
 
-        def write(part, cache, rows, _):
+        def write(part, cache, rows, rest, _):
+            layer, step, angles = rest
             key, value = map(part.all_tokens, rows)
             cache = self._write_slice(cache, layer, step, angles, key, value, part.shard)
             return cache, None, None
 
         rows = self.k(x), self.v(x)
-        return spread.run(write, cache, rows, split=spread.splits(len(x)))[0]
+        rest, split = (layer, step, angles), spread.splits(len(x))
+        return spread.run(write, cache, rows, rest, split=split)[0]
 
     def decode(
         self,
@@ -188,7 +194,8 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B D"], Cache]:
         """One token of each sequence (`model.DecodeStep`) and the cache with it written."""
 
-        def attend(part, cache, rows, _):
+        def attend(part, cache, rows, rest, _):
+            layer, step, angles = rest
             query, key, value = rows
             keys = self._rotated_keys(key, step, angles)
             table, positions = step.page_table, step.positions
@@ -196,7 +203,8 @@ class Attention(nnx.Module):
             return cache, self._read(part, query, cache, layer, step, angles, backend), None
 
         rows = self.q(x), self.k(x), self.v(x)
-        cache, out, _ = spread.run(attend, cache, rows, split=False)
+        rest = layer, step, angles
+        cache, out, _ = spread.run(attend, cache, rows, rest, split=False)
         return self.o(out), cache
 
     def read_tokens(
@@ -210,10 +218,11 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B D"], Cache]:
         """One token of each sequence (`model.DecodeStep`), which the cache holds already."""
 
-        def attend(part, cache, rows, _):
-            return cache, self._read(part, *rows, cache, layer, step, angles, backend), None
+        def attend(part, cache, rows, rest, _):
+            return cache, self._read(part, *rows, cache, *rest, backend), None
 
-        cache, out, _ = spread.run(attend, cache, (self.q(x),), split=False)
+        rest = layer, step, angles
+        cache, out, _ = spread.run(attend, cache, (self.q(x),), rest, split=False)
         return self.o(out), cache
 
     def _read(self, part: spread.Part, query, cache: Cache, layer, step, angles, backend):

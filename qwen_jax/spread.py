@@ -87,33 +87,35 @@ def run(
     body: Callable[..., tuple[Cache, Any, Any]],
     cache: Cache,
     rows: tuple[Float[Array, "T heads H"], ...],
+    rest: Any,
     per_head: tuple[Array, ...] = (),
     *,
     split: bool,
 ) -> tuple[Cache, Any, Any]:
-    """`body(part, cache, rows, per_head)` on each device, of what it holds of these arrays.
+    """`body(part, cache, rows, rest, per_head)` on each device, of what it holds of these arrays.
 
     Args:
-        body: returns the cache, arrays like `rows` and arrays like `per_head`; what it
-            closes over is the same on all devices.
+        body: returns the cache, arrays like `rows` and arrays like `per_head`. It may not
+            close over arrays.
         rows: of every token and head.
+        rest: arrays that are the same on all devices.
         per_head: arrays [N].
         split: whether tokens are divided along `seq`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return body(Part(WHOLE, False), cache, rows, per_head)
+        return body(Part(WHOLE, False), cache, rows, rest, per_head)
     of_rows = PartitionSpec(_SEQ if split else None, RULES.heads)
     of_heads, of_cache = PartitionSpec(RULES.heads), RULES.spec(AXES)
 
-    def local(cache, rows, per_head):
+    def local(cache, rows, rest, per_head):
         index = jax.lax.axis_index(_SEQ)
         shard = Shard(index, cache.page, mesh.shape[_SEQ], _SEQ)
-        return body(Part(shard, split), cache, rows, per_head)
+        return body(Part(shard, split), cache, rows, rest, per_head)
 
     return jax.shard_map(
         local,
-        in_specs=(of_cache, of_rows, of_heads),
+        in_specs=(of_cache, of_rows, PartitionSpec(), of_heads),
         out_specs=(of_cache, of_rows, of_heads),
         check_vma=False,
-    )(cache, rows, per_head)
+    )(cache, rows, rest, per_head)
