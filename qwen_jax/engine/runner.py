@@ -72,26 +72,27 @@ class Runner:
         self._cache = jax.jit(empty, out_shardings=of_cache)()
         self._steps = _Steps(structure, vocab_limit, backend)
 
-        def jit(step, *outputs, donated="cache", static=None):
+        def jit(step, outputs, donated: tuple[str, ...] = ("cache",), static=None):
             return _on(
                 mesh,
                 jax.jit(
                     step,
                     donate_argnames=donated,
                     static_argnames=static,
-                    out_shardings=outputs if len(outputs) > 1 else outputs[0],
+                    out_shardings=outputs,
                     compiler_options=compiler_options(platform),
                 ),
             )
 
-        self._prefill = jit(self._steps.prefill, whole, of_cache)
-        self._prefill_sparse = jit(self._steps.prefill_sparse, whole, of_cache, whole)
-        self._sparse_plan = jit(self._steps.sparse_plan, whole, of_cache, static="layer")
-        self._survey = jit(self._steps.survey, of_cache, whole, static="grid")
-        self._choose = jit(self._steps.choose, whole, donated=None)
-        self._score = jit(self._steps.score, whole, of_cache)
-        self._decode = jit(self._steps.decode, whole, of_cache, whole, donated=("cache", "seen"))
-        self._mark = jit(self._steps.mark, whole, donated="seen")
+        steps = self._steps
+        self._prefill = jit(steps.prefill, (whole, of_cache))
+        self._prefill_sparse = jit(steps.prefill_sparse, (whole, of_cache, whole))
+        self._sparse_plan = jit(steps.sparse_plan, (whole, of_cache), static="layer")
+        self._survey = jit(steps.survey, (of_cache, whole), static="grid")
+        self._choose = jit(steps.choose, whole, donated=())
+        self._score = jit(steps.score, (whole, of_cache))
+        self._decode = jit(steps.decode, (whole, of_cache, whole), ("cache", "seen"))
+        self._mark = jit(steps.mark, whole, ("seen",))
 
     @property
     def num_compilations(self) -> int:
