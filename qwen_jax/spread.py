@@ -89,7 +89,7 @@ def row(x: Float[Array, "T D"], index) -> Float[Array, "1 D"]:
 def run(
     body: Callable[..., tuple[Cache, Any, Any]],
     cache: Cache,
-    rows: tuple[Float[Array, "T heads H"], ...],
+    rows: tuple[Float[Array, "T _ H"], ...],
     rest: Any,
     per_head: tuple[Array, ...] = (),
     *,

@@ -213,24 +213,24 @@ def programs(steps: Steps, whole: Sharding, of_cache: Sharding, platform: str) -
         whole: where small arrays lie, the same on all devices.
     """
 
-    def jit(step, *outputs, donated="cache", static=None):
+    def jit(step, outputs, donated: tuple[str, ...] = ("cache",), static=None):
         return jax.jit(
             step,
             donate_argnames=donated,
             static_argnames=static,
-            out_shardings=outputs if len(outputs) > 1 else outputs[0],
+            out_shardings=outputs,
             compiler_options=compiler_options(platform),
         )
 
     return Programs(
-        prefill=jit(steps.prefill, whole, of_cache),
-        prefill_sparse=jit(steps.prefill_sparse, whole, of_cache, whole),
-        sparse_plan=jit(steps.sparse_plan, whole, of_cache, static="layer"),
-        survey=jit(steps.survey, of_cache, whole, static="grid"),
-        choose=jit(steps.choose, whole, donated=None),
-        score=jit(steps.score, whole, of_cache),
-        decode=jit(steps.decode, whole, of_cache, whole, donated=("cache", "seen")),
-        mark=jit(steps.mark, whole, donated="seen"),
+        prefill=jit(steps.prefill, (whole, of_cache)),
+        prefill_sparse=jit(steps.prefill_sparse, (whole, of_cache, whole)),
+        sparse_plan=jit(steps.sparse_plan, (whole, of_cache), static="layer"),
+        survey=jit(steps.survey, (of_cache, whole), static="grid"),
+        choose=jit(steps.choose, whole, donated=()),
+        score=jit(steps.score, (whole, of_cache)),
+        decode=jit(steps.decode, (whole, of_cache, whole), ("cache", "seen")),
+        mark=jit(steps.mark, whole, ("seen",)),
     )
 
 
