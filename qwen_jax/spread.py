@@ -2,8 +2,9 @@
 
 A device holds some heads (`tensor`) and of every page a part (`seq`). Keys stay where they
 are: the queries of a slice are gathered along `seq`, every device attends to its own keys, and
-what they found goes back to where the queries came from, to be merged by its log-sum-exp. All else is the compiler's, by the
-placements of weights and tokens. Without a mesh nothing of this happens.
+what they found goes back to where the queries came from, to be merged by its log-sum-exp. All
+else is the compiler's, by the placements of weights and tokens. Without a mesh nothing of this
+happens.
 """
 
 import dataclasses

@@ -67,8 +67,8 @@ def step_of(name, model):
     steps = Steps(structure, None, backend.choose("tpu"))
     shape = model.num_layers, model.num_kv_heads, TABLE + 1, PAGE, model.head_dim
     cache = Cache(*[jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * 2)
-    table = (model.dual_chunk.chunk_size + 1, model.head_dim // 2)
-    args = [weights, rope.Rotary(real(table), real(table)), cache]
+    table = (model.dual_chunk.chunk_size + 1, model.head_dim)
+    args = [weights, rope.Table(real(table)), cache]
     scale = real(())
     if name == "decode":
         roster = batch.roster((), max_seqs=1, table_len=TABLE)
