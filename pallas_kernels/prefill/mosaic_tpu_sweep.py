@@ -1,4 +1,8 @@
-"""The TPU kernel of prefill: which keys a tile of queries attends to, and when they come."""
+"""The TPU kernel of prefill: which keys a tile of queries attends to, and when they come.
+
+Of a shard, what is fetched goes by local keys, what is seen by positions; the keys of a piece
+follow one another in both.
+"""
 
 import dataclasses
 import functools

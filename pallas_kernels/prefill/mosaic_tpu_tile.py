@@ -102,7 +102,7 @@ class Tile:
         self.first = where_ref[1] + self.first_row
         self.last = where_ref[1] + jnp.minimum(self.first_row + shape.q, self.length) - 1
         self.shard = shape.shard.inside(where_ref, 3)
-        self.last_key = self.shard.upto(self.last)
+        self.last_key = self.shard.upto(self.last)  # local, -1 if there is none
         exact = jnp.float32 == self.key_ref.dtype
         self.dot = functools.partial(
             jax.lax.dot_general,

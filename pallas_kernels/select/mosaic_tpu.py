@@ -4,7 +4,7 @@ The first finds each row's log-sum-exp, the second adds up the weights by column
 diagonal. A step of either multiplies the R rows of all query heads of a kv head with one
 tile of keys, which the pipeline fetches from the cache through the page table. Rows lie
 last query first, so that row i moves by i places to where its diagonals end in the last
-query's row.
+query's row. Of a shard all bounds are local keys, so the kernels know no positions.
 """
 
 import functools
