@@ -1,17 +1,21 @@
 """What a length costs on a mesh: bytes a device, FLOPs, and the longest context that fits.
 
 Sizes are those of the parameters and of the cache as they will be placed, and for a prefill
-slice of T tokens, of which a device holds t = T / seq outside attention, the larger of two
-moments (bytes of an element b, heads n, k and MLP width f of a device, views V of a query):
+slice of T tokens, of which a device holds t = T / seq outside attention, the largest of these
+moments (bytes of an element b, heads n, k and MLP width f of a device, views V of a query, S keys
+of which s lie on a device):
 
                 activations                              workspace
-    attention   4 t D b + 2 t k H b + (V + 1) T n H b    V T n H (4 + 2 b) + 4 T n H
+    rotation    4 t D b + 2 t k H b + (V + 1) T n H b    V T n H (4 + 2 b) + 4 T n H
+    selection   4 t D b + 2 T k H b + T n H b            4 n (7 s + 3 S)
+    attention   4 t D b + (V + 1) T n H b                2 n C H b
     MLP         4 t D b + 3 t f b                        D f b
 
-The workspace of attention is the rotation in float32 before it is rounded, queries in the
+The workspace of the rotation is its result in float32 before it is rounded, queries in the
 order in which a kernel reads them, and its float32 output; that of the MLP a matrix taken
-from the stack of layers. Keys stay where they are: every device along `seq` holds all queries
-of the slice, for its heads. A decode step takes less than a slice.
+from the stack of layers. Sparse prefill selects, by numbers for each head and key, of which the
+diagonals need all keys, and packs its C columns. Keys stay where they are: every device along
+`seq` holds all queries of the slice, for its heads. A decode step takes less than a slice.
 """
 
 import dataclasses
@@ -28,8 +32,8 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.sharding import RULES, MeshShape, Rules
 
 _FLOAT32 = 4
-# Of a number for each head and key, that XLA for CPUs holds at most while a slice selects.
-_VOTE_ARRAYS = 10
+# Of a number for each head and key, while a slice selects: as XLA holds them, kernels hold fewer.
+_LOCAL_ARRAYS, _WHOLE_ARRAYS = 7, 3
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +46,8 @@ class Load:
         slice_len: prompt tokens computed at a time.
         dtype: of weights and cache.
         columns: that a head of sparse prefill reads at most; None if prefill is dense.
+        relaid: whether the compiler lays out matrices of the layers anew in every step
+            (`devices.Device`).
     """
 
     tokens: int
@@ -49,6 +55,7 @@ class Load:
     slice_len: int
     dtype: str = "bfloat16"
     columns: int | None = None
+    relaid: bool = False
 
     @property
     def itemsize(self) -> int:
@@ -80,7 +87,9 @@ def memory(config: ModelConfig, load: Load, mesh: MeshShape, rules: Rules = RULE
         weights=weights(config, mesh, rules) * load.itemsize,
         cache=_cache(config, load, mesh, rules),
         activations=activations,
-        workspace=workspace + _tables(config, load, mesh, rules),
+        workspace=workspace
+        + _tables(config, load, mesh, rules)
+        + load.relaid * _relaid(config, mesh, rules) * load.itemsize,
     )
 
 
@@ -106,7 +115,7 @@ def _cache(config: ModelConfig, load: Load, mesh: MeshShape, rules: Rules) -> in
 
 
 def _slice(config: ModelConfig, load: Load, mesh: MeshShape, rules: Rules) -> tuple[int, int]:
-    """Activations and workspace of a prefill slice at the larger of its two moments."""
+    """Activations and workspace of a prefill slice at the largest of its moments."""
 
     def part(size: int, axis: str) -> int:
         return mesh.shard((size,), (axis,), rules)[0]
@@ -117,15 +126,32 @@ def _slice(config: ModelConfig, load: Load, mesh: MeshShape, rules: Rules) -> tu
     residual = 4 * t * D * b
     query = T * n * H  # of one view
     views = 1 if config.dual_chunk is None else 3
-    votes = 0
+    moments = [
+        (
+            residual + 2 * t * k * H * b + (views + 1) * query * b,
+            views * query * (_FLOAT32 + 2 * b) + query * _FLOAT32,
+        ),
+        (residual + 3 * t * f * b, D * f * b),
+    ]
     if load.columns is not None:
-        # Keys lie along the sequence as tokens do.
-        votes = _VOTE_ARRAYS * n * part(load.pages * load.page, "tokens") * _FLOAT32
-    attention = (
-        residual + 2 * t * k * H * b + (views + 1) * query * b,
-        views * query * (_FLOAT32 + 2 * b) + query * _FLOAT32 + votes,
+        keys = load.pages * load.page
+        arrays = _LOCAL_ARRAYS * part(keys, "page") + _WHOLE_ARRAYS * keys
+        moments += [
+            (residual + 2 * T * k * H * b + query * b, n * arrays * _FLOAT32),
+            (residual + (views + 1) * query * b, 2 * n * load.columns * H * b),
+        ]
+    return max(moments, key=sum)
+
+
+def _relaid(config: ModelConfig, mesh: MeshShape, rules: Rules) -> int:
+    """Numbers of a device's output and MLP matrices of all layers."""
+    matrices = (
+        (config.num_heads, config.head_dim, config.embed_dim),
+        *[(config.embed_dim, config.mlp_dim, 1)] * 3,
     )
-    return max(attention, (residual + 3 * t * f * b, D * f * b), key=sum)
+    axes = ("heads", "head_dim", "embed"), *[("embed", "mlp", "head_dim")] * 3
+    shards = (mesh.shard(shape, of, rules) for shape, of in zip(matrices, axes, strict=True))
+    return config.num_layers * sum(map(math.prod, shards))
 
 
 def _tables(config: ModelConfig, load: Load, mesh: MeshShape, rules: Rules) -> int:

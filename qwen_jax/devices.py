@@ -9,6 +9,7 @@ and 192 GiB a chip. H100 and H200 are the SXM versions of NVIDIA's data sheets, 
 import dataclasses
 import math
 import re
+from typing import Any
 
 from qwen_jax.config import ConfigError
 
@@ -27,6 +28,8 @@ class Device:
         links: bytes/s to other devices, over all links, one way.
         per_chip: devices a chip of the topology.
         dims: numbers in the topology's name.
+        relays: whether its compiler (libtpu 0.0.52) copies the matrices that a loop over layers
+            multiplies with, to lay them out otherwise, in every step.
     """
 
     platform: str
@@ -36,9 +39,10 @@ class Device:
     links: float | None = None
     per_chip: int = 1
     dims: int = 1
+    relays: bool = False
 
 
-def _tpu(gib: float, flops: float, bandwidth: float, links: float, **more: int) -> Device:
+def _tpu(gib: float, flops: float, bandwidth: float, links: float, **more: Any) -> Device:
     return Device(
         platform="tpu",
         memory=int(gib * _GIB),
@@ -55,7 +59,7 @@ DEVICES = {
     "v5e": _tpu(15.75, 197e12, 819e9, 200e9, dims=2),
     "v5p": _tpu(95.73, 459e12, 2.765e12, 600e9, dims=3),
     "v6e": _tpu(31.24, 918e12, 1.638e12, 400e9, dims=2),
-    "tpu7x": _tpu(94.74, 1153.5e12, 3.69e12, 300e9, dims=3, per_chip=2),
+    "tpu7x": _tpu(94.74, 1153.5e12, 3.69e12, 300e9, dims=3, per_chip=2, relays=True),
     "h100": Device(
         platform="gpu", memory=80 * 10**9, flops=989.5e12, bandwidth=3.35e12, links=450e9
     ),

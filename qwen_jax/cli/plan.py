@@ -112,6 +112,7 @@ def examine(
             slice_len=opened.flags.slice or cut(0, tokens, slices, None)[1],
             dtype=_precision(dtype, device, config),
             columns=columns,
+            relaid=device.relays,
         )
 
     load = load_of(tokens)

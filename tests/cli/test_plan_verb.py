@@ -124,7 +124,7 @@ def test_a_context_beyond_what_the_model_declares_is_noted(tmp_path, run):
 
 
 def test_budgets_of_sparse_prefill_take_workspace(model, run):
-    asked = ["--topology", "v5e:1x1", "--tokens", "100000"]
+    asked = ["--topology", "v5e:1x1", "--tokens", "100000", "--slice", "1024"]
     dense, _ = examine(run, model, *asked)
     row = {str(head): ["vertical_and_slash", 8, 8, 1.0] for head in range(4)}
     (model / "sparse_attention_config.json").write_text(json.dumps([row, row]))

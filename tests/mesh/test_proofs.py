@@ -82,6 +82,7 @@ def test_it_fits_as_planned_and_nothing_else_is_sent(model, name, tokens, step, 
         page=default_page("tpu", config.dual_chunk, parts=shape.seq),
         slice_len=SLICE,
         columns=MODELS[model.upper()].num_columns if step == "prefill_sparse" else None,
+        relaid=topology.device.relays,
     )
     mesh = compiled.mesh_of(topology, shape)
     made = compiled.steps(config, load, mesh, kept)[step]()
