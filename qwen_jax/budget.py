@@ -197,14 +197,14 @@ def prefill_flops(config: ModelConfig, tokens: int) -> int:
     layers = config.num_layers - 1
     pairs = tokens * (tokens + 1) // 2
     attention = 4 * config.num_heads * config.head_dim * pairs
-    return layers * (attention + 2 * _block(config) * tokens) + 2 * _keys_values(config) * tokens
+    return layers * (attention + 2 * block(config) * tokens) + 2 * _keys_values(config) * tokens
 
 
 def decode_flops(config: ModelConfig, length: int) -> int:
     """Multiplications and additions of the token after `length` others."""
     attention = 4 * config.num_heads * config.head_dim * (length + 1)
     head = config.embed_dim * config.vocab_size
-    return config.num_layers * (attention + 2 * _block(config)) + 2 * head
+    return config.num_layers * (attention + 2 * block(config)) + 2 * head
 
 
 def decode_bytes(config: ModelConfig, load: Load, mesh: MeshShape, rules: Rules = RULES) -> int:
@@ -219,7 +219,7 @@ def decode_bytes(config: ModelConfig, load: Load, mesh: MeshShape, rules: Rules 
     return count * load.itemsize + _cache(config, load, mesh, rules)
 
 
-def _block(config: ModelConfig) -> int:
+def block(config: ModelConfig) -> int:
     """Weights of the matrices of a layer."""
     queries = 2 * config.embed_dim * config.num_heads * config.head_dim
     return queries + _keys_values(config) + 3 * config.embed_dim * config.mlp_dim

@@ -7,32 +7,19 @@ from collections import Counter
 import published
 import pytest
 from hlo import sizes
+from scaling import CASES, COLUMNS, SLICE
 
-from pallas_kernels.cases import MODELS
 from qwen_jax import budget, compiled, devices, sharding
 from qwen_jax.config import SparseConfig
 from qwen_jax.engine.pages import default_page
 
 pytest.importorskip("libtpu", reason="the TPU compiler (pip install libtpu) is not installed")
 
-MILLION, SLICE = 1_010_000, 32_768
-CASES = [
-    *[("7b", name, MILLION) for name in ("v5e:2x4", "v5e:4x4", "v6e:2x2", "v6e:2x4")],
-    *[("7b", name, MILLION) for name in ("v5p:2x2x1", "tpu7x:2x2x1")],
-    *[("14b", name, MILLION) for name in ("v5e:8x8", "v6e:4x4", "v5p:2x2x2")],
-    *[
-        (model, name, tokens)
-        for model in ("7b", "14b")
-        for name in ("v5e:16x16", "v6e:16x16")
-        for tokens in (4_000_000, 10_000_000)
-    ],
-]
 SMALL = 1 << 16  # elements: more than a token has, less than the part of a slice
 
 
 def budgets(config, name):
-    columns = MODELS[name.upper()].num_columns
-    row = (columns,) * config.num_heads, (8192,) * config.num_heads
+    row = (COLUMNS[name],) * config.num_heads, (8192,) * config.num_heads
     vertical, slash = ((each,) * config.num_layers for each in row)
     return SparseConfig(vertical=vertical, slash=slash, last_q=64)
 
@@ -81,7 +68,7 @@ def test_it_fits_as_planned_and_nothing_else_is_sent(model, name, tokens, step, 
         tokens=tokens,
         page=default_page("tpu", config.dual_chunk, parts=shape.seq),
         slice_len=SLICE,
-        columns=MODELS[model.upper()].num_columns if step == "prefill_sparse" else None,
+        columns=COLUMNS[model] if step == "prefill_sparse" else None,
         relaid=topology.device.relays,
     )
     mesh = compiled.mesh_of(topology, shape)

@@ -1,4 +1,4 @@
-"""The config.json of the published models, as far as a planner reads it."""
+"""The config.json of the published models, as far as a planner reads it; for scripts and tests."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ _COMMON = {
         "original_max_position_embeddings": 262144,
     },
 }
-_SIZES = {
+SIZES = {
     "7b": (28, 3584, 18944, 28, 4),
     "14b": (48, 5120, 13824, 40, 8),
 }
@@ -33,7 +33,7 @@ _FIELDS = (
 def write(directory: Path, name: str) -> Path:
     """A directory that holds the config.json of a published model and nothing else."""
     directory.mkdir(exist_ok=True)
-    raw = _COMMON | dict(zip(_FIELDS, _SIZES[name], strict=True))
+    raw = _COMMON | dict(zip(_FIELDS, SIZES[name], strict=True))
     (directory / "config.json").write_text(json.dumps(raw))
     return directory
 
