@@ -34,7 +34,7 @@ demo-long: $(VENV)/.demo
 	$(BIN)/python scripts/demo_long.py
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-long: $(VENV)/.test
 	$(BIN)/python -m pytest -m long
