@@ -243,7 +243,7 @@ class Engine:
         while self.busy:
             for event in self.step():
                 if event.error is not None:
-                    raise RequestError(event.error)
+                    raise RequestError(f"request {event.request_id}: {event.error}")
                 answers.get(event.request_id, []).extend(event.tokens)
         return list(answers.values())
 
@@ -453,8 +453,8 @@ class Engine:
         return self._end(
             sequence,
             "error",
-            error=f"request {sequence.id}: the logits after token {sequence.filled} are not "
-            "finite: the weights are damaged, or overflow in their dtype",
+            error=f"the logits after token {sequence.filled} are not finite: "
+            "the weights are damaged, or overflow in their dtype",
         )
 
     def _end(self, sequence: Sequence, finish: Finish, **more) -> Event:

@@ -138,12 +138,12 @@ class Replicas:
         flights = [each.flight for each in self._replicas if each.flight is not None]
         wait(flights, return_when=FIRST_COMPLETED)
         events: list[Event] = []
-        for replica in self._replicas:
+        landed = [each for each in self._replicas if each.flight is not None and each.flight.done()]
+        for replica in sorted(landed, key=_has_failed):
             flight = replica.flight
-            if flight is None or not flight.done() or (events and flight.exception()):
-                continue
-            replica.flight = None
-            events += [self._ours(replica, event) for event in flight.result()]
+            if flight is not None and not (events and _has_failed(replica)):
+                replica.flight = None
+                events += [self._ours(replica, event) for event in flight.result()]
         return events
 
     def run(self, requests: Iterable[Request]) -> list[list[int]]:
@@ -159,7 +159,7 @@ class Replicas:
         while self.busy:
             for event in self.step():
                 if event.error is not None:
-                    raise RequestError(event.error)
+                    raise RequestError(f"request {event.request_id}: {event.error}")
                 answers.get(event.request_id, []).extend(event.tokens)
         return list(answers.values())
 
@@ -191,6 +191,10 @@ class Replicas:
         if event.finish is not None:
             del self._work[number], replica.left[number], replica.numbers[event.request_id]
         return dataclasses.replace(event, request_id=number)
+
+
+def _has_failed(replica: _Replica) -> bool:
+    return replica.flight is not None and replica.flight.exception() is not None
 
 
 def _between_steps(replica: _Replica, blocks: Generator[Any]) -> Iterator[Any]:
