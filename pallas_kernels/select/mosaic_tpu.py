@@ -256,8 +256,10 @@ def _sums(
         diagonal = _sum_rows(p, heads, move=True)
         carry = carry_ref[k]
         carry_ref[k] = diagonal[:, tile:]
-        diagonal = [diagonal[:, :LANES] + carry, diagonal[:, LANES:tile]]
-        diagonal = jnp.concatenate(diagonal, axis=1)
+        moved = [diagonal[:, :LANES] + carry]
+        if tile > LANES:
+            moved.append(diagonal[:, LANES:tile])
+        diagonal = jnp.concatenate(moved, axis=1)
         for g in range(heads):
             head = pl.ds(k * heads + g, 1)
             columns_ref[head], diagonals_ref[head] = column[g : g + 1], diagonal[g : g + 1]
