@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Program:
     Attributes:
         name: the step's, as in `runner.Programs`.
         arguments: weights, cache and inputs; None if the compiler refused.
+        overwritten: of these, what results take the place of.
         temporaries: what is there beside them at some time.
         peak: held at once, at most.
         collectives: what a step sends, with how often.
@@ -54,6 +55,7 @@ class Program:
 
     name: str
     arguments: int | None = None
+    overwritten: int | None = None
     temporaries: int | None = None
     peak: int
     collectives: Counter[Collective] = dataclasses.field(default_factory=Counter)
@@ -97,12 +99,14 @@ def mesh_of(topology: devices.Topology, shape: MeshShape) -> Mesh:
 
 def steps(
     config: ModelConfig, load: budget.Load, mesh: Mesh, budgets: SparseConfig | None = None
-) -> dict[str, jax.stages.Lowered]:
-    """The programs of an engine for one sequence, lowered: prefill, decode and, with `budgets`,
-    sparse prefill.
+) -> dict[str, Callable[[], Program]]:
+    """The programs of an engine for one sequence, to be compiled when they are called.
+
+    They are prefill, decode and, with `budgets`, sparse prefill. One that takes too much memory
+    is a program with a `refusal`.
 
     Raises:
-        ConfigError: if a kernel cannot take the model's shapes.
+        ConfigError: if a kernel cannot take the model's shapes, also when they are called.
     """
     platform, dtype = mesh.devices.flat[0].platform, jnp.dtype(load.dtype)
     whole = NamedSharding(mesh, PartitionSpec())
@@ -133,20 +137,26 @@ def steps(
         kept = _placed(kept, whole)
     try:
         backends = backend.choose(platform, head_dim=config.head_dim)
-        made = runner.programs(runner.Steps(structure, None, backends), whole, of_cache, platform)
-        with jax.set_mesh(mesh):
-            found = {"prefill": made.prefill.lower(weights, rotary, cache, step)}
-            if kept is not None:
-                args = weights, rotary, cache, step, kept
-                found["prefill_sparse"] = made.prefill_sparse.lower(*args)
-            found["decode"] = made.decode.lower(weights, rotary, cache, seen, roster, tokens)
     except backend.Unsupported as error:
         raise ConfigError(str(error)) from None
-    return found
+    made = runner.programs(runner.Steps(structure, None, backends), whole, of_cache, platform)
+    args = weights, rotary, cache
+    of_each = {
+        "prefill": (made.prefill, *args, step),
+        "prefill_sparse": (made.prefill_sparse, *args, step, kept),
+        "decode": (made.decode, *args, seen, roster, tokens),
+    }
+    if kept is None:
+        del of_each["prefill_sparse"]
+    return {name: functools.partial(_compile, mesh, name, *each) for name, each in of_each.items()}
 
 
-def compile_step(name: str, lowered: jax.stages.Lowered, mesh: Mesh) -> Program:
-    """One of `steps`, compiled; a program that takes too much memory is one with a `refusal`."""
+def _compile(mesh: Mesh, name: str, function, *args) -> Program:
+    try:
+        with jax.set_mesh(mesh):
+            lowered = function.lower(*args)
+    except backend.Unsupported as error:
+        raise ConfigError(str(error)) from None
     with tempfile.TemporaryDirectory() as dump:
         # The compiler's own text, since it may hold what jax is too old to parse.
         options = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
@@ -163,6 +173,7 @@ def compile_step(name: str, lowered: jax.stages.Lowered, mesh: Mesh) -> Program:
     return Program(
         name=name,
         arguments=memory.argument_size_in_bytes,
+        overwritten=memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
         peak=memory.peak_memory_in_bytes,
         collectives=collectives(text, mesh.shape),
@@ -182,9 +193,8 @@ def programs(
     Raises:
         ConfigError: if they cannot be compiled for these devices.
     """
-    mesh = mesh_of(topology, shape)
-    for name, lowered in steps(config, load, mesh, budgets).items():
-        yield compile_step(name, lowered, mesh)
+    for step in steps(config, load, mesh_of(topology, shape), budgets).values():
+        yield step()
 
 
 def _placed(tree, where):
