@@ -1,5 +1,6 @@
 # make demo    a real model reads a long document and answers a question about it
 # make demo-long  the same in 24,576 tokens, read densely and sparsely, side by side
+# make demo-mesh  12,288 tokens on eight virtual devices and on one: the same answers
 # make test    the test suite
 # make test-long  what takes longer: answers about 16,000 and 24,000 tokens
 # make test-tpu-aot  all kernels and steps compiled for five TPU generations, without a TPU
@@ -25,7 +26,7 @@ export TPU_WORKER_HOSTNAMES := localhost
 export TPU_ACCELERATOR_TYPE := v5litepod-4
 endif
 
-.PHONY: demo demo-long test test-long test-tpu-aot lint bench clean
+.PHONY: demo demo-long demo-mesh test test-long test-tpu-aot lint bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py
@@ -33,8 +34,11 @@ demo: $(VENV)/.demo
 demo-long: $(VENV)/.demo
 	$(BIN)/python scripts/demo_long.py
 
+demo-mesh: $(VENV)/.demo
+	$(BIN)/python scripts/demo_mesh.py
+
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-long: $(VENV)/.test
 	$(BIN)/python -m pytest -m long

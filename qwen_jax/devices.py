@@ -8,6 +8,7 @@ and 192 GiB a chip. H100 and H200 are the SXM versions of NVIDIA's data sheets, 
 
 import dataclasses
 import math
+import os
 import re
 from typing import Any
 
@@ -109,3 +110,19 @@ def topology(name: str) -> Topology:
             f"topology {name!r} must give {device.dims} sides of {kind}, such as {example}"
         )
     return Topology(name, kind, math.prod(sides) * device.per_chip)
+
+
+def host_bytes() -> int:
+    """Memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def memory(device: Any, *, share: int = 1) -> int | None:
+    """Bytes that programs and their data may take on a device of jax; None if it does not say.
+
+    Args:
+        share: devices that the memory of this machine is for, if they are CPUs.
+    """
+    if device.platform == "cpu":
+        return host_bytes() // share
+    return (device.memory_stats() or {}).get("bytes_limit")

@@ -7,6 +7,7 @@ status 0 only if both give the same answer, a sentence, and it names the pass ke
 import argparse
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import demo_model
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qwen_jax.cli.answer import Answer, answer, write
-from qwen_jax.cli.flags import ModelFlags, open_model
+from qwen_jax.cli.flags import Model, ModelFlags, open_model
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Request
 from qwen_jax.eval.catalog import KINDS
@@ -29,49 +30,65 @@ CELL = Cell(task="passkey", length=24_576, depth=0.1)
 def run(directory: Path) -> bool:
     """Whether both answers are the same and right."""
     demo_model.fetch(directory)
-    opened = open_model(directory, ModelFlags(sparse="on", sparse_config=BUDGETS))
-    tokenizer = opened.tokenizer()
-    kind = KINDS[CELL.task]
-    task = kind.build(Material(tokenizer), CELL)
-    request = Request(
-        prompt=task.prompt,
-        max_new_tokens=kind.max_new_tokens,
-        eos_ids=opened.end_ids(tokenizer, chat=True),
+    return compare(
+        CELL, {"": open_model(directory, ModelFlags(sparse="on", sparse_config=BUDGETS))}
     )
-    tree = opened.weights()
+
+
+def compare(cell: Cell, places: dict[str, Model]) -> bool:
+    """Whether a question gets the same right answer everywhere, read densely and sparsely.
+
+    Args:
+        places: the model by the name of where it runs, with its budgets.
+    """
     answers: dict[str, Answer] = {}
-    for name, way in (("dense", dataclasses.replace(opened, sparse=None)), ("sparse", opened)):
-        print(f"\n{name} prefill of {len(task.prompt):,} tokens", flush=True)
-        engine = way.engine(
-            len(task.prompt) + kind.max_new_tokens, vocab_limit=tokenizer.size, weights=tree
+    for place, opened in places.items():
+        tokenizer = opened.tokenizer()
+        kind = KINDS[cell.task]
+        task = kind.build(Material(tokenizer), cell)
+        request = Request(
+            prompt=task.prompt,
+            max_new_tokens=kind.max_new_tokens,
+            eos_ids=opened.end_ids(tokenizer, chat=True),
         )
-        stream = Stream(tokenizer, stop=(".",))
-        answers[name] = answer(engine, request, stream=stream, write=write)
-        print()
-        del engine  # and its cache
-    table = Table("", *answers, box=None, pad_edge=False)
-    dense, short = answers["dense"], answers["sparse"]
-    assert short.sparse is not None
-    table.add_row(
-        "first token after", *(f"{each.timings.ttft_s:.1f} s" for each in answers.values())
-    )
-    table.add_row("attention computed", "100%", f"{short.sparse.density:.1%}")
-    table.add_row(
-        "attention found",
-        "100%",
-        f"{short.sparse.recall:.1%} ({short.sparse.least_recall:.1%} in the worst head)",
-    )
-    table.add_row("answer", *(" ".join((each.text or "").split()) for each in answers.values()))
+        tree = opened.weights()
+        for name, way in (("dense", dataclasses.replace(opened, sparse=None)), ("sparse", opened)):
+            name = f"{name} {place}".strip()
+            print(f"\n{name}: prefill of {len(task.prompt):,} tokens", flush=True)
+            engine = way.engine(
+                len(task.prompt) + kind.max_new_tokens, vocab_limit=tokenizer.size, weights=tree
+            )
+            stream = Stream(tokenizer, stop=(".",))
+            answers[name] = answer(engine, request, stream=stream, write=write)
+            print()
+            del engine  # and its cache
     print()
-    Console().print(table)
+    Console().print(_table(answers))
     (number,) = task.expected
     print(f"\nThe pass key is {number}.")
-    return dense.text == short.text and number in (dense.text or "")
+    texts = {each.text or "" for each in answers.values()}
+    return len(texts) == 1 and number in texts.pop()
 
 
-def main() -> int:
-    """The exit status: 0 after two equal right answers, else 1; 2 without the model."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def _table(answers: dict[str, Answer]) -> Table:
+    table = Table("", *answers, box=None, pad_edge=False)
+    rows: dict[str, Callable[[Answer], str]] = {
+        "first token after": lambda each: f"{each.timings.ttft_s:.1f} s",
+        "attention computed": lambda each: f"{each.sparse.density:.1%}" if each.sparse else "100%",
+        "attention found": lambda each: f"{each.sparse.recall:.1%}" if each.sparse else "100%",
+        "in the worst head": lambda each: (
+            f"{each.sparse.least_recall:.1%}" if each.sparse else "100%"
+        ),
+        "answer": lambda each: " ".join((each.text or "").split()),
+    }
+    for name, cell in rows.items():
+        table.add_row(name, *map(cell, answers.values()))
+    return table
+
+
+def main(run: Callable[[Path], bool], description: str | None) -> int:
+    """The exit status: 0 after equal right answers, else 1; 2 without the model."""
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument(
         "model",
         nargs="?",
@@ -89,4 +106,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(run, __doc__))

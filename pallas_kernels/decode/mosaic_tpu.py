@@ -190,9 +190,11 @@ def _kernel(
     granule = math.gcd(GRANULE, page)
     shard = shard.inside(where_ref, 1)
     oldest, kv_len = positions_ref[b, 0], lens_ref[b]
-    newest = kv_len - 1
-    if shard.count > 1:
-        newest = functools.reduce(jnp.maximum, [positions_ref[b, t] for t in range(Q)])
+
+    def newest():
+        if shard.count == 1:
+            return kv_len - 1
+        return functools.reduce(jnp.maximum, [positions_ref[b, t] for t in range(Q)])
 
     # Steps of this core; of them, blocks of this sequence.
     first, last = (ends_ref[B - 1] * c // cores for c in (core, core + 1))
@@ -260,7 +262,7 @@ def _kernel(
                 return
             k_last = jnp.minimum(k_first + sub, kv_len) - 1
             nearest = geometry.view(oldest, shard.position(k_last))
-            farthest = geometry.view(newest, shard.position(k_first))
+            farthest = geometry.view(newest(), shard.position(k_first))
 
             @pl.loop(nearest, farthest + 1)
             def _view(view):
@@ -317,7 +319,7 @@ def _kernel(
             plain, view = (j + 1) * block <= shard.before(oldest + 1), INTRA
             if geometry is not None:
                 view = geometry.view(oldest, shard.position((j + 1) * block - 1))
-                plain &= view == geometry.view(newest, shard.position(j * block))
+                plain &= view == geometry.view(newest(), shard.position(j * block))
             pl.when(plain)(lambda: whole(view, slot))
             pl.when(~plain)(lambda: general(j, slot))
 

@@ -97,13 +97,12 @@ class Answer:
 
 @runtime_checkable
 class Engine(Protocol):
-    """What the loop needs of `qwen_jax.engine.engine.Engine`, whose import takes jax with it.
+    """What the loop needs of `qwen_jax.engine.engine.Engine`, whose import takes jax with it."""
 
-    Attributes:
-        num_prefilled: prompt tokens computed so far; shared pages do not count.
-    """
-
-    num_prefilled: int
+    @property
+    def num_prefilled(self) -> int:
+        """Prompt tokens computed so far; shared pages do not count."""
+        ...
 
     def add(self, request: Request) -> int:
         """Queues a request; returns its id."""

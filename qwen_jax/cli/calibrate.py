@@ -1,5 +1,6 @@
 """calibrate: budgets of sparse prefill for a checkpoint, from texts."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -16,7 +17,9 @@ from qwen_jax.cli import documents
 from qwen_jax.cli.answer import LINE_S
 from qwen_jax.cli.eval import split, whole_number
 from qwen_jax.cli.flags import Model, ModelArgument, ModelFlags, expand, note, open_model, option
+from qwen_jax.cli.placement import one_device
 from qwen_jax.config import ConfigError, last_q
+from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.scheduler import default_slices
 from qwen_jax.sparse import tiles_on
 from qwen_jax.survey import Grid
@@ -62,7 +65,8 @@ def calibrate(
         qwen-jax calibrate ckpt/7b-1m --data books/ --lengths 128K,512K
         qwen-jax ask ckpt/7b-1m --sparse-config sparse_attention_config.json --file book.txt "Who?"
     """
-    opened = open_model(model, model_flags)
+    mesh = one_device(model_flags.mesh, "texts are surveyed")
+    opened = open_model(model, dataclasses.replace(model_flags, mesh=mesh))
     sizes = sorted({whole_number(text) for text in split("--lengths", lengths)})
     if not 0 < target_recall <= 1:
         raise ConfigError(f"--target-recall {target_recall} must be over 0 and at most 1")
@@ -176,6 +180,7 @@ class _Surveyor:
     def _survey(self, ids: tuple[int, ...], label: str) -> calibration.Sample:
         if self._engine is None:
             self._engine = self._opened.engine(self._sizes[-1], slices=self._slices)
+        assert isinstance(self._engine, Engine)  # on one device
         surveys = self._engine.survey(ids, self._grid)
         return calibration.sample(_watched(surveys, len(ids), label), len(ids))
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, overload
 import typer
 
 from pallas_kernels.geometry import ChunkGeometry
+from qwen_jax.cli import placement
 from qwen_jax.config import (
     ConfigError,
     GenerationConfig,
@@ -87,6 +88,13 @@ class ModelFlags:
     ] = False
     backend: Annotated[
         str | None, option("Implementation of the attention kernels; the device's preferred one.")
+    ] = None
+    mesh: Annotated[
+        str | None,
+        option(
+            "How to use several devices, as seq=4,tensor=2; all accelerators, or one CPU.",
+            metavar="AXIS=N,...",
+        ),
     ] = None
 
 
@@ -248,8 +256,14 @@ class Model:
         import jax.numpy as jnp
 
         from convert import weights
+        from qwen_jax import params
 
-        return weights.load(self.directory, dtype=jnp.dtype(self._precision()[0]))
+        mesh = placement.mesh(self.config, self.flags.mesh)
+        return weights.load(
+            self.directory,
+            dtype=jnp.dtype(self._precision()[0]),
+            shardings=params.shardings(self.config, mesh) if mesh else None,
+        )
 
     def engine(
         self,
@@ -260,7 +274,7 @@ class Model:
         weights=None,
         slices: tuple[int, ...] | None = None,
     ):
-        """Builds an engine; says on stderr what runs where.
+        """Builds an engine, or replicas on a mesh with data; says on stderr what runs where.
 
         Args:
             length: room for prompt and answer of one request, in tokens.
@@ -271,10 +285,12 @@ class Model:
 
         Raises:
             CheckpointError: if the weights are missing, damaged or do not fit.
-            ConfigError: if the device cannot do what the flags ask.
+            ConfigError: if the devices cannot do what the flags ask.
         """
-        from qwen_jax.engine.engine import Engine, EngineConfig
+        from qwen_jax.engine.engine import EngineConfig
+        from qwen_jax.engine.replicas import build
 
+        mesh = placement.mesh(self.config, self.flags.mesh)
         name, why = self._precision()
         settings = EngineConfig(
             max_len=length,
@@ -286,7 +302,8 @@ class Model:
             sparse=self.sparse,
             least_recall=self.flags.least_recall or 0.0,
         )
-        engine = Engine(self.config, self.weights() if weights is None else weights, settings)
+        placement.check_memory(self.config, settings, name, mesh)
+        engine = build(self.config, self.weights() if weights is None else weights, settings)
         note(f"{engine.describe()}; {name}: {why}; {self._attention()}")
         return engine
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -117,7 +116,7 @@ def examine(
 
     load = load_of(tokens)
     memory = budget.memory(config, load, shape)
-    limit = device.memory or _host_bytes() // topology.count
+    limit = device.memory or devices.host_bytes() // topology.count
     longest = budget.longest(config, load_of, shape, limit)
     flops = budget.prefill_flops(config, tokens), budget.decode_flops(config, tokens - 1)
     read = budget.decode_bytes(config, load, shape)
@@ -196,10 +195,6 @@ def _precision(dtype: str | None, device: devices.Device, config: ModelConfig) -
     if dtype is not None:
         return {"f32": "float32", "bf16": "bfloat16"}[dtype]
     return "float32" if device.platform == "cpu" else config.weights_dtype
-
-
-def _host_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _reason(config: ModelConfig, count: int) -> str:

@@ -10,6 +10,8 @@ from rich.console import Console
 from qwen_jax.cli import documents
 from qwen_jax.cli.eval import whole_number
 from qwen_jax.cli.flags import ModelArgument, ModelFlags, expand, note, open_model, option
+from qwen_jax.cli.placement import one_device
+from qwen_jax.engine.engine import Engine
 from qwen_jax.eval import heatmap, plot, sources, terminal
 from qwen_jax.eval.plan_picture import PlanPicture
 
@@ -133,13 +135,15 @@ def plan(
         ConfigError: if the model has no budgets, or a flag cannot be used.
         DocumentError: if a named path holds no text.
     """
-    opened = open_model(model, dataclasses.replace(model_flags, sparse="on"))
+    mesh = one_device(model_flags.mesh, "plans are made")
+    opened = open_model(model, dataclasses.replace(model_flags, sparse="on", mesh=mesh))
     ids = tuple(
         opened.tokenizer().encode_text(documents.joined(documents.read(file, skipped=note), ""))
     )
     ids = ids[: whole_number(tokens)] if tokens else ids
     opened.check_fits(len(ids))
     engine = opened.engine(len(ids))
+    assert isinstance(engine, Engine)  # on one device
     slices, density, recall, pairs = [], 0.0, 0.0, 0
     for start, length, listed, report in engine.plans(ids, layer, head):
         slices.append((start, length, listed))

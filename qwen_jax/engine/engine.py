@@ -189,7 +189,7 @@ class Engine:
         Raises:
             RequestError: if it can never be served.
         """
-        self._check(request)
+        self.check(request)
         number = self._num_requests
         self._num_requests += 1
         budgets = self._config.sparse
@@ -199,6 +199,21 @@ class Engine:
         )
         self._scheduler.add(self._sequences[number])
         return number
+
+    def check(self, request: Request) -> None:
+        """Refuse what `add` would refuse.
+
+        Raises:
+            RequestError: if it can never be served.
+        """
+        check_ids("prompt", request.prompt, self._model.vocab_size)
+        if request.eos_ids:
+            check_ids("eos_ids", request.eos_ids, self._model.vocab_size)
+        prompt, answer = len(request.prompt), request.max_new_tokens
+        self._check_length(
+            f"{prompt} prompt tokens and up to {answer} new ones, {prompt + answer} in all,",
+            prompt + answer,
+        )
 
     def cancel(self, request_id: int) -> None:
         """End a request before the next step; ignored if it has ended already."""
@@ -223,12 +238,12 @@ class Engine:
         """
         requests = list(requests)
         for request in requests:
-            self._check(request)
+            self.check(request)
         answers: dict[int, list[int]] = {self.add(request): [] for request in requests}
         while self.busy:
             for event in self.step():
                 if event.error is not None:
-                    raise RequestError(event.error)
+                    raise RequestError(f"request {event.request_id}: {event.error}")
                 answers.get(event.request_id, []).extend(event.tokens)
         return list(answers.values())
 
@@ -361,16 +376,6 @@ class Engine:
             scales=self._scales(len(tokens)),
         )
 
-    def _check(self, request: Request) -> None:
-        check_ids("prompt", request.prompt, self._model.vocab_size)
-        if request.eos_ids:
-            check_ids("eos_ids", request.eos_ids, self._model.vocab_size)
-        prompt, answer = len(request.prompt), request.max_new_tokens
-        self._check_length(
-            f"{prompt} prompt tokens and up to {answer} new ones, {prompt + answer} in all,",
-            prompt + answer,
-        )
-
     def _check_length(self, what: str, length: int) -> None:
         room = min(self._config.max_len, self._pages.total * self._page)
         if length > room:
@@ -448,8 +453,8 @@ class Engine:
         return self._end(
             sequence,
             "error",
-            error=f"request {sequence.id}: the logits after token {sequence.filled} are not "
-            "finite: the weights are damaged, or overflow in their dtype",
+            error=f"the logits after token {sequence.filled} are not finite: "
+            "the weights are damaged, or overflow in their dtype",
         )
 
     def _end(self, sequence: Sequence, finish: Finish, **more) -> Event:
@@ -477,7 +482,7 @@ def _mesh_of(weights) -> Mesh | None:
     mesh = placed.mesh
     assert isinstance(mesh, Mesh)
     if mesh.shape["data"] > 1:
-        raise ConfigError("an engine runs on a mesh without data: give each its own part")
+        raise ConfigError("an engine runs on a mesh without data: use Replicas")
     return mesh
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Bool, Float32, Int
 
 from pallas_kernels.backend import Backends, compiler_options
@@ -239,7 +239,8 @@ def _placements(weights, mesh: Mesh | None):
     leaf = jax.tree.leaves(weights)[0]
     (platform,) = {device.platform for device in leaf.devices()}
     if mesh is None:
-        return leaf.sharding, leaf.sharding, platform
+        (device,) = leaf.devices()
+        return SingleDeviceSharding(device), SingleDeviceSharding(device), platform
     of_cache = NamedSharding(mesh, sharding.RULES.spec(caches.AXES))
     return NamedSharding(mesh, PartitionSpec()), of_cache, platform
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
 from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.replicas import Replicas
 from qwen_jax.engine.request import Request, RequestError, Sparseness
 from qwen_jax.eval.catalog import KINDS
 from qwen_jax.eval.tasks import Cell, Task
@@ -56,7 +57,7 @@ class Mean:
 
 
 def run(
-    engine: Engine,
+    engine: Engine | Replicas,
     tokenizer: Tokenizer,
     cells: Iterable[Cell],
     build: Callable[[Cell], Task],
@@ -84,7 +85,7 @@ def run(
         )
 
 
-def _answer(engine: Engine, request: Request) -> tuple[list[int], Sparseness | None]:
+def _answer(engine: Engine | Replicas, request: Request) -> tuple[list[int], Sparseness | None]:
     engine.add(request)
     ids: list[int] = []
     sparse = None

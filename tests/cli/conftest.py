@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from fake_engine import FakeEngine
@@ -71,6 +72,7 @@ def model(tiny, tmp_path) -> Path:
 @pytest.fixture
 def run(capsys):
     """Runs a command line; returns its exit code, stdout and stderr."""
+    jax.devices()  # one for all tests, so that no `--mesh` makes more
 
     def run(*arguments):
         code = main([str(argument) for argument in arguments])

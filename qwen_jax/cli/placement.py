@@ -1,0 +1,101 @@
+"""Where a verb runs its model: which devices, as what mesh, and whether they hold it."""
+
+import contextlib
+import dataclasses
+from typing import TYPE_CHECKING
+
+from qwen_jax import devices
+from qwen_jax.config import ConfigError, ModelConfig
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+    from qwen_jax.engine.engine import EngineConfig
+
+ONE = "seq=1"
+"""A mesh of one device, which runs on any machine."""
+
+
+def one_device(mesh: str | None, what: str) -> str:
+    """The `--mesh` of verbs that need no other.
+
+    Raises:
+        ConfigError: if several devices are asked for.
+    """
+    from qwen_jax import sharding
+
+    if mesh is not None and sharding.parse(mesh).size > 1:
+        raise ConfigError(f"--mesh {mesh}: {what} on one device: leave it out")
+    return ONE
+
+
+def mesh(config: ModelConfig, wanted: str | None) -> "Mesh | None":
+    """The devices that run a model; None for the first one alone.
+
+    Without a wish that is all accelerators there are, else one CPU. A CPU is as many
+    devices as are wanted, if it is not in use yet.
+
+    Raises:
+        ConfigError: if there are not as many devices, or the model cannot be split over them.
+    """
+    import jax
+
+    from qwen_jax import sharding
+
+    shape = None if wanted is None else sharding.parse(wanted)
+    if shape is not None and shape.size > 1:
+        with contextlib.suppress(RuntimeError):  # in use: what is missing is said below
+            jax.config.update("jax_num_cpu_devices", shape.size)
+    found = jax.devices()
+    if shape is None:
+        count = 1 if found[0].platform == "cpu" else len(found)
+        shape = sharding.choose(config, count)
+    if shape.size == 1:
+        return None
+    sharding.check(config, shape, len(found))
+    return sharding.make_mesh(found, **dataclasses.asdict(shape))
+
+
+def check_memory(
+    config: ModelConfig, engine: "EngineConfig", dtype: str, mesh: "Mesh | None"
+) -> None:
+    """Refuses what the devices cannot hold, by the planner's arithmetic.
+
+    Args:
+        dtype: of weights and cache.
+
+    Raises:
+        ConfigError: naming what is needed, what there is and the way out.
+    """
+    import jax
+
+    from qwen_jax import budget, sharding
+    from qwen_jax.engine.pages import default_page
+    from qwen_jax.engine.scheduler import cut, default_slices
+    from qwen_jax.sparse import most_columns
+
+    shape = sharding.MeshShape(**mesh.shape) if mesh else sharding.MeshShape()
+    device = mesh.devices.flat[0] if mesh else jax.devices()[0]
+    limit = devices.memory(device, share=shape.size)
+    geometry, sparse = config.dual_chunk, engine.sparse
+    slices = engine.slices or default_slices(
+        device.platform, geometry, sparse=sparse is not None, parts=shape.seq
+    )
+    page = engine.page or default_page(device.platform, geometry, parts=shape.seq)
+    columns = None
+    if sparse is not None and engine.max_len > sparse.threshold:
+        columns = most_columns(sparse, -(-engine.max_len // page) * page)
+    load = budget.Load(
+        tokens=engine.max_seqs * engine.max_len,
+        page=page,
+        slice_len=cut(0, engine.max_len, slices, None)[1],
+        dtype=dtype,
+        columns=columns,
+    )
+    needed = budget.memory(config, load, shape).total
+    if limit is not None and needed > limit:
+        where = f"each of {shape.size} devices as {shape}" if mesh else "the device"
+        raise ConfigError(
+            f"{engine.max_len:,} tokens take {needed / 2**30:,.2f} GiB on {where}, which has "
+            f"{limit / 2**30:,.2f} GiB: `qwen-jax plan` says what would fit"
+        )

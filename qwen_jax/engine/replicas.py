@@ -1,0 +1,255 @@
+"""Replicas: engines side by side, one for each part of a mesh along `data`.
+
+Each replica steps in a thread of its own, and a step of all is over when one of them has
+brought something. A step ends in a wait for the device, which lets other threads go on, so
+that a long slice in one replica holds up no token of another; without threads their steps
+would have to be cut where they wait. An engine is touched either by its thread during a
+step or by the caller between two, never by both: what comes in meanwhile is kept until then.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Float32
+
+from qwen_jax.config import ConfigError, ModelConfig
+from qwen_jax.engine.engine import Engine, EngineConfig
+from qwen_jax.engine.request import Event, Request, RequestError
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Replica:
+    """An engine, its step in flight, and what waits for the end of that.
+
+    Attributes:
+        numbers: from the engine's number of a request to ours.
+        left: tokens to read and to write at most, by our number.
+        kept: calls of the engine that came while it was in flight.
+    """
+
+    engine: Engine
+    numbers: dict[int, int] = dataclasses.field(default_factory=dict)
+    left: dict[int, int] = dataclasses.field(default_factory=dict)
+    kept: list[Callable[[], None]] = dataclasses.field(default_factory=list)
+    flight: Future[list[Event]] | None = None
+
+    def add(self, number: int, request: Request) -> None:
+        self.numbers[self.engine.add(request)] = number
+
+    def cancel(self, number: int) -> None:
+        for theirs, ours in self.numbers.items():
+            if ours == number:
+                self.engine.cancel(theirs)
+
+    def settle(self) -> None:
+        """Waits for the step in flight, whose events stay with it."""
+        if self.flight is not None:
+            wait([self.flight])
+
+
+@dataclasses.dataclass(slots=True)
+class _Work:
+    """A request, where it is, and how many tokens of its answer there are."""
+
+    replica: _Replica
+    request: Request
+    written: int = 0
+
+
+class Replicas:
+    """Serves requests as an `Engine` does, on a mesh with `data`.
+
+    A request goes to the replica with the fewest tokens left to read and to write. Replicas
+    share nothing: a prompt finds only what its own replica has in its cache.
+
+    Args:
+        model: the configuration that the weights belong to.
+        weights: parameter tree on the mesh; replicas use the arrays that lie there.
+        config: of each replica.
+
+    Raises:
+        ConfigError: if the weights lie on no mesh, or the configuration asks for what the
+            model or device cannot do.
+    """
+
+    def __init__(self, model: ModelConfig, weights, config: EngineConfig):
+        self._replicas = [_Replica(Engine(model, part, config)) for part in split(weights)]
+        self._pool = ThreadPoolExecutor(len(self._replicas))
+        self._work: dict[int, _Work] = {}
+        self._num_requests = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether `step` has something to do."""
+        return any(each.left for each in self._replicas)
+
+    @property
+    def num_prefilled(self) -> int:
+        """Prompt tokens computed so far; shared pages do not count."""
+        return sum(each.engine.num_prefilled for each in self._replicas)
+
+    @property
+    def num_compilations(self) -> int:
+        """Programs compiled so far, each replica's its own."""
+        return sum(each.engine.num_compilations for each in self._replicas)
+
+    def describe(self) -> str:
+        """One line on what runs where and how."""
+        return f"{len(self._replicas)} replicas, each {self._replicas[0].engine.describe()}"
+
+    def add(self, request: Request) -> int:
+        """Queue a request; returns the id that its events will carry.
+
+        Raises:
+            RequestError: if it can never be served.
+        """
+        replica = self._least()
+        replica.engine.check(request)
+        number = self._num_requests
+        self._num_requests += 1
+        self._work[number] = _Work(replica, request)
+        replica.left[number] = len(request.prompt) + request.max_new_tokens
+        replica.kept.append(functools.partial(replica.add, number, request))
+        return number
+
+    def cancel(self, request_id: int) -> None:
+        """End a request before the next step of its replica; ignored if it has ended already."""
+        if request_id in self._work:
+            replica = self._work[request_id].replica
+            replica.kept.append(functools.partial(replica.cancel, request_id))
+
+    def step(self) -> list[Event]:
+        """Wait until a replica has run a slice or a decode step; returns what came, [] when idle.
+
+        What the step of a replica raises is raised here, after the events of the others.
+        """
+        for replica in self._replicas:
+            if replica.flight is None and replica.left:
+                for call in replica.kept:
+                    call()
+                replica.kept.clear()
+                replica.flight = self._pool.submit(replica.engine.step)
+        flights = [each.flight for each in self._replicas if each.flight is not None]
+        wait(flights, return_when=FIRST_COMPLETED)
+        events: list[Event] = []
+        landed = [each for each in self._replicas if each.flight is not None and each.flight.done()]
+        for replica in sorted(landed, key=_has_failed):
+            flight = replica.flight
+            if flight is not None and not (events and _has_failed(replica)):
+                replica.flight = None
+                events += [self._ours(replica, event) for event in flight.result()]
+        return events
+
+    def run(self, requests: Iterable[Request]) -> list[list[int]]:
+        """The answers to some requests, for callers with nothing else to serve.
+
+        Raises:
+            RequestError: if one of them cannot be served or fails.
+        """
+        requests = list(requests)
+        for request in requests:
+            self._replicas[0].engine.check(request)
+        answers: dict[int, list[int]] = {self.add(request): [] for request in requests}
+        while self.busy:
+            for event in self.step():
+                if event.error is not None:
+                    raise RequestError(f"request {event.request_id}: {event.error}")
+                answers.get(event.request_id, []).extend(event.tokens)
+        return list(answers.values())
+
+    def score(
+        self, tokens: Iterable[int], *, last: int | None = None
+    ) -> Iterator[Float32[np.ndarray, "n V"]]:
+        """Logits after each of the last `last` tokens (None: of all), by one replica.
+
+        Holds pages of it while it is being iterated.
+
+        Raises:
+            RequestError: if the tokens are none of the model's or do not fit.
+        """
+        replica = self._least()
+        blocks = replica.engine.score(tokens, last=last)
+        assert isinstance(blocks, Generator)
+        return _between_steps(replica, blocks)
+
+    def _least(self) -> _Replica:
+        return min(self._replicas, key=lambda each: sum(each.left.values()))
+
+    def _ours(self, replica: _Replica, event: Event) -> Event:
+        """An engine's event with our number; notes what is left of its request."""
+        number = replica.numbers[event.request_id]
+        work = self._work[number]
+        work.written += len(event.tokens)
+        to_read = len(work.request.prompt) - event.prefilled
+        replica.left[number] = to_read + work.request.max_new_tokens - work.written
+        if event.finish is not None:
+            del self._work[number], replica.left[number], replica.numbers[event.request_id]
+        return dataclasses.replace(event, request_id=number)
+
+
+def _has_failed(replica: _Replica) -> bool:
+    return replica.flight is not None and replica.flight.exception() is not None
+
+
+def _between_steps(replica: _Replica, blocks: Generator[Any]) -> Iterator[Any]:
+    """What an engine yields, made while it has no step in flight."""
+    try:
+        replica.settle()
+        for block in blocks:
+            yield block
+            replica.settle()
+    finally:
+        replica.settle()
+        blocks.close()
+
+
+def build(model: ModelConfig, weights, config: EngineConfig) -> Engine | Replicas:
+    """What serves requests where the weights lie: replicas on a mesh with `data`, else an engine.
+
+    Raises:
+        ConfigError: if the configuration asks for what the model or device cannot do.
+    """
+    mesh = _mesh(weights)
+    many = mesh is not None and mesh.shape["data"] > 1
+    return (Replicas if many else Engine)(model, weights, config)
+
+
+def split(weights) -> list[Any]:
+    """The trees of the parts of a mesh along `data`, of the very arrays that lie there.
+
+    Raises:
+        ConfigError: if the weights lie on no mesh.
+    """
+    mesh = _mesh(weights)
+    if mesh is None:
+        raise ConfigError("replicas need weights on a mesh with data")
+    parts = [
+        Mesh(mesh.devices[index : index + 1], mesh.axis_names, axis_types=mesh.axis_types)
+        for index in range(mesh.shape["data"])
+    ]
+    return [jax.tree.map(lambda array, part=part: _part(array, part), weights) for part in parts]
+
+
+def _mesh(weights) -> Mesh | None:
+    placed = jax.tree.leaves(weights)[0].sharding
+    if not isinstance(placed, NamedSharding):
+        return None
+    assert isinstance(placed.mesh, Mesh)
+    return placed.mesh
+
+
+def _part(array: jax.Array, mesh: Mesh) -> jax.Array:
+    """An array that is the same along `data`, as one part of the mesh has it."""
+    shards = {shard.device: shard.data for shard in array.addressable_shards}
+    assert isinstance(array.sharding, NamedSharding)
+    return jax.make_array_from_single_device_arrays(
+        array.shape,
+        NamedSharding(mesh, array.sharding.spec),
+        [shards[device] for device in mesh.devices.flat],
+    )

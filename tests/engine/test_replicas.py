@@ -1,0 +1,190 @@
+"""Replicas: requests go where least is left to do, and no replica waits for another."""
+
+import threading
+from unittest import mock
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fake_runner import POISON, FakeRunner
+from test_serving import MAX_LEN, MODEL, alone
+
+from qwen_jax.config import ConfigError
+from qwen_jax.engine import engine as engines
+from qwen_jax.engine import replicas
+from qwen_jax.engine.engine import EngineConfig
+from qwen_jax.engine.replicas import Replicas
+from qwen_jax.engine.request import Request, RequestError
+
+TREE = {"x": jnp.zeros(1)}
+
+
+def build(count=2, runner=FakeRunner):
+    config = EngineConfig(max_len=MAX_LEN, max_seqs=2, page=4, slices=(8, 2))
+    with (
+        mock.patch.object(engines, "Runner", runner),
+        mock.patch.object(replicas, "split", lambda weights: [weights] * count),
+    ):
+        return Replicas(MODEL, TREE, config)
+
+
+def request(length, new=4, last=1, **more):
+    return Request(prompt=(2,) * (length - 1) + (last,), max_new_tokens=new, **more)
+
+
+def served(serving):
+    """Tokens and last event of every request, once there is nothing left to do."""
+    tokens, last = {}, {}
+    while serving.busy:
+        for event in serving.step():
+            assert event.request_id not in last
+            tokens.setdefault(event.request_id, []).extend(event.tokens)
+            if event.finish is not None:
+                last[event.request_id] = event
+    assert serving.step() == []
+    return tokens, last
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_every_request_gets_the_answer_that_it_gets_alone(count):
+    serving = build(count)
+    requests = [request(length, new=1 + length % 5) for length in (30, 3, 17, 9, 40, 1, 2, 26)]
+    numbers = [serving.add(each) for each in requests]
+    assert numbers == list(range(len(requests)))
+    tokens, last = served(serving)
+    for number, each in zip(numbers, requests, strict=True):
+        assert (tokens[number], last[number].finish) == alone(each, False)
+        assert last[number].prefilled == len(each.prompt)
+    fine = [number for number in numbers if last[number].finish != "error"]
+    assert len(fine) > len(numbers) // 2
+    assert serving.run([requests[number] for number in fine]) == [tokens[number] for number in fine]
+    assert 0 < serving.num_prefilled < 2 * sum(len(each.prompt) for each in requests)
+
+
+def test_a_request_goes_where_least_is_left_to_do():
+    serving = build()
+    for first, length in enumerate((20, 5, 5, 5, 16)):  # on the first 20, on the second 15, 31
+        serving.add(Request(prompt=(first,) * length, max_new_tokens=1))
+    served(serving)
+    assert [each.engine.num_prefilled for each in serving._replicas] == [20, 31]
+    serving.add(Request(prompt=(6,) * 9, max_new_tokens=1))
+    served(serving)
+    assert [each.engine.num_prefilled for each in serving._replicas] == [29, 31]
+
+
+def test_a_request_that_fails_disturbs_no_other():
+    serving = build()
+    requests = [request(12, last=POISON), request(12), request(13), request(5, last=POISON)]
+    for each in requests:
+        serving.add(each)
+    tokens, last = served(serving)
+    for number, each in enumerate(requests):
+        assert (tokens[number], last[number].finish) == alone(each, False)
+    assert [number for number, event in last.items() if event.error] != []
+    with pytest.raises(RequestError, match="not finite"):
+        serving.run([requests[0]])
+
+
+def test_a_request_that_is_cancelled_ends_wherever_it_is():
+    serving = build()
+    numbers = [serving.add(request(30, new=10)) for _ in range(8)]  # some wait for a row
+    serving.step()
+    for number in numbers[::2]:
+        serving.cancel(number)
+    last = served(serving)[1]
+    assert {number for number, event in last.items() if event.finish == "cancelled"} == set(
+        numbers[::2]
+    )
+    serving.cancel(numbers[0])
+    serving.cancel(99)
+    assert not serving.busy
+
+
+def test_what_does_not_fit_is_refused_before_anything_runs():
+    serving = build()
+    with pytest.raises(RequestError, match="do not fit"):
+        serving.add(request(MAX_LEN))
+    with pytest.raises(RequestError, match="do not fit"):
+        serving.run([request(4), request(MAX_LEN)])
+    assert not serving.busy
+
+
+class Gated(FakeRunner):
+    """Waits in every slice that begins with token 3, until it may go on."""
+
+    gate = threading.Event()
+
+    def prefill(self, step):
+        if step.tokens[0] == 3:
+            assert self.gate.wait(30)
+        return super().prefill(step)
+
+
+def test_a_long_slice_holds_up_no_other_replica():
+    Gated.gate.clear()
+    serving = build(runner=Gated)
+    slow = serving.add(Request(prompt=(3,) * 8, max_new_tokens=2))
+    fast = serving.add(request(4, new=3))
+    finished = []
+    while not finished:
+        finished += [event.request_id for event in serving.step() if event.finish]
+    assert finished == [fast]
+    late = serving.add(request(4, new=2))  # while a step is in flight
+    serving.cancel(slow)
+    while late not in finished:
+        finished += [event.request_id for event in serving.step() if event.finish]
+    assert slow not in finished
+    Gated.gate.set()
+    assert served(serving)[1].keys() == {slow}
+
+
+class Broken(FakeRunner):
+    def prefill(self, step):
+        if step.tokens[0] == 3:
+            raise MemoryError
+        return super().prefill(step)
+
+
+def test_what_a_step_raises_loses_no_event_of_the_others():
+    serving = build(runner=Broken)
+    serving.add(Request(prompt=(3,) * 8, max_new_tokens=2))
+    fine = request(4, new=3)
+    number = serving.add(fine)
+    tokens, finish, raised = [], None, 0
+    while finish is None:
+        try:
+            for event in serving.step():
+                assert event.request_id == number
+                tokens += event.tokens
+                finish = event.finish
+        except MemoryError:
+            raised += 1
+    assert raised
+    assert (tokens, finish) == alone(fine, False)
+
+
+def test_scores_are_made_between_steps():
+    serving = build()
+    tokens = (1, 2, 3) * 7
+    expected = np.concatenate(list(build(1).score(tokens)))
+    serving.add(request(30, new=10))
+    blocks = []
+    for block in serving.score(tokens):
+        blocks.append(block)
+        serving.step()
+    np.testing.assert_array_equal(np.concatenate(blocks), expected)
+    score = serving.score(tokens)
+    next(score)
+    score.close()
+    served(serving)
+    assert [each.engine._pages.used for each in serving._replicas] == [0, 0]
+    with pytest.raises(RequestError, match="last=0"):
+        serving.score(tokens, last=0)
+
+
+def test_replicas_need_a_mesh():
+    with pytest.raises(ConfigError, match="weights on a mesh"):
+        Replicas(MODEL, TREE, EngineConfig(max_len=8))
+    with mock.patch.object(engines, "Runner", FakeRunner):
+        built = replicas.build(MODEL, TREE, EngineConfig(max_len=8))
+    assert isinstance(built, engines.Engine)
