@@ -80,16 +80,14 @@ def of_slice(config: ModelConfig, load: Load, mesh: MeshShape, keys: float | Non
 def slice_sent(config: ModelConfig, load: Load, mesh: MeshShape) -> float:
     """Bytes that a device sends in a prefill slice.
 
-    Along `tensor` two sums of a layer, of which the compiler leaves the MLP's in float32, and
-    the embedding; along `seq` queries, keys and values of the slice, and what each device found
-    for the others' queries, with its log-sum-exp. Sparse slices also send which diagonals were
-    selected, and votes that reach over the border of a part.
+    Along `tensor` two sums of a layer and the embedding; along `seq` queries, keys and values of
+    the slice, and what each device found for the others' queries, with its log-sum-exp. Sparse
+    slices also send which diagonals were selected, and votes that reach over the border of a part.
     """
     L, D, H, b = config.num_layers, config.embed_dim, config.head_dim, load.itemsize
     n, k = config.num_heads / mesh.tensor, config.num_kv_heads / mesh.tensor
     t, others = load.slice_len / mesh.seq, mesh.seq - 1
-    summed = 2 * (mesh.tensor - 1) / mesh.tensor * t * D
-    sent = summed * ((L - 1) * (b + _FLOAT32) + b)
+    sent = 2 * (mesh.tensor - 1) / mesh.tensor * t * D * b * (2 * (L - 1) + 1)
     sent += others * t * ((L - 1) * (2 * n * H * b + n * _FLOAT32) + 2 * L * k * H * b)
     if load.columns is not None and others:
         flags = load.pages * load.page / mesh.seq * others

@@ -2,9 +2,13 @@
 
 import json
 import re
+from collections import Counter
 
 import published
 import pytest
+
+from qwen_jax.collectives import Collective
+from qwen_jax.compiled import Program
 
 TOPOLOGIES = {
     # name: (devices, does the 7B model fit with 1,010,000 tokens, does the 14B)
@@ -140,3 +144,67 @@ def test_virtual_devices_share_the_memory_of_the_machine(model, run, monkeypatch
     assert found["dtype"] == "float32"
     assert found["mesh"] == {"data": 1, "seq": 4, "tensor": 2}
     assert found["least_prefill_seconds"] is None
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_programs_are_compiled_for_tpus_that_are_not_there(model, run):
+    pytest.importorskip("libtpu", reason="the TPU compiler (pip install libtpu) is not installed")
+    asked = ["--topology", "v5e:1x2", "--mesh", "seq=2", "--tokens", "1000", "--slice", "128"]
+    found, err = examine(run, model, *asked, "--compile")
+    assert err == "compiled prefill\ncompiled decode\n"
+    assert found["fits"]
+    prefill, decode = found["programs"]
+    for program in prefill, decode:
+        assert 0 < program["arguments"] < program["peak"] < 1 << 24
+        assert program["sent"] == sum(
+            each["sent"] * each["count"] for each in program["collectives"]
+        )
+    # The first of two layers sends what was found for half of 128 queries, 4 heads of 8.
+    dealt = [each for each in prefill["collectives"] if each["kind"] == "all-to-all"]
+    assert {(each["axes"], each["put"], each["count"]) for each in dealt} == {
+        ("seq", 4 * 128 * 4 * 8, 1),
+        ("seq", 4 * 128 * 4, 1),
+    }
+
+
+def test_the_text_names_what_the_compiler_made_or_why_it_refused(tmp_path, run, monkeypatch):
+    gathered = Collective("all-gather", "seq", "bf16[8,128]", 1 << 21, 3 << 20)
+    made = [
+        Program(
+            name="prefill",
+            arguments=7 << 30,
+            temporaries=1 << 30,
+            peak=8 << 30,
+            collectives=Counter({gathered: 27}),
+        ),
+        Program(name="decode", peak=17 << 30, refusal="Used 17.00G of 15.75G hbm."),
+    ]
+    monkeypatch.setattr("qwen_jax.compiled.programs", lambda *_: iter(made))
+    asked = "plan", published.write(tmp_path, "7b"), "--topology", "v5e:4x4", "--compile"
+    code, out, _ = run(*asked)
+    assert code == 1
+    for text in (
+        "verdict   does not fit",
+        "compiled  at most 17.00 GiB at once; what is planned is 48.",
+        "prefill: 7.00 GiB of arguments, 1.00 GiB beside them, 8.00 GiB at once; "
+        "a device sends 81.00 MiB a step",
+        "27 x  all-gather  seq  bf16[8,128]  3.00 MiB",
+        "decode, refused by the compiler: Used 17.00G of 15.75G hbm.",
+    ):
+        assert text in out
+
+
+@pytest.mark.parametrize("topology", ["h200:8", "cpu:8"])
+def test_only_tpus_can_be_compiled_for_without_one(topology, model, run):
+    code, out, err = run("plan", model, "--topology", topology, "--compile")
+    assert (code, out) == (2, "")
+    assert err == (f"error: {topology}: programs can be compiled without devices for TPUs only\n")
+
+
+@pytest.mark.parametrize("topology", ["v5e:3x5", "v4:2x2x1"])
+def test_topologies_that_the_compiler_does_not_know_are_named(topology, model, run):
+    pytest.importorskip("libtpu", reason="the TPU compiler (pip install libtpu) is not installed")
+    code, out, err = run("plan", model, "--topology", topology, "--compile")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {topology}: the TPU compiler ")
+    assert err.count("\n") == 1

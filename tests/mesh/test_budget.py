@@ -85,6 +85,36 @@ def test_slices_on_meshes_take_what_they_take_by_hand(tmp_path):
     assert memory.workspace == tables + 3 * query * 8 + 4 * query
 
 
+def test_sparse_slices_select_and_pack_by_hand(tmp_path):
+    config = published.config(tmp_path, "7b")
+    mesh = MeshShape(seq=4, tensor=4)
+    tables = 262_145 * 128 * 4 + 152_064 // 4 * 4
+    dense = dataclasses.replace(MILLION, slice_len=1024)
+
+    # In a short slice selection weighs most, for 7 heads and a quarter of the keys, or all.
+    sparse = dataclasses.replace(dense, columns=22_032)
+    memory = budget.memory(config, sparse, mesh)
+    arrays = 7 * 987 * 1024 // 4 + 3 * 987 * 1024
+    assert memory.activations == 2 * (256 * 4 * 3584 + 2 * 1024 * 128 + 1024 * 7 * 128)
+    assert memory.workspace == tables + 4 * 7 * arrays
+
+    # Of a short context, what is packed.
+    packing = dataclasses.replace(sparse, tokens=1024, columns=1_000_000)
+    memory = budget.memory(config, packing, mesh)
+    short = 1024 * 128 * 4 + 152_064 // 4 * 4
+    assert memory.activations == 2 * (256 * 4 * 3584 + 4 * 1024 * 7 * 128)
+    assert memory.workspace == short + 2 * 2 * 7 * 1_000_000 * 128
+
+
+def test_matrices_that_are_laid_out_anew_take_their_size_again(tmp_path):
+    config = published.config(tmp_path, "7b")
+    relaid = dataclasses.replace(MILLION, relaid=True)
+    for mesh in MeshShape(), MeshShape(seq=2, tensor=4):
+        more = budget.memory(config, relaid, mesh).workspace
+        more -= budget.memory(config, MILLION, mesh).workspace
+        assert more == 2 * 28 * (28 * 128 * 3584 + 3 * 3584 * 18944) // mesh.tensor
+
+
 @given(
     config=st.sampled_from(list(CONFIGS.values())[::8]),
     page=st.sampled_from([1, 64, 1024]),
