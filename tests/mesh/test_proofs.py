@@ -96,11 +96,11 @@ def test_it_fits_as_planned_and_nothing_else_is_sent(model, name, tokens, step, 
     assert large(without_logits(made.collectives, config, shape)) == (
         stated(config, load, shape, step) if step != "decode" else Counter()
     )
-    # What else there is concerns one token, or a number for each head.
-    trifles = sum(each.sent * count for each, count in made.collectives.items()) - sum(
-        each.sent * count for each, count in made.collectives.items() if large({each: count})
+    # What else there is concerns one token, or a few numbers for each head and page.
+    of_large = sum(
+        each.sent * count for each, count in made.collectives.items() if large({each: 1})
     )
-    assert trifles <= 1 << 23
+    assert made.sent - of_large <= max(1 << 24, made.sent // 32)
 
 
 def without_logits(found, config, shape):
