@@ -38,7 +38,7 @@ demo-mesh: $(VENV)/.demo
 	$(BIN)/python scripts/demo_mesh.py
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-long: $(VENV)/.test
 	$(BIN)/python -m pytest -m long

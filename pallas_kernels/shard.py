@@ -49,6 +49,18 @@ class Shard:
         rest = position - (page * self.count + self.index) * self.part
         return page * self.part + rest.clip(0, self.part)
 
+    def upto(self, position):
+        """The last local key up to a position, -1 where there is none."""
+        return position if self.count == 1 else self.before(position + 1) - 1
+
+    def scalars(self) -> list[Array | int]:
+        """What a kernel has to be given of it, the rest being static."""
+        return [] if self.count == 1 else [self.index]
+
+    def inside(self, scalars_ref, first: int) -> "Shard":
+        """The same in a kernel whose scalars from `first` on are these."""
+        return self if self.count == 1 else dataclasses.replace(self, index=scalars_ref[first])
+
     def sum(self, x: Shaped[Array, "*B"]) -> Shaped[Array, "*B"]:
         """The sum over all shards."""
         return x if self.count == 1 else jax.lax.psum(x, self.axis)

@@ -219,7 +219,8 @@ class Attention(nnx.Module):
         """One token of each sequence (`model.DecodeStep`), which the cache holds already."""
 
         def attend(part, cache, rows, rest, _):
-            return cache, self._read(part, *rows, cache, *rest, backend), None
+            (query,), (layer, step, angles) = rows, rest
+            return cache, self._read(part, query, cache, layer, step, angles, backend), None
 
         rest = layer, step, angles
         cache, out, _ = spread.run(attend, cache, (self.q(x),), rest, split=False)

@@ -41,18 +41,23 @@ class Load:
         page: tokens a page of the cache.
         slice_len: prompt tokens computed at a time.
         dtype: of weights and cache.
-        sparse: whether prefill selects what it reads.
+        columns: that a head of sparse prefill reads at most; None if prefill is dense.
     """
 
     tokens: int
     page: int
     slice_len: int
     dtype: str = "bfloat16"
-    sparse: bool = False
+    columns: int | None = None
 
     @property
     def itemsize(self) -> int:
         return jnp.dtype(self.dtype).itemsize
+
+    @property
+    def pages(self) -> int:
+        """Of the sequence, without the one for padding."""
+        return -(-self.tokens // self.page)
 
 
 class Memory(NamedTuple):
@@ -92,12 +97,8 @@ def _arrays(config: ModelConfig) -> tuple[tuple[tuple[int, ...], tuple[str, ...]
     return tuple(jax.tree.leaves(found, is_leaf=lambda node: isinstance(node, tuple)))
 
 
-def _pages(load: Load) -> int:
-    return -(-load.tokens // load.page)
-
-
 def _cache(config: ModelConfig, load: Load, mesh: MeshShape, rules: Rules) -> int:
-    pages = _pages(load) * mesh.data
+    pages = load.pages * mesh.data
     shape = config.num_layers, config.num_kv_heads, pages, load.page, config.head_dim
     layers, heads, pages, page, dim = mesh.shard(shape, cache.AXES, rules)
     # Every device has a page for padding beside its own.
@@ -117,9 +118,9 @@ def _slice(config: ModelConfig, load: Load, mesh: MeshShape, rules: Rules) -> tu
     query = T * n * H  # of one view
     views = 1 if config.dual_chunk is None else 3
     votes = 0
-    if load.sparse:
+    if load.columns is not None:
         # Keys lie along the sequence as tokens do.
-        votes = _VOTE_ARRAYS * n * part(_pages(load) * load.page, "tokens") * _FLOAT32
+        votes = _VOTE_ARRAYS * n * part(load.pages * load.page, "tokens") * _FLOAT32
     attention = (
         residual + 2 * t * k * H * b + (views + 1) * query * b,
         views * query * (_FLOAT32 + 2 * b) + query * _FLOAT32 + votes,
@@ -129,7 +130,7 @@ def _slice(config: ModelConfig, load: Load, mesh: MeshShape, rules: Rules) -> tu
 
 def _tables(config: ModelConfig, load: Load, mesh: MeshShape, rules: Rules) -> int:
     """Rotary angles and the logits of a token, in float32."""
-    rows = _pages(load) * load.page
+    rows = load.pages * load.page
     if config.dual_chunk is not None and rows > config.dual_chunk.chunk_len:
         rows = config.dual_chunk.chunk_size + 1
     (vocab,) = mesh.shard((config.vocab_size,), ("vocab",), rules)

@@ -33,10 +33,11 @@ class Projection(nnx.Module):
         self.equation = equation
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        if not self.has_bias:
+            # Rounded where it is made, so that a mesh adds up half the bytes.
+            return jnp.einsum(self.equation, x, self.kernel[...], preferred_element_type=x.dtype)
         y = jnp.einsum(self.equation, x, self.kernel[...], preferred_element_type=jnp.float32)
-        if self.has_bias:
-            y = y + self.bias[...].astype(jnp.float32)
-        return y.astype(x.dtype)
+        return (y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):

@@ -96,7 +96,7 @@ class Qwen2(nnx.Module):
         self.config = config
 
     def prefill(
-        self, cache: Cache, step: PrefillStep, rotary: rope.Rotary, *, backend: Choice = None
+        self, cache: Cache, step: PrefillStep, rotary: rope.Table, *, backend: Choice = None
     ) -> tuple[Float[Array, " V"], Cache]:
         """Logits of the slice's last token, in float32, and the cache with the slice written.
 
@@ -114,7 +114,7 @@ class Qwen2(nnx.Module):
         self,
         cache: Cache,
         step: PrefillStep,
-        rotary: rope.Rotary,
+        rotary: rope.Table,
         budgets: Budgets,
         *,
         backend: Choice = None,
@@ -143,7 +143,7 @@ class Qwen2(nnx.Module):
         self,
         cache: Cache,
         step: PrefillStep,
-        rotary: rope.Rotary,
+        rotary: rope.Table,
         budgets: Budgets,
         layer: int,
         *,
@@ -179,7 +179,7 @@ class Qwen2(nnx.Module):
         self,
         cache: Cache,
         step: PrefillStep,
-        rotary: rope.Rotary,
+        rotary: rope.Table,
         grid: Grid,
         *,
         backend: Choice = None,
@@ -200,14 +200,14 @@ class Qwen2(nnx.Module):
         return state
 
     def score(
-        self, cache: Cache, step: PrefillStep, rotary: rope.Rotary, *, backend: Choice = None
+        self, cache: Cache, step: PrefillStep, rotary: rope.Table, *, backend: Choice = None
     ) -> tuple[Float[Array, "T V"], Cache]:
         """As `prefill`, with the logits of every token; rows of padding mean nothing."""
         x, cache = self._slice(cache, step, rotary, backend, skip=0)
         return self.logits(x), cache
 
     def decode(
-        self, cache: Cache, step: DecodeStep, rotary: rope.Rotary, *, backend: Choice = None
+        self, cache: Cache, step: DecodeStep, rotary: rope.Table, *, backend: Choice = None
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Logits of one token of each sequence and the cache with those tokens written."""
         angles = rope.angles(self.config, rotary, jnp.maximum(step.positions, 0))
@@ -234,11 +234,11 @@ class Qwen2(nnx.Module):
 
         return self._layers(step.tokens, cache, attend, skip=skip)
 
-    def _angles(self, step: PrefillStep, rotary: rope.Rotary) -> rope.Angles:
+    def _angles(self, step: PrefillStep, rotary: rope.Table) -> rope.Angles:
         positions = step.start + jnp.arange(step.tokens.shape[0], dtype=jnp.int32)
         return rope.angles(self.config, rotary, positions)
 
-    def _votes(self, step: PrefillStep, rotary: rope.Rotary, last_q: int) -> rope.Rotary:
+    def _votes(self, step: PrefillStep, rotary: rope.Table, last_q: int) -> rope.Rotary:
         positions = step.start + step.length - last_q + jnp.arange(last_q)
         return rope.critical(self.config, rotary, jnp.maximum(positions, 0))
 

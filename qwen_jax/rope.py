@@ -21,13 +21,22 @@ class Rotary(NamedTuple):
     cos: Float[Array, "*B pairs"]
     sin: Float[Array, "*B pairs"]
 
-    def at(self, positions: Int[Array, "*B"]) -> "Rotary":
-        """The rows of some positions."""
-        take = {"axis": 0, "mode": "clip"}
-        return Rotary(jnp.take(self.cos, positions, **take), jnp.take(self.sin, positions, **take))
+
+class Table(NamedTuple):
+    """Cosines of every rotary position, then its sines.
+
+    Side by side they fill the lanes of a TPU, which would lay out a padded copy of each else.
+    """
+
+    rows: Float[Array, "positions H"]
+
+    def at(self, positions: Int[Array, "*B"]) -> Rotary:
+        """The rotations of some positions."""
+        rows = jnp.take(self.rows, positions, axis=0, mode="clip")
+        return Rotary(*jnp.split(rows, 2, axis=-1))
 
 
-def table(config: ModelConfig, max_len: int) -> Rotary:
+def table(config: ModelConfig, max_len: int) -> Table:
     """Angles of all rotary positions that sequences of up to `max_len` tokens use, float32."""
     rows = max_len
     geometry = config.dual_chunk
@@ -37,7 +46,7 @@ def table(config: ModelConfig, max_len: int) -> Rotary:
     power = np.float64(config.rope_theta) ** exponent.astype(np.float64)
     frequency = np.float32(1) / power.astype(np.float32)
     angle = np.arange(rows, dtype=np.float32)[:, None] * frequency
-    return Rotary(jnp.asarray(np.cos(angle)), jnp.asarray(np.sin(angle)))
+    return Table(jnp.asarray(np.concatenate([np.cos(angle), np.sin(angle)], axis=1)))
 
 
 def rotate(x: Float[Array, "*#B heads H"], rotary: Rotary) -> Float[Array, "... heads H"]:
@@ -54,7 +63,7 @@ class Angles(NamedTuple):
     key: Rotary  # rows [T]
 
 
-def angles(config: ModelConfig, rotary: Rotary, positions: Int[Array, " T"]) -> Angles:
+def angles(config: ModelConfig, rotary: Table, positions: Int[Array, " T"]) -> Angles:
     """How the tokens at absolute `positions` are rotated, as queries and as keys."""
     geometry = config.dual_chunk
     if geometry is None:
@@ -65,7 +74,7 @@ def angles(config: ModelConfig, rotary: Rotary, positions: Int[Array, " T"]) -> 
     )
 
 
-def critical(config: ModelConfig, rotary: Rotary, positions: Int[Array, " R"]) -> Rotary:
+def critical(config: ModelConfig, rotary: Table, positions: Int[Array, " R"]) -> Rotary:
     """How the tokens at `positions` are rotated when they vote in sparse selection.
 
     Rows [views, R]. The angles lie beyond the table, so they are sums of two of it.

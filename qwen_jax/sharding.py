@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from qwen_jax.config import ConfigError, ModelConfig
@@ -167,7 +168,9 @@ def make_mesh(
     if len(devices) != shape.size:
         raise ConfigError(f"mesh {shape} has {shape.size} devices, there are {len(devices)}")
     sizes = [getattr(shape, axis) for axis in AXES]
-    return jax.make_mesh(sizes, AXES, devices=devices, axis_types=(AxisType.Auto,) * len(AXES))
+    # Along the links of a TPU; an axis may need a part of one side of its topology.
+    grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def shardings(axes: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES) -> dict[str, Any]:

@@ -61,6 +61,18 @@ def tiles_on(platform: str) -> Tiles:
     return TPU_TILES if platform == "tpu" else TILES
 
 
+def vertical_budgets(config: SparseConfig) -> Int[np.ndarray, "L N"]:
+    """Columns of every head, as the original engines read them: 30 mean 130."""
+    vertical = np.asarray(config.vertical, np.int32)
+    return np.where(vertical == 30, 130, vertical)
+
+
+def most_columns(config: SparseConfig, num_keys: int | None = None) -> int:
+    """Columns that a head reads at most, of a context of so many keys."""
+    most = int(vertical_budgets(config).max())
+    return most if num_keys is None else min(most, num_keys)
+
+
 def budgets(
     config: SparseConfig,
     *,
@@ -68,19 +80,16 @@ def budgets(
     least_recall: float = 0.0,
     tiles: Tiles = TILES,
 ) -> Budgets:
-    """The budgets of a checkpoint, as the original engines read them: 30 columns mean 130.
+    """The budgets of a checkpoint, on the device.
 
     Args:
         num_keys: the longest context, if it is known; a head cannot read more columns.
     """
-    vertical = np.asarray(config.vertical, np.int32)
-    vertical = np.where(vertical == 30, 130, vertical)
-    num_columns = int(vertical.max())
     return Budgets(
-        vertical=jnp.asarray(vertical),
+        vertical=jnp.asarray(vertical_budgets(config)),
         slash=jnp.asarray(np.asarray(config.slash, np.int32)),
         least_recall=jnp.float32(least_recall),
         last_q=config.last_q,
-        num_columns=num_columns if num_keys is None else min(num_columns, num_keys),
+        num_columns=most_columns(config, num_keys),
         tiles=tiles,
     )

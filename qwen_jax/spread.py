@@ -2,8 +2,9 @@
 
 A device holds some heads (`tensor`) and of every page a part (`seq`). Keys stay where they
 are: the queries of a slice are gathered along `seq`, every device attends to its own keys, and
-what they found is merged by its log-sum-exp and scattered. All else is the compiler's, by the
-placements of weights and tokens. Without a mesh nothing of this happens.
+what they found goes back to where the queries came from, to be merged by its log-sum-exp. All
+else is the compiler's, by the placements of weights and tokens. Without a mesh nothing of this
+happens.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from pallas_kernels.shard import WHOLE, Shard
 from qwen_jax.cache import AXES, Cache
@@ -41,24 +42,27 @@ class Part:
     def merge(self, out: Float[Array, "T N H"], lse: Float[Array, "T N"]) -> Float[Array, "t N H"]:
         """Attention over the keys of all shards, of this device's tokens.
 
-        Few tokens that all devices have are merged by one collective.
+        Every device sends the others what it found for their tokens, as it is: a sum on the way
+        would have to be sent in float32. Few tokens that all devices have are merged by one
+        collective.
         """
         if self.shard.count == 1:
             return out
-        wide = out.astype(jnp.float32)
         if self.split:
-            weight = _weights(lse, self.shard.merge_lse(lse))
-            merged = jax.lax.psum_scatter(weight[..., None] * wide, _SEQ, tiled=True)
+            parts, lses = map(self._to_owners, (out, lse))
         else:
+            wide = out.astype(jnp.float32)
             both = jax.lax.all_gather(jnp.concatenate([wide, lse[..., None]], -1), _SEQ)
-            weight = _weights(both[..., -1], jax.nn.logsumexp(both[..., -1], axis=0))
-            merged = (weight[..., None] * both[..., :-1]).sum(0)
-        return merged.astype(out.dtype)
+            parts, lses = both[..., :-1], both[..., -1]
+        total = jax.nn.logsumexp(lses, axis=0)
+        # Of a token that no shard has keys for, all are 0.
+        weight = jnp.exp(lses - jnp.where(jnp.isfinite(total), total, 0))
+        return (weight[..., None] * parts.astype(jnp.float32)).sum(0).astype(out.dtype)
 
-
-def _weights(lse: Float[Array, "*B"], total: Float[Array, "*#B"]) -> Float[Array, "*B"]:
-    """The share that a set of keys has of a softmax over more keys; of none at all, 0."""
-    return jnp.exp(lse - jnp.where(jnp.isfinite(total), total, 0))
+    def _to_owners(self, x: Shaped[Array, "T *B"]) -> Shaped[Array, "shards t *B"]:
+        """Of this device's tokens, what every shard found."""
+        dealt = x.reshape(self.shard.count, -1, *x.shape[1:])
+        return jax.lax.all_to_all(dealt, _SEQ, 0, 0)
 
 
 def splits(tokens: int) -> bool:
@@ -86,7 +90,7 @@ def row(x: Float[Array, "T D"], index) -> Float[Array, "1 D"]:
 def run(
     body: Callable[..., tuple[Cache, Any, Any]],
     cache: Cache,
-    rows: tuple[Float[Array, "T heads H"], ...],
+    rows: tuple[Float[Array, "T _ H"], ...],
     rest: Any,
     per_head: tuple[Array, ...] = (),
     *,

@@ -63,15 +63,15 @@ class Schedule:
         return matmuls / (bundles * self.slots)
 
 
-def mesh(generation: str):
-    """One device of a generation, to lower for inside `jax.set_mesh`."""
+def mesh(generation: str, count: int = 1):
+    """Some devices of a generation in a row, to lower for inside `jax.set_mesh`."""
     import jax
     import numpy as np
     from jax.experimental import topologies
 
     name = GENERATIONS[generation]
     devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    return jax.sharding.Mesh(np.array(devices[:1]), ("device",))
+    return jax.sharding.Mesh(np.array(devices[:count]), ("device",))
 
 
 def memory_of(mesh) -> int:
@@ -92,7 +92,9 @@ class Compiled(NamedTuple):
 
 
 def compiled(mesh, function: Callable, *args, **options) -> Compiled:
-    """A function compiled for a mesh; the arguments are arrays or shapes, `options` go to jit.
+    """A function compiled for a mesh, all devices of which get the same arrays, or their shapes.
+
+    `options` go to jit.
 
     The text is the compiler's own, since it may hold what jax is too old to parse.
     """

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import softmax
 from pallas_kernels.backend import LANES, Unsupported
 from pallas_kernels.geometry import INTER, INTRA, ChunkGeometry
+from pallas_kernels.shard import WHOLE, Shard
 
 SUBLANES = 8  # the other one, in 32-bit rows
 BLOCK_BYTES = 2**20  # of keys a step, and of values as many
@@ -36,6 +37,7 @@ def decode(
     positions: Int[Array, "B Q"],
     *,
     geometry: ChunkGeometry | None,
+    shard: Shard = WHOLE,
     block_bytes: int = BLOCK_BYTES,
     cores: int = 1,
     interpret: bool | pltpu.InterpretParams = False,
@@ -65,14 +67,14 @@ def decode(
     )
     rows = _up(Q * (N // K), SUBLANES)
 
-    lens = positions.max(1) + 1
+    lens = shard.before(positions.max(1) + 1)
     ends = jnp.cumsum(-(-lens // block), dtype=jnp.int32)
     busy = jnp.where(lens > 0, jnp.arange(B, dtype=jnp.int32), B)
     after = jnp.append(jax.lax.cummin(busy, reverse=True)[1:], jnp.int32(B))
 
     q = _rows(queries, K, rows)
     out, lse = pl.pallas_call(
-        functools.partial(_kernel, geometry=geometry, cores=cores, group=N // K),
+        functools.partial(_kernel, geometry=geometry, shard=shard, cores=cores, group=N // K),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=6,
             grid=(cores, B),
@@ -101,7 +103,17 @@ def decode(
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=interpret,
         name="decode",
-    )(layer.reshape(1), lens, ends, after, positions, page_table, q, keys, values)
+    )(
+        jnp.stack([layer, *shard.scalars()]),
+        lens,
+        ends,
+        after,
+        positions,
+        page_table,
+        q,
+        keys,
+        values,
+    )
     out, lse = functools.reduce(
         lambda a, b: softmax.merge(*a, *b), zip(out, lse[..., 0], strict=True)
     )
@@ -138,7 +150,7 @@ def _rows(queries, K, rows):
 
 
 def _kernel(
-    layer_ref,
+    where_ref,
     lens_ref,
     ends_ref,
     after_ref,
@@ -157,12 +169,14 @@ def _kernel(
     acc_ref,
     *,
     geometry: ChunkGeometry | None,
+    shard: Shard,
     cores: int,
     group: int,
 ):
-    """One sequence on one core.
+    """One sequence on one core. Keys go by their local index; positions are of the sequence.
 
     Args:
+        where_ref: the layer, and of a shard its index.
         lens_ref: keys of each sequence.
         ends_ref: steps of all sequences up to and with each.
         after_ref: the next busy sequence after each.
@@ -174,7 +188,13 @@ def _kernel(
     sub = math.gcd(SUB_BLOCK, block)
     piece = min(page, block)
     granule = math.gcd(GRANULE, page)
+    shard = shard.inside(where_ref, 1)
     oldest, kv_len = positions_ref[b, 0], lens_ref[b]
+
+    def newest():
+        if shard.count == 1:
+            return kv_len - 1
+        return functools.reduce(jnp.maximum, [positions_ref[b, t] for t in range(Q)])
 
     # Steps of this core; of them, blocks of this sequence.
     first, last = (ends_ref[B - 1] * c // cores for c in (core, core + 1))
@@ -191,7 +211,7 @@ def _kernel(
             for which, (cache, buf) in enumerate([(keys_ref, k_buf), (values_ref, v_buf)]):
                 do(
                     pltpu.make_async_copy(
-                        cache.at[layer_ref[0], :, page_id, pl.ds(k_pos % page, size)],
+                        cache.at[where_ref[0], :, page_id, pl.ds(k_pos % page, size)],
                         buf.at[slot, :, pl.ds(offset, size)],
                         arrived.at[slot, which],
                     )
@@ -227,7 +247,7 @@ def _kernel(
         def _sub_block(i):
             here = pl.ds(pl.multiple_of(i * sub, sub), sub)
             k_first = j * block + i * sub
-            k_pos = k_first + jax.lax.broadcasted_iota(jnp.int32, (rows, sub), 1)
+            key = k_first + jax.lax.broadcasted_iota(jnp.int32, (rows, sub), 1)
             exists = jax.lax.broadcasted_iota(jnp.int32, (sub, H), 0) < kv_len - k_first
 
             def attend(view, visible):
@@ -238,28 +258,42 @@ def _kernel(
                     update(head, jnp.where(visible, s, softmax.MASKED), v)
 
             if geometry is None:
-                attend(INTRA, k_pos <= q_pos)
+                attend(INTRA, key <= last_key)
                 return
-            chunk_len = geometry.chunk_len
             k_last = jnp.minimum(k_first + sub, kv_len) - 1
+            nearest = geometry.view(oldest, shard.position(k_last))
+            farthest = geometry.view(newest(), shard.position(k_first))
 
-            @pl.loop(geometry.view(oldest, k_last), geometry.view(kv_len - 1, k_first) + 1)
+            @pl.loop(nearest, farthest + 1)
             def _view(view):
-                bottom = chunk_start - view * chunk_len
-                top = jnp.minimum(q_pos, bottom + chunk_len - 1)
-                attend(view, (k_pos <= top) & ((k_pos >= bottom) | (view == INTER)))
+                bottom, top = chunk(view)
+                top = jnp.minimum(last_key, top)
+                attend(view, (key <= top) & ((key >= bottom) | (view == INTER)))
 
-    # Position of each row, -1 in idle ones, and where its chunk begins.
     row = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
-    q_pos = jnp.full((rows, 1), -1, jnp.int32)
-    chunk_start = q_pos
-    for t in range(Q):
-        position = positions_ref[b, t]
-        mine = (row >= t * group) & (row < (t + 1) * group)
-        q_pos = jnp.where(mine, position, q_pos)
-        if geometry is not None:
-            begins = position // geometry.chunk_len * geometry.chunk_len
-            chunk_start = jnp.where(mine, begins, chunk_start)
+
+    def of_rows(of_position):
+        """A function of each row's position; -1 in rows of no token."""
+        found = jnp.full((rows, 1), -1, jnp.int32)
+        for t in range(Q):
+            mine = (row >= t * group) & (row < (t + 1) * group)
+            found = jnp.where(mine, of_position(positions_ref[b, t]), found)
+        return found
+
+    last_key = of_rows(shard.upto)  # that each row may see, -1 in idle ones
+    if geometry is not None:
+        L = geometry.chunk_len
+        starts = of_rows(lambda position: position // L * L)
+
+    def chunk(view):
+        """The first and the last key of the chunk that each row sees in a view."""
+        if shard.count == 1:
+            bottom = starts - view * L
+            return bottom, bottom + L - 1
+        return (
+            of_rows(lambda position: shard.before((position // L - view) * L)),
+            of_rows(lambda position: shard.upto((position // L - view + 1) * L - 1)),
+        )
 
     @pl.when(begin < end)
     def _busy():
@@ -282,14 +316,14 @@ def _kernel(
                 start(jnp.where(same, b, after_ref[b]), jnp.where(same, j + 1, 0), 1 - slot)
 
             wait(b, j, slot)
-            plain, view = (j + 1) * block <= oldest + 1, INTRA
+            plain, view = (j + 1) * block <= shard.before(oldest + 1), INTRA
             if geometry is not None:
-                view = geometry.view(oldest, (j + 1) * block - 1)
-                plain &= view == geometry.view(kv_len - 1, j * block)
+                view = geometry.view(oldest, shard.position((j + 1) * block - 1))
+                plain &= view == geometry.view(newest(), shard.position(j * block))
             pl.when(plain)(lambda: whole(view, slot))
             pl.when(~plain)(lambda: general(j, slot))
 
-        seen = (m_ref[...] > softmax.MASKED) & (q_pos >= 0)
+        seen = (m_ref[...] > softmax.MASKED) & (last_key >= 0)
         l = jnp.where(seen, l_ref[...], 1.0)
         out_ref[...] = jnp.where(seen[..., :1], acc_ref[...] / l[..., :1], 0.0)
         lse_ref[...] = jnp.where(seen, m_ref[...] + jnp.log(l), -jnp.inf)[..., :1]

@@ -22,6 +22,7 @@ from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.plan import SparsePlan
 from pallas_kernels.prefill.mosaic_tpu_sweep import WORD, dense, sparse
 from pallas_kernels.prefill.mosaic_tpu_tile import LANES, Shape
+from pallas_kernels.shard import WHOLE, Shard
 from pallas_kernels.tiles import Tiles
 
 TILES = Tiles(q=1792, k=2048)
@@ -40,6 +41,7 @@ def prefill(
     *,
     geometry: ChunkGeometry | None,
     plan: SparsePlan | None = None,
+    shard: Shard = WHOLE,
     tiles: Tiles = TILES,
     step: int = STEP,
     interpret: bool | pltpu.InterpretParams = False,
@@ -88,6 +90,7 @@ def prefill(
         kv_heads=K,
         kv_group=heads // K,
         geometry=geometry,
+        shard=shard,
     )
     if shape.sub % piece and piece % shape.sub:
         raise Unsupported(f"pieces of {piece} keys, of which none ends where {shape.sub} do")
@@ -99,7 +102,7 @@ def prefill(
         rows = jnp.pad(rows, ((0, 0),) * 3 + ((0, rows_of_head - q), (0, 0)))
         rows = rows.reshape(views, N, count * rows_of_head, H)
 
-    where = jnp.stack([layer, start, length])
+    where = jnp.stack([layer, start, length, *shard.scalars()])
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     in_specs = [
         pl.BlockSpec((views, G, rows_of_head, H), lambda n, i, *_: (0, n, i, 0)),
@@ -123,7 +126,7 @@ def prefill(
         pltpu.SemaphoreType.DMA((2,)),
     ]
     if plan is not None:
-        listed = _listed(plan, keys, values, layer, page_table, start + length, width)
+        listed = _listed(plan, keys, values, layer, page_table, start + length, width, shard)
         args += listed
         columns, covered = listed[2], listed[3]
         in_specs += [
@@ -173,7 +176,7 @@ def _in_smem(array, index_map):
     return pl.BlockSpec(block, index_map, memory_space=pltpu.SMEM)
 
 
-def _listed(plan: SparsePlan, keys, values, layer, page_table, kv_len, width):
+def _listed(plan: SparsePlan, keys, values, layer, page_table, kv_len, width, shard):
     """What the kernel reads of a plan: packed columns, where they lie, and the bits of blocks.
 
     Returns:
@@ -186,9 +189,10 @@ def _listed(plan: SparsePlan, keys, values, layer, page_table, kv_len, width):
     V, page = plan.columns.shape[1], keys.shape[3]
     steps = max(pl.cdiv(V, width), 1)
     columns = jnp.pad(plan.columns, ((0, 0), (0, steps * width - V)), constant_values=plans.ABSENT)
-    at = jnp.minimum(columns, jnp.maximum(kv_len - 1, 0))
+    end = shard.before(kv_len)
+    at = jnp.minimum(columns, jnp.maximum(end - 1, 0))
     head = jnp.arange(N, dtype=jnp.int32)[:, None] // (N // keys.shape[1])
-    there = (columns < kv_len)[..., None]
+    there = (columns < end)[..., None]
     index = layer, head, page_table[at // page], at % page
     packed = [jnp.where(there, cache[index], 0) for cache in (keys, values)]
 
@@ -201,11 +205,14 @@ def _listed(plan: SparsePlan, keys, values, layer, page_table, kv_len, width):
         return (reads << jnp.arange(WORD, dtype=jnp.uint32)[:, None]).sum(1, dtype=jnp.uint32)
 
     covered = jax.lax.bitcast_convert_type(jax.lax.map(bits_of, (plan.blocks, columns)), jnp.int32)
-    columns = columns.reshape(N, steps, 1, width)
-    spans = jnp.stack([columns[:, :, 0, 0], columns[:, :, 0, -1]], -1)
+    positions = columns
+    if shard.count > 1:
+        positions = jnp.where(there[..., 0], shard.position(at), plans.ABSENT)
+    positions = positions.reshape(N, steps, 1, width)
+    spans = jnp.stack([positions[:, :, 0, 0], positions[:, :, 0, -1]], -1)
     return [
         *packed,
-        columns,
+        positions,
         covered.reshape(N, -1, steps, 1, width),
         spans.reshape(N, 1, 2 * steps),
         jax.lax.bitcast_convert_type(plan.blocks, jnp.int32)[:, :, None],

@@ -1,4 +1,8 @@
-"""The TPU kernel of prefill: which keys a tile of queries attends to, and when they come."""
+"""The TPU kernel of prefill: which keys a tile of queries attends to, and when they come.
+
+Of a shard, what is fetched goes by local keys, what is seen by positions; the keys of a piece
+follow one another in both.
+"""
 
 import dataclasses
 import functools
@@ -177,17 +181,21 @@ def dense(shape, where_ref, table_ref, q_ref, keys_ref, values_ref, out_ref, lse
     tile = Tile(shape, where_ref, q_ref, out_ref, lse_ref, scratch)
     tile.start()
 
-    def piece_at(j, b):
+    def key_at(j, b):
         first = j * shape.width + b * shape.piece
-        final = jax.lax.div(tile.last, jnp.int32(shape.piece)) * shape.piece
+        final = jax.lax.div(tile.last_key, jnp.int32(shape.piece)) * shape.piece
         return jnp.minimum(first, final), first <= final
 
+    def piece_at(j, b):
+        first, counts = key_at(j, b)
+        return tile.shard.position(first), counts
+
     def row_at(j, b):
-        first, _ = piece_at(j, b)
+        first, _ = key_at(j, b)
         page = table_ref[jax.lax.div(first, jnp.int32(shape.page))]
         return page * shape.page + jax.lax.rem(first, jnp.int32(shape.page))
 
-    number = jnp.where(tile.first_row < tile.length, pl.cdiv(tile.last + 1, shape.width), 0)
+    number = jnp.where(tile.first_row < tile.length, pl.cdiv(tile.last_key + 1, shape.width), 0)
     _sweep(tile, where_ref[0], keys_ref, values_ref, row_at, piece_at, number)
     tile.finish()
 
@@ -215,7 +223,7 @@ def sparse(
     tile.start()
     wanted = tile.first_row < tile.length
     span = math.gcd(shape.page // shape.piece, BYTE)  # bits that lie in one page
-    last_page = jax.lax.div(tile.last, jnp.int32(shape.page))
+    last_page = jax.lax.div(tile.last_key, jnp.int32(shape.page))
 
     def append(byte, count):
         word = words_ref[0, jax.lax.div(byte, jnp.int32(WORD // BYTE))]
@@ -235,14 +243,15 @@ def sparse(
 
         return jax.lax.cond(bits & (2**BYTE - 1) != 0, some, lambda: count)
 
-    bytes_ = jnp.where(wanted, pl.cdiv(tile.last + 1, BYTE * shape.piece), 0)
+    bytes_ = jnp.where(wanted, pl.cdiv(tile.last_key + 1, BYTE * shape.piece), 0)
     count = jax.lax.fori_loop(0, bytes_, append, jnp.int32(0))
 
     def rank_of(j, b):
         return jnp.clip(j * shape.pieces + b, 0, jnp.maximum(count - 1, 0))
 
     def piece_at(j, b):
-        return block_ref[rank_of(j, b)] * shape.piece, j * shape.pieces + b < count
+        first = tile.shard.position(block_ref[rank_of(j, b)] * shape.piece)
+        return first, j * shape.pieces + b < count
 
     def row_at(j, b):
         return row_ref[rank_of(j, b)]

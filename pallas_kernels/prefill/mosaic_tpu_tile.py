@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.geometry import INTER, INTRA, SUCC, ChunkGeometry
+from pallas_kernels.shard import Shard
 from pallas_kernels.softmax import MASKED
 
 LANES = 128  # of a vector register
@@ -46,6 +47,7 @@ class Shape:
     kv_heads: int
     kv_group: int
     geometry: ChunkGeometry | None
+    shard: Shard
 
     @property
     def rows(self) -> int:
@@ -99,6 +101,8 @@ class Tile:
         self.length = where_ref[2]
         self.first = where_ref[1] + self.first_row
         self.last = where_ref[1] + jnp.minimum(self.first_row + shape.q, self.length) - 1
+        self.shard = shape.shard.inside(where_ref, 3)
+        self.last_key = self.shard.upto(self.last)  # local, -1 if there is none
         exact = jnp.float32 == self.key_ref.dtype
         self.dot = functools.partial(
             jax.lax.dot_general,

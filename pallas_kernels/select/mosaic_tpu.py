@@ -4,7 +4,7 @@ The first finds each row's log-sum-exp, the second adds up the weights by column
 diagonal. A step of either multiplies the R rows of all query heads of a kv head with one
 tile of keys, which the pipeline fetches from the cache through the page table. Rows lie
 last query first, so that row i moves by i places to where its diagonals end in the last
-query's row.
+query's row. Of a shard all bounds are local keys, so the kernels know no positions.
 """
 
 import functools
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.backend import LANES, Unsupported, check_heads
 from pallas_kernels.geometry import INTER, INTRA, SUCC, ChunkGeometry
+from pallas_kernels.shard import WHOLE, Shard
 from pallas_kernels.softmax import MASKED
 
 _PACKED = 16  # rows of a vector register of bfloat16
@@ -35,6 +36,7 @@ def vote(
     length: Int[Array, ""],
     *,
     geometry: ChunkGeometry | None,
+    shard: Shard = WHOLE,
     tile: int = TILE,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[Float[Array, "N S"], Float[Array, "N S"]]:
@@ -73,11 +75,14 @@ def vote(
     chunk_len = 0 if geometry is None else geometry.chunk_len
     intra_from = 0 * q_pos if geometry is None else q_pos // chunk_len * chunk_len
     succ_from = intra_from - chunk_len
-    scalars = jnp.stack(
-        [layer, end, q_pos[-1] + 1, succ_from[0], intra_from[-1], intra_from[0], succ_from[-1]]
-    )
+    edges = [end, q_pos[-1] + 1, succ_from[0], intra_from[-1], intra_from[0], succ_from[-1]]
+    edges = [shard.before(edge) for edge in edges]
+    if shard.count > 1:
+        edges[0] = jnp.maximum(edges[0], 1)  # a tile that no row sees, where there is no key
+    scalars = jnp.stack([layer, *edges])
     # Of each row: where the keys of its second and of its first view begin, and where they end.
-    bounds = jnp.stack([succ_from, intra_from, q_pos + 1]).repeat(G, 1)[..., None]
+    bounds = shard.before(jnp.stack([succ_from, intra_from, q_pos + 1]))
+    bounds = bounds.repeat(G, 1)[..., None]
 
     def key_map(k, j, scalars, table):
         j = jnp.minimum(j, (scalars[_END] - 1) // tile)
@@ -106,27 +111,38 @@ def vote(
         interpret=interpret,
         name="select_row_lse",
     )(scalars, page_table, rows, bounds, keys)
+    if shard.count > 1:
+        lse = jnp.broadcast_to(shard.merge_lse(lse[..., :1]), lse.shape)
     lse = jnp.where(votes.repeat(G)[:, None], lse, jnp.inf)
-    return tuple(
-        pl.pallas_call(
-            functools.partial(_sums, tile=tile, heads=G, precision=precision),
-            grid_spec=pltpu.PrefetchScalarGridSpec(
-                num_scalar_prefetch=2,
-                grid=(S // tile, K),
-                in_specs=[
-                    pl.BlockSpec((views, None, M, H), lambda j, k, *_: (0, k, 0, 0)),
-                    pl.BlockSpec((3, M, 1), lambda j, k, *_: (0, 0, 0)),
-                    pl.BlockSpec((None, M, LANES), lambda j, k, *_: (k, 0, 0)),
-                    pl.BlockSpec(key_block, lambda j, k, *args: key_map(k, j, *args)),
-                ],
-                out_specs=[pl.BlockSpec((N, tile), lambda j, k, *_: (0, j))] * 2,
-                scratch_shapes=[pltpu.VMEM((K, G, LANES), jnp.float32)],
-            ),
-            out_shape=[jax.ShapeDtypeStruct((N, S), jnp.float32)] * 2,
-            interpret=interpret,
-            name="select_sums",
-        )(scalars, page_table, rows, bounds, lse, keys)
-    )
+    out_specs = [pl.BlockSpec((N, tile), lambda j, k, *_: (0, j))] * 2
+    out_shape = [jax.ShapeDtypeStruct((N, S), jnp.float32)] * 2
+    if shard.count > 1:
+        out_specs.append(
+            pl.BlockSpec((None, N, LANES), lambda j, k, *_: (j // (page // tile), 0, 0))
+        )
+        out_shape.append(jax.ShapeDtypeStruct((S // page, N, LANES), jnp.float32))
+    columns, diagonals, *over = pl.pallas_call(
+        functools.partial(_sums, tile=tile, heads=G, tiles=page // tile, precision=precision),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(S // tile, K),
+            in_specs=[
+                pl.BlockSpec((views, None, M, H), lambda j, k, *_: (0, k, 0, 0)),
+                pl.BlockSpec((3, M, 1), lambda j, k, *_: (0, 0, 0)),
+                pl.BlockSpec((None, M, LANES), lambda j, k, *_: (k, 0, 0)),
+                pl.BlockSpec(key_block, lambda j, k, *args: key_map(k, j, *args)),
+            ],
+            out_specs=out_specs,
+            scratch_shapes=[pltpu.VMEM((K, G, LANES), jnp.float32)],
+        ),
+        out_shape=out_shape,
+        interpret=interpret,
+        name="select_sums",
+    )(scalars, page_table, rows, bounds, lse, keys)
+    if over:
+        moved = shard.hand_on(over[0].swapaxes(0, 1), page)
+        diagonals += moved.reshape(N, S)
+    return columns, diagonals
 
 
 def _with_scores(body, j, scalars, rows_ref, bounds_ref, key_ref, *, tile, precision):
@@ -204,14 +220,19 @@ def _sums(
     key_ref,
     columns_ref,
     diagonals_ref,
-    carry_ref,
-    *,
+    *refs,
     tile,
     heads,
+    tiles,
     precision,
 ):
-    """Weights of a tile by column and by diagonal; `carry` is what falls into the next tile."""
+    """Weights of a tile by column and by diagonal; `carry` is what falls into the next tile.
+
+    Of a shard a third output takes what falls past a part of a page, of so many `tiles`: what
+    comes after it is on another device.
+    """
     j, k = pl.program_id(0), pl.program_id(1)
+    *over_ref, carry_ref = refs
 
     @pl.when((j == 0) & (k == 0))
     def _():
@@ -222,6 +243,12 @@ def _sums(
         columns_ref[...] = jnp.zeros_like(columns_ref)
         diagonals_ref[...] = jnp.zeros_like(diagonals_ref)
 
+    for ref in over_ref:
+
+        @pl.when((jax.lax.rem(j, jnp.int32(tiles)) == 0) & (k == 0))
+        def _(ref=ref):
+            ref[...] = jnp.zeros_like(ref)
+
     def body(logits):
         p = jnp.exp(logits - jnp.concatenate([lse_ref[...]] * (tile // LANES), axis=1))
         column = _sum_rows(p, heads)
@@ -229,11 +256,20 @@ def _sums(
         diagonal = _sum_rows(p, heads, move=True)
         carry = carry_ref[k]
         carry_ref[k] = diagonal[:, tile:]
-        diagonal = [diagonal[:, :LANES] + carry, diagonal[:, LANES:tile]]
-        diagonal = jnp.concatenate(diagonal, axis=1)
+        moved = [diagonal[:, :LANES] + carry]
+        if tile > LANES:
+            moved.append(diagonal[:, LANES:tile])
+        diagonal = jnp.concatenate(moved, axis=1)
         for g in range(heads):
             head = pl.ds(k * heads + g, 1)
             columns_ref[head], diagonals_ref[head] = column[g : g + 1], diagonal[g : g + 1]
+        for ref in over_ref:
+
+            @pl.when(jax.lax.rem(j, jnp.int32(tiles)) == tiles - 1)
+            def _(ref=ref):
+                for g in range(heads):
+                    ref[pl.ds(k * heads + g, 1)] = carry_ref[k, pl.ds(g, 1)]
+                carry_ref[k] = jnp.zeros_like(carry)
 
     _with_scores(body, j, scalars, rows_ref, bounds_ref, key_ref, tile=tile, precision=precision)
 

@@ -72,6 +72,7 @@ def check_memory(
     from qwen_jax import budget, sharding
     from qwen_jax.engine.pages import default_page
     from qwen_jax.engine.scheduler import cut, default_slices
+    from qwen_jax.sparse import most_columns
 
     shape = sharding.MeshShape(**mesh.shape) if mesh else sharding.MeshShape()
     device = mesh.devices.flat[0] if mesh else jax.devices()[0]
@@ -80,12 +81,16 @@ def check_memory(
     slices = engine.slices or default_slices(
         device.platform, geometry, sparse=sparse is not None, parts=shape.seq
     )
+    page = engine.page or default_page(device.platform, geometry, parts=shape.seq)
+    columns = None
+    if sparse is not None and engine.max_len > sparse.threshold:
+        columns = most_columns(sparse, -(-engine.max_len // page) * page)
     load = budget.Load(
         tokens=engine.max_seqs * engine.max_len,
-        page=engine.page or default_page(device.platform, geometry, parts=shape.seq),
+        page=page,
         slice_len=cut(0, engine.max_len, slices, None)[1],
         dtype=dtype,
-        sparse=sparse is not None and engine.max_len > sparse.threshold,
+        columns=columns,
     )
     needed = budget.memory(config, load, shape).total
     if limit is not None and needed > limit:

@@ -41,19 +41,24 @@ def plan(
         Literal["f32", "bf16"] | None,
         option("Precision of weights and cache; the checkpoint's own, on CPUs f32."),
     ] = None,
+    compile_programs: Annotated[
+        bool,
+        option("Also compile the programs for these devices (TPUs; minutes).", "--compile"),
+    ] = False,
     json_output: Json = False,
 ):
     """Say whether a length fits on devices, before renting them.
 
     Reads config.json alone: no weights and no such devices are needed. The numbers are
-    computed from the sizes of arrays, for one sequence. Exits with 1 if it does not fit.
+    computed from the sizes of arrays, for one sequence; --compile asks the compiler too.
+    Exits with 1 if it does not fit.
 
     Examples:
-        qwen-jax plan ckpt/7b-1m --topology v5e:4x4 --tokens 1010000
+        qwen-jax plan ckpt/7b-1m --topology v5e:4x4 --tokens 1010000 --compile
         qwen-jax plan ckpt/14b-1m --topology v5p:2x2x2 --mesh seq=2,tensor=4 --json
     """
     opened = open_model(model, ModelFlags(slice=slice))
-    found = examine(opened, topology, tokens, mesh, dtype)
+    found = examine(opened, topology, tokens, mesh, dtype, compiled=compile_programs)
     if json_output:
         print(json.dumps(found))
     else:
@@ -62,7 +67,13 @@ def plan(
 
 
 def examine(
-    opened: Model, name: str, tokens: int | None, mesh: str | None, dtype: str | None
+    opened: Model,
+    name: str,
+    tokens: int | None,
+    mesh: str | None,
+    dtype: str | None,
+    *,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """All that `plan` says, as JSON has it.
 
@@ -72,6 +83,7 @@ def examine(
     from qwen_jax import budget, sharding
     from qwen_jax.engine.pages import default_page
     from qwen_jax.engine.scheduler import cut, default_slices
+    from qwen_jax.sparse import most_columns
 
     config, topology = opened.config, devices.topology(name)
     device = topology.device
@@ -83,15 +95,22 @@ def examine(
     chosen = sharding.choose(config, topology.count)
     shape = chosen if mesh is None else sharding.parse(mesh)
     sharding.check(config, shape, topology.count)
-    slices = default_slices(device.platform, config.dual_chunk, sparse=opened.sparse is not None)
+    budgets, parts = opened.sparse, shape.seq
+    slices = default_slices(
+        device.platform, config.dual_chunk, sparse=budgets is not None, parts=parts
+    )
+    page = default_page(device.platform, config.dual_chunk, parts=parts)
 
     def load_of(tokens: int) -> budget.Load:
+        columns = None
+        if budgets is not None and tokens > budgets.threshold:
+            columns = most_columns(budgets, -(-tokens // page) * page)
         return budget.Load(
             tokens=tokens,
-            page=default_page(device.platform, config.dual_chunk),
+            page=page,
             slice_len=opened.flags.slice or cut(0, tokens, slices, None)[1],
             dtype=_precision(dtype, device, config),
-            sparse=opened.sparse is not None and tokens > opened.sparse.threshold,
+            columns=columns,
         )
 
     load = load_of(tokens)
@@ -101,7 +120,8 @@ def examine(
     flops = budget.prefill_flops(config, tokens), budget.decode_flops(config, tokens - 1)
     read = budget.decode_bytes(config, load, shape)
     replicas = topology.count // shape.data  # that share the work of a sequence
-    fits = memory.total <= limit
+    found = _compiled(opened, load, topology, shape, limit) if compiled else []
+    fits = memory.total <= limit and all(each["fits"] for each in found)
     return {
         "model": str(opened.directory),
         "num_parameters": budget.weights(config, sharding.MeshShape()),
@@ -115,10 +135,12 @@ def examine(
         "tokens": tokens,
         "slice": load.slice_len,
         "page": load.page,
-        "sparse": load.sparse,
+        "sparse": load.columns is not None,
         "bytes": memory._asdict() | {"total": memory.total},
         "headroom": limit - memory.total,
         "fits": fits,
+        "programs": found,
+        "planned_per_peak": memory.total / max(each["peak"] for each in found) if found else None,
         "longest": longest,
         "prefill_flops": flops[0],
         "decode_flops": flops[1],
@@ -129,6 +151,43 @@ def examine(
         else list(_advice(config, topology, load, shape, limit, longest))
         or ["devices with more memory"],
     }
+
+
+def _compiled(
+    opened: Model,
+    load: "Load",
+    topology: devices.Topology,
+    shape: "MeshShape",
+    limit: int,
+) -> list[dict[str, Any]]:
+    """What the compiler makes of each step."""
+    import jax
+
+    from qwen_jax.compiled import programs
+
+    jax.config.update("jax_platforms", "cpu")  # this process leaves TPUs to others
+    budgets = opened.sparse if load.columns is not None else None
+    found = []
+    for each in programs(opened.config, load, topology, shape, budgets):
+        note(f"compiled {each.name}")
+        found.append(
+            {
+                "name": each.name,
+                "arguments": each.arguments,
+                "temporaries": each.temporaries,
+                "peak": each.peak,
+                "fits": not each.refusal and each.peak <= limit,
+                "refusal": each.refusal or None,
+                "sent": each.sent,
+                "collectives": [
+                    operation._asdict() | {"count": count}
+                    for operation, count in sorted(
+                        each.collectives.items(), key=lambda item: -item[0].sent * item[1]
+                    )
+                ],
+            }
+        )
+    return found
 
 
 def _precision(dtype: str | None, device: devices.Device, config: ModelConfig) -> str:
@@ -215,6 +274,8 @@ def _print(found: dict[str, Any]) -> None:
         rows += [
             ("or" if number else "change", text) for number, text in enumerate(found["advice"])
         ]
+    if found["programs"]:
+        rows += [("compiled", _agreement(found))]
     prefill = f"{_short(found['prefill_flops'] / 1e15)} PFLOP if dense"
     decode = f"{_short(found['decode_flops'] / 1e9)} GFLOP for the last token"
     if device["flops"]:
@@ -222,10 +283,43 @@ def _print(found: dict[str, Any]) -> None:
         decode += f", at least {1e3 * found['least_decode_seconds']:,.1f} ms to read its memory"
     rows += [("prefill", prefill), ("decode", decode)]
     show(rows)
+    for program in found["programs"]:
+        _print_program(program)
     if device["platform"] == "gpu":
         print(
             "\njax takes 3/4 of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says more, such as .93"
         )
+
+
+def _agreement(found: dict[str, Any]) -> str:
+    peak = max(program["peak"] for program in found["programs"])
+    return f"at most {_gib(peak)} at once; what is planned is {found['planned_per_peak']:.1%} of it"
+
+
+def _print_program(program: dict[str, Any]) -> None:
+    """A step as the compiler made it."""
+    if program["refusal"]:
+        print(f"\n{program['name']}, refused by the compiler: {program['refusal']}")
+        return
+    print(
+        f"\n{program['name']}: {_gib(program['arguments'])} of arguments, "
+        f"{_gib(program['temporaries'])} beside them, {_gib(program['peak'])} at once; "
+        f"a device sends {_mib(program['sent'])} a step"
+    )
+    show(
+        [
+            (
+                "",
+                f"{each['count']} x",
+                each["kind"],
+                each["axes"],
+                each["shape"],
+                _mib(each["sent"]),
+            )
+            for each in program["collectives"]
+        ],
+        right=(1, 5),
+    )
 
 
 def _short(number: float) -> str:
@@ -234,3 +328,7 @@ def _short(number: float) -> str:
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:,.2f} GiB"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.2f} MiB"

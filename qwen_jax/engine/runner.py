@@ -1,12 +1,13 @@
 """The model on its device or mesh: weights, cache and the compiled steps."""
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Array, Bool, Float32, Int
 
 from pallas_kernels.backend import Backends, compiler_options
@@ -56,7 +57,7 @@ class Runner:
     ):
         dtype = jax.tree.leaves(weights)[0].dtype
         # As a plain list, which costs less to hand over at every step than a module's state.
-        self._weights, structure = _flatten(config, weights, dtype)
+        self._weights, structure = flatten(config, weights, dtype)
         whole, of_cache, platform = _placements(weights, mesh)
         self._whole = whole
         # Where steps return them, or the second step of each kind would be compiled anew.
@@ -70,28 +71,9 @@ class Runner:
         )
         empty = functools.partial(caches.init, config, num_pages, page, dtype)
         self._cache = jax.jit(empty, out_shardings=of_cache)()
-        self._steps = _Steps(structure, vocab_limit, backend)
-
-        def jit(step, *outputs, donated="cache", static=None):
-            return _on(
-                mesh,
-                jax.jit(
-                    step,
-                    donate_argnames=donated,
-                    static_argnames=static,
-                    out_shardings=outputs if len(outputs) > 1 else outputs[0],
-                    compiler_options=compiler_options(platform),
-                ),
-            )
-
-        self._prefill = jit(self._steps.prefill, whole, of_cache)
-        self._prefill_sparse = jit(self._steps.prefill_sparse, whole, of_cache, whole)
-        self._sparse_plan = jit(self._steps.sparse_plan, whole, of_cache, static="layer")
-        self._survey = jit(self._steps.survey, of_cache, whole, static="grid")
-        self._choose = jit(self._steps.choose, whole, donated=None)
-        self._score = jit(self._steps.score, whole, of_cache)
-        self._decode = jit(self._steps.decode, whole, of_cache, whole, donated=("cache", "seen"))
-        self._mark = jit(self._steps.mark, whole, donated="seen")
+        self._steps = Steps(structure, vocab_limit, backend)
+        made = programs(self._steps, whole, of_cache, platform)
+        self._programs = Programs(*(_on(mesh, program) for program in made))
 
     @property
     def num_compilations(self) -> int:
@@ -104,37 +86,37 @@ class Runner:
 
     def prefill(self, step: Prefill) -> Float32[Array, " V"]:
         """Fill the cache with a slice; returns the logits of its last token, on the device."""
-        logits, self._cache = self._prefill(self._weights, self._rotary, self._cache, step)
+        logits, self._cache = self._programs.prefill(self._weights, self._rotary, self._cache, step)
         return logits
 
     def prefill_sparse(self, step: Prefill) -> tuple[Float32[Array, " V"], Report]:
         """As `prefill`, by the budgets; also says how, on the device."""
-        logits, self._cache, report = self._prefill_sparse(
+        logits, self._cache, report = self._programs.prefill_sparse(
             self._weights, self._rotary, self._cache, step, self._budgets
         )
         return logits, report
 
     def sparse_plan(self, step: Prefill, layer: int, head: int) -> SparsePlan:
         """How `prefill_sparse` reads a slice in one layer and head, on the device."""
-        listed, self._cache = self._sparse_plan(
+        listed, self._cache = self._programs.sparse_plan(
             self._weights, self._rotary, self._cache, step, self._budgets, layer=layer
         )
         return jax.tree.map(lambda array: array[head : head + 1], listed)
 
     def survey(self, step: Prefill, grid: Grid) -> Survey:
         """Fill the cache with a slice, densely; returns what budgets would find of it."""
-        self._cache, surveyed = self._survey(
+        self._cache, surveyed = self._programs.survey(
             self._weights, self._rotary, self._cache, step, grid=grid
         )
         return jax.device_get(surveyed)
 
     def choose(self, logits: Float32[Array, " V"], choice: Choice) -> int:
         """A token by what `prefill` returned, -1 if that is not finite."""
-        return int(self._choose(logits, self._seen, choice))
+        return int(self._programs.choose(logits, self._seen, choice))
 
     def score(self, step: Prefill) -> Float32[np.ndarray, "T V"]:
         """Fill the cache with a slice; returns the logits of each of its tokens."""
-        logits, self._cache = self._score(self._weights, self._rotary, self._cache, step)
+        logits, self._cache = self._programs.score(self._weights, self._rotary, self._cache, step)
         return np.asarray(logits)[: int(step.length)]
 
     def place(self, roster: Roster) -> Roster:
@@ -143,7 +125,7 @@ class Runner:
 
     def decode(self, roster: Roster, step: Tokens) -> Int[np.ndarray, " B"]:
         """The token after the given one in every row, -1 if not finite."""
-        token, self._cache, self._seen = self._decode(
+        token, self._cache, self._seen = self._programs.decode(
             self._weights, self._rotary, self._cache, self._seen, roster, step
         )
         return np.asarray(token)
@@ -152,10 +134,10 @@ class Runner:
         """Say which tokens the repetition penalty of a row begins with."""
         mask = np.zeros(self._seen.shape[1], bool)
         mask[np.asarray(prompt)] = True
-        self._seen = self._mark(self._seen, np.asarray(row, np.int32), mask)
+        self._seen = self._programs.mark(self._seen, np.asarray(row, np.int32), mask)
 
 
-class _Steps:
+class Steps:
     """The functions that are compiled.
 
     Apart from the runner and without arrays: compiled functions refer to what
@@ -211,6 +193,47 @@ class _Steps:
         return nnx.merge(self._graph, jax.tree.unflatten(self._tree, weights))
 
 
+class Programs(NamedTuple):
+    """The functions of `Steps`, each jitted."""
+
+    prefill: Any
+    prefill_sparse: Any
+    sparse_plan: Any
+    survey: Any
+    choose: Any
+    score: Any
+    decode: Any
+    mark: Any
+
+
+def programs(steps: Steps, whole: Sharding, of_cache: Sharding, platform: str) -> Programs:
+    """How steps are compiled: what they overwrite, and where their results lie.
+
+    Args:
+        whole: where small arrays lie, the same on all devices.
+    """
+
+    def jit(step, outputs, donated: tuple[str, ...] = ("cache",), static=None):
+        return jax.jit(
+            step,
+            donate_argnames=donated,
+            static_argnames=static,
+            out_shardings=outputs,
+            compiler_options=compiler_options(platform),
+        )
+
+    return Programs(
+        prefill=jit(steps.prefill, (whole, of_cache)),
+        prefill_sparse=jit(steps.prefill_sparse, (whole, of_cache, whole)),
+        sparse_plan=jit(steps.sparse_plan, (whole, of_cache), static="layer"),
+        survey=jit(steps.survey, (of_cache, whole), static="grid"),
+        choose=jit(steps.choose, whole, donated=()),
+        score=jit(steps.score, (whole, of_cache)),
+        decode=jit(steps.decode, (whole, of_cache, whole), ("cache", "seen")),
+        mark=jit(steps.mark, whole, ("seen",)),
+    )
+
+
 def _placements(weights, mesh: Mesh | None):
     """Where small arrays lie, the cache, and on what platform."""
     leaf = jax.tree.leaves(weights)[0]
@@ -235,7 +258,7 @@ def _on(mesh: Mesh | None, function):
     return call
 
 
-def _flatten(config: ModelConfig, weights, dtype):
+def flatten(config: ModelConfig, weights, dtype):
     """The parameters as a list, and the structure that makes a model of them again.
 
     Raises:

@@ -134,7 +134,7 @@ def test_budgets_of_sparse_prefill_take_workspace(model, run):
 
 
 def test_virtual_devices_share_the_memory_of_the_machine(model, run, monkeypatch):
-    monkeypatch.setattr("qwen_jax.cli.plan._host_bytes", lambda: 8 << 30)
+    monkeypatch.setattr("qwen_jax.devices.host_bytes", lambda: 8 << 30)
     found, _ = examine(run, model, "--topology", "cpu:8")
     assert found["device"]["memory"] == 1 << 30
     assert found["dtype"] == "float32"

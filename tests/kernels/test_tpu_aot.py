@@ -4,15 +4,18 @@ A million tokens and slices of 32,768, on one device of the smallest mesh that f
 default suite compiles a few; the rest takes minutes: `make test-tpu-aot`.
 """
 
+import dataclasses
 import functools
 
 import jax
 import pytest
 import tpu_compile
 from hlo import sizes
+from jax.sharding import PartitionSpec
 
 from pallas_kernels.cases import MODELS
 from pallas_kernels.programs import PROGRAMS, inputs, program
+from pallas_kernels.shard import Shard
 
 pytest.importorskip("libtpu", reason="the TPU compiler (pip install libtpu) is not installed")
 
@@ -37,16 +40,18 @@ def device(generation):
     return mesh, tpu_compile.memory_of(mesh)
 
 
-def check(mesh, memory, name, case):
+def check(mesh, memory, name, case, function=None, more=0):
     """Compiles, fits, reads the cache where it lies, and holds little beside what it is given."""
     args = jax.eval_shape(lambda: inputs(name, case))
-    compiled = tpu_compile.compiled(mesh, program(name, case, "mosaic_tpu"), *args)
+    function = function or program(name, case, "mosaic_tpu")
+    compiled = tpu_compile.compiled(mesh, function, *args)
     used = compiled.memory
     queries = next(leaf for leaf in args if getattr(leaf, "ndim", 0) >= 4)
     given = used.argument_size_in_bytes
     assert given >= case.cache_bytes // (2 if name == "selection" else 1)
     assert given + used.output_size_in_bytes + used.temp_size_in_bytes < memory
-    assert used.temp_size_in_bytes <= bound(name, case, queries.size * queries.dtype.itemsize)
+    most = bound(name, case, queries.size * queries.dtype.itemsize)
+    assert used.temp_size_in_bytes <= most + more
     layer = case.num_kv_heads * case.num_pages * case.page * case.head_dim
     made = sizes(compiled.text)
     assert not made & {layer * count for count in (1, case.num_layers)}
@@ -79,6 +84,28 @@ def test_a_kv_head_with_a_million_tokens_compiles_for_one_device(generation, nam
     mesh, memory = device(generation)
     case = MODELS["7B"].served(CONTEXT, tensor=4, num_layers=14)
     check(mesh, memory, name, case)
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("generation", tpu_compile.GENERATIONS)
+def test_a_quarter_of_each_page_compiles_for_one_of_four_devices(generation, name):
+    _, memory = device(generation)
+    mesh, count = tpu_compile.mesh(generation, 4), 4
+    whole = MODELS["7B"].served(CONTEXT, tensor=4)
+    case = dataclasses.replace(whole, context=CONTEXT // count, page=whole.page // count)
+
+    def local(*args):
+        shard = Shard(jax.lax.axis_index(*mesh.axis_names), case.page, count, *mesh.axis_names)
+        return program(name, case, "mosaic_tpu", shard=shard)(*args)
+
+    # What each device holds is described as the same on all.
+    same = PartitionSpec()
+    shards = jax.shard_map(local, mesh=mesh, in_specs=same, out_specs=same, check_vma=False)
+    # What is handed on is as large as the votes by diagonal, and may be laid out anew.
+    handed_on = 3 * 4 * 8 * case.context if name == "selection" else 0
+    check(mesh, memory, name, case, shards, handed_on)
 
 
 @pytest.mark.tpu_aot

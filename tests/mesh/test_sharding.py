@@ -81,7 +81,7 @@ def test_what_is_no_mesh_is_refused(text):
 
 def test_a_mesh_axis_splits_an_array_once():
     assert Rules().spec(("embed", "mlp")) == jax.P(None, "tensor")
-    assert Rules().spec(cache.AXES) == jax.P(None, "tensor", ("data", "seq"), None, None)
+    assert Rules().spec(cache.AXES) == jax.P(None, "tensor", "data", "seq", None)
     with pytest.raises(ValueError, match="one mesh axis on two dimensions"):
         Rules(embed="tensor").spec(("embed", "mlp"))
 

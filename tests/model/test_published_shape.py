@@ -61,7 +61,7 @@ def test_a_sparse_step_indexes_its_cache_in_place_and_holds_votes_but_no_scores(
         num_columns=22032,
         tiles=sparse.TILES,
     )
-    rotary = rope.Rotary(*(number((MODEL.dual_chunk.chunk_size + 1, MODEL.head_dim // 2)),) * 2)
+    rotary = rope.Table(number((MODEL.dual_chunk.chunk_size + 1, MODEL.head_dim)))
 
     def run(state, cache, step, rotary, budgets):
         return nnx.merge(graph, state).prefill_sparse(cache, step, rotary, budgets)

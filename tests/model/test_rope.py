@@ -51,8 +51,8 @@ def test_angles_are_those_of_transformers(theta, head_dim, length):
     )
     config = dataclasses.replace(CONFIG, rope_theta=theta, head_dim=head_dim, dual_chunk=None)
     cos, sin = theirs(torch.zeros(1, 1, 1), torch.arange(length)[None])
-    table = rope.table(config, length)
-    for ours, expected in ((table.cos, cos), (table.sin, sin)):
+    turns = rope.table(config, length).at(jnp.arange(length))
+    for ours, expected in ((turns.cos, cos), (turns.sin, sin)):
         expected = expected[0, :, : head_dim // 2].numpy()
         assert np.abs(np.asarray(ours) - expected).max() <= 5e-7
 
@@ -61,7 +61,7 @@ def test_the_table_covers_every_rotary_position_and_no_more():
     geometry = ChunkGeometry(chunk_size=17, local_size=4)
     config = dataclasses.replace(CONFIG, dual_chunk=geometry, head_dim=4)
     for max_len in (1, 13, 14, 40, 1000):
-        rows = rope.table(config, max_len).cos.shape[0]
+        rows = rope.table(config, max_len).rows.shape[0]
         positions = np.arange(max_len)
         used = [geometry.key_position(positions).max()]
         view = np.minimum(positions // geometry.chunk_len, 2)

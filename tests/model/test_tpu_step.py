@@ -20,7 +20,7 @@ from qwen_jax import rope, sparse
 from qwen_jax.cache import Cache
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import batch
-from qwen_jax.engine.runner import _flatten, _Steps
+from qwen_jax.engine.runner import Steps, flatten
 from qwen_jax.model import Qwen2
 
 pytest.importorskip("libtpu", reason="the TPU compiler (pip install libtpu) is not installed")
@@ -63,12 +63,12 @@ def step_of(name, model):
     """The engine's function, its arguments, and which of them it may overwrite."""
     module = nnx.eval_shape(lambda: Qwen2(model, key=jax.random.key(0), dtype=jnp.bfloat16))
     tree = nnx.to_pure_dict(nnx.state(module))
-    weights, structure = _flatten(model, tree, jnp.bfloat16)
-    steps = _Steps(structure, None, backend.choose("tpu"))
+    weights, structure = flatten(model, tree, jnp.bfloat16)
+    steps = Steps(structure, None, backend.choose("tpu"))
     shape = model.num_layers, model.num_kv_heads, TABLE + 1, PAGE, model.head_dim
     cache = Cache(*[jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * 2)
-    table = (model.dual_chunk.chunk_size + 1, model.head_dim // 2)
-    args = [weights, rope.Rotary(real(table), real(table)), cache]
+    table = (model.dual_chunk.chunk_size + 1, model.head_dim)
+    args = [weights, rope.Table(real(table)), cache]
     scale = real(())
     if name == "decode":
         roster = batch.roster((), max_seqs=1, table_len=TABLE)
