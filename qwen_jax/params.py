@@ -12,6 +12,7 @@ Parts are what fits in memory at once: loading a model needs its parameters and 
 """
 
 import contextlib
+import ctypes
 import functools
 import logging
 import os
@@ -265,6 +266,17 @@ def _restore(directory: str | os.PathLike, part: str, target: dict) -> dict:
     return leaves
 
 
+def _return_freed() -> None:
+    """Give the operating system what was freed.
+
+    A part is read by many threads, for each of which glibc keeps what it freed: together
+    half a model, where that is a few GB.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 @functools.partial(jax.jit, donate_argnums=0)
 def _write(stack, layer, index):
     """`stack` with `layer` at `index` of the leading axis, in place."""
@@ -383,6 +395,7 @@ def load(
             for tensor in tensors
         }
         stack.put(part, _restore(directory, part, target))
+        _return_freed()
         done += sum(tensor.num_bytes for tensor in tensors)
         if progress:
             progress(done, total)

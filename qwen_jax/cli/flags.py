@@ -248,20 +248,24 @@ class Model:
             )
 
     def weights(self):
-        """The weights on the device, for engines that share them.
+        """The weights on their devices, for engines that share them.
 
         Raises:
             CheckpointError: if they are missing, damaged or do not fit.
+            ConfigError: if there are no such devices, or they cannot hold the weights.
         """
         import jax.numpy as jnp
 
         from convert import weights
         from qwen_jax import params
+        from qwen_jax.engine.engine import EngineConfig
 
         mesh = placement.mesh(self.config, self.flags.mesh)
+        name, _ = self._precision()
+        placement.check_memory(self.config, EngineConfig(max_len=1), name, mesh)
         return weights.load(
             self.directory,
-            dtype=jnp.dtype(self._precision()[0]),
+            dtype=jnp.dtype(name),
             shardings=params.shardings(self.config, mesh) if mesh else None,
         )
 

@@ -96,6 +96,6 @@ def check_memory(
     if limit is not None and needed > limit:
         where = f"each of {shape.size} devices as {shape}" if mesh else "the device"
         raise ConfigError(
-            f"{engine.max_len:,} tokens take {needed / 2**30:,.2f} GiB on {where}, which has "
-            f"{limit / 2**30:,.2f} GiB: `qwen-jax plan` says what would fit"
+            f"weights and a cache of {engine.max_len:,} tokens take {needed / 2**30:,.2f} GiB "
+            f"on {where}, which has {limit / 2**30:,.2f} GiB: `qwen-jax plan` says what would fit"
         )

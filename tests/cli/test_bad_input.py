@@ -157,7 +157,7 @@ MISTAKES = {
     "more than this machine holds": (
         None,
         "chat MODEL --dca on --dca-chunk 64 --dca-local 16 --max-len 2000000000",
-        "2,000,000,000 tokens take 476.84 GiB on the device, which has",
+        "weights and a cache of 2,000,000,000 tokens take 476.84 GiB on the device, which has",
     ),
     "a plan for no model": (None, "plan nowhere --topology cpu:8", "there is no such model"),
     "an empty stop string": (None, ["ask", "MODEL", "Q", "--stop", ""], "--stop must not be empty"),

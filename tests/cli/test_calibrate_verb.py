@@ -1,5 +1,6 @@
 """Budgets from the command line: found, kept over a kill, read again and drawn."""
 
+import dataclasses
 import json
 import os
 
@@ -29,7 +30,7 @@ def engines():
 
     def engine(self, length, **more):
         assert length <= 1024
-        key = self.directory, self.flags
+        key = self.directory, dataclasses.replace(self.flags, mesh=None)
         if key not in made:
             made[key] = build(self, 1024, **more)
         return made[key]

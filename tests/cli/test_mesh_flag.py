@@ -72,3 +72,13 @@ def test_all_accelerators_are_used_unless_the_flag_says_less(
     monkeypatch.setattr(sharding, "make_mesh", lambda found, **axes: (found, axes))
     mesh = placement.mesh(model_config(tiny), wanted)
     assert mesh == (shape and (devices, shape))
+
+
+def test_weights_that_no_device_holds_are_refused_before_they_are_read(tiny, monkeypatch, run):
+    monkeypatch.setattr("qwen_jax.devices.host_bytes", lambda: 1 << 16)
+    monkeypatch.setattr("convert.weights.load", None)
+    for arguments in ["eval", "passkey", tiny, "--lengths", "1k"], ["generate", tiny, *PROMPT]:
+        code, out, err = run(*arguments)
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        assert err.startswith("error: weights and a cache of ")
+        assert "GiB on the device, which has 0.00 GiB: `qwen-jax plan`" in err

@@ -127,10 +127,10 @@ def peak_memory(module: str, function: str, *arguments, **options) -> tuple[int,
 
     work = getattr(importlib.import_module(module), function)
     jax.block_until_ready(jax.numpy.zeros(1))  # the backend is no part of the work
-    before = _peak()
+    before = peak()
     work(*arguments, **options)
-    return before, _peak()
+    return before, peak()
 
 
-def _peak() -> int:
+def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

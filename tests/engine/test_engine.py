@@ -276,17 +276,18 @@ def test_no_compiled_step_makes_a_second_cache():
     )
     roster = batch.roster([], max_seqs=MAX_SEQS, table_len=1024)
     step = batch.tokens([], max_seqs=MAX_SEQS, scales=lambda n: (1.0, 1.0))
+    steps = runner._programs
     programs = {
-        "prefill": runner._prefill.lower(*arrays, runner._cache, piece),
-        "prefill sparsely": runner._prefill_sparse.lower(
+        "prefill": steps.prefill.lower(*arrays, runner._cache, piece),
+        "prefill sparsely": steps.prefill_sparse.lower(
             *arrays, runner._cache, piece, runner._budgets
         ),
-        "sparse_plan": runner._sparse_plan.lower(
+        "sparse_plan": steps.sparse_plan.lower(
             *arrays, runner._cache, piece, runner._budgets, layer=0
         ),
-        "survey": runner._survey.lower(*arrays, runner._cache, piece, grid=GRID),
-        "score": runner._score.lower(*arrays, runner._cache, piece),
-        "decode": runner._decode.lower(*arrays, runner._cache, runner._seen, roster, step),
+        "survey": steps.survey.lower(*arrays, runner._cache, piece, grid=GRID),
+        "score": steps.score.lower(*arrays, runner._cache, piece),
+        "decode": steps.decode.lower(*arrays, runner._cache, runner._seen, roster, step),
     }
     for name, lowered in programs.items():
         plan = lowered.compile().memory_analysis()
