@@ -163,11 +163,12 @@ def _compile(mesh: Mesh, name: str, function, *args) -> Program:
         try:
             memory: Any = lowered.compile(compiler_options=options).memory_analysis()
         except jax.errors.JaxRuntimeError as error:
-            used = re.search(r"Used ([\d.]+)([KMG]) of ", str(error))
+            # The first size in the message is what the program takes.
+            used = re.search(r"RESOURCE_EXHAUSTED: (.*?([\d.]+)([KMG])\b.*)", str(error))
             if used is None:
                 raise
-            refusal = str(error)[used.start() :].splitlines()[0]
-            return Program(name=name, peak=int(float(used[1]) * _UNITS[used[2]]), refusal=refusal)
+            peak = int(float(used[2]) * _UNITS[used[3]])
+            return Program(name=name, peak=peak, refusal=used[1])
         (path,) = Path(dump).glob("*.after_optimizations.txt")
         text = path.read_text()
     return Program(

@@ -113,3 +113,15 @@ def without_logits(found, config, shape):
     }
     assert sum(logits.values()) <= 8
     return {each: count for each, count in found.items() if each not in logits}
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.usefixtures("unchecked")
+def test_what_does_not_fit_is_refused_by_the_compiler_too(tmp_path):
+    config, topology = published.config(tmp_path, "7b"), devices.topology("v5e:1x1")
+    load = budget.Load(tokens=SLICE, page=1024, slice_len=SLICE)
+    shape = sharding.MeshShape()
+    made = compiled.steps(config, load, compiled.mesh_of(topology, shape))["prefill"]()
+    assert "available HBM" in made.refusal
+    assert made.peak > topology.device.memory
+    assert made.peak == pytest.approx(budget.memory(config, load, shape).total, rel=0.1)
