@@ -3,7 +3,8 @@
 # make demo-mesh  12,288 tokens on eight virtual devices and on one: the same answers
 # make test    the test suite
 # make test-long  what takes longer: answers about 16,000 and 24,000 tokens
-# make test-tpu-aot  all kernels and steps compiled for five TPU generations, without a TPU
+# make test-tpu-aot  all kernels and steps compiled for five TPU generations, without a TPU, and
+#              a million tokens and more on whole topologies of them
 # make lint    formatting, lint, types, import directions
 # make bench   prefill, decode and memory against PyTorch (Python 3.11), then dense against sparse
 #

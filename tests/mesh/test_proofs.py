@@ -125,3 +125,12 @@ def test_what_does_not_fit_is_refused_by_the_compiler_too(tmp_path):
     assert "available HBM" in made.refusal
     assert made.peak > topology.device.memory
     assert made.peak == pytest.approx(budget.memory(config, load, shape).total, rel=0.1)
+
+
+@pytest.mark.parametrize("mesh", ["seq=2,tensor=8", "data=2,tensor=8", "seq=8,tensor=2"])
+def test_an_axis_may_take_a_part_of_a_side_of_the_topology(mesh):
+    shape = sharding.parse(mesh)
+    found = compiled.mesh_of(devices.topology("v6e:4x4"), shape)
+    assert dict(found.shape) == {"data": 1, "seq": shape.seq, "tensor": shape.tensor}
+    places = {tuple(device.coords) for device in found.devices.flat}
+    assert len(places) == shape.seq * shape.tensor
