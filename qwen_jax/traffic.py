@@ -116,6 +116,6 @@ def of_token(config: ModelConfig, load: Load, mesh: MeshShape) -> Cost:
     linear = 2 * (L * budget.block(config) / mesh.tensor + D * config.vocab_size / mesh.tensor)
     attention = 4 * L * config.num_heads * H * load.tokens / shares
     summed = 2 * (mesh.tensor - 1) / mesh.tensor
-    sent = summed * (2 * L * D * _FLOAT32 + D * b + config.vocab_size * _FLOAT32)
+    sent = summed * ((2 * L + 1) * D * b + config.vocab_size * _FLOAT32)
     sent += (mesh.seq - 1) * L * n * (H + 1) * _FLOAT32
     return Cost(linear + attention, budget.decode_bytes(config, load, mesh), sent)
