@@ -64,14 +64,15 @@ class Schedule:
 
 
 def mesh(generation: str, count: int = 1):
-    """Some devices of a generation in a row, to lower for inside `jax.set_mesh`."""
+    """Some devices of a generation along `seq`, to lower for inside `jax.set_mesh`."""
     import jax
     import numpy as np
     from jax.experimental import topologies
 
     name = GENERATIONS[generation]
     devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
-    return jax.sharding.Mesh(np.array(devices[:count]), ("device",))
+    grid = np.array(devices[:count]).reshape(1, count, 1)
+    return jax.sharding.Mesh(grid, ("data", "seq", "tensor"))
 
 
 def memory_of(mesh) -> int:
