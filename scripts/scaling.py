@@ -39,7 +39,7 @@ CASES = [
 COLUMNS = {"7b": 22_032, "14b": 15_744}  # most of a head, in the published budgets
 # Keys that a query reads in sparse prefill: the mean budgets, if the diagonals of a head lie side
 # by side, and what a tile of 1,024 queries and blocks of 128 keys add to them.
-SPARSE_KEYS = {"7b": 3929 + 7650 + 1152, "14b": 2364 + 6055 + 1152}
+SPARSE_KEYS = {"7b": 3929.0 + 7650 + 1152, "14b": 2364.0 + 6055 + 1152}
 CONTEXTS = 32_768, 131_072, MILLION, 4_000_000, 10_000_000
 COUNTS = 8, 16, 64, 256
 SLICES = 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536

@@ -68,7 +68,8 @@ def joined(documents: Sequence[Document], question: str) -> str:
 
 def print_table(rows: Sequence[tuple[str, int]], total: int, limit: int) -> None:
     """A table of tokens on stderr: per file, together, and what fits."""
-    table = Table("file", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("file", overflow="fold")
     table.add_column("tokens", justify="right")
     for name, count in rows:
         table.add_row(Text(name), f"{count:,}")

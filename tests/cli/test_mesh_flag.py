@@ -4,12 +4,12 @@ import contextlib
 import io
 import json
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import children
 import jax
 import pytest
-from conftest import CONFIG
 
 from qwen_jax import sharding
 from qwen_jax.cli import main, placement
@@ -37,8 +37,9 @@ def use_meshes(directory):
         found[mesh] = json.loads(out)["token_ids"]
     assert len(jax.devices()) == 4
     assert found["data=2,tensor=2"] == found[None]
+    heads = json.loads(Path(directory, "config.json").read_text())["num_key_value_heads"]
     for mesh, fault in {
-        "tensor=4": f"tensor=4 does not divide num_kv_heads={CONFIG['num_key_value_heads']}",
+        "tensor=4": f"tensor=4 does not divide num_kv_heads={heads}",
         "seq=2": "mesh seq=2,tensor=1 has 2 devices, there are 4",
     }.items():
         code, out, err = run("generate", directory, *PROMPT, "--mesh", mesh)

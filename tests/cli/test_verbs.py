@@ -124,7 +124,8 @@ def test_no_control_id_of_a_prompt_comes_from_text(tiny, tmp_path, fake, run, pl
     assert attack in tokenizer.decode(prompt) or place == "system"
 
 
-def test_ask_puts_files_first_and_shows_their_tokens(tiny, tmp_path, fake, run):
+def test_ask_puts_files_first_and_shows_their_tokens(tiny, tmp_path, fake, run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")  # no name goes on in a next line
     tokenizer = Tokenizer.load(tiny)
     (tmp_path / "b.txt").write_text("Bees.")
     (tmp_path / "a.txt").write_text("Ants.")
