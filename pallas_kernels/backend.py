@@ -9,17 +9,21 @@ from types import ModuleType
 from typing import NamedTuple
 
 from pallas_kernels.tiles import generations, tuned
+from pallas_kernels.versions import triton_fault
 
 FUNCTIONS = {"prefill": "prefill", "decode": "decode", "select": "vote"}
 """The function of an operation's module that a backend implements."""
 RUNS_ON = {
     "mosaic_tpu": ("tpu",),
+    "triton": ("gpu",),
     "xla": ("cpu", "gpu", "tpu"),
     "reference": ("cpu", "gpu", "tpu"),
 }
 NAMES = tuple(RUNS_ON)
 LANES = 128
 """Of a vector register of a TPU."""
+TRITON_HEADS = 16, 32, 64, 128, 256
+"""Sizes of heads that Triton kernels take."""
 
 
 class Unsupported(NotImplementedError):
@@ -40,9 +44,10 @@ class Backends(NamedTuple):
 _XLA = Backends("xla", "xla", "xla")
 PREFERRED = {
     "cpu": _XLA,
-    "gpu": _XLA,
+    "gpu": Backends("triton", "triton", "triton"),
     "tpu": Backends("mosaic_tpu", "mosaic_tpu", "mosaic_tpu"),
 }
+"""Where nothing keeps them from running (`unavailable`); else XLA."""
 
 Choice = str | Backends | None
 """One backend for all operations, or one for each, or None for the preferred ones."""
@@ -56,8 +61,8 @@ def on(platform: str) -> tuple[str, ...]:
 def choose(platform: str, choice: Choice = None, *, head_dim: int = LANES) -> Backends:
     """The backends to use on a platform ("cpu", "gpu" or "tpu") for heads of a size.
 
-    A choice is taken as it is and never replaced by another. Without one, a TPU gets its
-    kernels for heads of 128, that is one row of lanes, and XLA for others.
+    A choice is taken as it is and never replaced by another. Without one, a device gets its
+    own kernels, or XLA where these are `unavailable`.
 
     Raises:
         Unsupported: if there is no backend of that name, or if it does not run there.
@@ -65,7 +70,8 @@ def choose(platform: str, choice: Choice = None, *, head_dim: int = LANES) -> Ba
     if platform not in PREFERRED:
         raise Unsupported(f"no backend for {platform!r}; there is {', '.join(PREFERRED)}")
     if choice is None:
-        return _XLA if platform == "tpu" and head_dim != LANES else PREFERRED[platform]
+        preferred = PREFERRED[platform]
+        return _XLA if unavailable(preferred.prefill, head_dim=head_dim) else preferred
     chosen = Backends(choice, choice, choice) if isinstance(choice, str) else choice
     for name in chosen:
         if name not in NAMES:
@@ -75,7 +81,21 @@ def choose(platform: str, choice: Choice = None, *, head_dim: int = LANES) -> Ba
                 f"backend {name!r} runs on {', '.join(RUNS_ON[name])}; on this device ({platform}) "
                 f"there are {', '.join(on(platform))}"
             )
+        fault = triton_fault() if name == "triton" else None
+        if fault is not None:
+            raise Unsupported(f"backend 'triton': {fault}")
     return chosen
+
+
+def unavailable(name: str, *, head_dim: int = LANES) -> str | None:
+    """Why a backend is not preferred where it could run; None if nothing speaks against it."""
+    if name == "mosaic_tpu" and head_dim != LANES:
+        return f"heads of {head_dim} do not fill the {LANES} lanes of a TPU's registers"
+    if name == "triton":
+        if head_dim not in TRITON_HEADS:
+            return f"heads of {head_dim} are none of {', '.join(map(str, TRITON_HEADS))}"
+        return triton_fault()
+    return None
 
 
 def check_heads(head_dim: int) -> None:
@@ -114,7 +134,7 @@ def preferences() -> dict[str, Backends]:
     """
     try:
         return {
-            f"{platform} {generation.removeprefix(platform)}".rstrip(): backends
+            f"{platform} {generation.removeprefix(platform)}".rstrip(): choose(platform)
             for platform, backends in PREFERRED.items()
             for generation in generations(backends.prefill) or ("",)
         }

@@ -10,6 +10,7 @@ for folder in FOLDERS.split():
 
 import tpu_compile  # noqa: E402
 
+os.environ.setdefault("TRITON_INTERPRET", "1")
 for name, value in tpu_compile.ENVIRONMENT.items():
     os.environ.setdefault(name, value)
 

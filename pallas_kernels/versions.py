@@ -1,0 +1,39 @@
+"""Versions of jax, jax-triton and Triton that were tested together.
+
+jax-triton reaches into jax and into Triton, so that most pairs of releases fail, some of them
+only when a kernel is compiled.
+"""
+
+import importlib.metadata
+import re
+
+PACKAGES = "jax", "jax-triton", "triton"
+TESTED = (
+    # jax from, jax before, jax-triton, triton
+    ((0, 10, 2), (0, 12), (0, 3), (3, 6)),
+    ((0, 11), (0, 12), (0, 4), (3, 7)),
+)
+PINS = "'jax>=0.10.2,<0.12' jax-triton==0.3.1 triton==3.6.0"
+"""For pip: the first of these."""
+
+
+def number(package: str) -> tuple[int, ...]:
+    """The numbers of an installed release.
+
+    Raises:
+        importlib.metadata.PackageNotFoundError: if it is not installed.
+    """
+    return tuple(map(int, re.findall(r"\d+", importlib.metadata.version(package))[:3]))
+
+
+def triton_fault() -> str | None:
+    """Why Triton kernels cannot run with the packages that are installed; None if they can."""
+    try:
+        jax, *others = map(number, PACKAGES)
+    except importlib.metadata.PackageNotFoundError as error:
+        return f"{error.name} is not installed: pip install {PINS}"
+    for low, high, *wanted in TESTED:
+        if low <= jax < high and [each[:2] for each in others] == wanted:
+            return None
+    found = ", ".join(f"{each} {importlib.metadata.version(each)}" for each in PACKAGES)
+    return f"{found} do not work together: pip install {PINS}"
