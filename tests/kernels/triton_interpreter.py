@@ -10,7 +10,9 @@ import pytest
 from pallas_kernels import triton_call
 
 triton = pytest.importorskip("triton", reason="Triton (pip install triton) is not installed")
+tl = pytest.importorskip("triton.language")
 torch = pytest.importorskip("torch", reason="PyTorch, which Triton interprets with")
+interpreter = pytest.importorskip("triton.runtime.interpreter")
 assert os.environ["TRITON_INTERPRET"] == "1"  # conftest: before a kernel is imported
 
 
@@ -19,6 +21,30 @@ def interpreted(monkeypatch):
     """Triton kernels run here; what they do not write is NaN or the lowest integer."""
     monkeypatch.setattr(triton_call, "launch", launch)
     monkeypatch.setattr(triton_call, "capability", lambda: 90)
+    monkeypatch.setattr(interpreter, "interpreter_builder", _Builder())
+    monkeypatch.setattr(interpreter, "_convert_float", _convert_float)
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", _patch_lang_tensor)
+
+
+# Triton 3.6 multiplies bfloat16 as the 16-bit integers in which it keeps it, and rounds to it toward
+# zero. Bounds of loops are arrays of one number, from which numpy has made no integer since 2.4.
+class _Builder(interpreter.InterpreterBuilder):
+    def create_dot(self, a, b, d, *options):
+        wide = [self.cast_impl(x, tl.float32) if x.dtype == tl.bfloat16 else x for x in (a, b)]
+        return super().create_dot(*wide, d, *options)
+
+
+def _convert_float(data, source, target, rounding_mode, *, convert=interpreter._convert_float):
+    if (source, target) == (tl.float32, tl.bfloat16):
+        return data.astype(jnp.bfloat16).view(np.uint16)
+    if (source, target) == (tl.bfloat16, tl.float32):
+        return data.view(jnp.bfloat16).astype(np.float32)
+    return convert(data, source, target, rounding_mode)
+
+
+def _patch_lang_tensor(tensor, scope, *, patch=interpreter._patch_lang_tensor):
+    patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
 def launch(kernel, *args, outputs, grid, num_warps, num_stages, **constants):
