@@ -26,8 +26,8 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", _patch_lang_tensor)
 
 
-# Triton 3.6 multiplies bfloat16 as the 16-bit integers in which it keeps it, and rounds to it toward
-# zero. Bounds of loops are arrays of one number, from which numpy has made no integer since 2.4.
+# Triton 3.6 multiplies bfloat16 as the 16-bit integers in which it keeps it, and rounds to it
+# toward zero. Bounds of loops are arrays of one number, which numpy 2.4 makes no integer of.
 class _Builder(interpreter.InterpreterBuilder):
     def create_dot(self, a, b, d, *options):
         wide = [self.cast_impl(x, tl.float32) if x.dtype == tl.bfloat16 else x for x in (a, b)]

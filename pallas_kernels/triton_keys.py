@@ -1,0 +1,99 @@
+"""What Triton kernels that stream all keys share: which a row sees in which view, where they lie.
+
+Of a row, the keys of each view of Dual Chunk Attention are one run of local keys: those of its own
+chunk end with itself, those of the chunk before where its own begins, all older ones before these.
+"""
+
+from typing import no_type_check
+
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+from jaxtyping import Array, Int
+
+from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.shard import Shard
+
+LOG2E = tl.constexpr(1.4426950408889634)
+START = tl.constexpr(-1e30)
+"""A running maximum before the first key; masked logits are -inf, and -inf - -inf is nan."""
+
+
+def ends(
+    positions: Int[Array, "*rows"], geometry: ChunkGeometry | None, shard: Shard
+) -> Int[Array, "views *rows"]:
+    """Where the local keys end that each row sees in each view; those of the last one begin at 0.
+
+    A row at position -1 sees none.
+    """
+    last = [positions + 1]
+    if geometry is not None:
+        chunk = positions // geometry.chunk_len
+        last += [(chunk - back).clip(0) * geometry.chunk_len for back in (0, 1)]
+    return jnp.stack([shard.before(each) for each in last])
+
+
+@triton.jit
+@no_type_check
+def pages_of(table, first, limit, PAGE: tl.constexpr, TILE: tl.constexpr):
+    """Numbers of the page of TILE local keys from `first` on, or of each one's, before `limit`.
+
+    A loop that streams keys asks for those of its next step. If a step waited for them, none
+    of its keys could be on their way before.
+    """
+    if PAGE % TILE == 0:
+        return tl.load(table + tl.minimum(first, limit - 1) // PAGE)
+    else:
+        key = first + tl.arange(0, TILE)
+        return tl.load(table + key // PAGE, mask=key < limit, other=0)
+
+
+@triton.jit
+@no_type_check
+def keys_at(cache, pages, first, PAGE: tl.constexpr, TILE: tl.constexpr, H: tl.constexpr):
+    """Pointers [TILE, H] to local keys from `first` on, in the cache of a head, by `pages_of`."""
+    i, h = tl.arange(0, TILE), tl.arange(0, H)
+    if PAGE % TILE == 0:
+        at = cache + (pages.to(tl.int64) * PAGE + first % PAGE) * H
+        return at + i[:, None] * H + h[None, :]
+    else:
+        row = pages.to(tl.int64) * PAGE + (first + i) % PAGE
+        return cache + row[:, None] * H + h[None, :]
+
+
+@triton.jit
+@no_type_check
+def cut_logits(
+    queries,
+    there,
+    ends,
+    keys,
+    first,
+    limit,
+    VIEWS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    M: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Logits [M, TILE] of keys that a mask or a border of chunks cuts; -inf where a row sees none.
+
+    Args:
+        queries: pointers [M, H] to the first view of the rows, `QUERIES` before the next one.
+        there: which rows there are.
+        ends: pointers [M] to what `ends` returns, `ROWS` before those of the next view.
+        keys: pointers [TILE, H].
+        first: the first of these keys.
+        limit: where all keys end.
+    """
+    key = first + tl.arange(0, TILE)
+    logits = tl.full((M, TILE), float("-inf"), tl.float32)
+    for view in tl.range(VIEWS, num_stages=1):
+        q = tl.load(queries + view * QUERIES, mask=there[:, None], other=0)
+        stop = tl.load(ends + view * ROWS, mask=there, other=0)
+        # Read once more for each view, lest they take the registers of the loops over whole tiles.
+        scores = tl.dot(
+            q, tl.load(keys, mask=key[:, None] < limit, other=0).T, input_precision="ieee"
+        )
+        logits = tl.where(key[None, :] < stop[:, None], scores, logits)
+    return logits
