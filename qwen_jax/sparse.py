@@ -16,6 +16,8 @@ TILES = Tiles(q=1024, k=64)
 """Of plans; shorter blocks read less beside what was selected."""
 TPU_TILES = Tiles(q=1024, k=128)
 """Of plans on a TPU, which copies each block by itself and loses time on short ones."""
+GPU_TILES = Tiles(q=128, k=64)
+"""Of plans on a GPU: a tile that one program takes; more queries read more beside their own."""
 
 
 @functools.partial(
@@ -58,7 +60,7 @@ class Report(NamedTuple):
 
 def tiles_on(platform: str) -> Tiles:
     """Tiles of plans on a platform ("cpu", "gpu" or "tpu")."""
-    return TPU_TILES if platform == "tpu" else TILES
+    return {"gpu": GPU_TILES, "tpu": TPU_TILES}.get(platform, TILES)
 
 
 def vertical_budgets(config: SparseConfig) -> Int[np.ndarray, "L N"]:
