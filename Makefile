@@ -5,6 +5,7 @@
 # make test-long  what takes longer: answers about 16,000 and 24,000 tokens
 # make test-tpu-aot  all kernels and steps compiled for five TPU generations, without a TPU, and
 #              a million tokens and more on whole topologies of them
+# make test-gpu-aot  all kernels and steps compiled for three NVIDIA GPUs, without a GPU
 # make lint    formatting, lint, types, import directions
 # make bench   prefill, decode and memory against PyTorch (Python 3.11), then dense against sparse
 #
@@ -27,7 +28,7 @@ export TPU_WORKER_HOSTNAMES := localhost
 export TPU_ACCELERATOR_TYPE := v5litepod-4
 endif
 
-.PHONY: demo demo-long demo-mesh test test-long test-tpu-aot lint bench clean
+.PHONY: demo demo-long demo-mesh test test-long test-tpu-aot test-gpu-aot lint bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py
@@ -46,6 +47,9 @@ test-long: $(VENV)/.test
 
 test-tpu-aot: $(VENV)/.test
 	$(BIN)/python -m pytest -m tpu_aot
+
+test-gpu-aot: $(VENV)/.gpu
+	$(BIN)/python -m pytest -m 'gpu_aot or not gpu_aot' -rP tests/kernels/test_gpu_aot.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
@@ -70,6 +74,10 @@ $(VENV)/.demo: $(BIN)/python pyproject.toml
 
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) -e '.[demo,test,dev]' $(TORCH)
+	touch $@
+
+$(VENV)/.gpu: $(VENV)/.test
+	$(PIP) jax-triton triton jax-cuda13-plugin jax-cuda13-pjrt
 	touch $@
 
 $(CONSTRAINTS):

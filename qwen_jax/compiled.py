@@ -169,7 +169,7 @@ def _compile(mesh: Mesh, name: str, function, *args) -> Program:
                 raise
             peak = int(float(used[2]) * _UNITS[used[3]])
             return Program(name=name, peak=peak, refusal=used[1])
-        (path,) = Path(dump).glob("*.after_optimizations.txt")
+        (path,) = Path(dump).glob("*after_optimizations.txt")
         text = path.read_text()
     return Program(
         name=name,

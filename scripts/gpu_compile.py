@@ -172,17 +172,24 @@ def compiled(mesh, function: Callable, *args, **options) -> Compiled:
     return Compiled(done.memory_analysis(), done.as_text(), [_kernel(each) for each in new])
 
 
+def ready() -> bool:
+    """Whether this process was started so that programs can be compiled in it."""
+    return _DUMP in os.environ
+
+
 def in_child(script: str, *arguments: str) -> Iterator[dict]:
     """The JSON lines that a script prints, in whose process `compiled` works."""
     with tempfile.TemporaryDirectory() as dump:
-        done = subprocess.run(
+        with subprocess.Popen(
             [sys.executable, script, *arguments],
             env=os.environ | ENVIRONMENT | {_DUMP: dump},
             stdout=subprocess.PIPE,
             text=True,
-            check=True,
-        )
-    yield from map(json.loads, done.stdout.splitlines())
+        ) as child:
+            assert child.stdout is not None
+            yield from map(json.loads, child.stdout)
+        if child.returncode:
+            raise subprocess.CalledProcessError(child.returncode, script)
 
 
 def _kernel(folder: Path) -> Kernel:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pallas_kernels.backend import preferences
+from pallas_kernels.versions import triton_fault
 from qwen_jax.cli.flags import Json
 
 _PACKAGES = (
@@ -41,6 +42,8 @@ def doctor(json_output: Json = False):
     print(f"{'kernels of':12}" + "".join(f"{name:12}" for name in found["kernels"]["cpu"]))
     for kind, names in found["kernels"].items():
         print((f"  {kind:10}" + "".join(f"{name:12}" for name in names.values())).rstrip())
+    if found["triton_fault"]:
+        print(f"no Triton kernels on a GPU: {found['triton_fault']}")
     print(f"memory: {_gib(found['memory']['available'])} of {_gib(found['memory']['total'])} free")
     print(f"disk here: {_gib(found['disk']['free'])} of {_gib(found['disk']['total'])} free")
     for extra, missing in found["extras"].items():
@@ -60,6 +63,7 @@ def examine() -> dict[str, Any]:
         "devices": devices,
         "device_error": device_error,
         "kernels": {kind: each._asdict() for kind, each in preferences().items()},
+        "triton_fault": triton_fault(),
         "memory": {
             "total": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "available": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"),

@@ -177,7 +177,7 @@ class Engine:
         slices = "/".join(map(str, self._slices))
         return (
             f"{self._device.platform} ({self._device.device_kind}), {self._devices()}; "
-            f"{self._backend}; "
+            f"{self._backend}{self._why_not()}; "
             f"weights and cache {self._runner.cache_dtype}; "
             f"{self._pages.total} pages of {self._page} tokens; slices {slices}; "
             f"up to {self._config.max_seqs} x {self._config.max_len} tokens"
@@ -301,6 +301,13 @@ class Engine:
     def _refuse_mesh(self, what: str) -> None:
         if self._mesh is not None:
             raise ConfigError(f"{what} are made on one device: leave out the mesh")
+
+    def _why_not(self) -> str:
+        """Why not by the device's own kernels, where nobody chose others."""
+        own = backend.PREFERRED[self._device.platform].prefill
+        if self._config.backend is not None or own == self._backend.prefill:
+            return ""
+        return f" ({own}: {backend.unavailable(own, head_dim=self._model.head_dim)})"
 
     def _devices(self) -> str:
         if self._mesh is None:

@@ -25,6 +25,15 @@ def test_doctor_tells_versions_devices_memory_disk_and_extras(run):
     assert f"jax {jax.__version__}" in text
 
 
+def test_doctor_says_why_triton_would_not_run(monkeypatch, run):
+    monkeypatch.setattr("qwen_jax.cli.doctor.triton_fault", lambda: "triton is not installed")
+    _, out, _ = run("doctor")
+    assert "no Triton kernels on a GPU: triton is not installed\n" in out
+    monkeypatch.setattr("qwen_jax.cli.doctor.triton_fault", lambda: None)
+    _, out, _ = run("doctor")
+    assert "no Triton kernels" not in out
+
+
 def test_an_extra_is_missing_what_its_packages_need(monkeypatch):
     requires = {
         "ours": ['jax[tpu]>=1; extra == "tpu"', "here; extra == 'test'", "numpy"],

@@ -11,6 +11,7 @@ from fake_runner import POISON, VOCAB, FakeRunner, following
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from pallas_kernels import backend
 from pallas_kernels.geometry import ChunkGeometry
 from qwen_jax.config import ConfigError, ModelConfig
 from qwen_jax.engine import engine as engines
@@ -347,3 +348,11 @@ def test_the_description_is_one_line_with_the_sizes():
     assert "\n" not in line
     for part in ("cpu", "xla", "float32", "36 pages of 4", "8/2", "3 x 48"):
         assert part in line
+
+
+def test_the_description_says_why_the_kernels_of_the_device_do_not_run(monkeypatch):
+    monkeypatch.setitem(backend.PREFERRED, "cpu", backend.Backends(*["triton"] * 3))
+    monkeypatch.setattr(backend, "unavailable", lambda *_, **__: "triton is not installed")
+    why = "select xla (triton: triton is not installed); "
+    assert why in build().describe()
+    assert why not in build(backend="xla").describe()

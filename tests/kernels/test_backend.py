@@ -39,6 +39,8 @@ def test_the_preferred_backends_run_on_their_device(platform):
 @pytest.mark.parametrize("operation", backend.FUNCTIONS)
 @pytest.mark.parametrize("name", backend.NAMES)
 def test_every_backend_has_every_operation(name, operation):
+    if name == "triton":
+        pytest.importorskip("triton", reason="Triton (pip install triton) is not installed")
     assert callable(getattr(backend.load(operation, name), backend.FUNCTIONS[operation]))
 
 
@@ -47,6 +49,21 @@ def test_heads_that_do_not_fill_registers_get_operations_of_xla_unless_told_othe
     assert set(backend.choose("tpu", head_dim=64)) == {"xla"}
     assert set(backend.choose("tpu", head_dim=256)) == {"xla"}
     assert set(backend.choose("tpu", "mosaic_tpu", head_dim=64)) == {"mosaic_tpu"}
+
+
+def test_a_gpu_gets_triton_if_it_works_and_operations_of_xla_otherwise(monkeypatch):
+    monkeypatch.setattr(backend, "triton_fault", lambda: None)
+    assert set(backend.choose("gpu")) == {"triton"}
+    assert set(backend.choose("gpu", head_dim=64)) == {"triton"}
+    assert set(backend.choose("gpu", head_dim=96)) == {"xla"}
+    assert backend.unavailable("triton", head_dim=96) == (
+        "heads of 96 are none of 16, 32, 64, 128, 256"
+    )
+    monkeypatch.setattr(backend, "triton_fault", lambda: "triton is not installed")
+    assert set(backend.choose("gpu")) == {"xla"}
+    assert backend.unavailable("triton") == "triton is not installed"
+    with pytest.raises(Unsupported, match=r"^backend 'triton': triton is not installed$"):
+        backend.choose("gpu", "triton")
 
 
 def test_a_choice_is_never_replaced():
@@ -60,7 +77,7 @@ def test_a_choice_is_never_replaced():
     ("platform", "choice", "text"),
     [
         ("abacus", None, "no backend for 'abacus'; there is cpu, gpu, tpu"),
-        ("cpu", "cuda", "no backend 'cuda'; there are mosaic_tpu, xla, reference"),
+        ("cpu", "cuda", "no backend 'cuda'; there are mosaic_tpu, triton, xla, reference"),
         ("cpu", "mosaic_tpu", "'mosaic_tpu' runs on tpu; on this device .cpu. there are xla"),
         ("gpu", Backends("xla", "mosaic_tpu", "xla"), "'mosaic_tpu' runs on tpu"),
     ],

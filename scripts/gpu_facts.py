@@ -1,0 +1,123 @@
+"""What the compilers of NVIDIA GPUs make of the Triton kernels, without a GPU.
+
+Each kernel at the size at which a GPU serves a million tokens: 7B whole, of 14B the share of one
+of four. Then the engine's steps of 7B with the kernels inside. Nothing is run, so nothing here is
+a time. Needs what `gpu_compile` needs.
+
+    python scripts/gpu_facts.py [--gpus h200,a100,l40s] [--models 7B,14B] [--steps] [--json]
+"""
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import gpu_compile
+import hlo
+import published
+
+CONTEXT, SLICE, PAGE = 1_010_000, 32_768, 1024
+TENSOR = {"7B": 1, "14B": 4}
+"""GPUs that share the heads of a model."""
+
+
+def kernels(gpu: str, model: str) -> Iterator[dict]:
+    """Of each program of `pallas_kernels.programs`."""
+    import jax
+
+    from pallas_kernels.cases import MODELS
+    from pallas_kernels.programs import PROGRAMS, inputs, program
+
+    case = MODELS[model].served(CONTEXT, tensor=TENSOR[model])
+    layer = case.num_kv_heads * case.num_pages * case.page * case.head_dim
+    for name in PROGRAMS:
+        args = jax.eval_shape(lambda name=name: inputs(name, case))
+        made = gpu_compile.compiled(gpu_compile.mesh(gpu), program(name, case, "triton"), *args)
+        yield {
+            "gpu": gpu,
+            "model": model,
+            "program": name,
+            "kernels": [kernel._asdict() for kernel in made.kernels],
+            "temporaries": made.memory.temp_size_in_bytes,
+            "copies_cache": _copies(made.text, layer, case.num_layers),
+        }
+
+
+def steps(gpu: str) -> Iterator[dict]:
+    """Of the engine's steps of 7B, with all of a million tokens on one GPU."""
+    from pallas_kernels.cases import MODELS
+    from qwen_jax import budget, compiled
+    from qwen_jax.config import SparseConfig
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = published.config(Path(folder), "7b")
+    columns = MODELS["7B"].num_columns
+    rows = ((columns,) * config.num_heads,) * config.num_layers
+    load = budget.Load(tokens=CONTEXT, page=PAGE, slice_len=SLICE, columns=columns)
+    budgets = SparseConfig(vertical=rows, slash=rows, last_q=64)
+    shape = config.num_kv_heads, load.pages + 1, PAGE, config.head_dim
+    for name, step in compiled.steps(config, load, gpu_compile.mesh(gpu), budgets).items():
+        made = step()
+        yield {
+            "gpu": gpu,
+            "model": "7B",
+            "program": f"step: {name}",
+            "calls": made.text.count('custom_call_target="triton_kernel_call"'),
+            "cache_bytes": 2 * 2 * config.num_layers * math.prod(shape),
+            "overwritten": made.overwritten,
+            "peak": made.peak,
+            "temporaries": made.temporaries,
+            "copies_cache": _copies(made.text, math.prod(shape), config.num_layers),
+        }
+
+
+def _copies(text: str, layer: int, num_layers: int) -> bool:
+    """Whether a program makes an array of the size of the cache or of one of its layers."""
+    return bool(hlo.sizes(text) & {layer, layer * num_layers} - hlo.sizes(text, "custom-call"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--gpus", default=",".join(gpu_compile.GPUS))
+    parser.add_argument("--models", default=",".join(TENSOR))
+    parser.add_argument("--steps", action="store_true", help="of the first GPU")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    if not gpu_compile.ready():
+        arguments = [*sys.argv[1:], *([] if args.json else ["--json"])]
+        for row in gpu_compile.in_child(__file__, *arguments):
+            _print(row, as_json=args.json)
+        return
+    gpus = args.gpus.split(",")
+    for gpu in gpus:
+        for model in filter(None, args.models.split(",")):
+            for row in kernels(gpu, model):
+                _print(row, as_json=True)
+    if args.steps:
+        for row in steps(gpus[0]):
+            _print(row, as_json=True)
+
+
+def _print(row: dict, *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(row), flush=True)
+        return
+    mib = f"{row['temporaries'] / 2**20:,.1f} MiB"
+    cells = row["gpu"], row["model"], row["program"]
+    if "kernels" not in row:
+        print(*cells, f"{row['peak'] / 2**30:.2f} GiB at once, {mib} beside what it is given")
+    for kernel in row.get("kernels", ()):
+        facts = (
+            f"{kernel['registers']} registers",
+            f"{kernel['spilled']} B spilled",
+            f"{kernel['shared']:,} B shared",
+        )
+        print(*cells, kernel["name"], *facts, mib, sep="  ", flush=True)
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parent.parent))
+    main()

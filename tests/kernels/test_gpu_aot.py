@@ -1,0 +1,70 @@
+"""Every Triton kernel, and the engine's steps with them, compiled for NVIDIA GPUs without one.
+
+A million tokens of 7B whole, and of 14B the share of one of four GPUs. The default suite compiles
+the kernels for one GPU; the rest takes minutes: `make test-gpu-aot`.
+"""
+
+import functools
+import importlib.util
+
+import gpu_compile
+import gpu_facts
+import pytest
+
+from pallas_kernels import versions
+from pallas_kernels.cases import MODELS
+from pallas_kernels.programs import PROGRAMS
+
+MISSING = versions.triton_fault() or (
+    "the compiler of NVIDIA GPUs (pip install jax-cuda13-plugin jax-cuda13-pjrt) is not installed"
+    if importlib.util.find_spec("jax_cuda13_plugin") is None
+    else ""
+)
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+
+SOON = {("h200", "7B")}
+PAIRS = [
+    pytest.param(gpu, model, marks=() if (gpu, model) in SOON else pytest.mark.gpu_aot)
+    for gpu in gpu_compile.GPUS
+    for model in MODELS
+]
+
+
+@functools.cache
+def facts(*arguments):
+    return {row["program"]: row for row in gpu_compile.in_child(gpu_facts.__file__, *arguments)}
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(("gpu", "model"), PAIRS)
+def test_a_kernel_keeps_its_registers_and_reads_the_cache_where_it_lies(gpu, model, name):
+    row = facts("--json", "--gpus", gpu, "--models", model)[name]
+    assert row["kernels"]
+    for kernel in row["kernels"]:
+        print(gpu, model, name, kernel)
+        assert kernel["spilled"] == 0
+        assert kernel["shared"] <= gpu_compile.GPUS[gpu].shared_per_block
+    assert row["temporaries"] <= bound(name, model)
+    assert not row["copies_cache"]
+
+
+def bound(name, model):
+    """Bytes that a program may hold beside its arguments and results."""
+    case = MODELS[model].served(gpu_facts.CONTEXT, tensor=gpu_facts.TENSOR[model])
+    if name == "prefill":
+        return 2**20
+    if name == "sparse prefill":  # lists of blocks and columns of its programs
+        blocks = case.context // 128 + 32
+        return 4 * 1024 * (blocks + case.num_columns) + 2**24
+    return 2**23 if name == "selection" else 2**22
+
+
+@pytest.mark.gpu_aot
+@pytest.mark.parametrize(("name", "calls"), [("prefill", 1), ("prefill_sparse", 5), ("decode", 2)])
+def test_a_step_over_a_million_tokens_fits_and_never_copies_the_cache(name, calls):
+    row = facts("--json", "--gpus", "h200", "--models", "", "--steps")[f"step: {name}"]
+    assert row["calls"] >= calls
+    assert row["overwritten"] >= row["cache_bytes"]
+    assert row["peak"] <= gpu_compile.GPUS["h200"].memory
+    assert row["temporaries"] < 0.1 * row["cache_bytes"]
+    assert not row["copies_cache"]
