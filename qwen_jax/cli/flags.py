@@ -87,7 +87,12 @@ class ModelFlags:
         option("Scale cached keys with the attention temperature, as vLLM does.", "--vllm-parity"),
     ] = False
     backend: Annotated[
-        str | None, option("Implementation of the attention kernels; the device's preferred one.")
+        str | None,
+        option(
+            "Implementation of the attention kernels; the device's preferred one.",
+            "--kernels",
+            "--backend",
+        ),
     ] = None
     mesh: Annotated[
         str | None,

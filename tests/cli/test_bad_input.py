@@ -168,6 +168,11 @@ MISTAKES = {
         "'mosaic_tpu' runs on tpu; on this device (cpu) there are xla, reference",
     ),
     "no such shape": (None, "bench kernels --shapes x", "no shape 'x'; there are small at 2k"),
+    "kernels of another device": (
+        None,
+        "generate MODEL --prompt x --kernels triton",
+        "backend 'triton' runs on gpu; on this device (cpu) there are xla, reference",
+    ),
     "no such kernel": (None, "bench kernels --backends x", "no backend 'x'"),
     "no runs": (None, "bench kernels --repeats 0", "--repeats must be at least 1"),
     "a word as a token": (("T", "1 2 three"), "score MODEL --tokens T --out O.npz", "item 2 is"),
