@@ -43,7 +43,8 @@ from pallas_kernels.tiles import Tiles
 LEAST = 16  # rows and keys of a product on tensor cores
 LEAST_STEPS = 32  # of keys, of a program that has a part of them
 PROGRAMS = 1024
-LISTED = 2048  # blocks or columns looked at together
+WIDE = 256  # bytes of a key, from which on tiles are smaller
+LISTED = 1024  # blocks or columns looked at together
 
 
 class Usual(NamedTuple):
@@ -106,6 +107,8 @@ def prefill(
         raise Unsupported(f"{T} queries of {N} x {H} numbers: more than 32 bits count")
     capability = triton_call.capability()
     usual = next(each for each in USUAL if each.capability <= capability)
+    if H * keys.dtype.itemsize > WIDE:
+        usual = usual._replace(tiles=Tiles(q=64, k=32), num_stages=2)
     tiles = tiles or usual.tiles
     rows = T * (N // K) if plan is None else plan.tiles.q
     constants = {
