@@ -10,6 +10,8 @@
 # make bench   prefill, decode and memory against PyTorch (Python 3.11), then dense against sparse
 #
 # Everything is installed into $(VENV). Another Python: make test PYTHON=python3.12 VENV=.venv312
+# jax-triton takes no jax of these versions yet, so test-gpu-aot has others of Python 3.12:
+#   make test-gpu-aot PYTHON=python3.12 VENV=.venv312-gpu CONSTRAINTS=constraints/py312-gpu.txt
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -77,7 +79,7 @@ $(VENV)/.test: $(VENV)/.demo
 	touch $@
 
 $(VENV)/.gpu: $(VENV)/.test
-	$(PIP) jax-triton triton jax-cuda13-plugin jax-cuda13-pjrt
+	$(PIP) -e '.[triton]' jax-cuda13-plugin jax-cuda13-pjrt
 	touch $@
 
 $(CONSTRAINTS):
