@@ -51,14 +51,12 @@ def pages_of(table, first, limit, PAGE: tl.constexpr, TILE: tl.constexpr):
 @triton.jit
 @no_type_check
 def keys_at(cache, pages, first, PAGE: tl.constexpr, TILE: tl.constexpr, H: tl.constexpr):
-    """Pointers [TILE, H] to local keys from `first` on, in the cache of a head, by `pages_of`."""
-    i, h = tl.arange(0, TILE), tl.arange(0, H)
+    """Pointers [TILE] to local keys from `first` on, in the cache of a head, by `pages_of`."""
+    i = tl.arange(0, TILE)
     if PAGE % TILE == 0:
-        at = cache + (pages.to(tl.int64) * PAGE + first % PAGE) * H
-        return at + i[:, None] * H + h[None, :]
+        return cache + (pages.to(tl.int64) * PAGE + first % PAGE) * H + i * H
     else:
-        row = pages.to(tl.int64) * PAGE + (first + i) % PAGE
-        return cache + row[:, None] * H + h[None, :]
+        return cache + (pages.to(tl.int64) * PAGE + (first + i) % PAGE) * H
 
 
 @triton.jit
@@ -75,25 +73,30 @@ def cut_logits(
     ROWS: tl.constexpr,
     M: tl.constexpr,
     TILE: tl.constexpr,
+    H: tl.constexpr,
 ):
-    """Logits [M, TILE] of keys that a mask or a border of chunks cuts; -inf where a row sees none.
+    """Logits [TILE, M] of keys that a mask or a border of chunks cuts; -inf where a row sees none.
+
+    In small parts of a head, lest this rare code ask for more registers than the loop over whole
+    tiles beside it.
 
     Args:
-        queries: pointers [M, H] to the first view of the rows, `QUERIES` before the next one.
+        queries: pointers [M] to the first view of the rows, `QUERIES` before the next one.
         there: which rows there are.
         ends: pointers [M] to what `ends` returns, `ROWS` before those of the next view.
-        keys: pointers [TILE, H].
+        keys: pointers [TILE].
         first: the first of these keys.
-        limit: where all keys end.
+        limit: where these keys end.
     """
-    key = first + tl.arange(0, TILE)
-    logits = tl.full((M, TILE), float("-inf"), tl.float32)
+    key, h = first + tl.arange(0, TILE), tl.arange(0, 16)
+    logits = tl.full((TILE, M), float("-inf"), tl.float32)
     for view in tl.range(VIEWS, num_stages=1):
-        q = tl.load(queries + view * QUERIES, mask=there[:, None], other=0)
-        stop = tl.load(ends + view * ROWS, mask=there, other=0)
-        # Read once more for each view, lest they take the registers of the loops over whole tiles.
-        scores = tl.dot(
-            q, tl.load(keys, mask=key[:, None] < limit, other=0).T, input_precision="ieee"
-        )
-        logits = tl.where(key[None, :] < stop[:, None], scores, logits)
+        scores = tl.zeros((TILE, M), tl.float32)
+        for part in tl.range(0, H, 16, num_stages=1):
+            q_at = queries + view * QUERIES + part
+            q = tl.load(q_at[:, None] + h, mask=there[:, None], other=0)
+            k = tl.load((keys + part)[:, None] + h, mask=(key < limit)[:, None], other=0)
+            scores = tl.dot(k, q.T, scores, input_precision="ieee")
+        stop = tl.minimum(tl.load(ends + view * ROWS, mask=there, other=0), limit)
+        logits = tl.where(key[:, None] < stop[None, :], scores, logits)
     return logits

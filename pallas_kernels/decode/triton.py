@@ -23,10 +23,9 @@ from pallas_kernels.shard import WHOLE, Shard
 from pallas_kernels.triton_keys import LOG2E, START, cut_logits, ends, keys_at, pages_of
 
 TILE_BYTES = 2**14  # of keys a step, and of values as many
-PROGRAMS = {80: 216, 86: 84, 89: 142}
-"""That run at a time, by compute capability: cores times the programs that fit each."""
-LARGEST = 396
-MOST_ROWS = 64
+PROGRAMS = {80: 2 * 108, 86: 84, 89: 142, 90: 3 * 132}
+"""That run at a time, by compute capability: as many as the shared memory of each core holds."""
+MOST_ROWS = 64  # of a program
 CUT = 16  # keys a step where a tile is cut
 MERGED = 32  # runs a step of the merge
 
@@ -71,25 +70,19 @@ def decode(
     if tile is None:
         tile = min(max(TILE_BYTES // (H * keys.dtype.itemsize), 16), 128)
     if programs is None:
-        programs = PROGRAMS.get(triton_call.capability(), LARGEST)
+        programs = PROGRAMS.get(triton_call.capability(), PROGRAMS[90])
     # Runs of less than a few tiles would end before their pipeline is full.
     least = num_stages
     wanted = -(-programs // K)
     runs = min(wanted + B, B * -(-P * page // (tile * least)))
 
     seen = ends(positions, geometry, shard)
-    cut = seen.max(2)
-    # Idle tokens read whatever the others read, and are empty in the end.
-    whole = jnp.where(positions < 0, cut[..., None], seen).min(2)
-    # Of each sequence, from the farthest view: where the keys end that all rows see, and any.
-    bounds = jnp.stack([whole, cut], axis=2)[::-1].swapaxes(0, 1)
-
-    sizes = {"B": B, "Q": Q, "N": N, "G": G, "H": H, "VIEWS": len(seen), "TILE": tile}
+    sizes = {"B": B, "Q": Q, "N": N, "G": G, "H": H, "TILE": tile}
     sizes |= {"SEQUENCES": _power_of_two(B), "WANTED": wanted, "LEAST": least}
-    cache = {"K": K, "PAGES": pages, "PAGE": page, "P": P}
+    cache = {"VIEWS": len(seen), "K": K, "PAGES": pages, "PAGE": page, "P": P}
     partial, partial_lse = triton_call.launch(
         _attend,
-        *(layer.reshape(1), page_table, bounds, seen, queries, keys, values),
+        *(layer.reshape(1), page_table, seen, queries, keys, values),
         outputs=[
             jax.ShapeDtypeStruct((runs, K, rows, H), jnp.float32),
             jax.ShapeDtypeStruct((runs, K, rows), jnp.float32),
@@ -104,7 +97,7 @@ def decode(
     )
     out, lse = triton_call.launch(
         _merge,
-        *(bounds, seen, partial, partial_lse),
+        *(seen, partial, partial_lse),
         outputs=[
             jax.ShapeDtypeStruct((B, Q, N, H), queries.dtype),
             jax.ShapeDtypeStruct((B, Q, N), jnp.float32),
@@ -126,20 +119,37 @@ def _power_of_two(least: int) -> int:
 @triton.jit
 @no_type_check
 def _shares(
-    bounds,
+    ends,
     B: tl.constexpr,
+    Q: tl.constexpr,
     SEQUENCES: tl.constexpr,
-    VIEWS: tl.constexpr,
     TILE: tl.constexpr,
     WANTED: tl.constexpr,
     LEAST: tl.constexpr,
 ):
     """Of each sequence: its tiles, the runs that it is cut into, and those up to its end."""
     b = tl.arange(0, SEQUENCES)
-    keys = tl.load(bounds + (b + 1) * (2 * VIEWS) - 1, mask=b < B, other=0)
+    keys = tl.zeros((SEQUENCES,), tl.int32)
+    for t in range(Q):
+        keys = tl.maximum(keys, tl.load(ends + b * Q + t, mask=b < B, other=0))
     tiles = tl.cdiv(keys, TILE)
     count = tl.cdiv(tiles, tl.maximum(tl.cdiv(tl.sum(tiles), WANTED), LEAST))
     return tiles, count, tl.cumsum(count)
+
+
+@triton.jit
+@no_type_check
+def _bounds(ends, view, B: tl.constexpr, Q: tl.constexpr):
+    """Where the keys end that all tokens of a sequence see in a view, and those that any sees.
+
+    A token that sees none reads what the others read, and is empty in the end.
+    """
+    whole, cut = 2**31 - 1, 0
+    for t in range(Q):
+        end = tl.load(ends + view * (B * Q) + t)
+        whole = tl.where(tl.load(ends + t) > 0, tl.minimum(whole, end), whole)
+        cut = tl.maximum(cut, end)
+    return whole, cut
 
 
 @triton.jit
@@ -166,7 +176,6 @@ def _update(m, l, acc, logits, v):
 def _attend(
     layer,
     table,
-    bounds,
     ends,
     queries,
     keys,
@@ -192,7 +201,7 @@ def _attend(
 ):
     """Output [runs, K, Q x G, H] and log-sum-exp, in base 2, of one run of keys."""
     run, k = tl.program_id(0), tl.program_id(1)
-    tiles, count, upto = _shares(bounds, B, SEQUENCES, VIEWS, TILE, WANTED, LEAST)
+    tiles, count, upto = _shares(ends, B, Q, SEQUENCES, TILE, WANTED, LEAST)
     b = tl.sum((upto <= run).to(tl.int32))
     if b >= B:
         return
@@ -202,42 +211,53 @@ def _attend(
 
     row, h = tl.program_id(2) * M + tl.arange(0, M), tl.arange(0, H)
     there = row < Q * G
-    head = ((b * Q + row // G) * N + k * G + row % G)[:, None] * H
-    queries += head + h[None, :]
-    ends += b * Q + row // G
+    queries += ((b * Q + row // G) * N + k * G + row % G) * H
+    ends += b * Q
     table += b * P
-    bounds += b * (2 * VIEWS)
     pages = (tl.load(layer).to(tl.int64) * K + k) * (PAGES * PAGE) * H
     keys += pages
     values += pages
-    limit = tl.load(bounds + 2 * VIEWS - 1)
+    _, limit = _bounds(ends, 0, B, Q)
 
     m = tl.full((M,), START, tl.float32)
     l = tl.zeros((M,), tl.float32)
     acc = tl.zeros((M, H), tl.float32)
     for i in tl.range(VIEWS, num_stages=1):
-        q = tl.load(queries + (VIEWS - 1 - i) * (B * Q * N * H), mask=there[:, None], other=0)
-        stop = tl.load(bounds + 2 * i) // TILE * TILE
-        stop = tl.minimum(tl.maximum(stop, done), last)
+        view = VIEWS - 1 - i
+        whole, cut = _bounds(ends, view, B, Q)
+        q_at = queries + view * (B * Q * N * H)
+        q = tl.load(q_at[:, None] + h, mask=there[:, None], other=0)
+        stop = tl.minimum(tl.maximum(whole // TILE * TILE, done), last)
         page = pages_of(table, done, limit, PAGE, TILE)
         for first in range(done, stop, TILE):
-            key = tl.load(keys_at(keys, page, first, PAGE, TILE, H))
-            value = tl.load(keys_at(values, page, first, PAGE, TILE, H))
+            key = tl.load(keys_at(keys, page, first, PAGE, TILE, H)[:, None] + h)
+            value = tl.load(keys_at(values, page, first, PAGE, TILE, H)[:, None] + h)
             logits = tl.dot(q, key.T, input_precision="ieee")
             m, l, acc = _update(m, l, acc, logits, value)
             page = pages_of(table, first + TILE, limit, PAGE, TILE)
         done = stop
-        stop = tl.cdiv(tl.load(bounds + 2 * i + 1), TILE) * TILE
-        stop = tl.minimum(tl.maximum(stop, done), last)
+        stop = tl.minimum(tl.maximum(tl.cdiv(cut, TILE) * TILE, done), last)
         for first in range(done, stop, CUT):
             page = pages_of(table, first, limit, PAGE, CUT)
             at = keys_at(keys, page, first, PAGE, CUT, H)
             logits = cut_logits(
-                queries, there, ends, at, first, limit, VIEWS, B * Q * N * H, B * Q, M, CUT
+                queries,
+                there,
+                ends + row // G,
+                at,
+                first,
+                limit,
+                VIEWS,
+                B * Q * N * H,
+                B * Q,
+                M,
+                CUT,
+                H,
             )
-            exists = (first + tl.arange(0, CUT) < limit)[:, None]
-            value = tl.load(keys_at(values, page, first, PAGE, CUT, H), mask=exists, other=0)
-            m, l, acc = _update(m, l, acc, logits, value)
+            at = keys_at(values, page, first, PAGE, CUT, H)
+            exists = first + tl.arange(0, CUT) < limit
+            value = tl.load(at[:, None] + h, mask=exists[:, None], other=0)
+            m, l, acc = _update(m, l, acc, logits.T, value)
         done = stop
 
     seen = l > 0
@@ -250,7 +270,6 @@ def _attend(
 @triton.jit
 @no_type_check
 def _merge(
-    bounds,
     ends,
     partial,
     partial_lse,
@@ -261,7 +280,6 @@ def _merge(
     N: tl.constexpr,
     G: tl.constexpr,
     H: tl.constexpr,
-    VIEWS: tl.constexpr,
     SEQUENCES: tl.constexpr,
     TILE: tl.constexpr,
     WANTED: tl.constexpr,
@@ -270,7 +288,7 @@ def _merge(
 ):
     """One row: a query head of a token."""
     n, t, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    _, count, upto = _shares(bounds, B, SEQUENCES, VIEWS, TILE, WANTED, LEAST)
+    _, count, upto = _shares(ends, B, Q, SEQUENCES, TILE, WANTED, LEAST)
     last = _of(upto, b, SEQUENCES)
     h = tl.arange(0, H)
     m, l = START, 0.0

@@ -1,4 +1,4 @@
-"""Decode in Triton's interpreter: unread memory holds nan, as does what a kernel does not write."""
+"""Decode in Triton's interpreter: unread memory holds nan, as does what no kernel writes."""
 
 import functools
 

@@ -57,7 +57,7 @@ def launch(kernel, *args, outputs, grid, num_warps, num_stages, **constants):
         return [_array(each, of.dtype) for each, of in zip(results, outputs, strict=True)]
 
     if any(isinstance(each, jax.core.Tracer) for each in args):
-        return jax.pure_callback(run, list(outputs), *args)
+        return jax.pure_callback(run, list(outputs), *args, vmap_method="sequential")
     return list(map(jnp.asarray, run(*args)))
 
 
