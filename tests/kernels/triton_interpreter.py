@@ -1,6 +1,7 @@
 """Triton kernels in Triton's interpreter, on a CPU: in place of `triton_call.launch`."""
 
 import os
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +16,22 @@ torch = pytest.importorskip("torch", reason="PyTorch, which Triton interprets wi
 interpreter = pytest.importorskip("triton.runtime.interpreter")
 assert os.environ["TRITON_INTERPRET"] == "1"  # conftest: before a kernel is imported
 
+_ONE_AT_A_TIME = threading.Lock()  # the interpreter replaces functions of Triton while it runs
+
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Triton kernels run here; what they do not write is NaN or the lowest integer."""
-    monkeypatch.setattr(triton_call, "launch", launch)
-    monkeypatch.setattr(triton_call, "capability", lambda: 90)
-    monkeypatch.setattr(interpreter, "interpreter_builder", _Builder())
-    monkeypatch.setattr(interpreter, "_convert_float", _convert_float)
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", _patch_lang_tensor)
+    """Triton kernels run here."""
+    interpret(monkeypatch)
+
+
+def interpret(patch: pytest.MonkeyPatch):
+    """Run Triton kernels here; what they do not write is NaN or the lowest integer."""
+    patch.setattr(triton_call, "launch", launch)
+    patch.setattr(triton_call, "capability", lambda: 90)
+    patch.setattr(interpreter, "interpreter_builder", _Builder())
+    patch.setattr(interpreter, "_convert_float", _convert_float)
+    patch.setattr(interpreter, "_patch_lang_tensor", _patch_lang_tensor)
 
 
 # Triton 3.6 multiplies bfloat16 as the 16-bit integers in which it keeps it, and rounds to it
@@ -52,6 +60,10 @@ def launch(kernel, *args, outputs, grid, num_warps, num_stages, **constants):
     del num_warps, num_stages
 
     def run(*arrays):
+        with _ONE_AT_A_TIME:
+            return run_alone(*arrays)
+
+    def run_alone(*arrays):
         results = [_tensor(_unwritten(each)) for each in outputs]
         kernel[grid](*map(_tensor, arrays), *results, **constants)
         return [_array(each, of.dtype) for each, of in zip(results, outputs, strict=True)]
