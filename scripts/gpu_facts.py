@@ -30,11 +30,13 @@ def kernels(gpu: str, model: str) -> Iterator[dict]:
 
     from pallas_kernels.cases import MODELS
     from pallas_kernels.programs import PROGRAMS, inputs, program
+    from qwen_jax import sparse
 
+    tiles = sparse.tiles_on("gpu")
     case = MODELS[model].served(CONTEXT, tensor=TENSOR[model])
     layer = case.num_kv_heads * case.num_pages * case.page * case.head_dim
     for name in PROGRAMS:
-        args = jax.eval_shape(lambda name=name: inputs(name, case))
+        args = jax.eval_shape(lambda name=name: inputs(name, case, tiles=tiles))
         made = gpu_compile.compiled(gpu_compile.mesh(gpu), program(name, case, "triton"), *args)
         yield {
             "gpu": gpu,
@@ -42,7 +44,7 @@ def kernels(gpu: str, model: str) -> Iterator[dict]:
             "program": name,
             "kernels": [kernel._asdict() for kernel in made.kernels],
             "temporaries": made.memory.temp_size_in_bytes,
-            "copies_cache": _copies(made.text, layer, case.num_layers),
+            "copies_cache": bool(hlo.sizes(made.text) & {layer, layer * case.num_layers}),
         }
 
 
@@ -75,8 +77,12 @@ def steps(gpu: str) -> Iterator[dict]:
 
 
 def _copies(text: str, layer: int, num_layers: int) -> bool:
-    """Whether a program makes an array of the size of the cache or of one of its layers."""
-    return bool(hlo.sizes(text) & {layer, layer * num_layers} - hlo.sizes(text, "custom-call"))
+    """Whether a step makes an array of the size of a layer of the cache, or copies all of them.
+
+    It also overwrites the cache where it lies, which looks as if it made one of that size.
+    """
+    copied = hlo.sizes(text, "copy", "copy-start", "transpose")
+    return layer in hlo.sizes(text) or layer * num_layers in copied
 
 
 def main() -> None:
@@ -102,20 +108,22 @@ def main() -> None:
 
 
 def _print(row: dict, *, as_json: bool) -> None:
+    """A row as JSON, or the rows of tables."""
     if as_json:
         print(json.dumps(row), flush=True)
         return
-    mib = f"{row['temporaries'] / 2**20:,.1f} MiB"
-    cells = row["gpu"], row["model"], row["program"]
+    cells = [row["gpu"], row["model"], row["program"]]
+    beside = f"{row['temporaries'] / 1e6:,.1f} MB"
     if "kernels" not in row:
-        print(*cells, f"{row['peak'] / 2**30:.2f} GiB at once, {mib} beside what it is given")
+        print("|", " | ".join([*cells, f"{row['peak'] / 2**30:.2f} GiB", beside]), "|", flush=True)
     for kernel in row.get("kernels", ()):
         facts = (
-            f"{kernel['registers']} registers",
-            f"{kernel['spilled']} B spilled",
-            f"{kernel['shared']:,} B shared",
+            f"{kernel['registers']}",
+            f"{kernel['spilled']}",
+            f"{kernel['shared'] / 1024:.0f} KiB",
         )
-        print(*cells, kernel["name"], *facts, mib, sep="  ", flush=True)
+        named = f"`{kernel['name']}`"
+        print("|", " | ".join([*cells, named, *facts, beside]), "|", flush=True)
 
 
 if __name__ == "__main__":
