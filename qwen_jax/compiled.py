@@ -76,7 +76,8 @@ def mesh_of(topology: devices.Topology, shape: MeshShape) -> Mesh:
     """
     if topology.device.platform != "tpu":
         raise ConfigError(
-            f"{topology.name}: programs can be compiled without devices for TPUs only"
+            f"{topology.name}: programs can be compiled without devices for TPUs only: "
+            "leave out --compile"
         )
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError("the TPU compiler is not installed: pip install libtpu")

@@ -1,7 +1,7 @@
 """How a million tokens scale over devices: the tables and the plot of docs/scaling.md.
 
 What the TPU compiler says of the published models on whole topologies lies in
-docs/scaling.json; --compile asks it anew, for an hour. The tables that follow from sizes and
+docs/scaling.json; --compile asks it anew, for half an hour. The tables that follow from sizes and
 published rates are computed here. Nothing is run, so nothing is a measured time.
 
     python scripts/scaling.py [--compile [7b:v5e:4x4:1010000 ...]]

@@ -198,7 +198,8 @@ def test_the_text_names_what_the_compiler_made_or_why_it_refused(tmp_path, run, 
 def test_only_tpus_can_be_compiled_for_without_one(topology, model, run):
     code, out, err = run("plan", model, "--topology", topology, "--compile")
     assert (code, out) == (2, "")
-    assert err == (f"error: {topology}: programs can be compiled without devices for TPUs only\n")
+    reason = "programs can be compiled without devices for TPUs only: leave out --compile"
+    assert err == f"error: {topology}: {reason}\n"
 
 
 @pytest.mark.parametrize("topology", ["v5e:3x5", "v4:2x2x1"])
