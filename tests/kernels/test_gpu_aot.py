@@ -14,6 +14,7 @@ import pytest
 from pallas_kernels import versions
 from pallas_kernels.cases import MODELS
 from pallas_kernels.programs import PROGRAMS
+from qwen_jax import sparse
 
 MISSING = versions.triton_fault() or (
     "the compiler of NVIDIA GPUs (pip install jax-cuda13-plugin jax-cuda13-pjrt) is not installed"
@@ -54,7 +55,7 @@ def bound(name, model):
     if name == "prefill":
         return 2**20
     if name == "sparse prefill":  # lists of blocks and columns of its programs
-        blocks = case.context // 128 + 32
+        blocks = case.context // sparse.tiles_on("gpu").k + 32
         return 4 * 1024 * (blocks + case.num_columns) + 2**24
     return 2**23 if name == "selection" else 2**22
 
