@@ -7,11 +7,11 @@ each region does nothing but attend, and what a mask or a border of chunks cuts 
 views that it needs. Where these loops end is computed outside, a few numbers a tile.
 
 The blocks of a plan are bits and a loop that reads ahead cannot search, so a program first lists
-where the blocks of a region lie, and the single columns that none of them covers. Lists belong to
+where the blocks of its tile lie, and the single columns that none of them covers. Lists belong to
 programs, each of which takes many tiles in turn, so that they do not grow with the slice; there
 are several programs for each place on a GPU, lest some places be idle at the end. Columns are read
-where they lie: a key fills whole lines of the cache, and a packed copy would be larger than the
-lists. `triton_tile` attends.
+where they lie: a key fills whole lines of the cache, and a packed copy of those of all heads would
+be larger than the lists. `triton_tile` attends.
 """
 
 import functools
@@ -45,6 +45,7 @@ LEAST_STEPS = 32  # of keys, of a program that has a part of them
 PROGRAMS = 1024
 WIDE = 256  # bytes of a key, from which on tiles are smaller
 LISTED = 1024  # blocks or columns looked at together
+APART = 64  # keys of a step that lie apart, at most: their addresses take registers
 
 
 class Usual(NamedTuple):
@@ -95,7 +96,7 @@ def prefill(
 
     Raises:
         Unsupported: if the heads are of no size in `TRITON_HEADS`, the cache of another type
-            than the queries, or these more than 32 bits count.
+            than the queries, or these or the keys of a head more than 32 bits count.
     """
     views, T, N, H = queries.shape
     _, K, pages, page, _ = keys.shape
@@ -103,8 +104,10 @@ def prefill(
         raise Unsupported(f"heads of {H} are none of {', '.join(map(str, TRITON_HEADS))}")
     if not queries.dtype == keys.dtype == values.dtype:
         raise Unsupported(f"queries of {queries.dtype}, keys of {keys.dtype}: not of one type")
-    if T * N * H >= 2**31:
-        raise Unsupported(f"{T} queries of {N} x {H} numbers: more than 32 bits count")
+    if max(T * N, pages * page) * H >= 2**31:
+        raise Unsupported(
+            f"{T} x {N} queries or {pages * page} keys of {H} numbers: more than 32 bits count"
+        )
     capability = triton_call.capability()
     usual = next(each for each in USUAL if each.capability <= capability)
     if H * keys.dtype.itemsize > WIDE:
@@ -207,7 +210,7 @@ def _launch_sparse(
     _, T, N, H = queries.shape
     _, count, words = plan.blocks.shape
     V, BLOCK_M, q, B = plan.columns.shape[1], constants["BLOCK_M"], plan.tiles.q, plan.tiles.k
-    BLOCK_N = math.gcd(B, most)
+    BLOCK_N = math.gcd(B, min(most, APART))
     whole = B if BLOCK_N >= LEAST else None
     tile = jnp.arange(count, dtype=jnp.int32)[:, None] * q
     first = tile + jnp.arange(0, q, BLOCK_M, dtype=jnp.int32)
@@ -228,6 +231,7 @@ def _launch_sparse(
             jax.ShapeDtypeStruct((T, N), jnp.float32),
             jax.ShapeDtypeStruct((programs, 32 * words), jnp.int32),
             jax.ShapeDtypeStruct((programs, V), jnp.int32),
+            jax.ShapeDtypeStruct((programs, constants["VIEWS"] + 1, 2), jnp.int32),
         ],
         grid=(programs,),
         V=V,
@@ -278,8 +282,7 @@ def _dense(
     head, part = tl.program_id(1), tl.program_id(2)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest first
     bound = bounds + (part * tl.num_programs(0) + tile) * 2 * (VIEWS + 2)
-    layer, start = tl.load(where), tl.load(where + 1)
-    length, index = tl.load(where + 2), tl.load(where + 3)
+    layer = tl.load(where)
     keys += (layer * K + head).to(tl.int64) * (PAGES * PAGE * H)
     values += (layer * K + head).to(tl.int64) * (PAGES * PAGE * H)
     out += part.to(tl.int64) * (T * N * H)
@@ -289,11 +292,11 @@ def _dense(
     low = tl.load(bound)
     for region in range(VIEWS):
         high = tl.load(bound + 2 * region + 2)
-        rows = tl.load(bound + 2 * region + 3), T * G, head, start, length
+        rows = tl.load(bound + 2 * region + 3), T * G, head
         q = queries_of(queries, VIEWS - 1 - region, rows, T, N, G, BLOCK_M, H)
         state = sweep(state, q, low, high, keys, values, table, None, PAGE, 0, BLOCK_N)
         low = high
-    rows = tl.load(bound + 2 * VIEWS + 3), T * G, head, start, length
+    rows = tl.load(bound + 2 * VIEWS + 3), T * G, head
     state = sweep_cut(
         state,
         queries,
@@ -305,7 +308,7 @@ def _dense(
         table,
         None,
         1,
-        index,
+        where,
         T,
         N,
         G,
@@ -316,7 +319,7 @@ def _dense(
         CHUNK,
         STEP,
     )
-    rows = tl.load(bound + 1), T * G, head, start, length
+    rows = tl.load(bound + 1), T * G, head
     finish(state, out, lse, rows, N, G, BLOCK_M, H)
 
 
@@ -335,6 +338,7 @@ def _sparse(
     lse,
     block_lists,
     column_lists,
+    list_lengths,
     T: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -361,75 +365,93 @@ def _sparse(
             block and the column where each region ends, then where all do; with each the first
             row, as in `_dense`.
         words: of the bits of blocks [N, tiles, WORDS].
-        block_lists: [programs, 32 WORDS], and column_lists [programs, V].
+        block_lists: [programs, 32 WORDS], and column_lists [programs, V]: of a region from its
+            first block or column on. What a mask cuts is listed by local keys, all else by rows
+            of the cache. list_lengths [programs, VIEWS + 1, 2] says how many are listed.
     """
     PARTS: tl.constexpr = (Q + BLOCK_M - 1) // BLOCK_M
     TILES: tl.constexpr = (T + Q - 1) // Q * PARTS
-    layer, start = tl.load(where), tl.load(where + 1)
-    length, index = tl.load(where + 2), tl.load(where + 3)
     blocks = block_lists + tl.program_id(0) * (32 * WORDS)
     singles = column_lists + tl.program_id(0) * V
-    for number in range(tl.program_id(0), N * TILES, tl.num_programs(0)):
+    nums = list_lengths + tl.program_id(0) * 2 * (VIEWS + 1)
+    # What every tile computes anew takes no registers between.
+    for number in tl.range(tl.program_id(0), N * TILES, tl.num_programs(0), disable_licm=True):
         head, tile = number // TILES, TILES - 1 - number % TILES  # the longest of a head first
         stop = tl.minimum((tile // PARTS + 1) * Q, T)
         bound = bounds + (head * TILES + tile) * 3 * (VIEWS + 1)
         bits = words + (head * (TILES // PARTS) + tile // PARTS) * WORDS
         of_head = columns + head * V
-        cache = (layer * K + head // (N // K)).to(tl.int64) * (PAGES * PAGE * H)
+        cache = (tl.load(where) * K + head // (N // K)).to(tl.int64) * (PAGES * PAGE * H)
+
+        tl.debug_barrier()  # all have read what was listed before
+        block, column = 0, 0
+        for part in range(VIEWS + 1):
+            to_block, to_column = tl.load(bound + 3 * part), tl.load(bound + 3 * part + 1)
+            in_cache = part < VIEWS
+            num = _list_blocks(
+                blocks + block, bits, block, to_block, table, in_cache, PAGE, BLOCK, LISTED
+            )
+            num_singles = _list_columns(
+                singles + column,
+                bits,
+                of_head,
+                column,
+                to_column,
+                table,
+                in_cache,
+                PAGE,
+                BLOCK,
+                LISTED,
+            )
+            tl.store(nums + 2 * part, num)
+            tl.store(nums + 2 * part + 1, num_singles)
+            block, column = to_block, to_column
+        tl.debug_barrier()
 
         state = start_of(BLOCK_M, H)
         block, column = 0, 0
         if BLOCK % BLOCK_N == 0:
             for region in range(VIEWS):
-                to_block = tl.load(bound + 3 * region)
-                to_column = tl.load(bound + 3 * region + 1)
-                tl.debug_barrier()  # all have read what was listed before
-                num = _list_blocks(blocks, bits, block, to_block, table, PAGE, BLOCK, True, LISTED)
-                num_singles = _list_columns(
-                    singles, bits, of_head, column, to_column, table, PAGE, BLOCK, True, LISTED
-                )
-                tl.debug_barrier()
-                rows = tl.load(bound + 3 * region + 2), stop, head, start, length
+                rows = tl.load(bound + 3 * region + 2), stop, head
                 q = queries_of(queries, VIEWS - 1 - region, rows, T, N, 1, BLOCK_M, H)
                 state = sweep(
                     state,
                     q,
                     0,
-                    num * (BLOCK // BLOCK_N),
+                    tl.load(nums + 2 * region) * (BLOCK // BLOCK_N),
                     keys + cache,
                     values + cache,
                     table,
-                    blocks,
+                    blocks + block,
                     PAGE,
                     BLOCK,
                     BLOCK_N,
                 )
                 state = sweep_singles(
-                    state, q, num_singles, keys + cache, values + cache, singles, BLOCK_N
+                    state,
+                    q,
+                    tl.load(nums + 2 * region + 1),
+                    keys + cache,
+                    values + cache,
+                    singles + column,
+                    BLOCK_N,
                 )
-                block, column = to_block, to_column
-        to_block = tl.load(bound + 3 * VIEWS)
-        to_column = tl.load(bound + 3 * VIEWS + 1)
-        tl.debug_barrier()
-        num = _list_blocks(blocks, bits, block, to_block, table, PAGE, BLOCK, False, LISTED)
-        num_singles = _list_columns(
-            singles, bits, of_head, column, to_column, table, PAGE, BLOCK, False, LISTED
-        )
-        tl.debug_barrier()
-        rows = tl.load(bound + 3 * VIEWS + 2), stop, head, start, length
+                block, column = tl.load(bound + 3 * region), tl.load(bound + 3 * region + 1)
+        rows = tl.load(bound + 3 * VIEWS + 2), stop, head
         for singly in range(2):
+            num = tl.load(nums + 2 * VIEWS + singly)
             state = sweep_cut(
                 state,
                 queries,
                 rows,
                 0,
-                tl.where(singly > 0, num_singles, num * BLOCK),
+                tl.where(singly > 0, num, num * BLOCK),
                 keys + cache,
                 values + cache,
                 table,
-                tl.where(singly > 0, singles, blocks),
+                tl.where(singly > 0, singles + column, blocks + block),
                 tl.where(singly > 0, 1, BLOCK),
-                index,
+                where,
                 T,
                 N,
                 1,
@@ -440,7 +462,7 @@ def _sparse(
                 CHUNK,
                 STEP,
             )
-        rows = tl.load(bound + 2), stop, head, start, length
+        rows = tl.load(bound + 2), stop, head
         finish(state, out, lse, rows, N, 1, BLOCK_M, H)
 
 
@@ -452,9 +474,9 @@ def _list_blocks(
     low,
     high,
     table,
+    in_cache,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
-    IN_CACHE: tl.constexpr,
     LISTED: tl.constexpr,
 ):
     """List where the blocks [low, high) begin whose bits are set; see `_append`."""
@@ -463,7 +485,7 @@ def _list_blocks(
         block = first + tl.arange(0, LISTED)
         word = tl.load(bits + block // 32, block < high, 0)
         keep = ((word >> (block % 32)) & 1 == 1) & (block < high)
-        count = _append(found, count, block * BLOCK, keep, table, PAGE, IN_CACHE)
+        count = _append(found, count, block * BLOCK, keep, table, in_cache, PAGE)
     return count
 
 
@@ -476,9 +498,9 @@ def _list_columns(
     low,
     high,
     table,
+    in_cache,
     PAGE: tl.constexpr,
     BLOCK: tl.constexpr,
-    IN_CACHE: tl.constexpr,
     LISTED: tl.constexpr,
 ):
     """List where those columns [low, high) are that lie in no block whose bit is set."""
@@ -488,16 +510,16 @@ def _list_columns(
         column = tl.load(columns + i, i < high, 0)
         word = tl.load(bits + column // (32 * BLOCK), i < high, 0)
         keep = ((word >> (column // BLOCK % 32)) & 1 == 0) & (i < high)
-        count = _append(found, count, column, keep, table, PAGE, IN_CACHE)
+        count = _append(found, count, column, keep, table, in_cache, PAGE)
     return count
 
 
 @triton.jit
 @no_type_check
-def _append(found, count, local, keep, table, PAGE: tl.constexpr, IN_CACHE: tl.constexpr):
+def _append(found, count, local, keep, table, in_cache, PAGE: tl.constexpr):
     """Add local keys to the `count` that are found, or the rows of the cache where they lie."""
-    if IN_CACHE:
-        local = tl.load(table + local // PAGE, keep, 0) * PAGE + local % PAGE
+    row = tl.load(table + local // PAGE, keep, 0) * PAGE + local % PAGE
     chosen = keep.to(tl.int32)
-    tl.store(found + count + tl.cumsum(chosen, 0) - chosen, local, keep)
+    place = count + tl.cumsum(chosen, 0) - chosen
+    tl.store(found + place, tl.where(in_cache, row, local), keep)
     return count + tl.sum(chosen, 0)

@@ -1,9 +1,9 @@
 """What a program of the Triton kernels of prefill does with its tile of queries.
 
 Row r of a tile is of query r // G and head r % G of the G heads that share its keys; `rows` is
-where a tile lies: its first row, one past the last of those that exist, and the kv head; then
-position of the first query, and how many queries count. The state of a row is that of
-`softmax`, its logits to base 2. `at` is a row of the cache of a head, which its pages make up.
+where a tile lies: its first row, one past the last of those that exist, and the kv head. The
+state of a row is that of `softmax`, its maximum to base 2. Where a key lies is said as a row of
+the cache of a head, which its pages make up.
 """
 
 from typing import no_type_check
@@ -57,7 +57,7 @@ def finish(
 @no_type_check
 def _rows(rows, N: tl.constexpr, G: tl.constexpr, BLOCK_M: tl.constexpr):
     """The query of each row, its place among the queries of all heads, and whether it exists."""
-    first, stop, head, _, _ = rows
+    first, stop, head = rows
     r = first + tl.arange(0, BLOCK_M)
     return r // G, r // G * N + head * G + r % G, r < stop
 
@@ -117,7 +117,7 @@ def sweep(
     # could not be on their way before.
     at = _at_step(low, high, table, found, PAGE, BLOCK, STEP)
     for j in range(low, high):
-        here = at.to(tl.int64) * H
+        here = at * H
         at = _at_step(j + 1, high, table, found, PAGE, BLOCK, STEP)
         logits = tl.dot(q, tl.trans(tl.load(keys + here + within)), input_precision="ieee")
         state = attend(state, logits, tl.load(values + here + within))
@@ -131,9 +131,9 @@ def sweep_singles(state, q, num, keys, values, found, STEP: tl.constexpr):
     H: tl.constexpr = q.shape[1]
     i = tl.arange(0, STEP)
     last = tl.maximum(num - 1, 0)
-    at = tl.load(found + tl.minimum(i, last))
+    at = tl.load(found + tl.minimum(i, last), num > 0, 0)
     for first in range(0, num, STEP):
-        here = at.to(tl.int64)[:, None] * H + tl.arange(0, H)
+        here = at[:, None] * H + tl.arange(0, H)
         at = tl.load(found + tl.minimum(first + STEP + i, last))
         logits = tl.dot(q, tl.trans(tl.load(keys + here)), input_precision="ieee")
         logits = tl.where((first + i < num)[None, :], logits, float("-inf"))
@@ -154,7 +154,7 @@ def sweep_cut(
     table,
     found,
     block,
-    index,
+    where,
     T: tl.constexpr,
     N: tl.constexpr,
     G: tl.constexpr,
@@ -171,9 +171,10 @@ def sweep_cut(
 
     Args:
         found: local keys where blocks of `block` keys begin; None for all keys.
-        index: of the shard, of COUNT; PAGE is the part of a page that lies here.
+        where: layer, start, length, index of the shard, of COUNT; a part of a page, PAGE, lies
+            here.
     """
-    start, length = rows[3], rows[4]
+    start, length, index = tl.load(where + 1), tl.load(where + 2), tl.load(where + 3)
     h = tl.arange(0, H)
     for first in tl.range(low, high, STEP, num_stages=1):
         t = _rows(rows, N, G, BLOCK_M)[0]
@@ -185,7 +186,7 @@ def sweep_cut(
             local = tl.load(found + local // block, listed, 0) + local % block
         k_pos = tl.where(listed, _position(local, index, PAGE, COUNT), FAR)
         exists = k_pos <= newest
-        page = tl.load(table + local // PAGE, exists, 0).to(tl.int64)
+        page = tl.load(table + local // PAGE, exists, 0)
         here = (page * PAGE + local % PAGE)[:, None] * H + h
 
         near, far = 0, 0
