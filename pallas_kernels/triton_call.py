@@ -56,7 +56,7 @@ def launch(
     kernel: Any,
     *args: Array,
     outputs: Sequence[jax.ShapeDtypeStruct],
-    grid: tuple[int, ...],
+    grid: tuple[int] | tuple[int, int] | tuple[int, int, int],
     num_warps: int,
     num_stages: int,
     **constants: Any,

@@ -169,7 +169,7 @@ def compiled(mesh, function: Callable, *args, **options) -> Compiled:
     with jax.set_mesh(mesh):
         done = jax.jit(function, **options).lower(*jax.tree.map(described, args)).compile()
     new = sorted(set(Path(os.environ[_DUMP]).iterdir()) - before)
-    return Compiled(done.memory_analysis(), done.as_text(), [_kernel(each) for each in new])
+    return Compiled(done.memory_analysis(), done.as_text() or "", [_kernel(each) for each in new])
 
 
 def ready() -> bool:
