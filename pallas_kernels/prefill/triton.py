@@ -218,7 +218,9 @@ def _launch_sparse(
     end = end[..., None]
     blocks = jnp.concatenate([stops, -(-end // B)], -1)
     keys = jnp.concatenate([stops * B, end], -1)
-    columns = jax.vmap(jnp.searchsorted, (0, None))(plan.columns, keys).astype(jnp.int32)
+    # Without a loop, whose steps would each be a program on the GPU.
+    before = functools.partial(jnp.searchsorted, method="scan_unrolled")
+    columns = jax.vmap(before, (0, None))(plan.columns, keys).astype(jnp.int32)
     programs = min(programs, N * first.size)
     out, lse, *_ = triton_call.launch(
         _sparse,
