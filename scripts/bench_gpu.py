@@ -3,9 +3,10 @@
     python3 scripts/bench_gpu.py [--sections prefill,decode] [--backends triton] [--out FILE.jsonl]
     python3 scripts/bench_gpu.py --dry-run
 
-Needs jax for CUDA, this repository and what its backends need, such as jax-triton; PyTorch where it
-is to be compared with. Writes a line of JSON a figure, to FILE or in between, and last a table and
-the targets. What cannot run is a row with its reason. Exits with 1 if a result was wrong.
+Needs jax for CUDA, jaxtyping, this repository and what its backends need, such as jax-triton; also
+PyTorch where it is to be compared with. Writes a line of JSON a figure, to FILE or in between, and
+last a table and the targets. What cannot run is a row with its reason. Exits with 1 if a result was
+wrong, if a check failed otherwise, or if a backend that is to be timed passed none.
 
 Checks. Before anything is timed every backend runs small and medium shapes on fresh random values,
 the seed of which is printed, and again each shape that is timed, of which a few rows are compared.
@@ -120,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
     print_table(bench)
     print_targets(bench)
-    return 1 if bench.wrong else 0
+    return 0 if proven(bench) else 1
 
 
 class Bench:
@@ -284,6 +285,17 @@ def correct(bench: Bench) -> None:
                 reason = bench.rows[-1].get("reason", "")
                 if reason.startswith(WrongError.__name__):
                     bench.wrong.setdefault((who, what), f"{figure}: {reason}")
+
+
+def proven(bench: Bench) -> bool:
+    """Whether nothing was wrong, and every backend that is timed passed a check and failed none."""
+    checked = [row for row in bench.rows if row["section"] == "correct"]
+    passed = {row["who"] for row in checked if row["value"] is not None}
+    failed = any(
+        row["value"] is None and not row["reason"].startswith(backend.Unsupported.__name__)
+        for row in checked
+    )
+    return not bench.wrong and not failed and passed >= set(bench.timed)
 
 
 def checks(
@@ -655,7 +667,7 @@ def versions() -> dict[str, str | None]:
 def commit() -> str:
     try:
         done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
+            ["git", "describe", "--always", "--dirty", "--exclude=*"],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -102,6 +102,21 @@ def test_what_is_wrong_at_the_size_that_is_timed_is_not_timed_either(tmp_path, m
     assert reasons[3] == "LookupError: in one window was not timed"
 
 
+@pytest.mark.parametrize("error", [RuntimeError, backend.Unsupported])
+def test_a_backend_that_passes_no_check_is_no_success(tmp_path, monkeypatch, error):
+    def fail(*_, **__):
+        raise error("no such kernel")
+
+    monkeypatch.setattr(xla, "prefill", fail)
+    every = bench_gpu.checks
+    monkeypatch.setattr(bench_gpu, "checks", lambda *args: itertools.islice(every(*args), 1))
+    status, rows = run(tmp_path, "--sections", "correct")
+    assert status == 1
+    reasons = {row["reason"] for row in rows if row["section"] == "correct"}
+    assert len(reasons) == 1
+    assert reasons.pop().startswith(f"{error.__name__}: ")
+
+
 def test_it_needs_a_gpu_and_known_names(capsys):
     for flags in ([], ["--dry-run", "--sections", "x"], ["--dry-run", "--backends", "triton"]):
         with pytest.raises(SystemExit):
