@@ -486,7 +486,7 @@ def _list_blocks(
     for first in range(low, high, LISTED):
         block = first + tl.arange(0, LISTED)
         word = tl.load(bits + block // 32, block < high, 0)
-        keep = ((word >> (block % 32)) & 1 == 1) & (block < high)
+        keep = (word >> (block % 32)) & 1 == 1
         count = _append(found, count, block * BLOCK, keep, table, in_cache, PAGE)
     return count
 
@@ -510,8 +510,8 @@ def _list_columns(
     for first in range(low, high, LISTED):
         i = first + tl.arange(0, LISTED)
         column = tl.load(columns + i, i < high, 0)
-        word = tl.load(bits + column // (32 * BLOCK), i < high, 0)
-        keep = ((word >> (column // BLOCK % 32)) & 1 == 0) & (i < high)
+        word = tl.load(bits + column // (32 * BLOCK), i < high, -1)
+        keep = (word >> (column // BLOCK % 32)) & 1 == 0
         count = _append(found, count, column, keep, table, in_cache, PAGE)
     return count
 

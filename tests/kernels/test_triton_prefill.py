@@ -24,9 +24,15 @@ from triton_interpreter import interpreted  # noqa: F401
 
 from pallas_kernels.prefill import triton
 
-pytestmark = pytest.mark.usefixtures("interpreted")
+pytestmark = pytest.mark.usefixtures("interpreted", "few_at_once")
 COLUMNS = 40
 OPTIONS = {"tiles": Tiles(q=32, k=16), "step": 16, "programs": 3}
+
+
+@pytest.fixture
+def few_at_once(monkeypatch):
+    """Lists are made of several pieces even here."""
+    monkeypatch.setattr(triton, "LISTED", 16)
 
 
 def case_of(**sizes):
