@@ -6,6 +6,7 @@ works in a process started with `ENVIRONMENT` (`in_child`).
 """
 
 import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -170,6 +171,18 @@ def compiled(mesh, function: Callable, *args, **options) -> Compiled:
         done = jax.jit(function, **options).lower(*jax.tree.map(described, args)).compile()
     new = sorted(set(Path(os.environ[_DUMP]).iterdir()) - before)
     return Compiled(done.memory_analysis(), done.as_text() or "", [_kernel(each) for each in new])
+
+
+def missing() -> str | None:
+    """Which packages programs cannot be compiled without; None if all are there."""
+    from pallas_kernels.versions import triton_fault
+
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        return (
+            "the compiler of NVIDIA GPUs is not installed: pip install jax-cuda13-plugin "
+            "jax-cuda13-pjrt, in the version of jax"
+        )
+    return triton_fault()
 
 
 def ready() -> bool:

@@ -92,6 +92,15 @@ def main() -> None:
     parser.add_argument("--steps", action="store_true", help="of the first GPU")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
+    fault = gpu_compile.missing()
+    if fault:
+        parser.error(fault)
+    for name in args.gpus.split(","):
+        if name not in gpu_compile.GPUS:
+            parser.error(f"there is no GPU {name!r}; there are {', '.join(gpu_compile.GPUS)}")
+    for name in filter(None, args.models.split(",")):
+        if name not in TENSOR:
+            parser.error(f"there is no model {name!r}; there are {', '.join(TENSOR)}")
     if not gpu_compile.ready():
         arguments = [*sys.argv[1:], *([] if args.json else ["--json"])]
         for row in gpu_compile.in_child(__file__, *arguments):

@@ -5,23 +5,17 @@ the kernels for one GPU; the rest takes minutes: `make test-gpu-aot`.
 """
 
 import functools
-import importlib.util
 
 import gpu_compile
 import gpu_facts
 import pytest
 
-from pallas_kernels import versions
 from pallas_kernels.cases import MODELS
 from pallas_kernels.programs import PROGRAMS
 from qwen_jax import sparse
 
-MISSING = versions.triton_fault() or (
-    "the compiler of NVIDIA GPUs (pip install jax-cuda13-plugin jax-cuda13-pjrt) is not installed"
-    if importlib.util.find_spec("jax_cuda13_plugin") is None
-    else ""
-)
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
+MISSING = gpu_compile.missing()
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING or "")
 
 SOON = {("h200", "7B")}
 PAIRS = [
