@@ -31,6 +31,7 @@ def settings(
             "last_q": sparse.last_q,
             "threshold": sparse.threshold if dense_to is None else dense_to,
             "least_recall": opened.flags.least_recall,
+            "dense_tail": opened.flags.dense_tail,
         }
     return {
         "task": family,

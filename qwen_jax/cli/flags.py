@@ -78,6 +78,12 @@ class ModelFlags:
         float | None,
         option("Where a head would find less than this share of a slice's attention, it is dense."),
     ] = None
+    dense_tail: Annotated[
+        int,
+        typer.Option(
+            help="Tokens at a prompt's end that sparse prefill computes densely; vLLM has 0."
+        ),
+    ] = 256
     max_len: Annotated[
         int | None,
         option("Longest prompt and answer together, in tokens; what config.json declares."),
@@ -310,6 +316,7 @@ class Model:
             backend=self.flags.backend,
             sparse=self.sparse,
             least_recall=self.flags.least_recall or 0.0,
+            dense_tail=self.flags.dense_tail,
         )
         placement.check_memory(self.config, settings, name, mesh)
         engine = build(self.config, self.weights() if weights is None else weights, settings)
@@ -336,7 +343,8 @@ class Model:
             text = f"DCA chunk {geometry.chunk_size}, local {geometry.local_size}, {temperature}"
         if self.sparse is None:
             return f"{text}; dense prefill"
-        return f"{text}; sparse prefill of prompts over {self.sparse.threshold:,} tokens"
+        tail = f", the last {self.flags.dense_tail} densely" if self.flags.dense_tail else ""
+        return f"{text}; sparse prefill of prompts over {self.sparse.threshold:,} tokens{tail}"
 
 
 def open_model(directory: Path, flags: ModelFlags) -> Model:
@@ -354,6 +362,8 @@ def open_model(directory: Path, flags: ModelFlags) -> Model:
         value, least = getattr(flags, name), 0 if name == "dca_original" else 1
         if value is not None and not least <= value < 2**31:
             raise ConfigError(f"{_spelled(name)} {value} must be at least {least}")
+    if not 0 <= flags.dense_tail < 2**31:
+        raise ConfigError(f"--dense-tail {flags.dense_tail} must be at least 0")
     if flags.least_recall is not None and not 0 < flags.least_recall <= 1:
         raise ConfigError(f"--least-recall {flags.least_recall} must be over 0 and at most 1")
     config = _with_dual_chunk(model_config(directory), flags)

@@ -54,6 +54,8 @@ class EngineConfig:
         sparse: budgets of sparse prefill, for prompts over its threshold; None prefills
             all densely.
         least_recall: a head that recalls less of a slice is computed densely.
+        dense_tail: tokens at the end of a prompt, where the question is, that are prefilled
+            densely like the answer after them; 0 for none, as in vLLM.
 
     Raises:
         ConfigError: if a number is out of range.
@@ -69,9 +71,17 @@ class EngineConfig:
     backend: str | None = None
     sparse: SparseConfig | None = None
     least_recall: float = 0.0
+    dense_tail: int = 256
 
     def __post_init__(self):
-        least = {"max_len": 1, "max_seqs": 1, "num_pages": 2, "page": 1, "vocab_limit": 1}
+        least = {
+            "max_len": 1,
+            "max_seqs": 1,
+            "num_pages": 2,
+            "page": 1,
+            "vocab_limit": 1,
+            "dense_tail": 0,
+        }
         for name, low in least.items():
             value = getattr(self, name)
             if value is not None and not low <= value < 2**31:
@@ -135,6 +145,7 @@ class Engine:
             max_seqs=config.max_seqs,
             slices=self._slices,
             boundary=self._boundary,
+            dense_tail=config.dense_tail,
             scales=self._scales,
         )
         budgets = None
@@ -278,7 +289,8 @@ class Engine:
     ) -> Iterator[tuple[int, int, SparsePlan, Report]]:
         """How a text is prefilled sparsely: of each slice start, length, plan and figures.
 
-        The plan is that of one layer and query head, before the guard of `least_recall`.
+        The plan is that of one layer and query head, before the guard of `least_recall`,
+        and goes on to the end of the text, without `dense_tail`.
         Holds pages while it is being iterated.
 
         Raises:
@@ -405,13 +417,14 @@ class Engine:
             table_len=self._table_len,
             scales=sequence.scales,
         )
-        if sequence.sparse is None:
-            logits = self._runner.prefill(step)
-        else:
+        density = recall = np.ones(())
+        if piece.is_sparse:
             logits, report = self._runner.prefill_sparse(step)
-            sequence.sparse = sequence.sparse.plus(
-                piece.start, piece.length, np.asarray(report.density), np.asarray(report.recall)
-            )
+            density, recall = np.asarray(report.density), np.asarray(report.recall)
+        else:
+            logits = self._runner.prefill(step)
+        if sequence.sparse is not None:
+            sequence.sparse = sequence.sparse.plus(piece.start, piece.length, density, recall)
         # After every slice, to wait for it and to see at once when numbers go wrong.
         token = self._runner.choose(logits, batch.choice(sampling, row=sequence.row, position=stop))
         if token < 0:

@@ -121,7 +121,7 @@ class Sparseness:
     tokens: int = 0
 
     def plus(self, start: int, length: int, density, recall) -> "Sparseness":
-        """With one more slice, whose arrays hold a value per layer and head."""
+        """With one more slice, whose arrays hold a value per layer and head; 1 if dense."""
         new = length * start + length * (length + 1) // 2
         pairs, tokens = self.pairs + new, self.tokens + length
         return Sparseness(

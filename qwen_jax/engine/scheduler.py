@@ -21,6 +21,7 @@ class Slice:
     start: int
     length: int
     size: int
+    is_sparse: bool = False
 
     @property
     def is_last(self) -> bool:
@@ -79,6 +80,7 @@ class Scheduler:
         page: tokens a page.
         slices: lengths that prefill is compiled for, largest first.
         boundary: a slice never crosses a multiple of it; None for no such limit.
+        dense_tail: tokens at the end of a prompt that are prefilled densely in any case.
         scales: attention scales of a sequence of so many tokens. Pages are
             shared only between prompts for which they are equal.
     """
@@ -91,12 +93,14 @@ class Scheduler:
         max_seqs: int,
         slices: tuple[int, ...],
         boundary: int | None,
+        dense_tail: int = 0,
         scales: Callable[[int], tuple[float, float]],
     ):
         self._pages = pages
         self._page = page
         self._slices = slices
         self._boundary = boundary
+        self._dense_tail = dense_tail
         self._scales = scales
         self._rows = list(range(max_seqs))
         self._waiting: collections.deque[Sequence] = collections.deque()
@@ -209,6 +213,9 @@ class Scheduler:
             sequence.num_linked += 1
 
     def _slice(self, sequence: Sequence) -> Slice:
-        start = sequence.filled
-        length, size = cut(start, sequence.prompt_len, self._slices, self._boundary)
-        return Slice(sequence=sequence, start=start, length=length, size=size)
+        start, stop = sequence.filled, sequence.prompt_len
+        is_sparse = sequence.sparse is not None and start < stop - self._dense_tail
+        if is_sparse:
+            stop -= self._dense_tail
+        length, size = cut(start, stop, self._slices, self._boundary)
+        return Slice(sequence=sequence, start=start, length=length, size=size, is_sparse=is_sparse)

@@ -59,6 +59,7 @@ def test_dual_chunk_flags_change_what_the_config_says(model, own, flags, geometr
         (None, {"max_len": -5}, "--max-len -5 must be at least 1"),
         (None, {"sparse": "on"}, r"--sparse on: .* has no budgets"),
         (None, {"least_recall": 1.5}, "--least-recall 1.5 must be over 0"),
+        (None, {"dense_tail": -1}, "--dense-tail -1 must be at least 0"),
     ],
 )
 def test_contradictory_flags_are_refused(model, own, flags, fault):

@@ -5,17 +5,30 @@ import itertools
 import pytest
 
 from qwen_jax.engine.pages import Pages
-from qwen_jax.engine.request import Request, Sequence
+from qwen_jax.engine.request import Request, Sequence, Sparseness
 from qwen_jax.engine.scheduler import Decode, Scheduler, Slice, cut
 
 PAGE = 4
 numbers = itertools.count()
 
 
-def scheduler(num_pages=101, max_seqs=4, slices=(16, 8, 2), boundary=None, scales=lambda n: (1, 1)):
+def scheduler(
+    num_pages=101,
+    max_seqs=4,
+    slices=(16, 8, 2),
+    boundary=None,
+    dense_tail=0,
+    scales=lambda n: (1, 1),
+):
     pages = Pages(num_pages)
     return pages, Scheduler(
-        pages, page=PAGE, max_seqs=max_seqs, slices=slices, boundary=boundary, scales=scales
+        pages,
+        page=PAGE,
+        max_seqs=max_seqs,
+        slices=slices,
+        boundary=boundary,
+        dense_tail=dense_tail,
+        scales=scales,
     )
 
 
@@ -178,6 +191,25 @@ def test_a_conversation_goes_on_from_the_pages_of_its_answer():
     queue.add(Sequence(id=99, request=Request(prompt=(*said, 1, 2), max_new_tokens=4)))
     (work,) = run(queue, 1)
     assert work.start == 16
+
+
+@pytest.mark.parametrize(
+    ("length", "is_sparse", "slices"),
+    [
+        (38, True, [(0, 16, 16, True), (16, 12, 16, True), (28, 10, 16, False)]),
+        (11, True, [(0, 1, 2, True), (1, 10, 16, False)]),
+        (10, True, [(0, 10, 16, False)]),
+        (18, False, [(0, 16, 16, False), (16, 2, 2, False)]),
+    ],
+)
+def test_the_end_of_a_sparse_prompt_is_a_dense_slice_of_its_own(length, is_sparse, slices):
+    _, queue = scheduler(dense_tail=10)
+    each = sequence(length, new=1)
+    each.sparse = Sparseness() if is_sparse else None
+    queue.add(each)
+    found = [work for work in run(queue, len(slices)) if isinstance(work, Slice)]
+    assert [(work.start, work.length, work.size, work.is_sparse) for work in found] == slices
+    assert found[-1].is_last
 
 
 def test_pages_are_not_shared_between_different_scales():

@@ -143,7 +143,7 @@ def test_tasks_get_a_row_each_and_their_mean(model, engines):
 
 
 def test_a_sparse_prefill_is_measured(model):
-    flags = ("--lengths", "700", "--depths", "0.5", "--slice", 256, "--json")
+    flags = ("--lengths", "700", "--depths", "0.5", "--slice", 256, "--dense-tail", 100, "--json")
     report = json.loads(run("niah", model, *DCA, *flags, "--compare", "sparse").stdout)
     [sparse] = report["cells"]
     assert 0 < sparse["density"] < 1

@@ -170,6 +170,7 @@ def test_the_engine_is_sparse_over_the_threshold_and_shares_pages_within_a_kind(
         page=PAGE,
         slices=(SLICE,),
         sparse=budgets_of(config, 40, 101, threshold=200),
+        dense_tail=0,
     )
     engine = Engine(config, tree, settings)
     prompt = random_models.tokens(config, LENGTH)
@@ -215,6 +216,41 @@ def test_logits_equal_the_definition_that_selects_for_itself(geometry):
     dense, _ = prefill(geometry, seed=seed)
     assert np.abs(dense - expected).max() > 1e-2
     assert len(reports) == len(edges)
+
+
+@pytest.mark.parametrize("tail", [1, 50, LENGTH])
+def test_the_engine_reads_the_end_of_a_prompt_densely(monkeypatch, tail):
+    config, tree = model(GEOMETRY)
+    budgets = budgets_of(config, 40, 101)
+    settings = EngineConfig(
+        max_len=LENGTH + 1, page=PAGE, slices=(SLICE,), sparse=budgets, dense_tail=tail
+    )
+    engine = Engine(config, tree, settings)
+    seen = []
+    choose = engine._runner.choose
+    monkeypatch.setattr(
+        engine._runner,
+        "choose",
+        lambda logits, choice: seen.append(logits) or choose(logits, choice),
+    )
+    edges = [*range(0, LENGTH - tail, SLICE), LENGTH - tail]
+    scale = config.temperature(LENGTH) ** 2
+    read = sparse_definition.Reads(
+        config,
+        [(a, b - a) for a, b in itertools.pairwise(edges)],
+        budgets,
+        scale,
+        Tiles(q=SLICE, k=PAGE),
+    )
+    tokens = random_models.tokens(config, LENGTH)
+    expected = definition.logits(config, tree, tokens, scale, read=read)[-1]
+    engine.add(Request(prompt=tokens, max_new_tokens=1))
+    events = []
+    while engine.busy:
+        events += engine.step()
+    assert np.abs(np.asarray(seen[-1]) - expected).max() <= 1e-4
+    assert (events[-1].sparse.density == 1) == (tail == LENGTH)
+    assert events[-1].sparse.tokens == LENGTH
 
 
 def test_more_budget_never_finds_less_in_the_first_layer():
