@@ -43,6 +43,20 @@ def abstract(config: ModelConfig, dtype=jnp.bfloat16) -> dict:
     return nnx.to_pure_dict(nnx.state(model))
 
 
+def random(config: ModelConfig, dtype=jnp.bfloat16, shardings: dict | None = None) -> dict:
+    """Random parameters of a model, made where they are to lie.
+
+    Args:
+        shardings: where each array goes, a tree like `abstract`; None for the first device.
+    """
+
+    def make():
+        model = Qwen2(config, key=jax.random.key(0), dtype=dtype)
+        return nnx.to_pure_dict(nnx.state(model))
+
+    return jax.jit(make, out_shardings=shardings)()
+
+
 def axes(config: ModelConfig) -> dict:
     """What each dimension of the parameters means: a tree like `abstract` of tuples of names.
 

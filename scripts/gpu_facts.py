@@ -17,7 +17,8 @@ from pathlib import Path
 
 import gpu_compile
 import hlo
-import published
+
+from qwen_jax import published
 
 CONTEXT, SLICE, PAGE = 1_010_000, 32_768, 1024
 TENSOR = {"7B": 1, "14B": 4}

@@ -16,9 +16,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import published
 from tpu_compile import ENVIRONMENT
 
+from qwen_jax import published
 from qwen_jax.devices import DEVICES, topology
 
 DOCS = Path(__file__).parent.parent / "docs"

@@ -48,6 +48,16 @@ VERBS = {
     "plot": ("plot", "app", "Draw what `eval` and `calibrate` found."),
     "calibrate": ("calibrate", "calibrate", "Find budgets of sparse prefill for every head."),
     "bench": ("bench", "bench", "Measure prefill and decode on prompts of random tokens."),
+    "bench prefill": (
+        "bench_long",
+        "prefill",
+        "Time the prefill of one long prompt of random tokens.",
+    ),
+    "bench decode": (
+        "bench_long",
+        "decode",
+        "Time decoding after one long prompt of random tokens, which is prefilled first.",
+    ),
     "bench kernels": (
         "kernels",
         "kernels",

@@ -258,8 +258,11 @@ class Model:
                 f"{self.sparse.threshold:,} for sparse prefill (--sparse off silences this)"
             )
 
-    def weights(self):
+    def weights(self, *, random: bool = False):
         """The weights on their devices, for engines that share them.
+
+        Args:
+            random: make them up, in the same shapes, and read none.
 
         Raises:
             CheckpointError: if they are missing, damaged or do not fit.
@@ -274,11 +277,10 @@ class Model:
         mesh = placement.mesh(self.config, self.flags.mesh)
         name, _ = self._precision()
         placement.check_memory(self.config, EngineConfig(max_len=1), name, mesh)
-        return weights.load(
-            self.directory,
-            dtype=jnp.dtype(name),
-            shardings=params.shardings(self.config, mesh) if mesh else None,
-        )
+        dtype, shardings = jnp.dtype(name), params.shardings(self.config, mesh) if mesh else None
+        if random:
+            return params.random(self.config, dtype, shardings)
+        return weights.load(self.directory, dtype=dtype, shardings=shardings)
 
     def engine(
         self,

@@ -179,6 +179,11 @@ class Engine:
         return self._scheduler.busy
 
     @property
+    def slices(self) -> tuple[int, ...]:
+        """Lengths that prefill is compiled for, largest first."""
+        return self._slices
+
+    @property
     def num_compilations(self) -> int:
         """Programs compiled so far: no more than the slices and a few, whatever is asked."""
         return self._runner.num_compilations

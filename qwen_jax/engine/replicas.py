@@ -95,6 +95,11 @@ class Replicas:
         return sum(each.engine.num_prefilled for each in self._replicas)
 
     @property
+    def slices(self) -> tuple[int, ...]:
+        """Lengths that prefill is compiled for, largest first."""
+        return self._replicas[0].engine.slices
+
+    @property
     def num_compilations(self) -> int:
         """Programs compiled so far, each replica's its own."""
         return sum(each.engine.num_compilations for each in self._replicas)

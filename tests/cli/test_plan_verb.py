@@ -4,9 +4,9 @@ import json
 import re
 from collections import Counter
 
-import published
 import pytest
 
+from qwen_jax import published
 from qwen_jax.collectives import Collective
 from qwen_jax.compiled import Program
 

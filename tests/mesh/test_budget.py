@@ -5,14 +5,13 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-import published
 import pytest
 from children import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_models import CONFIGS
 
-from qwen_jax import budget, cache, params, sharding
+from qwen_jax import budget, cache, params, published, sharding
 from qwen_jax.budget import Load
 from qwen_jax.sharding import MeshShape
 

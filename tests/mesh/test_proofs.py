@@ -4,12 +4,11 @@ import math
 import re
 from collections import Counter
 
-import published
 import pytest
 from hlo import sizes
 from scaling import CASES, COLUMNS, SLICE
 
-from qwen_jax import budget, compiled, devices, sharding
+from qwen_jax import budget, compiled, devices, published, sharding
 from qwen_jax.config import SparseConfig
 from qwen_jax.engine.pages import default_page
 

@@ -4,10 +4,10 @@ import json
 
 import pytest
 import scaling
-from published import SIZES
 
 from qwen_jax import budget, traffic
 from qwen_jax.devices import topology
+from qwen_jax.published import SIZES
 from qwen_jax.sharding import MeshShape
 
 FOUND = json.loads((scaling.DOCS / "scaling.json").read_text())

@@ -5,7 +5,6 @@ import math
 
 import jax
 import numpy as np
-import published
 import pytest
 from checkpoints import Tiny
 from children import run
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from random_models import CONFIGS
 
 from convert import weights
-from qwen_jax import budget, cache, params, sharding
+from qwen_jax import budget, cache, params, published, sharding
 from qwen_jax.config import ConfigError, model_config
 from qwen_jax.sharding import MeshShape, Rules
 

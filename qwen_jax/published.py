@@ -1,4 +1,4 @@
-"""The config.json of the published models, as far as a planner reads it; for scripts and tests."""
+"""The shapes of the published models: their config.json, without tokenizers and budgets."""
 
 import json
 from pathlib import Path
@@ -39,4 +39,5 @@ def write(directory: Path, name: str) -> Path:
 
 
 def config(directory: Path, name: str) -> ModelConfig:
+    """A published model, by way of a directory that gets its config.json."""
     return model_config(write(directory, name))

@@ -1,0 +1,193 @@
+"""bench prefill, bench decode: one long prompt, of a checkpoint or of random weights."""
+
+import contextlib
+import json as json_format
+import resource
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from qwen_jax import published
+from qwen_jax.cli.answer import Answer, answer
+from qwen_jax.cli.eval import whole_number
+from qwen_jax.cli.flags import Json, Model, ModelFlags, expand, note, open_model, option
+from qwen_jax.config import ConfigError
+from qwen_jax.engine.request import Request
+
+_NAMES = tuple(f"{name}-1m" for name in published.SIZES)
+
+_Model = Annotated[
+    Path | None,
+    typer.Argument(metavar="MODEL", help="A converted checkpoint or a Hugging Face directory."),
+]
+_Config = Annotated[
+    str | None, option(f"A published model in place of MODEL: {', '.join(_NAMES)}.", metavar="NAME")
+]
+_Random = Annotated[
+    bool, option("Make weights up; MODEL needs no more than a config.json.", "--random-weights")
+]
+_Tokens = Annotated[str, typer.Option(help="Length of the prompt; 1k is 1000, 1K is 1024.")]
+_Repeats = Annotated[int, typer.Option(help="Runs, of which the median counts.")]
+
+
+@expand
+def prefill(
+    model_flags: ModelFlags,
+    model: _Model = None,
+    config: _Config = None,
+    random_weights: _Random = False,
+    tokens: _Tokens = "32K",
+    repeats: _Repeats = 1,
+    json: Json = False,
+):
+    """Time the prefill of one long prompt of random tokens.
+
+    Compilation is not counted. Random weights attend to all keys alike, so that sparse
+    prefill finds less than in a text, and may compute more.
+
+    Examples:
+        qwen-jax bench prefill ckpt/7b-1m --tokens 128K --sparse off
+        qwen-jax bench prefill --config 7b-1m --random-weights --tokens 1M
+    """
+    with _opened(model, config, random_weights, model_flags) as opened:
+        report = measure(opened, whole_number(tokens), 1, repeats, random=random_weights)
+    _show(report, json=json)
+
+
+@expand
+def decode(
+    model_flags: ModelFlags,
+    model: _Model = None,
+    config: _Config = None,
+    random_weights: _Random = False,
+    tokens: _Tokens = "32K",
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 128,
+    repeats: _Repeats = 1,
+    json: Json = False,
+):
+    """Time decoding after one long prompt of random tokens, which is prefilled first.
+
+    Compilation is not counted.
+
+    Examples:
+        qwen-jax bench decode --config 14b-1m --random-weights --tokens 128K --new-tokens 64
+    """
+    if new_tokens < 2:
+        raise ConfigError(f"--new-tokens {new_tokens} must be at least 2")
+    with _opened(model, config, random_weights, model_flags) as opened:
+        report = measure(opened, whole_number(tokens), new_tokens, repeats, random=random_weights)
+    _show(report, json=json)
+
+
+def measure(
+    opened: Model, tokens: int, new_tokens: int, repeats: int, *, random: bool
+) -> dict[str, Any]:
+    """Medians of some runs, and the runs, as JSON has them.
+
+    The prompt may be longer than the checkpoint declares: nobody reads the answer.
+
+    Raises:
+        ConfigError: if a number is out of range.
+    """
+    if repeats < 1:
+        raise ConfigError(f"--repeats {repeats} must be at least 1")
+    engine = opened.engine(tokens + new_tokens, weights=opened.weights(random=random))
+    rng = np.random.default_rng(0)
+
+    def run(length: int, new: int) -> Answer:
+        prompt = tuple(rng.integers(0, opened.config.vocab_size, length).tolist())
+        done = answer(engine, Request(prompt=prompt, max_new_tokens=new), write=lambda text: None)
+        if done.finish == "cancelled":
+            raise KeyboardInterrupt
+        return done
+
+    run(_warm_up(tokens, engine.slices[0], opened), min(new_tokens, 2))
+    runs: list[Answer] = []
+    while len(runs) < repeats:
+        before = engine.num_compilations
+        done = run(tokens, new_tokens)
+        if engine.num_compilations == before:
+            runs.append(done)
+        else:
+            note("this run compiled something and is not counted")
+    ttft = statistics.median(each.timings.ttft_s for each in runs)
+    rate = statistics.median(each.timings.decode_tokens_per_s for each in runs)
+    sparse = runs[0].sparse
+    return {
+        "engine": engine.describe(),
+        "weights": "random" if random else str(opened.directory),
+        "prompt_tokens": tokens,
+        "ttft_s": ttft,
+        "prefill_tokens_per_s": tokens / ttft,
+        "decode_tokens_per_s": rate if new_tokens > 1 else None,
+        "density": 1.0 if sparse is None else sparse.density,
+        "recall": 1.0 if sparse is None else sparse.recall,
+        "peak_bytes": peak_bytes(),
+        "runs": [each.timings.as_dict() for each in runs],
+    }
+
+
+def peak_bytes() -> int:
+    """The most memory in use so far: of the fullest device, or of this process on a CPU."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    most = max(each.get("peak_bytes_in_use", 0) for each in stats)
+    return most or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _warm_up(tokens: int, largest: int, opened: Model) -> int:
+    """A prompt that is prefilled as one of `tokens` is, with the same rest after whole slices."""
+    least = 2 * largest
+    if opened.sparse is not None and tokens > opened.sparse.threshold:
+        least = max(least, opened.sparse.threshold + 1)
+    return min(tokens, least + (tokens - least) % largest)
+
+
+@contextlib.contextmanager
+def _opened(
+    model: Path | None, config: str | None, random: bool, flags: ModelFlags
+) -> Iterator[Model]:
+    """The model that was named, without its weights.
+
+    Raises:
+        ConfigError: if there is none, or more than one, or it has no weights.
+    """
+    if (model is None) == (config is None):
+        raise ConfigError("give MODEL, a directory, or --config NAME, and not both")
+    if model is not None:
+        yield open_model(model, flags)
+        return
+    if config not in _NAMES:
+        raise ConfigError(f"--config {config}: there are {', '.join(_NAMES)}")
+    if not random:
+        raise ConfigError(f"--config {config} has no weights: add --random-weights, or give MODEL")
+    with tempfile.TemporaryDirectory() as scratch:
+        yield open_model(published.write(Path(scratch), config.removesuffix("-1m")), flags)
+
+
+def _show(report: dict[str, Any], *, json: bool) -> None:
+    if json:
+        print(json_format.dumps(report))
+        return
+    rate = report["decode_tokens_per_s"]
+    rows = {
+        "prompt": f"{report['prompt_tokens']:,} tokens",
+        "weights": report["weights"],
+        "first token after": f"{report['ttft_s']:.2f} s",
+        "prefill": f"{report['prefill_tokens_per_s']:,.1f} tokens/s",
+        **({"decode": f"{rate:,.1f} tokens/s"} if rate is not None else {}),
+        "attention computed": f"{report['density']:.1%}",
+        "attention found": f"{report['recall']:.1%}",
+        "peak memory": f"{report['peak_bytes'] / 2**30:.2f} GiB",
+    }
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for row in rows.items():
+        table.add_row(*row)
+    Console().print(table)

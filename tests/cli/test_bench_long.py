@@ -1,0 +1,108 @@
+"""bench prefill and bench decode: one long prompt, with weights and without."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from qwen_jax import params
+from qwen_jax.cli import bench_long
+from qwen_jax.cli.flags import Model
+from qwen_jax.config import model_config
+
+
+def shapes(tree):
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
+
+@pytest.fixture
+def budgets(tmp_path):
+    """A file of budgets for the tiny model."""
+    path = tmp_path / "budgets.json"
+    head = ["vertical_and_slash", 40, 101, 1.0]
+    path.write_text(json.dumps([{str(n): head for n in range(4)}] * 2))
+    return path
+
+
+def test_a_config_alone_is_enough_for_random_weights(model, run, budgets):
+    for path in model.glob("*"):
+        if path.name != "config.json":
+            path.unlink()
+    flags = ("--tokens", 700, "--slice", 128, "--repeats", 2, "--json")
+    sparse = ("--sparse", "on", "--sparse-config", budgets, "--dense-tail", 50)
+    code, out, _ = run("bench", "prefill", model, "--random-weights", *flags, *sparse)
+    assert code == 0
+    found = json.loads(out)
+    assert found["weights"] == "random"
+    assert found["prompt_tokens"] == 700
+    assert found["decode_tokens_per_s"] is None
+    assert 0 < found["density"] < 1
+    assert 0 < found["recall"] < 1
+    assert found["peak_bytes"] > 1 << 20
+    assert [each["computed_tokens"] for each in found["runs"]] == [700, 700]
+    assert found["prefill_tokens_per_s"] == pytest.approx(700 / found["ttft_s"])
+    code, _, err = run("bench", "prefill", model, *flags)
+    assert code == 2
+    assert "model" in err.splitlines()[-1]
+
+
+def test_decoding_is_timed_after_the_prompt(tiny, run):
+    flags = ("--tokens", 300, "--new-tokens", 9, "--slice", 64)
+    code, out, _ = run("bench", "decode", tiny, *flags, "--json")
+    assert code == 0
+    found = json.loads(out)
+    (timings,) = found["runs"]
+    assert timings["new_tokens"] == 9
+    assert found["decode_tokens_per_s"] == timings["decode_tokens_per_s"] > 0
+    assert (found["density"], found["recall"]) == (1, 1)
+    code, out, _ = run("bench", "decode", tiny, *flags)
+    assert code == 0
+    names = [line.split()[0] for line in out.splitlines()]
+    assert names == ["prompt", "weights", "first", "prefill", "decode", *2 * ["attention"], "peak"]
+
+
+def test_a_run_that_compiled_is_not_counted(tiny, run, monkeypatch):
+    monkeypatch.setattr(bench_long, "_warm_up", lambda tokens, largest, opened: 20)
+    code, out, err = run("bench", "prefill", tiny, "--tokens", 3000, "--json")
+    assert code == 0
+    assert err.count("this run compiled something and is not counted") == 1
+    assert len(json.loads(out)["runs"]) == 1
+
+
+def test_published_models_have_no_weights(run, monkeypatch):
+    opened = []
+
+    def measure(model: Model, *args, random):
+        opened.append((model.config, args, random))
+        return dict.fromkeys(("prompt_tokens", "ttft_s", "prefill_tokens_per_s"), 1) | {
+            "weights": "random",
+            "decode_tokens_per_s": None,
+            "density": 1.0,
+            "recall": 1.0,
+            "peak_bytes": 1,
+        }
+
+    monkeypatch.setattr(bench_long, "measure", measure)
+    named = ("bench", "prefill", "--tokens", "1M", "--config")
+    for name, layers in ("7b-1m", 28), ("14b-1m", 48):
+        assert run(*named, name, "--random-weights")[0] == 0
+        config, args, random = opened.pop()
+        assert (config.num_layers, args, random) == (layers, (1 << 20, 1, 1), True)
+    code, _, err = run(*named, "7b-1m")
+    assert code == 2
+    assert "--config 7b-1m has no weights: add --random-weights" in err
+    code, _, err = run(*named, "8b")
+    assert code == 2
+    assert "--config 8b: there are 7b-1m, 14b-1m" in err
+    for both in ((), (".", "--config", "7b-1m")):
+        code, _, err = run("bench", "decode", *both)
+        assert code == 2
+        assert "give MODEL, a directory, or --config NAME, and not both" in err
+
+
+def test_random_weights_are_a_tree_of_the_model(tiny):
+    config = model_config(tiny)
+    found = params.random(config, np.dtype("float32"))
+    assert shapes(found) == shapes(params.abstract(config, np.dtype("float32")))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(found))
