@@ -67,19 +67,21 @@ class Warpgroup:
 
     interpreted: bool
 
-    def cast(self, x: Array, layout=LAYOUT) -> Array:
+    def cast(self, x: Array, layout: Any = LAYOUT) -> Array:
         """The same array in a layout."""
         return x if self.interpreted else plgpu.layout_cast(x, layout)
 
-    def full(self, shape: tuple[int, ...], value: float, layout=LAYOUT) -> Float[Array, "*B"]:
+    def full(
+        self, shape: tuple[int, ...], value: float, layout: Any = LAYOUT
+    ) -> Float[Array, "*B"]:
         """An array of one number in a layout."""
         return self.cast(jnp.full(shape, value, jnp.float32), layout)
 
-    def iota(self, shape: tuple[int, ...], axis: int = 0, layout=LAYOUT) -> Int[Array, "*B"]:
+    def iota(self, shape: tuple[int, ...], axis: int = 0, layout: Any = LAYOUT) -> Int[Array, "*B"]:
         """Indices along an axis in a layout."""
         return self.cast(jax.lax.broadcasted_iota(jnp.int32, shape, axis), layout)
 
-    def vector(self, ref, layout=COLUMNS) -> Array:
+    def vector(self, ref, layout: Any = COLUMNS) -> Array:
         """A vector of global memory in a layout."""
         if self.interpreted:
             return ref[...]
