@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import mosaic_gpu_call
 from pallas_kernels import plan as plans
-from pallas_kernels.backend import Unsupported
+from pallas_kernels.backend import HOPPER_HEADS, Unsupported
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.mosaic_gpu_call import WARPGROUP, Warpgroup
 from pallas_kernels.plan import SparsePlan
@@ -34,8 +34,6 @@ from pallas_kernels.shard import WHOLE, Shard
 
 BLOCKS = 132
 """Multiprocessors of an H100 and of an H200; where there are fewer, some blocks wait."""
-HEADS = 64, 128
-"""Sizes of heads that the kernel takes."""
 LEAST, WIDTH = 16, 128
 """Keys a step, at least and at most."""
 STAGES = 2
@@ -72,14 +70,14 @@ def prefill(
         interpret: by `mosaic_gpu_call.interpreter`, to run on a CPU.
 
     Raises:
-        Unsupported: if heads are of no size in `HEADS`, anything is not bfloat16, a page or a block
-            of the plan is no multiple of `LEAST` keys, blocks of the plan cross pages, or the cache
-            has more rows than 32 bits count.
+        Unsupported: if heads are of no size in `HOPPER_HEADS`, anything is not bfloat16, a page or
+            a block of the plan is no multiple of `LEAST` keys, blocks of the plan cross pages, or
+            the cache has more rows than 32 bits count.
     """
     views, T, N, H = queries.shape
     L, K, pages, page, _ = keys.shape
-    if H not in HEADS:
-        raise Unsupported(f"heads of {H} are none of {', '.join(map(str, HEADS))}")
+    if H not in HOPPER_HEADS:
+        raise Unsupported(f"heads of {H} are none of {', '.join(map(str, HOPPER_HEADS))}")
     if not queries.dtype == keys.dtype == values.dtype == jnp.bfloat16:
         raise Unsupported(
             f"queries of {queries.dtype}, keys of {keys.dtype}, values of {values.dtype}: "
