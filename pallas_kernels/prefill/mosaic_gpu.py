@@ -36,7 +36,9 @@ BLOCKS = 132
 """Multiprocessors of an H100 and of an H200; where there are fewer, some blocks wait."""
 LEAST, WIDTH = 16, 128
 """Keys a step, at least and at most."""
-STAGES = 2
+HELD = 256
+"""Keys in shared memory: two steps of `WIDTH`, or more of fewer keys, up to `STAGES`."""
+STAGES = 8
 TILE = READERS * ROWS
 EVEN = 16
 """Items whose steps differ by less than one in this many of the most count as equally long."""
@@ -55,7 +57,7 @@ def prefill(
     plan: SparsePlan | None = None,
     shard: Shard = WHOLE,
     width: int = WIDTH,
-    stages: int = STAGES,
+    stages: int | None = None,
     blocks: int = BLOCKS,
     interpret: Any = None,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
@@ -65,7 +67,7 @@ def prefill(
 
     Args:
         width: keys a step at most.
-        stages: steps whose keys are in shared memory, at least 2.
+        stages: steps whose keys are in shared memory, at least 2; None for `HELD` keys.
         blocks: to share items among.
         interpret: by `mosaic_gpu_call.interpreter`, to run on a CPU.
 
@@ -128,7 +130,7 @@ def prefill(
         page=page,
         width=width,
         block=width if plan is None else block,
-        stages=stages,
+        stages=stages or min(HELD // width, STAGES),
         geometry=geometry,
         shard=shard,
         unit=Warpgroup(interpreted=interpret is not None),
