@@ -18,7 +18,7 @@ MISSING = gpu_compile.missing()
 needs_triton = pytest.mark.skipif(bool(MISSING), reason=MISSING or "")
 MOSAIC_MISSING = gpu_compile.missing("mosaic_gpu")
 needs_mosaic_gpu = pytest.mark.skipif(bool(MOSAIC_MISSING), reason=MOSAIC_MISSING or "")
-MOSAIC_PROGRAMS = "prefill", "sparse prefill", "decode"
+MOSAIC_PROGRAMS = "prefill", "sparse prefill", "decode", "selection"
 
 SOON = {("h200", "7B")}
 PAIRS = [
@@ -64,16 +64,18 @@ def bound(name, model):
 def test_a_kernel_for_hopper_keeps_its_registers_and_reads_the_cache_where_it_lies(model, name):
     gpu = gpu_facts.HOPPER
     row = facts("--json", "--gpus", gpu, "--models", model, "--backends", "mosaic_gpu")[name]
+    # What three warpgroups of 128 threads may have of 65,536 before they share them out anew, and
+    # two blocks of one.
+    most = 255 if name == "selection" else 168
     assert row["kernels"]
     for kernel in row["kernels"]:
         print(gpu, model, name, kernel)
         assert kernel["spilled"] == 0
-        # What three warpgroups of 128 threads may have of 65,536 before they share them out anew.
-        assert kernel["registers"] <= 168
+        assert kernel["registers"] <= most
         assert kernel["shared"] <= gpu_compile.GPUS[gpu].shared_per_block
     case = MODELS[model].served(gpu_facts.CONTEXT, tensor=gpu_facts.TENSOR[model])
     packed = 2 * 2 * case.num_heads * case.num_columns * case.head_dim if "sparse" in name else 0
-    assert row["temporaries"] <= 1.1 * packed + 2**23
+    assert row["temporaries"] <= 1.1 * packed + 2**24
     assert not row["copies_cache"]
 
 
