@@ -97,7 +97,8 @@ class Warpgroup:
         """
         if self.interpreted:
             issued()
-            return jnp.dot(a_ref[...], b_ref[...].T, preferred_element_type=jnp.float32)
+            a, b = self._read(a_ref), self._read(b_ref)
+            return jnp.dot(a, b.T, preferred_element_type=jnp.float32)
 
         def product(acc_ref):
             plgpu.wgmma(acc_ref, a_ref, plgpu.transpose_ref(b_ref, (1, 0)))
@@ -117,7 +118,7 @@ class Warpgroup:
         """
         if self.interpreted:
             issued()
-            return acc + jnp.dot(weights, ref[...], preferred_element_type=jnp.float32)
+            return acc + jnp.dot(weights, self._read(ref), preferred_element_type=jnp.float32)
 
         def product(acc_ref):
             plgpu.wgmma(acc_ref, weights, ref)
@@ -125,3 +126,9 @@ class Warpgroup:
 
         start: Any = plgpu.ACC.init(acc)
         return pl.run_state(product)(start)
+
+    def _read(self, ref) -> Array:
+        """A matrix in the interpreter, as if tensor cores had read it: through TMA's proxy."""
+        found = ref[...]
+        plgpu.commit_smem()
+        return found
