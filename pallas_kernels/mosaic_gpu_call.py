@@ -97,8 +97,7 @@ class Warpgroup:
         """
         if self.interpreted:
             issued()
-            a, b = a_ref[...], b_ref[...]
-            plgpu.commit_smem()  # tensor cores read in the order of copies, not of the program
+            a, b = self._read(a_ref), self._read(b_ref)
             return jnp.dot(a, b.T, preferred_element_type=jnp.float32)
 
         def product(acc_ref):
@@ -119,9 +118,7 @@ class Warpgroup:
         """
         if self.interpreted:
             issued()
-            matrix = ref[...]
-            plgpu.commit_smem()  # as above
-            return acc + jnp.dot(weights, matrix, preferred_element_type=jnp.float32)
+            return acc + jnp.dot(weights, self._read(ref), preferred_element_type=jnp.float32)
 
         def product(acc_ref):
             plgpu.wgmma(acc_ref, weights, ref)
@@ -129,3 +126,9 @@ class Warpgroup:
 
         start: Any = plgpu.ACC.init(acc)
         return pl.run_state(product)(start)
+
+    def _read(self, ref) -> Array:
+        """A matrix in the interpreter, as if tensor cores had read it: through TMA's proxy."""
+        found = ref[...]
+        plgpu.commit_smem()
+        return found

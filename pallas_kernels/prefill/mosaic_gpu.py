@@ -12,6 +12,7 @@ beforehand, for Hopper cannot gather; so is the step that the end of the sequenc
 rows must not meet the tensor cores, where 0 x nan is nan.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -26,7 +27,7 @@ from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.mosaic_gpu_call import WARPGROUP, Warpgroup
 from pallas_kernels.plan import SparsePlan
 from pallas_kernels.prefill.mosaic_gpu_attend import attend
-from pallas_kernels.prefill.mosaic_gpu_block import READERS, ROWS, Inputs, Scratch, Shape
+from pallas_kernels.prefill.mosaic_gpu_block import COLUMNS, READERS, ROWS, Inputs, Scratch, Shape
 from pallas_kernels.prefill.mosaic_gpu_fetch import fetch
 from pallas_kernels.prefill.packed import pack
 from pallas_kernels.prefill.regions import ends
@@ -34,8 +35,8 @@ from pallas_kernels.shard import WHOLE, Shard
 
 BLOCKS = 132
 """Multiprocessors of an H100 and of an H200; where there are fewer, some blocks wait."""
-LEAST, WIDTH = 16, 128
-"""Keys a step, at least and at most."""
+LEAST, WIDTH = 64, 128
+"""Keys a step, at least on a GPU and at most."""
 HELD = 256
 """Keys in shared memory: two steps of `WIDTH`, or more of fewer keys, up to `STAGES`."""
 STAGES = 8
@@ -87,7 +88,7 @@ def prefill(
         )
     block = page if plan is None else plan.tiles.k
     width = math.gcd(block, width)
-    if width % LEAST or page % block:
+    if page % block or (interpret is None and width % LEAST):
         raise Unsupported(
             f"blocks of {block} keys in pages of {page}: not whole steps of {LEAST} keys each"
         )
@@ -209,7 +210,7 @@ def _items(first, tile, group, start, length, width, geometry, shard, plan, head
     stops, end = ends(
         first // group,
         final // group,
-        block if block % LEAST == 0 else None,
+        block,
         start=start,
         length=length,
         geometry=geometry,
@@ -220,8 +221,10 @@ def _items(first, tile, group, start, length, width, geometry, shard, plan, head
     columns = jnp.zeros((heads, *first.shape), jnp.int32)
     if plan is not None:
         stops = plan.before(stops) * (block // width)
-        before = jax.vmap(jnp.searchsorted, (0, None))(plan.columns, end)
-        columns = -(-before.astype(jnp.int32) // width)
+        # Without a loop, whose steps would each be a program on the GPU.
+        before = functools.partial(jnp.searchsorted, method="scan_unrolled")
+        before = jax.vmap(before, (0, None))(plan.columns, end).astype(jnp.int32)
+        columns = -(-before // width)
     row = of_tile * (first.shape[1] * TILE) + (first - of_tile * tile)
     last = jnp.minimum(final // group, length - 1)
     head = jnp.arange(heads, dtype=jnp.int32)[:, None, None]
@@ -232,6 +235,6 @@ def _items(first, tile, group, start, length, width, geometry, shard, plan, head
     table = table.reshape(-1, table.shape[-1])
     if plan is None:
         return table
-    steps = table[:, -1] + columns[:, ::-1].reshape(heads, -1).T.reshape(-1)
+    steps = table[:, -1] + table[:, COLUMNS]
     rank = steps * EVEN // jnp.maximum(steps.max(), 1)
     return table[jnp.argsort(-rank, stable=True)]

@@ -212,7 +212,7 @@ def attend(shape: Shape, inputs: Inputs, scratch: Scratch, out_ref, lse_ref) -> 
 def _seen(q_pos, view, geometry):
     """Positions of the keys that queries see in a view: the first, and one past the last."""
     if geometry is None:
-        return jnp.zeros_like(q_pos), q_pos + 1
+        return 0 * q_pos, q_pos + 1  # in one layout
     chunk = geometry.chunk_len
     first = (jax.lax.div(q_pos, jnp.int32(chunk)) - view) * chunk
     high = jnp.where(view == INTRA, q_pos + 1, first + chunk)

@@ -54,11 +54,14 @@ def fetch(shape: Shape, inputs: Inputs, scratch: Scratch) -> None:
         tails = inputs.tail_keys, inputs.tail_values
 
         def block(step, number):
-            """Fetch keys from `number` steps on, which lie in one page."""
+            """Fetch keys from `number` steps on, which lie in one page.
+
+            Of a block that the end cuts, steps after it get the zeros of the step that it cuts.
+            """
             first = number * width
             where = jax.lax.div(first, jnp.int32(page))
             row = (first_page + inputs.table[where]) * page + jax.lax.rem(first, jnp.int32(page))
-            cut = number == tail
+            cut = number >= tail
             return put(
                 step,
                 first,

@@ -176,7 +176,7 @@ def test_attention_of_all_shards_is_that_of_the_whole(monkeypatch):
         ({"H": 96}, {}, "heads of 96 are none of 64, 128"),
         ({}, {"queries": "float32"}, "queries of float32, keys of bfloat16"),
         ({}, {"values": "float16"}, "values of float16: not all bfloat16"),
-        ({"page": 24}, {}, "blocks of 24 keys in pages of 24: not whole steps of 16"),
+        ({"page": 24}, {}, "blocks of 24 keys in pages of 24: not whole steps of 64"),
         ({"page": 2**20, "pages": 2**11}, {}, "2147483648 rows: more than 32 bits count"),
     ],
 )
