@@ -5,16 +5,19 @@ operation, so `load("prefill", "xla")` is `pallas_kernels.prefill.xla`.
 """
 
 import importlib
+import importlib.util
+import re
 from types import ModuleType
 from typing import NamedTuple
 
 from pallas_kernels.tiles import generations, tuned
-from pallas_kernels.versions import triton_fault
+from pallas_kernels.versions import mosaic_gpu_fault, triton_fault
 
 FUNCTIONS = {"prefill": "prefill", "decode": "decode", "select": "vote"}
 """The function of an operation's module that a backend implements."""
 RUNS_ON = {
     "mosaic_tpu": ("tpu",),
+    "mosaic_gpu": ("gpu",),
     "triton": ("gpu",),
     "xla": ("cpu", "gpu", "tpu"),
     "reference": ("cpu", "gpu", "tpu"),
@@ -24,6 +27,24 @@ LANES = 128
 """Of a vector register of a TPU."""
 TRITON_HEADS = 16, 32, 64, 128, 256
 """Sizes of heads that Triton kernels take."""
+HOPPER = 90
+"""The compute capability that Mosaic GPU kernels are for."""
+HOPPER_HEADS = 64, 128
+"""Sizes of heads that they take."""
+CAPABILITIES = {
+    "A100": 80,
+    "A10": 86,
+    "A40": 86,
+    "L4": 89,
+    "L40S": 89,
+    "RTX 4090": 89,
+    "H100": 90,
+    "H200": 90,
+    "GH200": 90,
+    "B200": 100,
+    "GB200": 100,
+}
+"""Of GPUs by a word in their names, for programs compiled where there is none."""
 
 
 class Unsupported(NotImplementedError):
@@ -81,21 +102,38 @@ def choose(platform: str, choice: Choice = None, *, head_dim: int = LANES) -> Ba
                 f"backend {name!r} runs on {', '.join(RUNS_ON[name])}; on this device ({platform}) "
                 f"there are {', '.join(on(platform))}"
             )
-        fault = triton_fault() if name == "triton" else None
+        fault = _fault(name)
         if fault is not None:
-            raise Unsupported(f"backend 'triton': {fault}")
+            raise Unsupported(f"backend {name!r}: {fault}")
     return chosen
+
+
+def _fault(name: str) -> str | None:
+    """Why a backend cannot run here; None if it can, or if there is no telling without a device."""
+    if name == "triton":
+        return triton_fault()
+    if name != "mosaic_gpu":
+        return None
+    fault = mosaic_gpu_fault()
+    if fault is not None or device().platform != "gpu":
+        return fault
+    try:
+        found = capability()
+    except Unsupported as error:
+        return str(error)
+    if found == HOPPER:
+        return None
+    return f"{device().kind} has compute capability {found / 10}; its kernels are for {HOPPER / 10}"
 
 
 def unavailable(name: str, *, head_dim: int = LANES) -> str | None:
     """Why a backend is not preferred where it could run; None if nothing speaks against it."""
     if name == "mosaic_tpu" and head_dim != LANES:
         return f"heads of {head_dim} do not fill the {LANES} lanes of a TPU's registers"
-    if name == "triton":
-        if head_dim not in TRITON_HEADS:
-            return f"heads of {head_dim} are none of {', '.join(map(str, TRITON_HEADS))}"
-        return triton_fault()
-    return None
+    sizes = {"triton": TRITON_HEADS, "mosaic_gpu": HOPPER_HEADS}.get(name)
+    if sizes is not None and head_dim not in sizes:
+        return f"heads of {head_dim} are none of {', '.join(map(str, sizes))}"
+    return _fault(name)
 
 
 def check_heads(head_dim: int) -> None:
@@ -126,6 +164,26 @@ def device() -> Device:
     return Device(found.platform, found.device_kind)
 
 
+def capability() -> int:
+    """Compute capability of the GPU that a program traced now is compiled for, such as 90.
+
+    Raises:
+        Unsupported: if it is not here and of no known name.
+    """
+    import jax
+
+    kind = device().kind
+    present = [each for each in jax.devices() if each.device_kind == kind]
+    if present:
+        return int(present[0].compute_capability.replace(".", ""))
+    known = [value for word, value in CAPABILITIES.items() if re.search(rf"\b{word}\b", kind)]
+    if not known:
+        raise Unsupported(
+            f"no compute capability is known of {kind!r}, which is not in this machine"
+        )
+    return known[0]
+
+
 def preferences() -> dict[str, Backends]:
     """The preferred backends of each kind of device, those with tuned tiles by generation.
 
@@ -143,8 +201,15 @@ def preferences() -> dict[str, Backends]:
 
 
 def load(operation: str, name: str) -> ModuleType:
-    """The module that implements an operation, imported on first use."""
-    return importlib.import_module(f"pallas_kernels.{operation}.{name}")
+    """The module that implements an operation, imported on first use.
+
+    Raises:
+        Unsupported: if the backend does not have that operation.
+    """
+    module = f"pallas_kernels.{operation}.{name}"
+    if importlib.util.find_spec(module) is None:
+        raise Unsupported(f"{name} has no {operation}")
+    return importlib.import_module(module)
 
 
 def call(operation: str, choice: Choice, queries, *args, **keywords):

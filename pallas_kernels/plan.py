@@ -45,6 +45,18 @@ class SparsePlan:
         bits = self.blocks[..., None] >> jnp.arange(_WORD, dtype=jnp.uint32) & 1
         return bits.reshape(*self.blocks.shape[:-1], -1).astype(bool)
 
+    def before(self, blocks: Int[Array, "N tiles *B"]) -> Int[Array, "N tiles *B"]:
+        """How many blocks each tile reads before given ones."""
+        words = jnp.pad(self.blocks, ((0, 0), (0, 0), (0, 1)))
+        in_words = jax.lax.population_count(words).astype(jnp.int32)
+        upto = jnp.cumsum(in_words, -1, dtype=jnp.int32) - in_words
+        flat = blocks.reshape(*blocks.shape[:2], -1)
+        word, bit = flat // _WORD, (flat % _WORD).astype(jnp.uint32)
+        last = jnp.take_along_axis(words, word, 2) & ((jnp.uint32(1) << bit) - jnp.uint32(1))
+        found = jnp.take_along_axis(upto, word, 2)
+        found += jax.lax.population_count(last).astype(jnp.int32)
+        return found.reshape(blocks.shape)
+
 
 def build(
     verticals: Bool[Array, "N S"],
@@ -160,6 +172,21 @@ def _number_up_to(ascending: Int[Array, " n"], limit: Int[Array, " v"]) -> Int[A
     row = _number_up_to(rows[:, -1], limit)
     inside = (jnp.take(rows, row, axis=0, mode="clip") <= limit[:, None]).sum(-1, dtype=jnp.int32)
     return row * LANES + inside
+
+
+def covered(plan: SparsePlan, columns: Int[Array, "N V"]) -> UInt32[Array, "N words V"]:
+    """Which tiles read the block of each column: bit b of word w is tile 32 w + b."""
+    num_tiles, words = plan.blocks.shape[1:]
+
+    def of_head(head):
+        blocks, columns = head
+        block = jnp.minimum(columns // plan.tiles.k, words * _WORD - 1)
+        reads = blocks[:, block // _WORD] >> (block % _WORD).astype(jnp.uint32) & 1
+        reads = jnp.pad(reads, ((0, -num_tiles % _WORD), (0, 0)))
+        reads = reads.reshape(-1, _WORD, reads.shape[1])
+        return (reads << jnp.arange(_WORD, dtype=jnp.uint32)[:, None]).sum(1, dtype=jnp.uint32)
+
+    return jax.lax.map(of_head, (plan.blocks, columns))
 
 
 def to_mask(

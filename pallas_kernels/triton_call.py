@@ -1,29 +1,14 @@
 """One way to call a Triton kernel in a jax program, whichever jax-triton is installed."""
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 from jaxtyping import Array
 
-from pallas_kernels import versions
-from pallas_kernels.backend import Unsupported, device
+from pallas_kernels import backend, versions
+from pallas_kernels.backend import Unsupported
 
-CAPABILITIES = {
-    "A100": 80,
-    "A10": 86,
-    "A40": 86,
-    "L4": 89,
-    "L40S": 89,
-    "RTX 4090": 89,
-    "H100": 90,
-    "H200": 90,
-    "GH200": 90,
-    "B200": 100,
-    "GB200": 100,
-}
-"""Of GPUs by a word in their names, for programs compiled where there is none."""
 LEAST = 80
 """Ampere: the first with bfloat16 and asynchronous copies."""
 
@@ -34,20 +19,11 @@ def capability() -> int:
     Raises:
         Unsupported: if it is too old, or not here and of no known name.
     """
-    kind = device().kind
-    present = [each for each in jax.devices() if each.device_kind == kind]
-    if present:
-        found = int(present[0].compute_capability.replace(".", ""))
-    else:
-        known = [value for word, value in CAPABILITIES.items() if re.search(rf"\b{word}\b", kind)]
-        if not known:
-            raise Unsupported(
-                f"no compute capability is known of {kind!r}, which is not in this machine"
-            )
-        found = known[0]
+    found = backend.capability()
     if found < LEAST:
         raise Unsupported(
-            f"{kind} has compute capability {found / 10}; Triton kernels need {LEAST / 10}"
+            f"{backend.device().kind} has compute capability {found / 10}; "
+            f"Triton kernels need {LEAST / 10}"
         )
     return found
 

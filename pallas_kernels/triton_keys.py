@@ -1,36 +1,13 @@
-"""What Triton kernels that stream all keys share: which a row sees in which view, where they lie.
-
-Of a row, the keys of each view of Dual Chunk Attention are one run of local keys: those of its own
-chunk end with itself, those of the chunk before where its own begins, all older ones before these.
-"""
+"""What Triton kernels that stream all keys share: where they lie, and logits that a mask cuts."""
 
 from typing import no_type_check
 
-import jax.numpy as jnp
 import triton
 import triton.language as tl
-from jaxtyping import Array, Int
-
-from pallas_kernels.geometry import ChunkGeometry
-from pallas_kernels.shard import Shard
 
 LOG2E = tl.constexpr(1.4426950408889634)
 START = tl.constexpr(-1e30)
 """A running maximum before the first key; masked logits are -inf, and -inf - -inf is nan."""
-
-
-def ends(
-    positions: Int[Array, "*rows"], geometry: ChunkGeometry | None, shard: Shard
-) -> Int[Array, "views *rows"]:
-    """Where the local keys end that each row sees in each view; those of the last one begin at 0.
-
-    A row at position -1 sees none.
-    """
-    last = [positions + 1]
-    if geometry is not None:
-        chunk = positions // geometry.chunk_len
-        last += [(chunk - back).clip(0) * geometry.chunk_len for back in (0, 1)]
-    return jnp.stack([shard.before(each) for each in last])
 
 
 @triton.jit
@@ -83,7 +60,7 @@ def cut_logits(
     Args:
         queries: pointers [M] to the first view of the rows, `QUERIES` before the next one.
         there: which rows there are.
-        ends: pointers [M] to what `ends` returns, `ROWS` before those of the next view.
+        ends: pointers [M] to what `regions.ends` returns, `ROWS` before those of the next view.
         keys: pointers [TILE].
         first: the first of these keys.
         limit: where these keys end.

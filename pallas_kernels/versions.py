@@ -1,7 +1,7 @@
-"""Versions of jax, jax-triton and Triton that were tested together.
+"""Versions of jax, jax-triton and Triton that were tested together, and of jax with Mosaic GPU.
 
 jax-triton reaches into jax and into Triton, so that most pairs of releases fail, some of them
-only when a kernel is compiled.
+only when a kernel is compiled. What Pallas has for Mosaic GPU changes with every release.
 """
 
 import importlib.metadata
@@ -15,6 +15,8 @@ TESTED = (
 )
 PINS = "'jax>=0.10.2,<0.12' jax-triton==0.3.1 triton==3.6.0"
 """For pip: the first of these."""
+MOSAIC_GPU = (0, 10, 2), (0, 11, 2)
+"""Releases of jax."""
 
 
 def number(package: str) -> tuple[int, ...]:
@@ -37,3 +39,12 @@ def triton_fault() -> str | None:
             return None
     found = ", ".join(f"{each} {importlib.metadata.version(each)}" for each in PACKAGES)
     return f"{found} do not work together: pip install {PINS}"
+
+
+def mosaic_gpu_fault() -> str | None:
+    """Why Mosaic GPU kernels were never tried with the jax that is installed; None if they were."""
+    if number("jax") in MOSAIC_GPU:
+        return None
+    found = importlib.metadata.version("jax")
+    tested = " and ".join(".".join(map(str, each)) for each in MOSAIC_GPU)
+    return f"its kernels were tested with jax {tested}, not {found}"

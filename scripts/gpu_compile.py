@@ -1,8 +1,8 @@
 """The compilers of NVIDIA GPUs, on a machine without a GPU: programs, registers, spills.
 
-Needs `pip install jax-cuda13-plugin jax-cuda13-pjrt` in the version of jax, jax-triton and Triton.
-Nothing is run, so nothing here is a time. The compilers look for their settings once, so this
-works in a process started with `ENVIRONMENT` (`in_child`).
+Needs `pip install jax-cuda13-plugin jax-cuda13-pjrt` in the version of jax; for Triton kernels
+jax-triton and Triton. Nothing is run, so nothing here is a time. The compilers look for their
+settings once, so this works in a process started with `ENVIRONMENT` (`in_child`).
 """
 
 import dataclasses
@@ -21,8 +21,10 @@ ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     "TRITON_INTERPRET": "0",
+    "MOSAIC_GPU_DUMP_HOST_LLVM": "1",  # says how much shared memory a kernel takes
 }
 _DUMP = "JAX_TRITON_DUMP_DIR"
+_MOSAIC_DUMP = "MOSAIC_GPU_DUMP_TO"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +124,7 @@ GPUS = {
 
 
 class Kernel(NamedTuple):
-    """What ptxas says of a Triton kernel; spills and shared memory in bytes."""
+    """What ptxas says of a kernel; spills and shared memory in bytes."""
 
     name: str
     registers: int
@@ -147,7 +149,7 @@ def mesh(gpu: str, count: int = 1):
 
 
 class Compiled(NamedTuple):
-    """What the compiler made: `memory_analysis()`, its text, and the Triton kernels in it."""
+    """What the compiler made: `memory_analysis()`, its text, and the kernels in it."""
 
     memory: Any
     text: str
@@ -166,23 +168,28 @@ def compiled(mesh, function: Callable, *args, **options) -> Compiled:
     def described(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
-    before = set(Path(os.environ[_DUMP]).iterdir())
+    def dumped():
+        found = {*Path(os.environ[_DUMP]).iterdir()}
+        return found | {*Path(os.environ[_MOSAIC_DUMP]).glob("*.ptxas")}
+
+    before = dumped()
     with jax.set_mesh(mesh):
         done = jax.jit(function, **options).lower(*jax.tree.map(described, args)).compile()
-    new = sorted(set(Path(os.environ[_DUMP]).iterdir()) - before)
-    return Compiled(done.memory_analysis(), done.as_text() or "", [_kernel(each) for each in new])
+    new = sorted(dumped() - before)
+    kernels = [_triton(each) if each.is_dir() else _mosaic(each) for each in new]
+    return Compiled(done.memory_analysis(), done.as_text() or "", kernels)
 
 
-def missing() -> str | None:
-    """Which packages programs cannot be compiled without; None if all are there."""
-    from pallas_kernels.versions import triton_fault
+def missing(backend: str = "triton") -> str | None:
+    """Which packages programs of a backend cannot be compiled without; None if all are there."""
+    from pallas_kernels.versions import mosaic_gpu_fault, triton_fault
 
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         return (
             "the compiler of NVIDIA GPUs is not installed: pip install jax-cuda13-plugin "
             "jax-cuda13-pjrt, in the version of jax"
         )
-    return triton_fault()
+    return triton_fault() if backend == "triton" else mosaic_gpu_fault()
 
 
 def ready() -> bool:
@@ -192,10 +199,10 @@ def ready() -> bool:
 
 def in_child(script: str, *arguments: str) -> Iterator[dict]:
     """The JSON lines that a script prints, in whose process `compiled` works."""
-    with tempfile.TemporaryDirectory() as dump:
+    with tempfile.TemporaryDirectory() as dump, tempfile.TemporaryDirectory() as mosaic_dump:
         with subprocess.Popen(
             [sys.executable, script, *arguments],
-            env=os.environ | ENVIRONMENT | {_DUMP: dump},
+            env=os.environ | ENVIRONMENT | {_DUMP: dump, _MOSAIC_DUMP: mosaic_dump},
             stdout=subprocess.PIPE,
             text=True,
         ) as child:
@@ -205,7 +212,7 @@ def in_child(script: str, *arguments: str) -> Iterator[dict]:
             raise subprocess.CalledProcessError(child.returncode, script)
 
 
-def _kernel(folder: Path) -> Kernel:
+def _triton(folder: Path) -> Kernel:
     """Of a folder in which jax-triton has left what it made of a kernel."""
     from triton.backends import nvidia
 
@@ -222,6 +229,22 @@ def _kernel(folder: Path) -> Kernel:
     ).stderr
     (info,) = folder.glob("*.compile_info")
     (shared,) = re.findall(r"shared_mem_bytes: (\d+)", info.read_text())
-    (registers,) = re.findall(r"Used (\d+) registers", said)
-    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
-    return Kernel(ptx.stem, int(registers), spilled, int(shared))
+    return Kernel(ptx.stem, *_said(said), int(shared))
+
+
+def _mosaic(said: Path) -> Kernel:
+    """Of the file in which Mosaic GPU has left what ptxas says of a kernel, among others."""
+    (shared,) = re.findall(
+        r"@mosaic_gpu_get_function\(.*?, i32 (\d+), i32 1\)", said.with_suffix(".ll").read_text()
+    )
+    name = said.stem.rsplit("_", 1)[0]
+    kernel = Kernel(name, *_said(said.read_text()), int(shared))
+    for each in said.parent.glob(f"{said.stem}.mlir-passes.log"):
+        each.unlink()  # tens of megabytes
+    return kernel
+
+
+def _said(text: str) -> tuple[int, int]:
+    """Registers and bytes spilled."""
+    (registers,) = re.findall(r"Used (\d+) registers", text)
+    return int(registers), sum(map(int, re.findall(r"(\d+) bytes spill", text)))

@@ -1,10 +1,11 @@
-"""What the compilers of NVIDIA GPUs make of the Triton kernels, without a GPU.
+"""What the compilers of NVIDIA GPUs make of the Triton and Mosaic GPU kernels, without a GPU.
 
 Each kernel at the size at which a GPU serves a million tokens: 7B whole, of 14B the share of one
 of four. Then the engine's steps of 7B with the kernels inside. Nothing is run, so nothing here is
 a time. Needs what `gpu_compile` needs.
 
-    python scripts/gpu_facts.py [--gpus h200,a100,l40s] [--models 7B,14B] [--steps] [--json]
+    python scripts/gpu_facts.py [--gpus h200,a100,l40s] [--models 7B,14B] [--backends triton]
+                                [--steps] [--json]
 """
 
 import argparse
@@ -23,12 +24,16 @@ from qwen_jax import published
 CONTEXT, SLICE, PAGE = 1_010_000, 32_768, 1024
 TENSOR = {"7B": 1, "14B": 4}
 """GPUs that share the heads of a model."""
+BACKENDS = "triton", "mosaic_gpu"
+HOPPER = "h200"
+"""The GPU that Mosaic GPU kernels are for."""
 
 
-def kernels(gpu: str, model: str) -> Iterator[dict]:
-    """Of each program of `pallas_kernels.programs`."""
+def kernels(gpu: str, model: str, backend: str) -> Iterator[dict]:
+    """Of each program of `pallas_kernels.programs` that the backend has."""
     import jax
 
+    from pallas_kernels.backend import Unsupported, load
     from pallas_kernels.cases import MODELS
     from pallas_kernels.programs import PROGRAMS, inputs, program
     from qwen_jax import sparse
@@ -36,12 +41,17 @@ def kernels(gpu: str, model: str) -> Iterator[dict]:
     tiles = sparse.tiles_on("gpu")
     case = MODELS[model].served(CONTEXT, tensor=TENSOR[model])
     layer = case.num_kv_heads * case.num_pages * case.page * case.head_dim
-    for name in PROGRAMS:
+    for name, operation in PROGRAMS.items():
+        try:
+            load(operation, backend)
+        except Unsupported:
+            continue
         args = jax.eval_shape(lambda name=name: inputs(name, case, tiles=tiles))
-        made = gpu_compile.compiled(gpu_compile.mesh(gpu), program(name, case, "triton"), *args)
+        made = gpu_compile.compiled(gpu_compile.mesh(gpu), program(name, case, backend), *args)
         yield {
             "gpu": gpu,
             "model": model,
+            "backend": backend,
             "program": name,
             "kernels": [kernel._asdict() for kernel in made.kernels],
             "temporaries": made.memory.temp_size_in_bytes,
@@ -90,12 +100,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--gpus", default=",".join(gpu_compile.GPUS))
     parser.add_argument("--models", default=",".join(TENSOR))
+    parser.add_argument("--backends", default=",".join(BACKENDS))
     parser.add_argument("--steps", action="store_true", help="of the first GPU")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    fault = gpu_compile.missing()
-    if fault:
-        parser.error(fault)
+    for name in args.backends.split(","):
+        if name not in BACKENDS:
+            parser.error(f"there is no backend {name!r}; there are {', '.join(BACKENDS)}")
+        fault = gpu_compile.missing(name)
+        if fault:
+            parser.error(fault)
     for name in args.gpus.split(","):
         if name not in gpu_compile.GPUS:
             parser.error(f"there is no GPU {name!r}; there are {', '.join(gpu_compile.GPUS)}")
@@ -110,8 +124,11 @@ def main() -> None:
     gpus = args.gpus.split(",")
     for gpu in gpus:
         for model in filter(None, args.models.split(",")):
-            for row in kernels(gpu, model):
-                _print(row, as_json=True)
+            for backend in args.backends.split(","):
+                if backend == "mosaic_gpu" and gpu != HOPPER:
+                    continue
+                for row in kernels(gpu, model, backend):
+                    _print(row, as_json=True)
     if args.steps:
         for row in steps(gpus[0]):
             _print(row, as_json=True)

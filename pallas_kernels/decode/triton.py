@@ -19,8 +19,9 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import triton_call
 from pallas_kernels.backend import TRITON_HEADS, Unsupported
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.regions import ends
 from pallas_kernels.shard import WHOLE, Shard
-from pallas_kernels.triton_keys import LOG2E, START, cut_logits, ends, keys_at, pages_of
+from pallas_kernels.triton_keys import LOG2E, START, cut_logits, keys_at, pages_of
 
 TILE_BYTES = 2**14  # of keys a step, and of values as many
 PROGRAMS = {80: 2 * 108, 86: 84, 89: 142, 90: 3 * 132}

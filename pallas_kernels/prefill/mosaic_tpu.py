@@ -22,6 +22,7 @@ from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.plan import SparsePlan
 from pallas_kernels.prefill.mosaic_tpu_sweep import WORD, dense, sparse
 from pallas_kernels.prefill.mosaic_tpu_tile import LANES, Shape
+from pallas_kernels.prefill.packed import pack
 from pallas_kernels.shard import WHOLE, Shard
 from pallas_kernels.tiles import Tiles
 
@@ -185,33 +186,15 @@ def _listed(plan: SparsePlan, keys, values, layer, page_table, kv_len, width, sh
         word w says that tile 32 w + b reads the column's block; first and last position
         of each step [N, 1, 2 steps]; the bits of blocks [N, tiles, 1, words].
     """
-    N, num_tiles, words = plan.blocks.shape
-    V, page = plan.columns.shape[1], keys.shape[3]
-    steps = max(pl.cdiv(V, width), 1)
-    columns = jnp.pad(plan.columns, ((0, 0), (0, steps * width - V)), constant_values=plans.ABSENT)
-    end = shard.before(kv_len)
-    at = jnp.minimum(columns, jnp.maximum(end - 1, 0))
-    head = jnp.arange(N, dtype=jnp.int32)[:, None] // (N // keys.shape[1])
-    there = (columns < end)[..., None]
-    index = layer, head, page_table[at // page], at % page
-    packed = [jnp.where(there, cache[index], 0) for cache in (keys, values)]
-
-    def bits_of(head):
-        blocks, columns = head
-        block = jnp.minimum(columns // plan.tiles.k, words * WORD - 1)
-        reads = blocks[:, block // WORD] >> (block % WORD).astype(jnp.uint32) & 1
-        reads = jnp.pad(reads, ((0, -num_tiles % WORD), (0, 0)))
-        reads = reads.reshape(-1, WORD, reads.shape[1])
-        return (reads << jnp.arange(WORD, dtype=jnp.uint32)[:, None]).sum(1, dtype=jnp.uint32)
-
-    covered = jax.lax.bitcast_convert_type(jax.lax.map(bits_of, (plan.blocks, columns)), jnp.int32)
-    positions = columns
-    if shard.count > 1:
-        positions = jnp.where(there[..., 0], shard.position(at), plans.ABSENT)
-    positions = positions.reshape(N, steps, 1, width)
+    packed = pack(plan, keys, values, layer, page_table, kv_len, width=width, shard=shard)
+    N, V = packed.local.shape
+    steps = V // width
+    covered = jax.lax.bitcast_convert_type(plans.covered(plan, packed.local), jnp.int32)
+    positions = packed.positions.reshape(N, steps, 1, width)
     spans = jnp.stack([positions[:, :, 0, 0], positions[:, :, 0, -1]], -1)
     return [
-        *packed,
+        packed.keys,
+        packed.values,
         positions,
         covered.reshape(N, -1, steps, 1, width),
         spans.reshape(N, 1, 2 * steps),

@@ -26,9 +26,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import triton_call
 from pallas_kernels.backend import TRITON_HEADS, Unsupported
-from pallas_kernels.blockwise import whole_tiles
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.plan import SparsePlan
+from pallas_kernels.prefill.regions import ends
 from pallas_kernels.prefill.triton_tile import (
     finish,
     queries_of,
@@ -131,40 +131,10 @@ def prefill(
     }
     where = jnp.stack([layer, start, length, *(shard.scalars() or [jnp.int32(0)])])
     args = queries, keys, values, where, page_table
-    bounds = functools.partial(_bounds, start=start, length=length, geometry=geometry, shard=shard)
+    bounds = functools.partial(ends, start=start, length=length, geometry=geometry, shard=shard)
     if plan is None:
         return _launch_dense(args, bounds, tiles.k, programs, constants)
     return _launch_sparse(args, bounds, tiles.k, programs, constants, plan)
-
-
-def _bounds(
-    first: Int[Array, "*B"],
-    last: Int[Array, "*B"],
-    tile: int | None,
-    *,
-    start: Int[Array, ""],
-    length: Int[Array, ""],
-    geometry: ChunkGeometry | None,
-    shard: Shard,
-) -> tuple[Int[Array, "*B views"], Int[Array, "*B"]]:
-    """Of queries from `first` to `last`: where whole tiles of each region end, and all keys.
-
-    Args:
-        tile: keys of one; None if there are none.
-    """
-
-    def of_one(first, last):
-        q_pos = start + jnp.minimum(jnp.stack([first, last]), length - 1)
-        kv_len = jnp.where(first < length, start + length, 0)
-        found = []
-        if tile is not None:
-            found = whole_tiles(q_pos, kv_len, tile=tile, geometry=geometry, shard=shard)
-        stops = [stop for _, stop in found] or [jnp.int32(0)] * (1 if geometry is None else 3)
-        return jnp.stack(stops), shard.before(jnp.minimum(q_pos[1] + 1, kv_len))
-
-    for _ in first.shape:
-        of_one = jax.vmap(of_one)
-    return of_one(first, last)
 
 
 def _launch_dense(args, bounds, BLOCK_N: int, programs: int, constants: dict[str, Any]):

@@ -19,8 +19,9 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import triton_call
 from pallas_kernels.backend import TRITON_HEADS, Unsupported
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.regions import ends
 from pallas_kernels.shard import WHOLE, Shard
-from pallas_kernels.triton_keys import LOG2E, START, cut_logits, ends
+from pallas_kernels.triton_keys import LOG2E, START, cut_logits
 
 MOST_ROWS = 64
 MOST_BYTES = 512  # of a head

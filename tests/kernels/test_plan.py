@@ -135,3 +135,21 @@ def test_positions_beyond_sixteen_bits():
     assert plan.columns[0, :3].tolist() == [3, 70_000, S - 1]
     expected = sparse_oracle.blocks([66_000, S - 1], start, length, None, 128, 128)
     np.testing.assert_array_equal(np.asarray(plan.reads())[0, :, : S // 128], expected)
+
+
+@pytest.mark.parametrize("blocks", [31, 32, 70])
+def test_blocks_before_a_block_and_tiles_that_cover_a_column_are_those_of_the_bits(blocks):
+    rng = np.random.default_rng(blocks)
+    reads = rng.random((2, 37, -(-blocks // 32) * 32)) < 0.4
+    reads[..., blocks:] = False
+    words = np.packbits(reads, axis=2, bitorder="little").view(np.uint32)
+    columns = np.sort(rng.integers(0, 8 * blocks, (2, V))).astype(np.int32)
+    plan = plans.SparsePlan(jnp.asarray(words), jnp.asarray(columns), Tiles(q=4, k=8))
+    stops = rng.integers(0, reads.shape[2] + 1, (2, 37, 3)).astype(np.int32)
+    upto = np.pad(reads.cumsum(2), ((0, 0), (0, 0), (1, 0)))
+    assert (np.asarray(plan.before(jnp.asarray(stops))) == np.take_along_axis(upto, stops, 2)).all()
+    bits = np.asarray(plans.covered(plan, plan.columns))
+    tile = np.arange(37)
+    covered = bits[:, tile // 32] >> (tile % 32).astype(np.uint32)[:, None] & 1
+    expected = np.take_along_axis(reads, np.broadcast_to((columns // 8)[:, None], (2, 37, V)), 2)
+    assert (covered == expected).all()

@@ -1,86 +1,25 @@
 """Decode in Triton's interpreter: unread memory holds nan, as does what no kernel writes."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
+import sequences
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_shards import cut, merged
-from tolerances import assert_close
+from sequences import after
+from test_shards import merged
 from triton_interpreter import interpreted  # noqa: F401
 
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.geometry import ChunkGeometry
-from pallas_kernels.shard import WHOLE, Shard
+from pallas_kernels.shard import Shard
 
-triton_decode = pytest.importorskip("pallas_kernels.decode.triton").decode
+triton = pytest.importorskip("pallas_kernels.decode.triton")
 pytestmark = pytest.mark.usefixtures("interpreted")
-LAYER = 1
 
 
-class Sequences:
-    """Random keys and values of B sequences, in a cache that holds nan everywhere else.
-
-    Page 0 has no keys; the table names it where a sequence has none.
-    """
-
-    def __init__(self, rows, geometry, *, G=2, K=1, H=16, page=32, dtype="float32", seed=0):
-        rng = np.random.default_rng(seed)
-        B, Q = len(rows), max(map(len, rows))
-        self.rows, self.geometry = rows, geometry
-        self.lens = [max(row, default=-1) + 1 for row in rows]
-        used = [-(-n // page) for n in self.lens]
-        where = iter(rng.permutation(np.arange(1, sum(used) + 1)))
-        self.table = np.zeros((B, max(used) + 1), np.int32)
-        self.cache = np.full((2, 2, K, sum(used) + 1, page, H), np.nan, dtype)
-        self.flat = [rng.standard_normal((2, n, K, H)).astype(dtype) for n in self.lens]
-        for b in range(B):
-            self.table[b, : used[b]] = [next(where) for _ in range(used[b])]
-            for s in range(self.lens[b]):
-                at = self.table[b, s // page], s % page
-                self.cache[:, LAYER, :, *at] = self.flat[b][:, s]
-        self.positions = np.array([[*row, *[-1] * (Q - len(row))] for row in rows], np.int32)
-        views = 1 if geometry is None else 3
-        self.queries = (rng.standard_normal((views, B, Q, K * G, H)) * 16 / H).astype(dtype)
-        self.queries[:, self.positions < 0] = 1e3  # idle
-
-    def decode(self, shard=WHOLE, **sizes):
-        keys, values = self.cache if shard.count == 1 else (cut(x, shard.index) for x in self.cache)
-        return jax.jit(
-            functools.partial(triton_decode, geometry=self.geometry, shard=shard, **sizes)
-        )(
-            jnp.asarray(self.queries),
-            jnp.asarray(keys),
-            jnp.asarray(values),
-            jnp.int32(LAYER),
-            jnp.asarray(self.table),
-            jnp.asarray(self.positions),
-        )
-
-    def check(self, **sizes):
-        out, lse = map(np.asarray, self.decode(**sizes))
-        assert out.dtype == self.cache.dtype
-        assert lse.dtype == np.float32
-        self.assert_expected(out, lse)
-
-    def assert_expected(self, out, lse):
-        idle = self.positions < 0
-        assert (out[idle] == 0).all()
-        assert (lse[idle] == -np.inf).all()
-        for b, row in enumerate(self.rows):
-            if row:
-                given = self.queries[:, b], *self.flat[b], row[0], len(row), self.geometry
-                for found, wanted in zip((out, lse), oracle.attention(*given), strict=True):
-                    assert_close(found[b, : len(row)], wanted[: len(row)])
-
-
-def after(position, count=1):
-    """Positions of `count` consecutive tokens."""
-    return list(range(position, position + count))
+class Sequences(sequences.Sequences):
+    function = staticmethod(triton.decode)
 
 
 SHAPES = {
@@ -95,8 +34,8 @@ SHAPES = {
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 def test_lengths_around_tiles_and_pages_and_idle_rows_match_the_oracle(shape):
     rows = [after(0), [], after(14), after(15), [], after(16), after(63), after(64), after(95, 3)]
-    sequences = Sequences([*rows, []], ChunkGeometry(chunk_size=43, local_size=11), **shape)
-    sequences.check(tile=16, programs=8)
+    batch = Sequences([*rows, []], ChunkGeometry(chunk_size=43, local_size=11), **shape)
+    batch.check(tile=16, programs=8)
 
 
 def test_one_window_has_one_view():
@@ -124,8 +63,8 @@ def test_heads_of_128_in_the_sizes_that_are_served():
 @pytest.mark.parametrize("programs", [1, 5, 64])
 def test_runs_of_any_number_and_length_add_up(programs):
     rows = [after(3), after(700), [], after(77, 2), after(170)]  # up to 44 runs of a tile
-    sequences = Sequences(rows, ChunkGeometry(100, 36), G=14)
-    sequences.check(tile=16, programs=programs, num_stages=1)
+    batch = Sequences(rows, ChunkGeometry(100, 36), G=14)
+    batch.check(tile=16, programs=programs, num_stages=1)
 
 
 @settings(
@@ -146,15 +85,15 @@ def test_random_batches_of_random_geometries_match_the_oracle(data):
     geometry = data.draw(st.one_of(st.none(), st.builds(lambda n: ChunkGeometry(*n), sizes)))
     row = st.builds(after, st.integers(0, 180), st.integers(0, 4))
     rows = data.draw(st.lists(row, min_size=1, max_size=4).filter(any))
-    sequences = Sequences(rows, geometry, seed=data.draw(st.integers(0, 99)), **shape)
+    batch = Sequences(rows, geometry, seed=data.draw(st.integers(0, 99)), **shape)
     tile = data.draw(st.sampled_from([16, 32]))
-    sequences.check(tile=tile, programs=data.draw(st.integers(1, 20)))
+    batch.check(tile=tile, programs=data.draw(st.integers(1, 20)))
 
 
 def test_a_batch_without_a_token_is_empty():
-    sequences = Sequences([after(5)] * 2, None)
-    sequences.positions[:] = -1
-    out, lse = sequences.decode(tile=16)
+    batch = Sequences([after(5)] * 2, None)
+    batch.positions[:] = -1
+    out, lse = batch.decode(tile=16)
     assert (np.asarray(out) == 0).all()
     assert (np.asarray(lse) == -np.inf).all()
 
@@ -164,15 +103,15 @@ def test_a_batch_without_a_token_is_empty():
 )
 def test_all_shards_merge_to_the_whole(geometry):
     rows = [after(0), [], after(30, 4), after(95), after(290), after(306, 3)]
-    sequences = Sequences(rows, geometry, page=96)
-    found = [sequences.decode(Shard(jnp.int32(i), 32, 3), tile=16) for i in range(3)]
-    sequences.assert_expected(*merged(found))
+    batch = Sequences(rows, geometry, page=96)
+    found = [batch.decode(Shard(jnp.int32(i), 32, 3), tile=16) for i in range(3)]
+    batch.assert_expected(*merged(found))
 
 
 def test_what_no_product_takes_is_refused():
     with pytest.raises(Unsupported, match="head_dim=24 must be one of 16, 32"):
         Sequences([after(5)], None, H=24).decode()
-    sequences = Sequences([after(5)], None)
-    sequences.queries = sequences.queries.astype(jnp.bfloat16)
+    batch = Sequences([after(5)], None)
+    batch.queries = batch.queries.astype(jnp.bfloat16)
     with pytest.raises(Unsupported, match="queries are bfloat16, keys float32"):
-        sequences.decode()
+        batch.decode()

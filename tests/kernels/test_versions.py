@@ -1,4 +1,4 @@
-"""Which releases of jax, jax-triton and Triton run together, and what is said of others."""
+"""Which releases of jax, jax-triton and Triton run together, which GPUs, and what is said else."""
 
 import importlib.metadata
 import types
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import triton_call, versions
+from pallas_kernels import backend, triton_call, versions
 from pallas_kernels.backend import Device, Unsupported
 
 
@@ -73,7 +73,7 @@ def test_a_kernel_is_refused_where_the_packages_do_not_work(installed):
 
 
 def on(monkeypatch, kind, *present):
-    monkeypatch.setattr(triton_call, "device", lambda: Device("gpu", kind))
+    monkeypatch.setattr(backend, "device", lambda: Device("gpu", kind))
     devices = [types.SimpleNamespace(device_kind=k, compute_capability=c) for k, c in present]
     monkeypatch.setattr(jax, "devices", lambda: devices)
 
@@ -102,3 +102,29 @@ def test_a_gpu_that_is_too_old_or_unknown_is_refused(monkeypatch):
     on(monkeypatch, "Tesla T4")
     with pytest.raises(Unsupported, match=r"no compute capability is known of .Tesla T4."):
         triton_call.capability()
+
+
+def test_mosaic_gpu_runs_with_releases_of_jax_that_were_tried(installed):
+    for release in ("0.10.2", "0.11.2", "0.11.2.dev3"):
+        installed["jax"] = release
+        assert versions.mosaic_gpu_fault() is None
+    installed["jax"] = "0.12.0"
+    assert versions.mosaic_gpu_fault() == (
+        "its kernels were tested with jax 0.10.2 and 0.11.2, not 0.12.0"
+    )
+
+
+def test_mosaic_gpu_runs_on_hopper_alone(installed, monkeypatch):
+    installed["jax"] = "0.11.2"
+    on(monkeypatch, "NVIDIA H200")
+    assert backend.choose("gpu", "mosaic_gpu").prefill == "mosaic_gpu"
+    assert backend.unavailable("mosaic_gpu") is None
+    for kind, reason in {
+        "NVIDIA B200": "NVIDIA B200 has compute capability 10.0; its kernels are for 9.0",
+        "NVIDIA Nameless": "no compute capability is known of 'NVIDIA Nameless'",
+    }.items():
+        on(monkeypatch, kind)
+        with pytest.raises(Unsupported, match=f"^backend 'mosaic_gpu': {reason}"):
+            backend.choose("gpu", "mosaic_gpu")
+    installed["jax"] = "0.12.0"
+    assert backend.unavailable("mosaic_gpu") == versions.mosaic_gpu_fault()

@@ -1,0 +1,199 @@
+"""The Hopper kernel of prefill in the Mosaic GPU interpreter, which finds races, against float64.
+
+The interpreter takes seconds for a few steps, so most of this is `long`. It has no tensor cores:
+products are those of XLA, copies and barriers are the kernel's.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import test_shards
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from test_prefill_decode import LAYER, poison, random_inputs
+from tolerances import assert_close
+
+from pallas_kernels import mosaic_gpu_call
+from pallas_kernels import plan as plans
+from pallas_kernels.backend import Unsupported
+from pallas_kernels.cases import Case
+from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.prefill import mosaic_gpu
+from pallas_kernels.tiles import Tiles
+
+INTERPRET = mosaic_gpu_call.interpreter(detect_races=True, uninitialized_memory="nan")
+COLUMNS = 80  # more than a step
+
+
+def case_of(**sizes):
+    usual = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 64, "page": 64, "geometry": None}
+    return Case(**{"slice_len": 45} | usual | sizes)
+
+
+# Caches of 11 pages: 704 keys, in steps of a page at most.
+CASES = {
+    "one window": case_of(num_heads=1),
+    "tiles fit the chunk": case_of(geometry=ChunkGeometry(320, 64)),
+    "borders inside a tile": case_of(geometry=ChunkGeometry(230, 61), slice_len=140, num_heads=1),
+    "chunks smaller than a tile": case_of(geometry=ChunkGeometry(50, 10), num_heads=1),
+    "two kv heads, wide": case_of(
+        num_heads=4, num_kv_heads=2, head_dim=128, geometry=ChunkGeometry(320, 64)
+    ),
+    "steps of a part of a page": case_of(page=192, num_heads=1, slice_len=30),
+}
+# Of plans: padding in each item, several items a tile, several tiles, steps of a part of a block.
+PLANS = {
+    "one window": Tiles(q=40, k=32),
+    "tiles fit the chunk": Tiles(q=45, k=64),
+    "borders inside a tile": Tiles(q=128, k=64),
+    "chunks smaller than a tile": Tiles(q=16, k=16),
+    "two kv heads, wide": Tiles(q=150, k=32),
+    "steps of a part of a page": Tiles(q=30, k=192),
+}
+
+
+@functools.cache
+def compiled(case, tiles):
+    """The kernel, dense for tiles None, else by a plan of these tiles."""
+
+    def run(queries, keys, values, table, start, length, verticals, slashes):
+        args = queries, keys, values, jnp.int32(LAYER), table, start, length
+        options = {"geometry": case.geometry, "interpret": INTERPRET, "blocks": 2}
+        if tiles is None:
+            return *mosaic_gpu.prefill(*args, **options), None
+        plan = plans.build(
+            verticals,
+            slashes,
+            start,
+            length,
+            num_queries=case.slice_len,
+            num_columns=COLUMNS,
+            tiles=tiles,
+        )
+        mask = plans.to_mask(plan, start, length, num_keys=verticals.shape[1])
+        return *mosaic_gpu.prefill(*args, **options, plan=plan), mask
+
+    return jax.jit(run)
+
+
+def check(case, start, length, tiles=None, selected=None, seed=0):
+    rng, cache, flat, table = random_inputs(case, jnp.dtype("bfloat16"), seed)
+    views = 1 if case.geometry is None else 3
+    shape = views, case.slice_len, case.num_heads, case.head_dim
+    queries = rng.standard_normal(shape).astype("bfloat16")
+    queries *= np.asarray(case.head_dim**-0.5, "bfloat16")
+    if selected is None:
+        selected = np.zeros((2, case.num_heads, len(flat[0])), bool)
+    out, lse, mask = compiled(case, tiles)(
+        jnp.asarray(queries),
+        *poison(cache, case, table, start + length),
+        jnp.asarray(table),
+        jnp.int32(start),
+        jnp.int32(length),
+        *selected,
+    )
+    assert not interpret_pallas_call.get_races().races_found
+    out, lse = np.asarray(out), np.asarray(lse)
+    assert out.dtype == "bfloat16"
+    assert lse.dtype == np.float32
+    assert np.isfinite(out.astype(np.float32)).all()
+    mask = None if mask is None else np.asarray(mask)
+    expected, expected_lse = oracle.attention(queries, *flat, start, length, case.geometry, mask)
+    seen = expected_lse[:length] > -np.inf
+    assert (out[:length][~seen] == 0).all()
+    assert (lse[:length][~seen] == -np.inf).all()
+    if seen.any():
+        assert_close(out[:length], expected[:length])
+        assert_close(lse[:length][seen], expected_lse[:length][seen], 2e-6)
+
+
+def selection(case, end, columns, diagonals, seed=1):
+    """Columns and diagonals of each head; head 0 has columns alone, if there is another."""
+    rng = np.random.default_rng(seed)
+    selected = np.zeros((2, case.num_heads, 11 * case.page), bool)
+    for head in range(case.num_heads):
+        selected[0, head, rng.permutation(end)[:columns]] = True
+        alone = head == 0 and case.num_heads > 1
+        selected[1, head, rng.permutation(end)[: 0 if alone else diagonals]] = True
+    return selected
+
+
+def test_dense_attention_of_the_last_queries_reads_all_three_regions():
+    check(CASES["tiles fit the chunk"], 704 - 45, 45)
+
+
+def test_a_single_query_sees_itself():
+    check(CASES["one window"], 0, 1)
+
+
+def test_a_plan_gives_dense_attention_under_its_mask():
+    case = CASES["tiles fit the chunk"]
+    check(case, 704 - 64, 45, PLANS["tiles fit the chunk"], selection(case, 685, COLUMNS, 3))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", CASES)
+def test_dense_attention_is_right_on_both_sides_of_a_chunk(name):
+    case = CASES[name]
+    end = 11 * case.page
+    T = case.slice_len
+    for start, length in ((0, 1), (250, 15), (end - T, T), (end - T - 9, T - 12)):
+        check(case, start, length)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", CASES)
+def test_every_plan_gives_dense_attention_under_its_mask(name):
+    case = CASES[name]
+    end = 11 * case.page
+    for start, length, columns, diagonals in (
+        (end - case.slice_len, case.slice_len, COLUMNS, 4),
+        (0, 1, 1, 1),
+        (end - 150, 30, 0, 9),
+        (40, 2, 3, 0),
+    ):
+        selected = selection(case, start + length, columns, diagonals)
+        check(case, start, length, PLANS[name], selected)
+
+
+@pytest.mark.long
+def test_attention_of_all_shards_is_that_of_the_whole(monkeypatch):
+    monkeypatch.setitem(test_shards.OPTIONS, "mosaic_gpu", {"interpret": INTERPRET, "blocks": 2})
+    monkeypatch.setattr(test_shards, "H", 64)
+    monkeypatch.setattr(test_shards, "DTYPE", jnp.dtype("bfloat16"))
+    geometry = test_shards.GEOMETRIES["borders in and between parts"]
+    first, *_, last = test_shards.SLICES
+    test_shards.prefill("mosaic_gpu", geometry, (first, last))
+    test_shards.prefill("mosaic_gpu", geometry, (first, last), test_shards.random_plan)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtypes", "text"),
+    [
+        ({"H": 96}, {}, "heads of 96 are none of 64, 128"),
+        ({}, {"queries": "float32"}, "queries of float32, keys of bfloat16"),
+        ({}, {"values": "float16"}, "values of float16: not all bfloat16"),
+        ({"page": 24}, {}, "blocks of 24 keys in pages of 24: not whole steps of 64"),
+        ({"page": 2**20, "pages": 2**11}, {}, "2147483648 rows: more than 32 bits count"),
+    ],
+)
+def test_what_the_kernel_does_not_take_is_refused(sizes, dtypes, text):
+    sizes = {"H": 64, "page": 64, "pages": 3} | sizes
+    cache = 1, 1, sizes["pages"], sizes["page"], sizes["H"]
+    args = [
+        jax.ShapeDtypeStruct(shape, dtypes.get(name, dtype))
+        for name, shape, dtype in (
+            ("queries", (1, 40, 2, sizes["H"]), "bfloat16"),
+            ("keys", cache, "bfloat16"),
+            ("values", cache, "bfloat16"),
+            ("layer", (), "int32"),
+            ("table", (3,), "int32"),
+            ("start", (), "int32"),
+            ("length", (), "int32"),
+        )
+    ]
+    with pytest.raises(Unsupported, match=text):
+        jax.eval_shape(functools.partial(mosaic_gpu.prefill, geometry=None), *args)
