@@ -11,6 +11,8 @@ for folder in FOLDERS.split():
 import tpu_compile  # noqa: E402
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# Warpgroups of the Mosaic GPU interpreter wait in XLA's threads: with two, none is left to go on.
+os.environ.setdefault("NPROC", "8")
 for name, value in tpu_compile.ENVIRONMENT.items():
     os.environ.setdefault(name, value)
 

@@ -22,6 +22,9 @@ from pallas_kernels.backend import Unsupported
 from pallas_kernels.cases import Case
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.prefill import mosaic_gpu
+from pallas_kernels.prefill.mosaic_gpu_block import COLUMNS as COLUMN_STEPS
+from pallas_kernels.prefill.mosaic_gpu_block import ENDS, FIRST, HEAD, ROW
+from pallas_kernels.shard import WHOLE
 from pallas_kernels.tiles import Tiles
 
 INTERPRET = mosaic_gpu_call.interpreter(detect_races=True, uninitialized_memory="nan")
@@ -132,6 +135,35 @@ def test_a_single_query_sees_itself():
 def test_a_plan_gives_dense_attention_under_its_mask():
     case = CASES["tiles fit the chunk"]
     check(case, 704 - 64, 45, PLANS["tiles fit the chunk"], selection(case, 685, COLUMNS, 3))
+
+
+@pytest.mark.parametrize("tiles", [None, Tiles(q=200, k=64)])
+def test_items_are_all_tiles_of_all_heads_once_the_longest_first(tiles):
+    T, N, S, start, length = 600, 3, 1024, 300, 520
+    plan = None
+    if tiles is not None:
+        selected = np.random.default_rng(0).random((2, N, S)) < [[[0.02]], [[0.003]]]
+        plan = plans.build(
+            *jnp.asarray(selected),
+            jnp.int32(start),
+            jnp.int32(length),
+            num_queries=T,
+            num_columns=COLUMNS,
+            tiles=tiles,
+        )
+    tile = 128 if tiles is None else tiles.q
+    first = jnp.arange(-(-T // tile))[:, None] * tile + jnp.arange(0, tile, 128)
+    numbers = jnp.int32(start), jnp.int32(length)
+    geometry = ChunkGeometry(320, 64)
+    table = mosaic_gpu._items(first, tile, 1, *numbers, 64, geometry, WHOLE, plan, N)
+    table = np.asarray(table)
+    places = {(head, row) for head, row in table[:, [HEAD, ROW]]}
+    assert places == {(n, 128 * i) for n in range(N) for i in range(first.size)}
+    assert len(table) == len(places)
+    assert (np.diff(table[:, ENDS:], axis=1) >= 0).all()
+    steps = table[:, -1] + table[:, COLUMN_STEPS]
+    assert (np.diff(steps * mosaic_gpu.EVEN // steps.max()) <= 0).all()
+    assert (steps[table[:, FIRST] >= length] == 0).all()
 
 
 @pytest.mark.long
