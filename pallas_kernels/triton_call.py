@@ -22,6 +22,8 @@ CAPABILITIES = {
     "GH200": 90,
     "B200": 100,
     "GB200": 100,
+    "RTX PRO 6000 Blackwell": 120,
+    "RTX 5090": 120,
 }
 """Of GPUs by a word in their names, for programs compiled where there is none."""
 LEAST = 80

@@ -22,7 +22,7 @@ ENVIRONMENT = {
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
     "TRITON_INTERPRET": "0",
 }
-_DUMP = "JAX_TRITON_DUMP_DIR"
+_DUMP, _CODE = "JAX_TRITON_DUMP_DIR", "code"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +31,7 @@ class Gpu:
 
     Attributes:
         name: as its driver says it.
+        products: of bfloat16 that the tensor cores of a core sum up in a cycle.
         shared_per_core: bytes; `shared_per_block` of these a block may take.
         bandwidth: bytes/s of its memory.
     """
@@ -39,6 +40,7 @@ class Gpu:
     capability: tuple[int, int]
     cores: int
     lanes_per_core: int
+    products: int
     threads_per_core: int
     shared_per_core: int
     shared_per_block: int
@@ -84,6 +86,7 @@ GPUS = {
         capability=(8, 0),
         cores=108,
         lanes_per_core=64,
+        products=1024,
         threads_per_core=2048,
         shared_per_core=164 * 1024,
         shared_per_block=163 * 1024,
@@ -97,6 +100,7 @@ GPUS = {
         capability=(8, 9),
         cores=142,
         lanes_per_core=128,
+        products=512,
         threads_per_core=1536,
         shared_per_core=100 * 1024,
         shared_per_block=99 * 1024,
@@ -110,6 +114,7 @@ GPUS = {
         capability=(9, 0),
         cores=132,
         lanes_per_core=128,
+        products=2048,
         threads_per_core=2048,
         shared_per_core=228 * 1024,
         shared_per_block=227 * 1024,
@@ -118,16 +123,63 @@ GPUS = {
         memory=141 * 10**9,
         bandwidth=4800 * 10**9,
     ),
+    "b200": Gpu(
+        name="NVIDIA B200",
+        capability=(10, 0),
+        cores=148,
+        lanes_per_core=128,
+        products=4096,
+        threads_per_core=2048,
+        shared_per_core=228 * 1024,
+        shared_per_block=227 * 1024,
+        l2=126 * 2**20,
+        clock_ghz=1.965,
+        memory=180 * 10**9,
+        bandwidth=8000 * 10**9,
+    ),
+    "rtxpro6000": Gpu(
+        name="NVIDIA RTX PRO 6000 Blackwell Server Edition",
+        capability=(12, 0),
+        cores=188,
+        lanes_per_core=128,
+        products=512,
+        threads_per_core=1536,
+        shared_per_core=100 * 1024,
+        shared_per_block=99 * 1024,
+        l2=128 * 2**20,
+        clock_ghz=2.43,
+        memory=96 * 10**9,
+        bandwidth=1597 * 10**9,
+    ),
 }
 
 
 class Kernel(NamedTuple):
-    """What ptxas says of a Triton kernel; spills and shared memory in bytes."""
+    """What ptxas says of a Triton kernel; spills and shared memory in bytes.
+
+    Attributes:
+        columns: of tensor memory, which Blackwell has 512 of in a core.
+    """
 
     name: str
+    warps: int
     registers: int
     spilled: int
     shared: int
+    columns: int
+
+
+def resident(gpu: Gpu, kernel: Kernel) -> int:
+    """Programs of a kernel that a core runs at a time."""
+    threads = 32 * kernel.warps
+    registers = -(-kernel.registers // 8) * 8 * threads
+    return min(
+        32,
+        65536 // registers,
+        gpu.threads_per_core // threads,
+        gpu.shared_per_core // (kernel.shared + 1024),
+        512 // max(kernel.columns, 1),
+    )
 
 
 def mesh(gpu: str, count: int = 1):
@@ -159,6 +211,17 @@ def compiled(mesh, function: Callable, *args, **options) -> Compiled:
 
     `options` go to jit.
     """
+    lowered, kernels = _lowered(mesh, function, args, options)
+    done = lowered.compile()
+    return Compiled(done.memory_analysis(), done.as_text() or "", [each for each, _ in kernels])
+
+
+def kernels(mesh, function: Callable, *args) -> list[tuple[Kernel, Path]]:
+    """The Triton kernels of a function, as `compiled` has them, and their machine code."""
+    return _lowered(mesh, function, args, {})[1]
+
+
+def _lowered(mesh, function: Callable, args, options) -> tuple[Any, list[tuple[Kernel, Path]]]:
     import jax
 
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -168,9 +231,9 @@ def compiled(mesh, function: Callable, *args, **options) -> Compiled:
 
     before = set(Path(os.environ[_DUMP]).iterdir())
     with jax.set_mesh(mesh):
-        done = jax.jit(function, **options).lower(*jax.tree.map(described, args)).compile()
+        lowered = jax.jit(function, **options).lower(*jax.tree.map(described, args))
     new = sorted(set(Path(os.environ[_DUMP]).iterdir()) - before)
-    return Compiled(done.memory_analysis(), done.as_text() or "", [_kernel(each) for each in new])
+    return lowered, [(_kernel(each), each / _CODE) for each in new]
 
 
 def missing() -> str | None:
@@ -207,21 +270,52 @@ def in_child(script: str, *arguments: str) -> Iterator[dict]:
 
 def _kernel(folder: Path) -> Kernel:
     """Of a folder in which jax-triton has left what it made of a kernel."""
-    from triton.backends import nvidia
-
     (ptx,) = folder.glob("*.ptx")
     text = ptx.read_text()
-    target = re.search(r"^\.target (\w+)", text, re.MULTILINE)
+    target = re.search(r"^\.target (sm_(\d+)\w*)", text, re.MULTILINE)
     assert target is not None
-    tool = Path(nvidia.__file__).parent / "bin" / "ptxas"
-    said = subprocess.run(
-        [tool, "-v", f"--gpu-name={target[1]}", ptx, "-o", os.devnull],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stderr
+    tool = "ptxas-blackwell" if int(target[2]) >= 100 else "ptxas"
+    said = _run(tool, "-v", f"--gpu-name={target[1]}", ptx, "-o", folder / _CODE).stderr
     (info,) = folder.glob("*.compile_info")
     (shared,) = re.findall(r"shared_mem_bytes: (\d+)", info.read_text())
+    (threads,) = re.findall(r"^\.reqntid (\d+)", text, re.MULTILINE)
     (registers,) = re.findall(r"Used (\d+) registers", said)
-    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", said)))
-    return Kernel(ptx.stem, int(registers), spilled, int(shared))
+    (ttgir,) = folder.glob("*.ttgir")
+    (columns,) = re.findall(r"ttg.tensor_memory_size = (\d+)", ttgir.read_text())
+    return Kernel(
+        name=ptx.stem,
+        warps=int(threads) // 32,
+        registers=int(registers),
+        spilled=sum(map(int, re.findall(r"(\d+) bytes spill", said))),
+        shared=int(shared),
+        columns=int(columns),
+    )
+
+
+def _run(tool: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """A tool that comes with Triton."""
+    from triton.backends import nvidia
+
+    path = Path(nvidia.__file__).parent / "bin" / tool
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True)
+
+
+def inner_loop(code: Path) -> tuple[int, int]:
+    """Instructions, and exponentials among them, of the inner loop with most products.
+
+    Of several the shortest: keys that lie in a row take fewer instructions than single ones.
+    """
+    listed = _run("cuobjdump", "-sass", code).stdout
+    found = re.findall(r"/\*([0-9a-f]{4,5})\*/ +(?:@!?U?P\w+ +)?([^;/]+);", listed)
+    place = {int(address, 16): i for i, (address, _) in enumerate(found)}
+    names = [instruction.split()[0].split(".")[0] for _, instruction in found]
+    made = {"HMMA", "HGMMA", "UTCHMMA"} & set(names) or {"FFMA"}
+    loops: list[tuple[int, int, range]] = []
+    for last, (_, instruction) in enumerate(found):
+        jump = re.match(r"BRA\b.*?0x([0-9a-f]+)", instruction)
+        first = place[int(jump[1], 16)] if jump else last
+        products = sum(name in made for name in names[first:last])
+        if products and not any(first <= body[0] for *_, body in loops):
+            loops.append((products, first - last, range(first, last + 1)))
+    *_, body = max(loops, key=lambda each: each[:2])
+    return len(body), names[body[0] : body[-1] + 1].count("MUFU")

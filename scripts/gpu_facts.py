@@ -4,7 +4,7 @@ Each kernel at the size at which a GPU serves a million tokens: 7B whole, of 14B
 of four. Then the engine's steps of 7B with the kernels inside. Nothing is run, so nothing here is
 a time. Needs what `gpu_compile` needs.
 
-    python scripts/gpu_facts.py [--gpus h200,a100,l40s] [--models 7B,14B] [--steps] [--json]
+    python scripts/gpu_facts.py [--gpus h200] [--models 7B] [--dtype float32] [--steps] [--json]
 """
 
 import argparse
@@ -24,9 +24,10 @@ TENSOR = {"7B": 1, "14B": 4}
 """GPUs that share the heads of a model."""
 
 
-def kernels(gpu: str, model: str) -> Iterator[dict]:
+def kernels(gpu: str, model: str, dtype: str) -> Iterator[dict]:
     """Of each program of `pallas_kernels.programs`."""
     import jax
+    import jax.numpy as jnp
 
     from pallas_kernels.cases import MODELS
     from pallas_kernels.programs import PROGRAMS, inputs, program
@@ -36,7 +37,7 @@ def kernels(gpu: str, model: str) -> Iterator[dict]:
     case = MODELS[model].served(CONTEXT, tensor=TENSOR[model])
     layer = case.num_kv_heads * case.num_pages * case.page * case.head_dim
     for name in PROGRAMS:
-        args = jax.eval_shape(lambda name=name: inputs(name, case, tiles=tiles))
+        args = jax.eval_shape(lambda name=name: inputs(name, case, jnp.dtype(dtype), tiles))
         made = gpu_compile.compiled(gpu_compile.mesh(gpu), program(name, case, "triton"), *args)
         yield {
             "gpu": gpu,
@@ -89,6 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--gpus", default=",".join(gpu_compile.GPUS))
     parser.add_argument("--models", default=",".join(TENSOR))
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--steps", action="store_true", help="of the first GPU")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -109,7 +111,7 @@ def main() -> None:
     gpus = args.gpus.split(",")
     for gpu in gpus:
         for model in filter(None, args.models.split(",")):
-            for row in kernels(gpu, model):
+            for row in kernels(gpu, model, args.dtype):
                 _print(row, as_json=True)
     if args.steps:
         for row in steps(gpus[0]):
