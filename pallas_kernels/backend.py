@@ -157,9 +157,11 @@ def call(operation: str, choice: Choice, queries, *args, **keywords):
         Unsupported: if it does not run there or cannot take these arguments.
     """
     target = device()
-    name = getattr(choose(target.platform, choice, head_dim=queries.shape[-1]), operation)
+    head_dim = queries.shape[-1]
+    name = getattr(choose(target.platform, choice, head_dim=head_dim), operation)
+    tabled = operation if keywords.get("plan") is None else f"sparse {operation}"
     try:
-        keywords = tuned(name, operation, target.kind) | keywords
+        keywords = tuned(name, tabled, target.kind, str(queries.dtype), head_dim) | keywords
     except ValueError as error:
         raise Unsupported(str(error)) from None
     try:

@@ -49,8 +49,8 @@ def prefill(capability: int, itemsize: int, head_dim: int, *, sparse: bool) -> P
         return Prefill(Tiles(q=64, k=32), step=16, num_warps=8, num_stages=2)
     if 100 <= capability < 120:
         if sparse:
-            return Prefill(Tiles(q=128, k=32), step=32, num_warps=8, num_stages=4)
-        return Prefill(Tiles(q=128, k=32), step=32, num_warps=4, num_stages=4)
+            return Prefill(Tiles(q=128, k=32), step=32, num_warps=8, num_stages=3)
+        return Prefill(Tiles(q=128, k=32), step=32, num_warps=4, num_stages=3)
     if 90 <= capability < 100:
         return Prefill(Tiles(q=128, k=128), step=32, num_warps=8, num_stages=3)
     return Prefill(Tiles(q=128, k=64), step=16, num_warps=8, num_stages=3)
