@@ -5,7 +5,7 @@
 # make test-long  what takes longer: answers about 16,000 and 24,000 tokens
 # make test-tpu-aot  all kernels and steps compiled for five TPU generations, without a TPU, and
 #              a million tokens and more on whole topologies of them
-# make test-gpu-aot  all kernels and steps compiled for three NVIDIA GPUs, without a GPU
+# make test-gpu-aot  all kernels and steps compiled for five NVIDIA GPUs, without a GPU
 # make lint    formatting, lint, types, import directions
 # make bench   prefill, decode and memory against PyTorch (Python 3.11), then dense against sparse
 #

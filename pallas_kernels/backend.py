@@ -35,13 +35,17 @@ CAPABILITIES = {
     "A10": 86,
     "A40": 86,
     "L4": 89,
+    "L40": 89,
     "L40S": 89,
+    "RTX 6000 Ada": 89,
     "RTX 4090": 89,
     "H100": 90,
     "H200": 90,
     "GH200": 90,
     "B200": 100,
     "GB200": 100,
+    "RTX PRO 6000 Blackwell": 120,
+    "RTX 5090": 120,
 }
 """Of GPUs by a word in their names, for programs compiled where there is none."""
 
@@ -214,9 +218,11 @@ def call(operation: str, choice: Choice, queries, *args, **keywords):
         Unsupported: if it does not run there or cannot take these arguments.
     """
     target = device()
-    name = getattr(choose(target.platform, choice, head_dim=queries.shape[-1]), operation)
+    head_dim = queries.shape[-1]
+    name = getattr(choose(target.platform, choice, head_dim=head_dim), operation)
+    tabled = operation if keywords.get("plan") is None else f"sparse {operation}"
     try:
-        keywords = tuned(name, operation, target.kind) | keywords
+        keywords = tuned(name, tabled, target.kind, str(queries.dtype), head_dim) | keywords
     except ValueError as error:
         raise Unsupported(str(error)) from None
     try:

@@ -1,10 +1,11 @@
 """Tile sizes: how many queries and keys a kernel handles at a time. Speed, not numerics.
 
 `tuned/BACKEND.json`, made by `scripts/tune_kernels.py`, has a row per generation of devices:
-the names that jax has for it, and for each operation the keyword arguments of the backend's
-function that differ from its defaults, `Tiles` as {"q": ..., "k": ...}. A device in no row gets
-the defaults. The environment variable `PALLAS_KERNELS_TUNED` names a directory of such files
-to use instead.
+the names that jax has for it, the dtype and size of heads if the row is for these alone, and for
+each operation the keyword arguments of the backend's function that differ from its defaults,
+`Tiles` as {"q": ..., "k": ...}. Prefill by a plan is an operation of its own, "sparse prefill".
+What is in no row gets the defaults. The environment variable `PALLAS_KERNELS_TUNED` names a
+directory of such files to use instead.
 """
 
 import dataclasses
@@ -43,14 +44,17 @@ def of_page(page: int, most: int) -> int:
     return tile if tile >= min(page, 64) else page
 
 
-def tuned(backend: str, operation: str, device_kind: str) -> dict[str, Any]:
+def tuned(
+    backend: str, operation: str, device_kind: str, dtype: str, head_dim: int
+) -> dict[str, Any]:
     """Keyword arguments for an operation of a backend on a device, {} for the defaults.
 
     Raises:
         ValueError: if the file cannot be used.
     """
     for row in _table(_path(backend)).values():
-        if device_kind in row["device_kinds"]:
+        of_these = row.get("dtype", dtype) == dtype and row.get("head_dim", head_dim) == head_dim
+        if of_these and device_kind in row["device_kinds"]:
             found = row.get(operation, {})
             return {
                 name: Tiles(**value) if isinstance(value, dict) else value

@@ -38,6 +38,28 @@ def keys_at(cache, pages, first, PAGE: tl.constexpr, TILE: tl.constexpr, H: tl.c
 
 @triton.jit
 @no_type_check
+def logits_in_parts(
+    queries, there, keys, exist, M: tl.constexpr, TILE: tl.constexpr, H: tl.constexpr
+):
+    """Logits [TILE, M] of keys, in small parts of a head: few registers, but all is read again.
+
+    A product of float32, which tensor cores do not make, holds all that it sums over in registers.
+
+    Args:
+        queries: pointers [M] to the rows, of which `there` says which there are.
+        keys: pointers [TILE], likewise `exist`.
+    """
+    h = tl.arange(0, 16)
+    logits = tl.zeros((TILE, M), tl.float32)
+    for part in tl.range(0, H, 16, num_stages=1):
+        q = tl.load((queries + part)[:, None] + h, mask=there[:, None], other=0)
+        k = tl.load((keys + part)[:, None] + h, mask=exist[:, None], other=0)
+        logits = tl.dot(k, q.T, logits, input_precision="ieee")
+    return logits
+
+
+@triton.jit
+@no_type_check
 def cut_logits(
     queries,
     there,
@@ -54,8 +76,7 @@ def cut_logits(
 ):
     """Logits [TILE, M] of keys that a mask or a border of chunks cuts; -inf where a row sees none.
 
-    In small parts of a head, lest this rare code ask for more registers than the loop over whole
-    tiles beside it.
+    In parts, lest this rare code ask for more registers than the loop over whole tiles beside it.
 
     Args:
         queries: pointers [M] to the first view of the rows, `QUERIES` before the next one.
@@ -65,15 +86,11 @@ def cut_logits(
         first: the first of these keys.
         limit: where these keys end.
     """
-    key, h = first + tl.arange(0, TILE), tl.arange(0, 16)
+    key = first + tl.arange(0, TILE)
     logits = tl.full((TILE, M), float("-inf"), tl.float32)
     for view in tl.range(VIEWS, num_stages=1):
-        scores = tl.zeros((TILE, M), tl.float32)
-        for part in tl.range(0, H, 16, num_stages=1):
-            q_at = queries + view * QUERIES + part
-            q = tl.load(q_at[:, None] + h, mask=there[:, None], other=0)
-            k = tl.load((keys + part)[:, None] + h, mask=(key < limit)[:, None], other=0)
-            scores = tl.dot(k, q.T, scores, input_precision="ieee")
+        q_at = queries + view * QUERIES
+        scores = logits_in_parts(q_at, there, keys, key < limit, M, TILE, H)
         stop = tl.minimum(tl.load(ends + view * ROWS, mask=there, other=0), limit)
         logits = tl.where(key[:, None] < stop[None, :], scores, logits)
     return logits

@@ -23,7 +23,7 @@ ENVIRONMENT = {
     "TRITON_INTERPRET": "0",
     "MOSAIC_GPU_DUMP_HOST_LLVM": "1",  # says how much shared memory a kernel takes
 }
-_DUMP = "JAX_TRITON_DUMP_DIR"
+_DUMP, _CODE = "JAX_TRITON_DUMP_DIR", "code"
 _MOSAIC_DUMP = "MOSAIC_GPU_DUMP_TO"
 
 
@@ -33,6 +33,7 @@ class Gpu:
 
     Attributes:
         name: as its driver says it.
+        products: of bfloat16 that the tensor cores of a core sum up in a cycle.
         shared_per_core: bytes; `shared_per_block` of these a block may take.
         bandwidth: bytes/s of its memory.
     """
@@ -41,6 +42,7 @@ class Gpu:
     capability: tuple[int, int]
     cores: int
     lanes_per_core: int
+    products: int
     threads_per_core: int
     shared_per_core: int
     shared_per_block: int
@@ -86,6 +88,7 @@ GPUS = {
         capability=(8, 0),
         cores=108,
         lanes_per_core=64,
+        products=1024,
         threads_per_core=2048,
         shared_per_core=164 * 1024,
         shared_per_block=163 * 1024,
@@ -99,6 +102,7 @@ GPUS = {
         capability=(8, 9),
         cores=142,
         lanes_per_core=128,
+        products=512,
         threads_per_core=1536,
         shared_per_core=100 * 1024,
         shared_per_block=99 * 1024,
@@ -112,6 +116,7 @@ GPUS = {
         capability=(9, 0),
         cores=132,
         lanes_per_core=128,
+        products=2048,
         threads_per_core=2048,
         shared_per_core=228 * 1024,
         shared_per_block=227 * 1024,
@@ -120,16 +125,64 @@ GPUS = {
         memory=141 * 10**9,
         bandwidth=4800 * 10**9,
     ),
+    "b200": Gpu(
+        name="NVIDIA B200",
+        capability=(10, 0),
+        cores=148,
+        lanes_per_core=128,
+        products=4096,
+        threads_per_core=2048,
+        shared_per_core=228 * 1024,
+        shared_per_block=227 * 1024,
+        l2=126 * 2**20,
+        clock_ghz=1.965,
+        memory=180 * 10**9,
+        bandwidth=8000 * 10**9,
+    ),
+    "rtxpro6000": Gpu(
+        name="NVIDIA RTX PRO 6000 Blackwell Server Edition",
+        capability=(12, 0),
+        cores=188,
+        lanes_per_core=128,
+        products=512,
+        threads_per_core=1536,
+        shared_per_core=100 * 1024,
+        shared_per_block=99 * 1024,
+        l2=128 * 2**20,
+        clock_ghz=2.43,
+        memory=96 * 10**9,
+        bandwidth=1597 * 10**9,
+    ),
 }
 
 
 class Kernel(NamedTuple):
-    """What ptxas says of a kernel; spills and shared memory in bytes."""
+    """What ptxas says of a kernel; spills and shared memory in bytes.
+
+    Attributes:
+        warps: of a program; 0 if that is not known.
+        columns: of tensor memory, which Blackwell has 512 of in a core.
+    """
 
     name: str
     registers: int
     spilled: int
     shared: int
+    warps: int = 0
+    columns: int = 0
+
+
+def resident(gpu: Gpu, kernel: Kernel) -> int:
+    """Programs of a kernel that a core runs at a time."""
+    threads = 32 * kernel.warps
+    registers = -(-kernel.registers // 8) * 8 * threads
+    return min(
+        32,
+        65536 // registers,
+        gpu.threads_per_core // threads,
+        gpu.shared_per_core // (kernel.shared + 1024),
+        512 // max(kernel.columns, 1),
+    )
 
 
 def mesh(gpu: str, count: int = 1):
@@ -161,6 +214,19 @@ def compiled(mesh, function: Callable, *args, **options) -> Compiled:
 
     `options` go to jit.
     """
+    before = _mosaic_dumps()
+    lowered, made = _lowered(mesh, function, args, options)
+    done = lowered.compile()
+    found = [each for each, _ in made] + list(map(_mosaic, sorted(_mosaic_dumps() - before)))
+    return Compiled(done.memory_analysis(), done.as_text() or "", found)
+
+
+def kernels(mesh, function: Callable, *args) -> list[tuple[Kernel, Path]]:
+    """The Triton kernels of a function, as `compiled` has them, and their machine code."""
+    return _lowered(mesh, function, args, {})[1]
+
+
+def _lowered(mesh, function: Callable, args, options) -> tuple[Any, list[tuple[Kernel, Path]]]:
     import jax
 
     place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
@@ -168,16 +234,15 @@ def compiled(mesh, function: Callable, *args, **options) -> Compiled:
     def described(leaf):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place)
 
-    def dumped():
-        found = {*Path(os.environ[_DUMP]).iterdir()}
-        return found | {*Path(os.environ[_MOSAIC_DUMP]).glob("*.ptxas")}
-
-    before = dumped()
+    before = set(Path(os.environ[_DUMP]).iterdir())
     with jax.set_mesh(mesh):
-        done = jax.jit(function, **options).lower(*jax.tree.map(described, args)).compile()
-    new = sorted(dumped() - before)
-    kernels = [_triton(each) if each.is_dir() else _mosaic(each) for each in new]
-    return Compiled(done.memory_analysis(), done.as_text() or "", kernels)
+        lowered = jax.jit(function, **options).lower(*jax.tree.map(described, args))
+    new = sorted(set(Path(os.environ[_DUMP]).iterdir()) - before)
+    return lowered, [(_triton(each), each / _CODE) for each in new]
+
+
+def _mosaic_dumps() -> set[Path]:
+    return {*Path(os.environ[_MOSAIC_DUMP]).glob("*.ptxas")}
 
 
 def missing(backend: str = "triton") -> str | None:
@@ -214,22 +279,26 @@ def in_child(script: str, *arguments: str) -> Iterator[dict]:
 
 def _triton(folder: Path) -> Kernel:
     """Of a folder in which jax-triton has left what it made of a kernel."""
-    from triton.backends import nvidia
-
     (ptx,) = folder.glob("*.ptx")
     text = ptx.read_text()
-    target = re.search(r"^\.target (\w+)", text, re.MULTILINE)
+    target = re.search(r"^\.target (sm_(\d+)\w*)", text, re.MULTILINE)
     assert target is not None
-    tool = Path(nvidia.__file__).parent / "bin" / "ptxas"
-    said = subprocess.run(
-        [tool, "-v", f"--gpu-name={target[1]}", ptx, "-o", os.devnull],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stderr
+    tool = "ptxas-blackwell" if int(target[2]) >= 100 else "ptxas"
+    said = _run(tool, "-v", f"--gpu-name={target[1]}", ptx, "-o", folder / _CODE).stderr
     (info,) = folder.glob("*.compile_info")
     (shared,) = re.findall(r"shared_mem_bytes: (\d+)", info.read_text())
-    return Kernel(ptx.stem, *_said(said), int(shared))
+    (threads,) = re.findall(r"^\.reqntid (\d+)", text, re.MULTILINE)
+    (ttgir,) = folder.glob("*.ttgir")
+    (columns,) = re.findall(r"ttg.tensor_memory_size = (\d+)", ttgir.read_text())
+    registers, spilled = _said(said)
+    return Kernel(
+        name=ptx.stem,
+        warps=int(threads) // 32,
+        registers=registers,
+        spilled=spilled,
+        shared=int(shared),
+        columns=int(columns),
+    )
 
 
 def _mosaic(said: Path) -> Kernel:
@@ -248,3 +317,32 @@ def _said(text: str) -> tuple[int, int]:
     """Registers and bytes spilled."""
     (registers,) = re.findall(r"Used (\d+) registers", text)
     return int(registers), sum(map(int, re.findall(r"(\d+) bytes spill", text)))
+
+
+def _run(tool: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """A tool that comes with Triton."""
+    from triton.backends import nvidia
+
+    path = Path(nvidia.__file__).parent / "bin" / tool
+    return subprocess.run([path, *arguments], capture_output=True, text=True, check=True)
+
+
+def inner_loop(code: Path) -> tuple[int, int]:
+    """Instructions, and exponentials among them, of the inner loop with most products.
+
+    Of several the shortest: keys that lie in a row take fewer instructions than single ones.
+    """
+    listed = _run("cuobjdump", "-sass", code).stdout
+    found = re.findall(r"/\*([0-9a-f]{4,5})\*/ +(?:@!?U?P\w+ +)?([^;/]+);", listed)
+    place = {int(address, 16): i for i, (address, _) in enumerate(found)}
+    names = [instruction.split()[0].split(".")[0] for _, instruction in found]
+    made = {"HMMA", "HGMMA", "UTCHMMA"} & set(names) or {"FFMA"}
+    loops: list[tuple[int, int, range]] = []
+    for last, (_, instruction) in enumerate(found):
+        jump = re.match(r"BRA\b.*?0x([0-9a-f]+)", instruction)
+        first = place[int(jump[1], 16)] if jump else last
+        products = sum(name in made for name in names[first:last])
+        if products and not any(first <= body[0] for *_, body in loops):
+            loops.append((products, first - last, range(first, last + 1)))
+    *_, body = max(loops, key=lambda each: each[:2])
+    return len(body), names[body[0] : body[-1] + 1].count("MUFU")

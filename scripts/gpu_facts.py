@@ -4,8 +4,8 @@ Each kernel at the size at which a GPU serves a million tokens: 7B whole, of 14B
 of four. Then the engine's steps of 7B with the kernels inside. Nothing is run, so nothing here is
 a time. Needs what `gpu_compile` needs.
 
-    python scripts/gpu_facts.py [--gpus h200,a100,l40s] [--models 7B,14B] [--backends triton]
-                                [--steps] [--json]
+    python scripts/gpu_facts.py [--gpus h200,a100] [--models 7B,14B] [--backends triton]
+                                [--dtype float32] [--steps] [--json]
 """
 
 import argparse
@@ -29,11 +29,11 @@ HOPPER = "h200"
 """The GPU that Mosaic GPU kernels are for."""
 
 
-def kernels(gpu: str, model: str, backend: str) -> Iterator[dict]:
-    """Of each program of `pallas_kernels.programs` that the backend has."""
+def kernels(gpu: str, model: str, backend: str, dtype: str) -> Iterator[dict]:
+    """Of each program of `pallas_kernels.programs`."""
     import jax
+    import jax.numpy as jnp
 
-    from pallas_kernels.backend import Unsupported, load
     from pallas_kernels.cases import MODELS
     from pallas_kernels.programs import PROGRAMS, inputs, program
     from qwen_jax import sparse
@@ -41,12 +41,8 @@ def kernels(gpu: str, model: str, backend: str) -> Iterator[dict]:
     tiles = sparse.tiles_on("gpu")
     case = MODELS[model].served(CONTEXT, tensor=TENSOR[model])
     layer = case.num_kv_heads * case.num_pages * case.page * case.head_dim
-    for name, operation in PROGRAMS.items():
-        try:
-            load(operation, backend)
-        except Unsupported:
-            continue
-        args = jax.eval_shape(lambda name=name: inputs(name, case, tiles=tiles))
+    for name in PROGRAMS:
+        args = jax.eval_shape(lambda name=name: inputs(name, case, jnp.dtype(dtype), tiles))
         made = gpu_compile.compiled(gpu_compile.mesh(gpu), program(name, case, backend), *args)
         yield {
             "gpu": gpu,
@@ -101,6 +97,7 @@ def main() -> None:
     parser.add_argument("--gpus", default=",".join(gpu_compile.GPUS))
     parser.add_argument("--models", default=",".join(TENSOR))
     parser.add_argument("--backends", default=",".join(BACKENDS))
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--steps", action="store_true", help="of the first GPU")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
@@ -125,9 +122,9 @@ def main() -> None:
     for gpu in gpus:
         for model in filter(None, args.models.split(",")):
             for backend in args.backends.split(","):
-                if backend == "mosaic_gpu" and gpu != HOPPER:
+                if backend == "mosaic_gpu" and (gpu != HOPPER or args.dtype == "float32"):
                     continue
-                for row in kernels(gpu, model, backend):
+                for row in kernels(gpu, model, backend, args.dtype):
                     _print(row, as_json=True)
     if args.steps:
         for row in steps(gpus[0]):

@@ -1,14 +1,13 @@
-"""Search tile sizes of the TPU kernels: by compiled schedule without a TPU, by time on one.
+"""Search sizes of kernels: by what compilers make of them without a device, by time on one.
 
-Without a device every candidate is compiled for every generation. Of those that compile the one
-with the most of its matrix unit's slots filled is best, and of those within 2% of it the one with
-most queries, which reads keys and values least often. Decode, which waits for memory, is tuned by
-time only.
+Without a device every candidate is compiled for every device that the backend's compilers know.
+What one is worth is said in `tune_tpu` and `tune_gpu`; it is a prediction, not a time.
 
-With --time the candidates run on this machine's TPU, and the fastest of the median is taken.
-Either way the table of before is read, and what was searched is replaced.
+With --time the candidates run on the TPU or GPU of this machine. Those whose results differ from
+the truth in float64 are left out, and the fastest of the median is taken. Either way the table of
+before is read, and what was searched is replaced.
 
-    python scripts/tune_kernels.py [--generations v5e] [--programs prefill] [--out FILE]
+    python scripts/tune_kernels.py --backend triton [--devices h200] [--programs prefill]
     python scripts/tune_kernels.py --time [--shape "7B at 256k"] [--programs decode] [--out FILE]
 
 A table elsewhere than in pallas_kernels/tuned is used where PALLAS_KERNELS_TUNED names its
@@ -16,6 +15,7 @@ directory.
 """
 
 import argparse
+import functools
 import itertools
 import json
 import sys
@@ -23,61 +23,67 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tpu_compile import GENERATIONS, Schedule, in_child, memory_of, mesh, schedules
-from tpu_schedule import CONTEXT
+import tune_gpu
+import tune_tpu
 
 from pallas_kernels.tiles import PACKAGED
 
-TABLE = PACKAGED / "mosaic_tpu.json"
-# The keywords of each program's kernel, from small to large.
-CANDIDATES: dict[str, dict[str, list[Any]]] = {
-    "prefill": {
-        "tiles": [
-            {"q": q, "k": k} for q, k in itertools.product((896, 1792, 2688), (512, 1024, 2048))
-        ]
-    },
-    "sparse prefill": {"step": [512, 1024, 2048, 4096]},
-    "selection": {"tile": [256, 512, 1024]},
-    "decode": {"block_bytes": [2**18, 2**19, 2**20, 2**21]},
-}
-CLOSE = 0.98
+BACKENDS = {"mosaic_tpu": tune_tpu, "triton": tune_gpu}
+ROWS = 3  # compared of a prefill
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--generations", default=",".join(GENERATIONS))
-    parser.add_argument("--programs", default="prefill,sparse prefill,selection")
+    parser.add_argument("--backend", choices=BACKENDS, default="mosaic_tpu")
+    parser.add_argument("--devices", help="default: all that its compilers know")
+    parser.add_argument("--programs", help="default: all that the backend's search is for")
     parser.add_argument("--model", default="7B")
-    parser.add_argument("--time", action="store_true", help="run them on this machine's TPU")
+    parser.add_argument("--time", action="store_true", help="run them on this machine's device")
     parser.add_argument("--shape", default="7B at 256k", help="what is timed")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=TABLE)
+    parser.add_argument("--out", type=Path, help="default: the table that the kernels use")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    programs = args.programs.split(",")
+    if args.time:
+        args.backend = of_this_machine()
+    search = BACKENDS[args.backend]
+    programs = args.programs.split(",") if args.programs else list(search.PROGRAMS)
+    tried = functools.partial(candidates, search.CANDIDATES)
     if args.child:
-        for found in compiled(args.child, programs, args.model):
+        for found in search.compiled(args.child, programs, args.model, tried):
             print(json.dumps(found), flush=True)
         return
-    table = json.loads((args.out if args.out.exists() else TABLE).read_text())
+    packaged = PACKAGED / f"{args.backend}.json"
+    out = args.out or packaged
+    table = json.loads((out if out.exists() else packaged).read_text())
     if args.time:
-        kind, rows = timed(args.shape, programs, args.repeats)
+        kind, rows = timed(args.backend, args.shape, programs, args.repeats, tried)
         # A device that is in no row yet gets one.
         name = next((name for name, row in table.items() if kind in row["device_kinds"]), kind)
-        take(table.setdefault(name, {"device_kinds": [kind]}), name, rows)
+        take(table.setdefault(name, {"device_kinds": [kind], **search.HEADS}), name, rows)
     else:
-        for generation in args.generations.split(","):
-            flags = ["--programs", args.programs, "--model", args.model]
-            rows = list(in_child(__file__, "--child", generation, *flags))
-            take(table[generation], generation, rows)
-    args.out.write_text(json.dumps(table, indent=2) + "\n")
-    print(f"wrote {args.out}", file=sys.stderr)
+        for device in args.devices.split(",") if args.devices else search.DEVICES:
+            flags = ["--backend", args.backend, "--programs", ",".join(programs)]
+            flags += ["--model", args.model]
+            rows = list(search.in_child(__file__, "--child", device, *flags))
+            take(table[device], device, rows)
+    out.write_text(json.dumps(table, indent=2) + "\n")
+    print(f"wrote {out}", file=sys.stderr)
+
+
+def of_this_machine() -> str:
+    """The backend that is tuned on this machine."""
+    from pallas_kernels import backend
+
+    platform = backend.device().platform
+    found = [name for name in BACKENDS if platform in backend.RUNS_ON[name]]
+    if not found:
+        sys.exit(f"--time needs a TPU or GPU; this is a {platform} (leave it out to compile only)")
+    return found[0]
 
 
 def take(row: dict[str, Any], name: str, found: list[dict[str, Any]]) -> None:
     """Puts the best sizes of each program into the row of a device."""
-    from pallas_kernels.programs import PROGRAMS
-
     for program in dict.fromkeys(each["program"] for each in found):
         tried = [each for each in found if each["program"] == program]
         for each in tried:
@@ -87,78 +93,85 @@ def take(row: dict[str, Any], name: str, found: list[dict[str, Any]]) -> None:
             sys.exit(f"{name}: no candidate of {program} works")
         best = max(each["worth"] for each in worked)
         chosen = [each for each in worked if each["worth"] >= each["close"] * best][-1]
-        row.setdefault(PROGRAMS[program], {}).update(chosen["sizes"])
+        what = tabled(program)
+        row[what] = row.get(what, {}) | chosen["sizes"]
         print(name, program, "takes", chosen["sizes"], flush=True)
 
 
-def candidates(program: str) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+def tabled(program: str) -> str:
+    """What the table calls a program."""
+    from pallas_kernels.programs import PROGRAMS
+
+    return program if program == "sparse prefill" else PROGRAMS[program]
+
+
+def candidates(
+    table: dict[str, dict[str, list[Any]]], program: str
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Sizes as the table has them, and as keyword arguments."""
     from pallas_kernels.tiles import Tiles
 
-    for values in itertools.product(*CANDIDATES[program].values()):
-        sizes = dict(zip(CANDIDATES[program], values, strict=True))
+    for values in itertools.product(*table[program].values()):
+        sizes = dict(zip(table[program], values, strict=True))
         yield (
             sizes,
             {k: Tiles(**v) if isinstance(v, dict) else v for k, v in sizes.items()},
         )
 
 
-def compiled(generation: str, programs: list[str], model: str) -> Iterator[dict[str, Any]]:
-    """What the schedules of all candidates are worth on a generation."""
-    import jax
-
-    from pallas_kernels.cases import MODELS
-    from pallas_kernels.programs import inputs, program
-
-    device = mesh(generation)
-    case = MODELS[model].share(CONTEXT, memory_of(device))
-    for name in programs:
-        args = jax.eval_shape(lambda name=name: inputs(name, case))
-        for sizes, keywords in candidates(name):
-            worth = None
-            try:
-                found = schedules(device, program(name, case, "mosaic_tpu", **keywords), *args)
-                worth = min(each.mxu for each in found)
-                says = "; ".join(map(summary, found))
-            except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
-                says = str(error).splitlines()[0]
-            yield {"program": name, "sizes": sizes, "worth": worth, "says": says, "close": CLOSE}
-
-
-def summary(found: Schedule) -> str:
-    inner = f"inner {found.inner_mxu:.3f}"
-    return f"{found.name} MXU {found.mxu:.3f} {inner} spills {found.spills:,}"
-
-
-def timed(shape: str, programs: list[str], repeats: int) -> tuple[str, list[dict[str, Any]]]:
-    """The kind of this machine's TPU, and how fast it runs all candidates."""
+def timed(
+    name: str, shape: str, programs: list[str], repeats: int, candidates
+) -> tuple[str, list[dict[str, Any]]]:
+    """The kind of this machine's device, and how fast it runs all candidates that are right."""
     import statistics
 
     import jax
+    from bench_gpu_truth import WrongError
 
     from pallas_kernels import backend
     from pallas_kernels.cases import SERVED
-    from pallas_kernels.programs import inputs
+    from pallas_kernels.programs import inputs, program
+    from qwen_jax import sparse
     from qwen_jax.cli.kernels import time_of
 
     here = backend.device()
-    if here.platform != "tpu":
-        sys.exit(f"--time needs a TPU; this is a {here.platform} (leave it out to compile only)")
-    rows = []
-    for name in programs:
-        args = jax.jit(lambda name=name: inputs(name, SERVED[shape]))()
-        for sizes, keywords in candidates(name):
+    case, tiles, rows = SERVED[shape], sparse.tiles_on(here.platform), []
+    for what in programs:
+        args = jax.jit(lambda what=what: inputs(what, case, tiles=tiles))()
+        for sizes, keywords in candidates(what):
             worth = None
             try:
-                seconds = time_of(name, SERVED[shape], "mosaic_tpu", args, repeats, **keywords)
+                check(what, case, args, jax.jit(program(what, case, name, **keywords))(*args))
+                seconds = time_of(what, case, name, args, repeats, **keywords)
                 worth = 1 / statistics.median(seconds)
                 says = f"{1e3 / worth:.3f} ms"
-            except (NotImplementedError, jax.errors.JaxRuntimeError) as error:
+            except (NotImplementedError, jax.errors.JaxRuntimeError, WrongError) as error:
                 says = str(error).splitlines()[0]
             rows.append(
-                {"program": name, "sizes": sizes, "worth": worth, "says": says, "close": 1.0}
+                {"program": what, "sizes": sizes, "worth": worth, "says": says, "close": 1.0}
             )
     return here.kind, rows
+
+
+def check(what: str, case, args, found) -> None:
+    """Compare some rows, sequences or heads of a result with the truth in float64.
+
+    Raises:
+        WrongError: if they differ by more than they may.
+    """
+    import bench_gpu_truth as truth
+    import numpy as np
+
+    rng = np.random.default_rng()
+    if what == "decode":
+        truth.check_decode(case, args, found, [0])
+    elif what == "selection":
+        truth.check_votes(case, args, found, [0, case.num_heads - 1])
+    elif what == "prefill":
+        truth.check_slice(rng, case, args, found, ROWS)
+    else:
+        listed, *rest = args
+        truth.check_slice(rng, case, tuple(rest), found, ROWS, listed)
 
 
 if __name__ == "__main__":

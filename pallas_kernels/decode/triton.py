@@ -16,16 +16,13 @@ import triton
 import triton.language as tl
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import triton_call
+from pallas_kernels import triton_call, triton_sizes
 from pallas_kernels.backend import TRITON_HEADS, Unsupported
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.regions import ends
 from pallas_kernels.shard import WHOLE, Shard
 from pallas_kernels.triton_keys import LOG2E, START, cut_logits, keys_at, pages_of
 
-TILE_BYTES = 2**14  # of keys a step, and of values as many
-PROGRAMS = {80: 2 * 108, 86: 84, 89: 142, 90: 3 * 132}
-"""That run at a time, by compute capability: as many as the shared memory of each core holds."""
 MOST_ROWS = 64  # of a program
 CUT = 16  # keys a step where a tile is cut
 MERGED = 32  # runs a step of the merge
@@ -43,14 +40,14 @@ def decode(
     shard: Shard = WHOLE,
     tile: int | None = None,
     programs: int | None = None,
-    num_warps: int = 4,
-    num_stages: int = 3,
+    num_warps: int | None = None,
+    num_stages: int | None = None,
 ) -> tuple[Float[Array, "B Q N H"], Float[Array, "B Q N"]]:
-    """See `api.decode`.
+    """See `api.decode`. What is None is as in `triton_sizes`.
 
     Args:
-        tile: keys a step, a power of two; by default as many as make `TILE_BYTES`.
-        programs: that stream keys at a time, over all heads; by default what fits the GPU.
+        tile: keys a step, a power of two.
+        programs: that stream keys at a time, over all heads.
         num_stages: tiles of a program that are on their way or in use.
 
     Raises:
@@ -68,13 +65,11 @@ def decode(
     G, P = N // K, page_table.shape[1]
     rows = Q * G
     M = min(max(_power_of_two(rows), 16), MOST_ROWS)
-    if tile is None:
-        tile = min(max(TILE_BYTES // (H * keys.dtype.itemsize), 16), 128)
-    if programs is None:
-        programs = PROGRAMS.get(triton_call.capability(), PROGRAMS[90])
+    usual = triton_sizes.decode(triton_call.capability(), keys.dtype.itemsize, H)
+    tile, num_stages = tile or usual.tile, num_stages or usual.num_stages
     # Runs of less than a few tiles would end before their pipeline is full.
     least = num_stages
-    wanted = -(-programs // K)
+    wanted = -(-(programs or usual.programs) // K)
     runs = min(wanted + B, B * -(-P * page // (tile * least)))
 
     seen = ends(positions, geometry, shard)
@@ -89,7 +84,7 @@ def decode(
             jax.ShapeDtypeStruct((runs, K, rows), jnp.float32),
         ],
         grid=(runs, K, -(-rows // M)),
-        num_warps=num_warps,
+        num_warps=num_warps or usual.num_warps,
         num_stages=num_stages,
         **sizes,
         **cache,

@@ -16,7 +16,7 @@ be larger than the lists. `triton_tile` attends.
 
 import functools
 import math
-from typing import Any, NamedTuple, no_type_check
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import triton_call
+from pallas_kernels import triton_call, triton_sizes
 from pallas_kernels.backend import TRITON_HEADS, Unsupported
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.plan import SparsePlan
@@ -43,25 +43,8 @@ from pallas_kernels.tiles import Tiles
 LEAST = 16  # rows and keys of a product on tensor cores
 LEAST_STEPS = 32  # of keys, of a program that has a part of them
 PROGRAMS = 1024
-WIDE = 256  # bytes of a key, from which on tiles are smaller
 LISTED = 1024  # blocks or columns looked at together
 APART = 64  # keys of a step that lie apart, at most: their addresses take registers
-
-
-class Usual(NamedTuple):
-    """What GPUs of a compute capability and later ones use where nothing else is said."""
-
-    capability: int
-    tiles: Tiles
-    step: int
-    num_warps: int
-    num_stages: int
-
-
-USUAL = (
-    Usual(90, Tiles(q=128, k=128), step=32, num_warps=8, num_stages=3),
-    Usual(80, Tiles(q=128, k=64), step=16, num_warps=8, num_stages=3),
-)
 
 
 def prefill(
@@ -84,7 +67,7 @@ def prefill(
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     """See `api.prefill`. With a plan it holds lists of a head's blocks and columns a program.
 
-    What is None is as usual on GPUs of this compute capability.
+    What is None is as in `triton_sizes`.
 
     Args:
         tiles: rows, and keys of a step that no mask cuts, powers of two from 16 on; of a plan
@@ -108,10 +91,9 @@ def prefill(
         raise Unsupported(
             f"{T} x {N} queries or {pages * page} keys of {H} numbers: more than 32 bits count"
         )
-    capability = triton_call.capability()
-    usual = next(each for each in USUAL if each.capability <= capability)
-    if H * keys.dtype.itemsize > WIDE:
-        usual = usual._replace(tiles=Tiles(q=64, k=32), num_stages=2)
+    usual = triton_sizes.prefill(
+        triton_call.capability(), keys.dtype.itemsize, H, sparse=plan is not None
+    )
     tiles = tiles or usual.tiles
     rows = T * (N // K) if plan is None else plan.tiles.q
     constants = {

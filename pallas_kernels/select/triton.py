@@ -16,17 +16,15 @@ import triton
 import triton.language as tl
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import triton_call
+from pallas_kernels import triton_call, triton_sizes
 from pallas_kernels.backend import TRITON_HEADS, Unsupported
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.regions import ends
 from pallas_kernels.shard import WHOLE, Shard
-from pallas_kernels.triton_keys import LOG2E, START, cut_logits
+from pallas_kernels.triton_keys import LOG2E, START, cut_logits, logits_in_parts
 
 MOST_ROWS = 64
 MOST_BYTES = 512  # of a head
-SMALL = 86, 89
-"""Compute capabilities with no more than 100 KiB of shared memory."""
 TILE = 64  # keys a step: two for each lane of a warp
 
 
@@ -40,14 +38,15 @@ def vote(
     *,
     geometry: ChunkGeometry | None,
     shard: Shard = WHOLE,
-    num_warps: int = 4,
+    num_warps: int | None = None,
     num_stages: int | None = None,
 ) -> tuple[Float[Array, "N S"], Float[Array, "N S"]]:
     """Sums of softmax weights by column and by diagonal; see `api.select`.
 
+    What is None is as in `triton_sizes`.
+
     Args:
-        num_stages: tiles of a program that are on their way or in use; by default as many as
-            leave room for two programs of heads of 128.
+        num_stages: tiles of a program that are on their way or in use.
 
     Raises:
         Unsupported: if no product takes heads of this size, or they are too large, there are more
@@ -68,8 +67,7 @@ def vote(
     if queries.dtype != keys.dtype:
         raise Unsupported(f"queries are {queries.dtype}, keys {keys.dtype}; one dtype is needed")
     M = max(1 << (R - 1).bit_length(), 16)
-    if num_stages is None:
-        num_stages = 2 if triton_call.capability() in SMALL else 3
+    usual = triton_sizes.select(triton_call.capability())
 
     row, end = jnp.arange(M, dtype=jnp.int32), start + length
     votes = row < jnp.minimum(R, length)
@@ -81,7 +79,11 @@ def vote(
     sizes = {"R": R, "N": N, "G": N // K, "H": H, "K": K, "PAGES": pages, "PAGE": page, "P": P}
     sizes |= {"VIEWS": len(seen), "M": M, "TILE": TILE}
     launch = functools.partial(
-        triton_call.launch, grid=(N * P,), num_warps=num_warps, num_stages=num_stages, **sizes
+        triton_call.launch,
+        grid=(N * P,),
+        num_warps=num_warps or usual.num_warps,
+        num_stages=num_stages or usual.num_stages,
+        **sizes,
     )
     (lse,) = launch(
         _row_lse,
@@ -160,12 +162,16 @@ def _row_lse(
     cut = tl.where(view < VIEWS, 0, tl.cdiv(tl.maximum(limit - number * PAGE, 0), TILE))
     q_at = queries + view % VIEWS * (R * N * H)
     q = tl.load(q_at[:, None] + h, mask=there[:, None] & (view < VIEWS), other=0)
+    every = tl.full((TILE,), True, tl.int1)
 
     m = tl.full((M,), START, tl.float32)
     l = tl.zeros((M,), tl.float32)
     for t in range(whole):
-        key = tl.load((keys + t * (TILE * H))[:, None] + h)
-        m, l = _more(m, l, tl.dot(q, key.T, input_precision="ieee"))
+        if q.dtype == tl.float32:
+            logits = logits_in_parts(q_at, there, keys + t * (TILE * H), every, M, TILE, H).T
+        else:
+            logits = tl.dot(q, tl.load((keys + t * (TILE * H))[:, None] + h).T)
+        m, l = _more(m, l, logits)
     for t in range(cut):
         logits = cut_logits(
             queries,
@@ -237,6 +243,7 @@ def _sums(
     cut = tl.where(view < VIEWS, 0, tl.cdiv(tl.maximum(limit - number * PAGE, 0), TILE))
     q_at = queries + view % VIEWS * (R * N * H)
     q = tl.load(q_at[:, None] + h, mask=there[:, None] & (view < VIEWS), other=0)
+    every = tl.full((TILE,), True, tl.int1)
     at = n * P + number
     columns += at.to(tl.int64) * PAGE
     diagonals += at.to(tl.int64) * PAGE
@@ -246,8 +253,10 @@ def _sums(
     LANES: tl.constexpr = TILE // 2
     carry, later = tl.zeros((LANES,), tl.float32), tl.zeros((LANES,), tl.float32)
     for t in range(whole):
-        key = tl.load((keys + t * (TILE * H))[:, None] + h)
-        logits = tl.dot(key, q.T, input_precision="ieee")
+        if q.dtype == tl.float32:
+            logits = logits_in_parts(q_at, there, keys + t * (TILE * H), every, M, TILE, H)
+        else:
+            logits = tl.dot(tl.load((keys + t * (TILE * H))[:, None] + h), q.T)
         p = tl.exp2(logits * LOG2E - lse[None, :])
         carry, later = _add_up(p, carry, later, columns, diagonals, over, t, R, PAGE, M, TILE)
     for t in range(cut):

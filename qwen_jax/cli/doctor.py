@@ -39,9 +39,9 @@ def doctor(json_output: Json = False):
         print(f"device {device['id']}: {device['kind']}{f', {_gib(memory)}' if memory else ''}")
     if found["device_error"]:
         print(f"no device: {found['device_error']}")
-    print(f"{'kernels of':12}" + "".join(f"{name:12}" for name in found["kernels"]["cpu"]))
+    print(f"{'kernels of':17}" + "".join(f"{name:12}" for name in found["kernels"]["cpu"]))
     for kind, names in found["kernels"].items():
-        print((f"  {kind:10}" + "".join(f"{name:12}" for name in names.values())).rstrip())
+        print((f"  {kind:15}" + "".join(f"{name:12}" for name in names.values())).rstrip())
     if found["triton_fault"]:
         print(f"no Triton kernels on a GPU: {found['triton_fault']}")
     print(f"memory: {_gib(found['memory']['available'])} of {_gib(found['memory']['total'])} free")

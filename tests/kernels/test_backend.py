@@ -131,8 +131,8 @@ def test_tuned_sizes_go_to_the_backend_and_a_caller_wins(fake, monkeypatch, tmp_
 
 
 def test_an_unknown_device_gets_the_defaults():
-    assert tiles.tuned("mosaic_tpu", "prefill", "TPU v99") == {}
-    assert tiles.tuned("xla", "prefill", "cpu") == {}
+    assert tiles.tuned("mosaic_tpu", "prefill", "TPU v99", "bfloat16", 128) == {}
+    assert tiles.tuned("xla", "prefill", "cpu", "bfloat16", 128) == {}
 
 
 @pytest.mark.parametrize("text", ["[", "[]", '{"v5e": {}}', '{"v5e": {"device_kinds": 1}}', None])

@@ -28,6 +28,9 @@ PAIRS = [
 ]
 
 
+FLOATS = [pytest.param(gpu, marks=pytest.mark.gpu_aot) for gpu in gpu_compile.GPUS]
+
+
 @functools.cache
 def facts(*arguments):
     return {row["program"]: row for row in gpu_compile.in_child(gpu_facts.__file__, *arguments)}
@@ -45,6 +48,17 @@ def test_a_kernel_keeps_its_registers_and_reads_the_cache_where_it_lies(gpu, mod
         assert kernel["shared"] <= gpu_compile.GPUS[gpu].shared_per_block
     assert row["temporaries"] <= bound(name, model)
     assert not row["copies_cache"]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("gpu", FLOATS)
+def test_a_kernel_keeps_its_registers_in_float32_too(gpu, name):
+    for kernel in facts("--json", "--gpus", gpu, "--models", "7B", "--dtype", "float32")[name][
+        "kernels"
+    ]:
+        print(gpu, name, kernel)
+        assert kernel["spilled"] == 0
+        assert kernel["shared"] <= gpu_compile.GPUS[gpu].shared_per_block
 
 
 def bound(name, model):

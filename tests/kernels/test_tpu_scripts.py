@@ -1,14 +1,10 @@
-"""The scripts that read schedules and tune tiles, on what the compiler wrote once."""
+"""The scripts that read schedules, on what the compiler wrote once."""
 
-import json
 import sys
 
 import pytest
 import tpu_compile
 import tpu_schedule
-import tune_kernels
-
-from pallas_kernels.programs import PROGRAMS
 
 USE = """\
 == CAPACTIY:
@@ -73,39 +69,3 @@ def test_the_table_has_a_row_for_each_kernel_and_the_ratio_to_the_better_splash(
         "| v5e | prefill: k.1 | 10 | 20 | 4 | 0.500 | 0.750 | 1 | 1.25 |",
     ]
     assert err == "v5e, decode: no room\n"
-
-
-def tried(program, sizes, worth, close=0.98):
-    return {"program": program, "sizes": sizes, "worth": worth, "says": "", "close": close}
-
-
-def test_tuning_takes_the_largest_of_those_that_are_about_as_good(monkeypatch, tmp_path, capsys):
-    found = [
-        tried("prefill", {"tiles": {"q": 1, "k": 1}}, 0.80),
-        tried("prefill", {"tiles": {"q": 2, "k": 1}}, 0.79),
-        tried("prefill", {"tiles": {"q": 4, "k": 1}}, 0.70),
-        tried("prefill", {"tiles": {"q": 8, "k": 1}}, None),
-        tried("sparse prefill", {"step": 512}, 0.5),
-    ]
-    monkeypatch.setattr(tune_kernels, "in_child", lambda *_: found)
-    out = tmp_path / "mosaic_tpu.json"
-    flags = ["--generations", "v6e", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", ["tune_kernels.py", *flags])
-    tune_kernels.main()
-    table = json.loads(out.read_text())
-    assert table["v6e"]["prefill"] == {"tiles": {"q": 2, "k": 1}, "step": 512}
-    assert "TPU v6 lite" in table["v6e"]["device_kinds"]
-    assert "takes {'step': 512}" in capsys.readouterr().out
-
-
-def test_times_take_the_fastest_alone_and_need_a_tpu(monkeypatch, tmp_path):
-    row = {}
-    tune_kernels.take(row, "x", [tried("decode", {"a": 1}, 5.0, 1.0), tried("decode", {}, 4.9, 1)])
-    assert row == {"decode": {"a": 1}}
-    monkeypatch.setattr(sys, "argv", ["tune_kernels.py", "--time", "--out", str(tmp_path / "t")])
-    with pytest.raises(SystemExit, match="--time needs a TPU; this is a cpu"):
-        tune_kernels.main()
-
-
-def test_every_program_has_candidates():
-    assert set(tune_kernels.CANDIDATES) == set(PROGRAMS)
