@@ -67,7 +67,7 @@ def main() -> None:
     ways = {"dense": engine(None), "sparse": engine(budgets)}
     print(ways["sparse"].describe(), file=sys.stderr)
     for way in ways.values():
-        run(way, tuple(ids[: slices[0] + 1][::-1]), 2)  # compiles
+        run(way, tuple(ids[: min(slices[0] + 1, max(lengths))][::-1]), 2)  # compiles
     print("| prefill | dense | sparse | ratio |\n|---|---|---|---|")
     for length in lengths:
         seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -106,7 +106,8 @@ def attention(model, tree, budgets, ids, layers, slices):
     at = jnp.int32(start), jnp.int32(length)
     page_table = jnp.asarray(step.page_table)
     cache = runner._cache
-    tiles = Tiles(min(slices[0], on_device.tiles.q), of_page(cache.page, on_device.tiles.k))
+    T = len(step.tokens)
+    tiles = Tiles(min(T, on_device.tiles.q), of_page(cache.page, on_device.tiles.k))
 
     def inputs(leaves, cache, rotary, step, layer):
         decoder: Qwen2 = runner._steps._model(leaves)
@@ -116,18 +117,19 @@ def attention(model, tree, budgets, ids, layers, slices):
 
         def attend(module, x, state, i):
             out, cache = module.prefill(x, state[0], i, slice_, angles, None)
-            queries = module._queries(x, slice_, angles)
-            tail = jax.lax.dynamic_slice_in_dim(x, length - last_q, last_q)
             scale = slice_.query_scale * jnp.float32(module.scale)
-            voters = rope.views(module.q(tail), votes, scale)
+            query = module.q(x)
+            queries = rope.views(query, angles.query, scale)
+            tail = jax.lax.dynamic_slice_in_dim(query, length - last_q, last_q)
+            voters = rope.views(tail, votes, scale)
             kept = jax.tree.map(
                 lambda new, old: jnp.where(i == layer, new, old), (queries, voters), state[1]
             )
             return out, (cache, kept)
 
-        T, N, H = slices[0], model.num_heads, model.head_dim
+        N, H = model.num_heads, model.head_dim
         empty = jnp.zeros((3, T, N, H)), jnp.zeros((3, last_q, N, H))
-        _, (_, kept) = decoder._layers(decoder.embed(slice_.tokens), (cache, empty), attend, skip=0)
+        _, (_, kept) = decoder._layers(slice_.tokens, (cache, empty), attend, skip=0)
         return kept
 
     def choose(voters, keys, layer):
@@ -144,7 +146,7 @@ def attention(model, tree, budgets, ids, layers, slices):
         return plan.build(
             *found,
             *at,
-            num_queries=slices[0],
+            num_queries=T,
             num_columns=on_device.num_columns,
             tiles=tiles,
         )

@@ -71,7 +71,7 @@ class EngineConfig:
     backend: str | None = None
     sparse: SparseConfig | None = None
     least_recall: float = 0.0
-    dense_tail: int = 256
+    dense_tail: int = 64
 
     def __post_init__(self):
         least = {
