@@ -83,7 +83,7 @@ class ModelFlags:
         typer.Option(
             help="Tokens at a prompt's end that sparse prefill computes densely; vLLM has 0."
         ),
-    ] = 256
+    ] = 64
     max_len: Annotated[
         int | None,
         option("Longest prompt and answer together, in tokens; what config.json declares."),
