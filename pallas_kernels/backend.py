@@ -29,7 +29,7 @@ TRITON_HEADS = 16, 32, 64, 128, 256
 HOPPER = 90
 """The compute capability that Mosaic GPU kernels are for."""
 HOPPER_HEADS = 64, 128
-"""Sizes of heads that they take."""
+"""Sizes of heads that they take; decode takes 128 alone."""
 CAPABILITIES = {
     "A100": 80,
     "A10": 86,
@@ -65,13 +65,12 @@ class Backends(NamedTuple):
         return ", ".join(map(" ".join, zip(self._fields, self, strict=True)))
 
 
-_XLA = Backends("xla", "xla", "xla")
 PREFERRED = {
-    "cpu": _XLA,
-    "gpu": Backends("triton", "triton", "triton"),
-    "tpu": Backends("mosaic_tpu", "mosaic_tpu", "mosaic_tpu"),
+    "cpu": ("xla",),
+    "gpu": ("mosaic_gpu", "triton", "xla"),
+    "tpu": ("mosaic_tpu", "xla"),
 }
-"""Where nothing keeps them from running (`unavailable`); else XLA."""
+"""Of each platform, best first: the first that nothing keeps from running (`unavailable`)."""
 
 Choice = str | Backends | None
 """One backend for all operations, or one for each, or None for the preferred ones."""
@@ -82,11 +81,24 @@ def on(platform: str) -> tuple[str, ...]:
     return tuple(name for name in NAMES if platform in RUNS_ON[name])
 
 
-def choose(platform: str, choice: Choice = None, *, head_dim: int = LANES) -> Backends:
-    """The backends to use on a platform ("cpu", "gpu" or "tpu") for heads of a size.
+def choose(
+    platform: str,
+    choice: Choice = None,
+    *,
+    kind: str | None = None,
+    head_dim: int = LANES,
+    dtype: str = "bfloat16",
+) -> Backends:
+    """The backends to use on a platform ("cpu", "gpu" or "tpu").
 
-    A choice is taken as it is and never replaced by another. Without one, a device gets its
-    own kernels, or XLA where these are `unavailable`.
+    A choice is taken as it is and never replaced by another. Without one, a device gets the
+    first of its platform that is not `unavailable`.
+
+    Args:
+        kind: jax's name of the device; None for the one that a program traced now is
+            compiled for.
+        head_dim: size of heads.
+        dtype: of queries, keys and values.
 
     Raises:
         Unsupported: if there is no backend of that name, or if it does not run there.
@@ -94,8 +106,10 @@ def choose(platform: str, choice: Choice = None, *, head_dim: int = LANES) -> Ba
     if platform not in PREFERRED:
         raise Unsupported(f"no backend for {platform!r}; there is {', '.join(PREFERRED)}")
     if choice is None:
-        preferred = PREFERRED[platform]
-        return _XLA if unavailable(preferred.prefill, head_dim=head_dim) else preferred
+        of_device = {"kind": kind, "head_dim": head_dim, "dtype": dtype}
+        names = PREFERRED[platform]
+        best = next(name for name in names if unavailable(name, **of_device) is None)
+        return Backends(best, best, best)
     chosen = Backends(choice, choice, choice) if isinstance(choice, str) else choice
     for name in chosen:
         if name not in NAMES:
@@ -105,38 +119,50 @@ def choose(platform: str, choice: Choice = None, *, head_dim: int = LANES) -> Ba
                 f"backend {name!r} runs on {', '.join(RUNS_ON[name])}; on this device ({platform}) "
                 f"there are {', '.join(on(platform))}"
             )
-        fault = _fault(name)
+        fault = _fault(name, kind)
         if fault is not None:
             raise Unsupported(f"backend {name!r}: {fault}")
     return chosen
 
 
-def _fault(name: str) -> str | None:
-    """Why a backend cannot run here; None if it can, or if there is no telling without a device."""
+def unavailable(
+    name: str, *, kind: str | None = None, head_dim: int = LANES, dtype: str = "bfloat16"
+) -> str | None:
+    """Why a backend is not preferred where it could run; None if nothing speaks against it.
+
+    Arguments are those of `choose`.
+    """
+    if name == "mosaic_tpu" and head_dim != LANES:
+        return f"heads of {head_dim} do not fill the {LANES} lanes of a TPU's registers"
+    if name == "triton" and head_dim not in TRITON_HEADS:
+        return f"heads of {head_dim} are none of {', '.join(map(str, TRITON_HEADS))}"
+    if name == "mosaic_gpu":
+        if head_dim != LANES:
+            return f"heads of {head_dim}, where decode takes {LANES}"
+        if dtype != "bfloat16":
+            return f"{dtype}, where it takes bfloat16"
+        if kind is None and device().platform != "gpu":
+            return "there is no GPU here to tell its compute capability"
+    return _fault(name, kind)
+
+
+def _fault(name: str, kind: str | None) -> str | None:
+    """Why a backend cannot run; None if it can, or if there is no telling without a device."""
     if name == "triton":
         return triton_fault()
     if name != "mosaic_gpu":
         return None
     fault = mosaic_gpu_fault()
-    if fault is not None or device().platform != "gpu":
+    if fault is not None or (kind is None and device().platform != "gpu"):
         return fault
+    kind = device().kind if kind is None else kind
     try:
-        found = capability()
+        found = capability(kind)
     except Unsupported as error:
         return str(error)
     if found == HOPPER:
         return None
-    return f"{device().kind} has compute capability {found / 10}; its kernels are for {HOPPER / 10}"
-
-
-def unavailable(name: str, *, head_dim: int = LANES) -> str | None:
-    """Why a backend is not preferred where it could run; None if nothing speaks against it."""
-    if name == "mosaic_tpu" and head_dim != LANES:
-        return f"heads of {head_dim} do not fill the {LANES} lanes of a TPU's registers"
-    sizes = {"triton": TRITON_HEADS, "mosaic_gpu": HOPPER_HEADS}.get(name)
-    if sizes is not None and head_dim not in sizes:
-        return f"heads of {head_dim} are none of {', '.join(map(str, sizes))}"
-    return _fault(name)
+    return f"{kind} has compute capability {found / 10}; its kernels are for {HOPPER / 10}"
 
 
 def check_heads(head_dim: int) -> None:
@@ -167,24 +193,22 @@ def device() -> Device:
     return Device(found.platform, found.device_kind)
 
 
-def capability() -> int:
-    """Compute capability of the GPU that a program traced now is compiled for, such as 90.
+def capability(kind: str | None = None) -> int:
+    """Compute capability of a GPU, such as 90; None for what a program traced now is compiled for.
 
     Raises:
         Unsupported: if it is not here and of no known name.
     """
     import jax
 
-    kind = device().kind
-    present = [each for each in jax.devices() if each.device_kind == kind]
-    if present:
-        return int(present[0].compute_capability.replace(".", ""))
+    kind = device().kind if kind is None else kind
     known = [value for word, value in CAPABILITIES.items() if re.search(rf"\b{word}\b", kind)]
-    if not known:
-        raise Unsupported(
-            f"no compute capability is known of {kind!r}, which is not in this machine"
-        )
-    return known[0]
+    if known:
+        return known[0]
+    for each in jax.devices():
+        if each.device_kind == kind:
+            return int(each.compute_capability.replace(".", ""))
+    raise Unsupported(f"no compute capability is known of {kind!r}, which is not in this machine")
 
 
 def preferences() -> dict[str, Backends]:
@@ -193,14 +217,16 @@ def preferences() -> dict[str, Backends]:
     Raises:
         Unsupported: if the tuned tiles cannot be read.
     """
+    rows: dict[str, Backends] = {}
     try:
-        return {
-            f"{platform} {generation.removeprefix(platform)}".rstrip(): choose(platform)
-            for platform, backends in PREFERRED.items()
-            for generation in generations(backends.prefill) or ("",)
-        }
+        for platform, names in PREFERRED.items():
+            kinds = {key: kind for name in names for key, kind in generations(name).items()}
+            for generation, kind in kinds.items() or [("", None)]:
+                key = f"{platform} {generation.removeprefix(platform)}".rstrip()
+                rows[key] = choose(platform, kind=kind)
     except ValueError as error:
         raise Unsupported(str(error)) from None
+    return rows
 
 
 def load(operation: str, name: str) -> ModuleType:
@@ -219,10 +245,13 @@ def call(operation: str, choice: Choice, queries, *args, **keywords):
     """
     target = device()
     head_dim = queries.shape[-1]
-    name = getattr(choose(target.platform, choice, head_dim=head_dim), operation)
+    dtype = str(queries.dtype)
+    choice = getattr(choice, operation) if isinstance(choice, Backends) else choice
+    chosen = choose(target.platform, choice, kind=target.kind, head_dim=head_dim, dtype=dtype)
+    name = getattr(chosen, operation)
     tabled = operation if keywords.get("plan") is None else f"sparse {operation}"
     try:
-        keywords = tuned(name, tabled, target.kind, str(queries.dtype), head_dim) | keywords
+        keywords = tuned(name, tabled, target.kind, dtype, head_dim) | keywords
     except ValueError as error:
         raise Unsupported(str(error)) from None
     try:

@@ -63,9 +63,9 @@ def tuned(
     return {}
 
 
-def generations(backend: str) -> tuple[str, ...]:
-    """Devices that a backend has tuned sizes for, by the names of the rows."""
-    return tuple(_table(_path(backend)))
+def generations(backend: str) -> dict[str, str]:
+    """The rows of a backend by name, each with a kind of device that is in it."""
+    return {name: row["device_kinds"][0] for name, row in _table(_path(backend)).items()}
 
 
 def _path(backend: str) -> Path:

@@ -99,17 +99,25 @@ def mesh_of(topology: devices.Topology, shape: MeshShape) -> Mesh:
 
 
 def steps(
-    config: ModelConfig, load: budget.Load, mesh: Mesh, budgets: SparseConfig | None = None
+    config: ModelConfig,
+    load: budget.Load,
+    mesh: Mesh,
+    budgets: SparseConfig | None = None,
+    choice: backend.Choice = None,
 ) -> dict[str, Callable[[], Program]]:
     """The programs of an engine for one sequence, to be compiled when they are called.
 
     They are prefill, decode and, with `budgets`, sparse prefill. One that takes too much memory
     is a program with a `refusal`.
 
+    Args:
+        choice: backends of the attention operations; None for the preferred ones.
+
     Raises:
         ConfigError: if a kernel cannot take the model's shapes, also when they are called.
     """
-    platform, dtype = mesh.devices.flat[0].platform, jnp.dtype(load.dtype)
+    device, dtype = mesh.devices.flat[0], jnp.dtype(load.dtype)
+    platform = device.platform
     whole = NamedSharding(mesh, PartitionSpec())
     of_cache = NamedSharding(mesh, sharding.RULES.spec(caches.AXES))
     weights, structure = runner.flatten(
@@ -137,7 +145,9 @@ def steps(
         )
         kept = _placed(kept, whole)
     try:
-        backends = backend.choose(platform, head_dim=config.head_dim)
+        backends = backend.choose(
+            platform, choice, kind=device.device_kind, head_dim=config.head_dim, dtype=dtype.name
+        )
     except backend.Unsupported as error:
         raise ConfigError(str(error)) from None
     made = runner.programs(runner.Steps(structure, None, backends), whole, of_cache, platform)

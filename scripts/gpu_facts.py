@@ -25,6 +25,8 @@ CONTEXT, SLICE, PAGE = 1_010_000, 32_768, 1024
 TENSOR = {"7B": 1, "14B": 4}
 """GPUs that share the heads of a model."""
 BACKENDS = "triton", "mosaic_gpu"
+CALLS = {"triton": "triton_kernel_call", "mosaic_gpu": "mosaic_gpu_v2"}
+"""What XLA calls kernels of a backend by."""
 HOPPER = "h200"
 """The GPU that Mosaic GPU kernels are for."""
 
@@ -55,7 +57,7 @@ def kernels(gpu: str, model: str, backend: str, dtype: str) -> Iterator[dict]:
         }
 
 
-def steps(gpu: str) -> Iterator[dict]:
+def steps(gpu: str, backend: str) -> Iterator[dict]:
     """Of the engine's steps of 7B, with all of a million tokens on one GPU."""
     from pallas_kernels.cases import MODELS
     from qwen_jax import budget, compiled
@@ -68,13 +70,15 @@ def steps(gpu: str) -> Iterator[dict]:
     load = budget.Load(tokens=CONTEXT, page=PAGE, slice_len=SLICE, columns=columns)
     budgets = SparseConfig(vertical=rows, slash=rows, last_q=64)
     shape = config.num_kv_heads, load.pages + 1, PAGE, config.head_dim
-    for name, step in compiled.steps(config, load, gpu_compile.mesh(gpu), budgets).items():
+    mesh = gpu_compile.mesh(gpu)
+    for name, step in compiled.steps(config, load, mesh, budgets, backend).items():
         made = step()
         yield {
             "gpu": gpu,
             "model": "7B",
+            "backend": backend,
             "program": f"step: {name}",
-            "calls": made.text.count('custom_call_target="triton_kernel_call"'),
+            "calls": made.text.count(f'custom_call_target="{CALLS[backend]}"'),
             "cache_bytes": 2 * 2 * config.num_layers * math.prod(shape),
             "overwritten": made.overwritten,
             "peak": made.peak,
@@ -127,8 +131,9 @@ def main() -> None:
                 for row in kernels(gpu, model, backend, args.dtype):
                     _print(row, as_json=True)
     if args.steps:
-        for row in steps(gpus[0]):
-            _print(row, as_json=True)
+        for backend in args.backends.split(","):
+            for row in steps(gpus[0], backend):
+                _print(row, as_json=True)
 
 
 def _print(row: dict, *, as_json: bool) -> None:

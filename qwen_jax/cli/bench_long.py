@@ -1,11 +1,12 @@
 """bench prefill, bench decode: one long prompt, of a checkpoint or of random weights."""
 
 import contextlib
+import dataclasses
 import json as json_format
 import resource
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,6 +37,9 @@ _Random = Annotated[
 ]
 _Tokens = Annotated[str, typer.Option(help="Length of the prompt; 1k is 1000, 1K is 1024.")]
 _Repeats = Annotated[int, typer.Option(help="Runs, of which the median counts.")]
+_Split = Annotated[
+    bool, typer.Option(help="Also say what the time goes into, by runs that leave parts out.")
+]
 
 
 @expand
@@ -46,19 +50,23 @@ def prefill(
     random_weights: _Random = False,
     tokens: _Tokens = "32K",
     repeats: _Repeats = 1,
+    split: _Split = True,
     json: Json = False,
 ):
     """Time the prefill of one long prompt of random tokens.
 
     Compilation is not counted. Random weights attend to all keys alike, so that sparse
-    prefill finds less than in a text, and may compute more.
+    prefill finds less than in a text, and may compute more. What goes into attention,
+    selection, linear layers and the rest is told from further runs, which leave them out.
 
     Examples:
         qwen-jax bench prefill ckpt/7b-1m --tokens 128K --sparse off
         qwen-jax bench prefill --config 7b-1m --random-weights --tokens 1M
     """
     with _opened(model, config, random_weights, model_flags) as opened:
-        report = measure(opened, whole_number(tokens), 1, repeats, random=random_weights)
+        report = measure(
+            opened, whole_number(tokens), 1, repeats, random=random_weights, split=split
+        )
     _show(report, json=json)
 
 
@@ -71,11 +79,13 @@ def decode(
     tokens: _Tokens = "32K",
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 128,
     repeats: _Repeats = 1,
+    split: _Split = True,
     json: Json = False,
 ):
     """Time decoding after one long prompt of random tokens, which is prefilled first.
 
-    Compilation is not counted.
+    Compilation is not counted. What goes into attention, linear layers and the rest of a
+    token is told from further runs, which leave them out.
 
     Examples:
         qwen-jax bench decode --config 14b-1m --random-weights --tokens 128K --new-tokens 64
@@ -83,23 +93,104 @@ def decode(
     if new_tokens < 2:
         raise ConfigError(f"--new-tokens {new_tokens} must be at least 2")
     with _opened(model, config, random_weights, model_flags) as opened:
-        report = measure(opened, whole_number(tokens), new_tokens, repeats, random=random_weights)
+        report = measure(
+            opened, whole_number(tokens), new_tokens, repeats, random=random_weights, split=split
+        )
     _show(report, json=json)
 
 
 def measure(
-    opened: Model, tokens: int, new_tokens: int, repeats: int, *, random: bool
+    opened: Model, tokens: int, new_tokens: int, repeats: int, *, random: bool, split: bool
 ) -> dict[str, Any]:
     """Medians of some runs, and the runs, as JSON has them.
 
     The prompt may be longer than the checkpoint declares: nobody reads the answer.
+
+    Args:
+        split: also what the time goes into (`parts`).
 
     Raises:
         ConfigError: if a number is out of range.
     """
     if repeats < 1:
         raise ConfigError(f"--repeats {repeats} must be at least 1")
-    engine = opened.engine(tokens + new_tokens, weights=opened.weights(random=random))
+    weights = opened.weights(random=random)
+    engine = opened.engine(tokens + new_tokens, weights=weights)
+    described = engine.describe()
+    runs = _runs(engine, opened, tokens, new_tokens, repeats)
+    del engine  # its cache makes room for the next one's
+    peak, sparse = peak_bytes(), runs[0].sparse
+    timed = _decode_s if new_tokens > 1 else _ttft
+    report = {
+        "engine": described,
+        "weights": "random" if random else str(opened.directory),
+        "prompt_tokens": tokens,
+        "ttft_s": _ttft(runs),
+        "prefill_tokens_per_s": tokens / _ttft(runs),
+        "decode_tokens_per_s": 1 / _decode_s(runs) if new_tokens > 1 else None,
+        "density": 1.0 if sparse is None else sparse.density,
+        "recall": 1.0 if sparse is None else sparse.recall,
+        "peak_bytes": peak,
+        "runs": [each.timings.as_dict() for each in runs],
+    }
+    if split:
+
+        def time(model: Model, weights) -> float:
+            engine = model.engine(tokens + new_tokens, weights=weights, attention=False)
+            return timed(_runs(engine, model, tokens, new_tokens, repeats))
+
+        report["split_s"] = parts(
+            time, opened, weights, timed(runs), sparse=sparse is not None, decode=new_tokens > 1
+        )
+    return report
+
+
+def parts(
+    time: Callable[[Model, Any], float],
+    opened: Model,
+    weights,
+    whole: float,
+    *,
+    sparse: bool,
+    decode: bool,
+) -> dict[str, float]:
+    """Seconds of a prefill, or of a token, by what they go into: differences between runs.
+
+    *Linear* is layers without attention: projections, norms, MLP, and writing the cache. *Rest*
+    is embedding, logits and the host's part; in prefill also the last layer, which reads one token.
+
+    Args:
+        time: seconds of a model without its attention.
+        whole: seconds of the model as it is.
+        sparse: whether prefill is, so that selection takes a part of it.
+        decode: whether these are seconds of a token.
+    """
+    bare = time(opened, weights)
+    found = {"attention": whole - bare}
+    if sparse and not decode:
+        selecting, bare = bare, time(dataclasses.replace(opened, sparse=None), weights)
+        found["selection"] = selecting - bare
+    layers = opened.config.num_layers
+    if layers > 1:
+        one = dataclasses.replace(
+            opened, config=dataclasses.replace(opened.config, num_layers=1), sparse=None
+        )
+        a_layer = (bare - time(one, _first_layer(weights))) / (layers - 1)
+        found["linear"] = a_layer * (layers if decode else layers - 1)
+    return found | {"rest": whole - sum(found.values())}
+
+
+def _first_layer(weights) -> dict[str, Any]:
+    """The weights of a model with its first layer only, placed as they are."""
+
+    def first(leaf):
+        return jax.jit(lambda x: x[:1], out_shardings=leaf.sharding)(leaf)
+
+    return weights | {"blocks": jax.tree.map(first, weights["blocks"])}
+
+
+def _runs(engine, opened: Model, tokens: int, new_tokens: int, repeats: int) -> list[Answer]:
+    """Answers to prompts of random tokens, none of which compiled anything."""
     rng = np.random.default_rng(0)
 
     def run(length: int, new: int) -> Answer:
@@ -118,21 +209,17 @@ def measure(
             runs.append(done)
         else:
             note("this run compiled something and is not counted")
-    ttft = statistics.median(each.timings.ttft_s for each in runs)
-    rate = statistics.median(each.timings.decode_tokens_per_s for each in runs)
-    sparse = runs[0].sparse
-    return {
-        "engine": engine.describe(),
-        "weights": "random" if random else str(opened.directory),
-        "prompt_tokens": tokens,
-        "ttft_s": ttft,
-        "prefill_tokens_per_s": tokens / ttft,
-        "decode_tokens_per_s": rate if new_tokens > 1 else None,
-        "density": 1.0 if sparse is None else sparse.density,
-        "recall": 1.0 if sparse is None else sparse.recall,
-        "peak_bytes": peak_bytes(),
-        "runs": [each.timings.as_dict() for each in runs],
-    }
+    return runs
+
+
+def _ttft(runs: list[Answer]) -> float:
+    """Median seconds to the first token."""
+    return statistics.median(each.timings.ttft_s for each in runs)
+
+
+def _decode_s(runs: list[Answer]) -> float:
+    """Median seconds of a token after the first."""
+    return 1 / statistics.median(each.timings.decode_tokens_per_s for each in runs)
 
 
 def peak_bytes() -> int:
@@ -177,12 +264,17 @@ def _show(report: dict[str, Any], *, json: bool) -> None:
         print(json_format.dumps(report))
         return
     rate = report["decode_tokens_per_s"]
+    unit, factor = ("s", 1) if rate is None else ("ms a token", 1e3)
     rows = {
         "prompt": f"{report['prompt_tokens']:,} tokens",
         "weights": report["weights"],
         "first token after": f"{report['ttft_s']:.2f} s",
         "prefill": f"{report['prefill_tokens_per_s']:,.1f} tokens/s",
         **({"decode": f"{rate:,.1f} tokens/s"} if rate is not None else {}),
+        **{
+            f"  {part}": f"{factor * seconds:,.2f} {unit}"
+            for part, seconds in report.get("split_s", {}).items()
+        },
         "attention computed": f"{report['density']:.1%}",
         "attention found": f"{report['recall']:.1%}",
         "peak memory": f"{report['peak_bytes'] / 2**30:.2f} GiB",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pallas_kernels.backend import preferences
-from pallas_kernels.versions import triton_fault
+from pallas_kernels.versions import mosaic_gpu_fault, triton_fault
 from qwen_jax.cli.flags import Json
 
 _PACKAGES = (
@@ -44,6 +44,8 @@ def doctor(json_output: Json = False):
         print((f"  {kind:15}" + "".join(f"{name:12}" for name in names.values())).rstrip())
     if found["triton_fault"]:
         print(f"no Triton kernels on a GPU: {found['triton_fault']}")
+    if found["mosaic_gpu_fault"]:
+        print(f"no Mosaic GPU kernels on a Hopper GPU: {found['mosaic_gpu_fault']}")
     print(f"memory: {_gib(found['memory']['available'])} of {_gib(found['memory']['total'])} free")
     print(f"disk here: {_gib(found['disk']['free'])} of {_gib(found['disk']['total'])} free")
     for extra, missing in found["extras"].items():
@@ -64,6 +66,7 @@ def examine() -> dict[str, Any]:
         "device_error": device_error,
         "kernels": {kind: each._asdict() for kind, each in preferences().items()},
         "triton_fault": triton_fault(),
+        "mosaic_gpu_fault": mosaic_gpu_fault(),
         "memory": {
             "total": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "available": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"),

@@ -290,6 +290,7 @@ class Model:
         vocab_limit: int | None = None,
         weights=None,
         slices: tuple[int, ...] | None = None,
+        attention: bool = True,
     ):
         """Builds an engine, or replicas on a mesh with data; says on stderr what runs where.
 
@@ -299,6 +300,7 @@ class Model:
             vocab_limit: ids from here on are never sampled.
             weights: what `weights` gave; None to load them.
             slices: lengths that prefill is compiled for, unless a flag says it.
+            attention: False leaves it out (`EngineConfig.attention`).
 
         Raises:
             CheckpointError: if the weights are missing, damaged or do not fit.
@@ -319,6 +321,7 @@ class Model:
             sparse=self.sparse,
             least_recall=self.flags.least_recall or 0.0,
             dense_tail=self.flags.dense_tail,
+            attention=attention,
         )
         placement.check_memory(self.config, settings, name, mesh)
         engine = build(self.config, self.weights() if weights is None else weights, settings)

@@ -13,6 +13,7 @@ from jaxtyping import Float32
 from pallas_kernels import backend
 from pallas_kernels.plan import SparsePlan
 from qwen_jax import sparse
+from qwen_jax.attention import LEFT_OUT
 from qwen_jax.config import ConfigError, ModelConfig, SparseConfig
 from qwen_jax.engine import batch
 from qwen_jax.engine.pages import Pages, default_page
@@ -56,6 +57,8 @@ class EngineConfig:
         least_recall: a head that recalls less of a slice is computed densely.
         dense_tail: tokens at the end of a prompt, where the question is, that are prefilled
             densely like the answer after them; 0 for none, as in vLLM.
+        attention: False leaves it out, selection aside: answers mean nothing then, and what
+            all else takes can be measured.
 
     Raises:
         ConfigError: if a number is out of range.
@@ -72,6 +75,7 @@ class EngineConfig:
     sparse: SparseConfig | None = None
     least_recall: float = 0.0
     dense_tail: int = 64
+    attention: bool = True
 
     def __post_init__(self):
         least = {
@@ -116,12 +120,17 @@ class Engine:
                 f"vocab_limit={config.vocab_limit} exceeds the {model.vocab_size} tokens "
                 "of the model: is this its tokenizer?"
             )
+        self._attended = {
+            "kind": self._device.device_kind,
+            "head_dim": model.head_dim,
+            "dtype": str(jax.tree.leaves(weights)[0].dtype),
+        }
         try:
-            self._backend = backend.choose(
-                self._device.platform, config.backend, head_dim=model.head_dim
-            )
+            self._backend = backend.choose(self._device.platform, config.backend, **self._attended)
         except backend.Unsupported as error:
             raise ConfigError(f"backend={config.backend!r}: {error}") from None
+        if not config.attention:
+            self._backend = self._backend._replace(prefill=LEFT_OUT, decode=LEFT_OUT)
         platform, geometry = self._device.platform, model.dual_chunk
         seq = 1 if self._mesh is None else self._mesh.shape["seq"]
         self._page = config.page or default_page(platform, geometry, parts=seq)
@@ -320,11 +329,13 @@ class Engine:
             raise ConfigError(f"{what} are made on one device: leave out the mesh")
 
     def _why_not(self) -> str:
-        """Why not by the device's own kernels, where nobody chose others."""
-        own = backend.PREFERRED[self._device.platform].prefill
-        if self._config.backend is not None or own == self._backend.prefill:
+        """Why not by better kernels, where nobody chose others."""
+        if self._config.backend is not None or not self._config.attention:
             return ""
-        return f" ({own}: {backend.unavailable(own, head_dim=self._model.head_dim)})"
+        names = backend.PREFERRED[self._device.platform]
+        better = names[: names.index(self._backend.prefill)]
+        reasons = [f"{name}: {backend.unavailable(name, **self._attended)}" for name in better]
+        return f" ({'; '.join(reasons)})" if reasons else ""
 
     def _devices(self) -> str:
         if self._mesh is None:

@@ -1,6 +1,8 @@
 """bench prefill and bench decode: one long prompt, with weights and without."""
 
+import dataclasses
 import json
+import re
 
 import jax
 import numpy as np
@@ -8,8 +10,8 @@ import pytest
 
 from qwen_jax import params
 from qwen_jax.cli import bench_long
-from qwen_jax.cli.flags import Model
-from qwen_jax.config import model_config
+from qwen_jax.cli.flags import Model, ModelFlags, open_model
+from qwen_jax.config import SparseConfig, model_config
 
 
 def shapes(tree):
@@ -31,8 +33,8 @@ def test_a_config_alone_is_enough_for_random_weights(model, run, budgets):
             path.unlink()
     flags = ("--tokens", 700, "--slice", 128, "--repeats", 2, "--json")
     sparse = ("--sparse", "on", "--sparse-config", budgets, "--dense-tail", 50)
-    code, out, _ = run("bench", "prefill", model, "--random-weights", *flags, *sparse)
-    assert code == 0
+    code, out, err = run("bench", "prefill", model, "--random-weights", *flags, *sparse)
+    assert code == 0, err
     found = json.loads(out)
     assert found["weights"] == "random"
     assert found["prompt_tokens"] == 700
@@ -42,13 +44,15 @@ def test_a_config_alone_is_enough_for_random_weights(model, run, budgets):
     assert found["peak_bytes"] > 1 << 20
     assert [each["computed_tokens"] for each in found["runs"]] == [700, 700]
     assert found["prefill_tokens_per_s"] == pytest.approx(700 / found["ttft_s"])
+    assert list(found["split_s"]) == ["attention", "selection", "linear", "rest"]
+    assert sum(found["split_s"].values()) == pytest.approx(found["ttft_s"])
     code, _, err = run("bench", "prefill", model, *flags)
     assert code == 2
     assert "model" in err.splitlines()[-1]
 
 
 def test_decoding_is_timed_after_the_prompt(tiny, run):
-    flags = ("--tokens", 300, "--new-tokens", 9, "--slice", 64)
+    flags = ("--tokens", 300, "--new-tokens", 9, "--slice", 64, "--no-split")
     code, out, _ = run("bench", "decode", tiny, *flags, "--json")
     assert code == 0
     found = json.loads(out)
@@ -56,6 +60,7 @@ def test_decoding_is_timed_after_the_prompt(tiny, run):
     assert timings["new_tokens"] == 9
     assert found["decode_tokens_per_s"] == timings["decode_tokens_per_s"] > 0
     assert (found["density"], found["recall"]) == (1, 1)
+    assert "split_s" not in found
     code, out, _ = run("bench", "decode", tiny, *flags)
     assert code == 0
     names = [line.split()[0] for line in out.splitlines()]
@@ -64,7 +69,7 @@ def test_decoding_is_timed_after_the_prompt(tiny, run):
 
 def test_a_run_that_compiled_is_not_counted(tiny, run, monkeypatch):
     monkeypatch.setattr(bench_long, "_warm_up", lambda tokens, largest, opened: 20)
-    code, out, err = run("bench", "prefill", tiny, "--tokens", 3000, "--json")
+    code, out, err = run("bench", "prefill", tiny, "--tokens", 3000, "--no-split", "--json")
     assert code == 0
     assert err.count("this run compiled something and is not counted") == 1
     assert len(json.loads(out)["runs"]) == 1
@@ -73,7 +78,8 @@ def test_a_run_that_compiled_is_not_counted(tiny, run, monkeypatch):
 def test_published_models_have_no_weights(run, monkeypatch):
     opened = []
 
-    def measure(model: Model, *args, random):
+    def measure(model: Model, *args, random, split):
+        assert split
         opened.append((model.config, args, random))
         return dict.fromkeys(("prompt_tokens", "ttft_s", "prefill_tokens_per_s"), 1) | {
             "weights": "random",
@@ -81,12 +87,15 @@ def test_published_models_have_no_weights(run, monkeypatch):
             "density": 1.0,
             "recall": 1.0,
             "peak_bytes": 1,
+            "split_s": {"attention": 0.75, "rest": 0.25},
         }
 
     monkeypatch.setattr(bench_long, "measure", measure)
     named = ("bench", "prefill", "--tokens", "1M", "--config")
     for name, layers in ("7b-1m", 28), ("14b-1m", 48):
-        assert run(*named, name, "--random-weights")[0] == 0
+        code, out, _ = run(*named, name, "--random-weights")
+        assert code == 0
+        assert re.search(r"^  attention +0\.75 s +$", out, re.MULTILINE)
         config, args, random = opened.pop()
         assert (config.num_layers, args, random) == (layers, (1 << 20, 1, 1), True)
     code, _, err = run(*named, "7b-1m")
@@ -99,6 +108,30 @@ def test_published_models_have_no_weights(run, monkeypatch):
         code, _, err = run("bench", "decode", *both)
         assert code == 2
         assert "give MODEL, a directory, or --config NAME, and not both" in err
+
+
+@pytest.mark.parametrize(("sparse", "decode"), [(False, False), (True, False), (True, True)])
+def test_parts_are_told_from_runs_that_leave_them_out(tiny, sparse, decode):
+    """Where time is a sum over layers, they are what it is the sum of."""
+    config = dataclasses.replace(model_config(tiny), num_layers=5)
+    weights = params.random(config, np.dtype("float32"))
+    rows = ((40,) * config.num_heads,) * 5
+    budgets = SparseConfig(vertical=rows, slash=rows, last_q=64) if sparse else None
+    model = dataclasses.replace(open_model(tiny, ModelFlags()), config=config, sparse=budgets)
+    attention, selection, linear, rest = 70.0, 8.0 if sparse and not decode else 0.0, 3.0, 2.0
+    whole_layers = 0 if decode else 1  # of which the last reads one token
+
+    def time(model, weights):
+        layers = model.config.num_layers
+        assert shapes(weights) == shapes(params.abstract(model.config, np.dtype("float32")))
+        return (layers - whole_layers) * linear + rest + selection * (model.sparse is not None)
+
+    found = bench_long.parts(
+        *(time, model, weights, time(model, weights) + attention), sparse=sparse, decode=decode
+    )
+    assert sum(found.values()) == pytest.approx(time(model, weights) + attention)
+    expected = {"attention": attention, "linear": (5 - whole_layers) * linear, "rest": rest}
+    assert found == pytest.approx(expected | ({"selection": selection} if selection else {}))
 
 
 def test_random_weights_are_a_tree_of_the_model(tiny):

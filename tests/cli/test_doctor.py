@@ -6,6 +6,7 @@ import re
 
 import jax
 
+from pallas_kernels import backend
 from qwen_jax.cli.doctor import missing
 
 
@@ -25,13 +26,27 @@ def test_doctor_tells_versions_devices_memory_disk_and_extras(run):
     assert f"jax {jax.__version__}" in text
 
 
-def test_doctor_says_why_triton_would_not_run(monkeypatch, run):
-    monkeypatch.setattr("qwen_jax.cli.doctor.triton_fault", lambda: "triton is not installed")
+def test_doctor_says_why_kernels_of_gpus_would_not_run(monkeypatch, run):
+    module, first = "qwen_jax.cli.doctor", "no Triton kernels on a GPU: "
+    second = "no Mosaic GPU kernels on a Hopper GPU: "
+    monkeypatch.setattr(f"{module}.triton_fault", lambda: "triton is not installed")
+    monkeypatch.setattr(f"{module}.mosaic_gpu_fault", lambda: "another jax")
     _, out, _ = run("doctor")
-    assert "no Triton kernels on a GPU: triton is not installed\n" in out
-    monkeypatch.setattr("qwen_jax.cli.doctor.triton_fault", lambda: None)
+    assert f"{first}triton is not installed\n{second}another jax\n" in out
+    monkeypatch.setattr(f"{module}.triton_fault", lambda: None)
+    monkeypatch.setattr(f"{module}.mosaic_gpu_fault", lambda: None)
     _, out, _ = run("doctor")
-    assert "no Triton kernels" not in out
+    assert first not in out
+    assert second not in out
+
+
+def test_doctor_says_which_gpu_gets_which_kernels(monkeypatch, run):
+    monkeypatch.setattr(backend, "triton_fault", lambda: None)
+    monkeypatch.setattr(backend, "mosaic_gpu_fault", lambda: None)
+    _, out, _ = run("doctor", "--json")
+    kernels = json.loads(out)["kernels"]
+    assert set(kernels["gpu h200"].values()) == {"mosaic_gpu"}
+    assert set(kernels["gpu a100"].values()) == set(kernels["gpu b200"].values()) == {"triton"}
 
 
 def test_an_extra_is_missing_what_its_packages_need(monkeypatch):

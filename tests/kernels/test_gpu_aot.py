@@ -93,15 +93,25 @@ def test_a_kernel_for_hopper_keeps_its_registers_and_reads_the_cache_where_it_li
     assert not row["copies_cache"]
 
 
-@needs_triton
+# What one H200 may hold; the rest is for what is there beside a program.
+PEAK = 120 * 2**30
+
+
 @pytest.mark.gpu_aot
+@pytest.mark.parametrize(
+    "backend",
+    [
+        pytest.param("triton", marks=needs_triton),
+        pytest.param("mosaic_gpu", marks=needs_mosaic_gpu),
+    ],
+)
 @pytest.mark.parametrize(("name", "calls"), [("prefill", 1), ("prefill_sparse", 5), ("decode", 2)])
-def test_a_step_over_a_million_tokens_fits_and_never_copies_the_cache(name, calls):
-    row = facts("--json", "--gpus", "h200", "--models", "", "--backends", "triton", "--steps")[
+def test_a_step_over_a_million_tokens_fits_and_never_copies_the_cache(name, calls, backend):
+    row = facts("--json", "--gpus", "h200", "--models", "", "--backends", backend, "--steps")[
         f"step: {name}"
     ]
     assert row["calls"] >= calls
+    assert row["peak"] < PEAK
     assert row["overwritten"] >= row["cache_bytes"]
-    assert row["peak"] <= gpu_compile.GPUS["h200"].memory
     assert row["temporaries"] < 0.1 * row["cache_bytes"]
     assert not row["copies_cache"]

@@ -118,7 +118,13 @@ def test_mosaic_gpu_runs_on_hopper_alone(installed, monkeypatch):
     installed["jax"] = "0.11.2"
     on(monkeypatch, "NVIDIA H200")
     assert backend.choose("gpu", "mosaic_gpu").prefill == "mosaic_gpu"
-    assert backend.unavailable("mosaic_gpu") is None
+    assert set(backend.choose("gpu")) == {"mosaic_gpu"}
+    for other, reason in {
+        ("head_dim", 64): "heads of 64, where decode takes 128",
+        ("dtype", "float32"): "float32, where it takes bfloat16",
+    }.items():
+        assert backend.unavailable("mosaic_gpu", **dict([other])) == reason
+        assert "mosaic_gpu" not in backend.choose("gpu", **dict([other]))
     for kind, reason in {
         "NVIDIA B200": "NVIDIA B200 has compute capability 10.0; its kernels are for 9.0",
         "NVIDIA Nameless": "no compute capability is known of 'NVIDIA Nameless'",
@@ -126,5 +132,8 @@ def test_mosaic_gpu_runs_on_hopper_alone(installed, monkeypatch):
         on(monkeypatch, kind)
         with pytest.raises(Unsupported, match=f"^backend 'mosaic_gpu': {reason}"):
             backend.choose("gpu", "mosaic_gpu")
+        assert "mosaic_gpu" not in backend.choose("gpu")
     installed["jax"] = "0.12.0"
+    on(monkeypatch, "NVIDIA H200")
     assert backend.unavailable("mosaic_gpu") == versions.mosaic_gpu_fault()
+    assert "mosaic_gpu" not in backend.choose("gpu")
