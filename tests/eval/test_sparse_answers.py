@@ -21,7 +21,6 @@ BUDGETS = demo_checkpoint.ROOT / "docs/demo/sparse_attention_config.json"
         # At depth 0.9 of 24,000 dense prefill finds none.
         pytest.param(24_000, [0.1], 0.25, marks=pytest.mark.long),
         pytest.param(24_000, [0.5], 0.25, marks=pytest.mark.long),
-        pytest.param(32_000, [0.5], 0.2, marks=pytest.mark.long),
     ],
 )
 def test_pass_keys_are_found_with_the_same_words(length, depths, density):
