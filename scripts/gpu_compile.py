@@ -25,6 +25,12 @@ ENVIRONMENT = {
 }
 _DUMP, _CODE = "JAX_TRITON_DUMP_DIR", "code"
 _MOSAIC_DUMP = "MOSAIC_GPU_DUMP_TO"
+# Shared memory in the code that starts a Mosaic GPU kernel, of jax 0.10 and of jax 0.11, where it
+# comes after the sizes of grid, cluster and block.
+_SHARED = re.compile(
+    r"call .*(?:@mosaic_gpu_get_function\(.*?, i32 (\d+), i32 1\)"
+    r"|@mosaic_gpu_launch_kernel\(ptr [^,]+(?:, i32 \d+){9}, i32 (\d+),)"
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -303,11 +309,10 @@ def _triton(folder: Path) -> Kernel:
 
 def _mosaic(said: Path) -> Kernel:
     """Of the file in which Mosaic GPU has left what ptxas says of a kernel, among others."""
-    (shared,) = re.findall(
-        r"@mosaic_gpu_get_function\(.*?, i32 (\d+), i32 1\)", said.with_suffix(".ll").read_text()
-    )
+    shared = _SHARED.search(said.with_suffix(".ll").read_text())
+    assert shared is not None
     name = said.stem.rsplit("_", 1)[0]
-    kernel = Kernel(name, *_said(said.read_text()), int(shared))
+    kernel = Kernel(name, *_said(said.read_text()), int(shared[1] or shared[2]))
     for each in said.parent.glob(f"{said.stem}.mlir-passes.log"):
         each.unlink()  # tens of megabytes
     return kernel
