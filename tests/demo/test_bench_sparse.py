@@ -7,6 +7,7 @@ import pytest
 
 
 @pytest.mark.demo
+@pytest.mark.long
 def test_there_is_a_row_for_every_length_and_layer(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench_sparse.py", "--lengths", "300,400", "--layers", "3"])
     bench_sparse.main()
