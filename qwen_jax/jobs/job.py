@@ -192,8 +192,10 @@ def write(directory: Path, files: dict[str, str], *, overwrite: bool) -> list[Pa
     """Writes files into a directory, which is made, and lets scripts be executed.
 
     Raises:
-        ConfigError: if one is there, and may not be overwritten.
+        ConfigError: if one is there and may not be overwritten, or the directory is a file.
     """
+    if directory.exists() and not directory.is_dir():
+        raise ConfigError(f"{directory} is a file: give a directory with --out")
     paths = [directory / name for name in files]
     there = [str(path) for path in paths if path.exists()]
     if there and not overwrite:
