@@ -1,8 +1,9 @@
 """What is written, against the schemas and option lists of the tools that read it.
 
-flags.json holds the flags that each tool names in its help (gcloud in `meta lint-gcloud-commands`),
-of the version beside them; sbatch's help leaves out --open-mode, which its parser takes. JobSet's schema is that of kubeflow-trainer-api (Apache-2.0), which is
-generated from JobSet's and Kubernetes' own.
+flags.json holds the flags that each tool names in its help, of the version beside them; gcloud's
+are those of `gcloud meta lint-gcloud-commands`, and sbatch's help leaves out --open-mode, which its
+parser takes. JobSet's schema is that of kubeflow-trainer-api (Apache-2.0), which is generated from
+JobSet's and Kubernetes' own.
 """
 
 import copy
