@@ -6,6 +6,7 @@ jax starts; GPUs get flags. A pod that exits with 75, or whose node is taken awa
 its pod failure policy, for which the JobSet starts anew without counting; other failures count.
 """
 
+import shlex
 from typing import Any
 
 from qwen_jax.jobs.job import PORT, PREEMPTED, Job, numbered, yaml_text
@@ -27,7 +28,7 @@ def files(job: Job) -> dict[str, str]:
 
 def start(directory: str) -> str:
     """What starts the job."""
-    return f"kubectl apply -f {directory}/jobset.yaml"
+    return f"kubectl apply -f {shlex.quote(directory)}/jobset.yaml"
 
 
 def manifest(job: Job) -> dict[str, Any]:
@@ -86,12 +87,13 @@ def manifest(job: Job) -> dict[str, Any]:
 def _pod(job: Job) -> dict[str, Any]:
     hosts, accelerator = job.hosts, job.hosts.accelerator
     chips = {accelerator.resource: hosts.chips}
-    volumes, mounts = [_data(job)], [{"name": "data", "mountPath": job.mount}]
+    volumes, mounts, ports = [_data(job)], [{"name": "data", "mountPath": job.mount}], [PORT]
     if accelerator.platform == "tpu":
         selector = {
             "cloud.google.com/gke-tpu-accelerator": accelerator.gke,
             "cloud.google.com/gke-tpu-topology": hosts.sides,
         }
+        ports.insert(0, _RUNTIME_PORT)
     else:
         selector = {"cloud.google.com/gke-accelerator": accelerator.gke}
         # NCCL passes data between the GPUs of a host through it.
@@ -104,7 +106,7 @@ def _pod(job: Job) -> dict[str, Any]:
         "image": job.image,
         "command": ["/bin/bash", "-c", _literal(_command(job))],
         "env": [{"name": name, "value": value} for name, value in job.environment().items()],
-        "ports": [{"containerPort": port} for port in (_RUNTIME_PORT, PORT)],
+        "ports": [{"containerPort": port} for port in ports],
         "resources": {"requests": chips, "limits": dict(chips)},
         "volumeMounts": mounts,
     }

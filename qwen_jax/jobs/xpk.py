@@ -1,5 +1,6 @@
 """xpk: a script that runs `xpk workload create` (github.com/AI-Hypercomputer/xpk)."""
 
+import base64
 import shlex
 
 from qwen_jax.config import ConfigError
@@ -44,10 +45,12 @@ def files(job: Job) -> dict[str, str]:
         flag("--termination-grace-period-seconds", str(job.grace)),
         *(flag("--env", f"{name}={value}") for name, value in job.environment().items()),
         *([flag("--storage", job.storage)] if job.storage else []),
-        flag("--command", f"exec bash -c {_one_line(command)}"),
+        flag("--command", _plain(command)),
     ]
     text = script(
         "# Submits the workload; `xpk workload list` and `xpk workload delete` look after it.",
+        "# What is encoded below is:",
+        *(f"#   {line}" for line in command.splitlines()),
         "set -euo pipefail",
         "exec xpk workload create \\",
         " \\\n".join(f"  {each}" for each in arguments),
@@ -60,10 +63,11 @@ def start(directory: str) -> str:
     return f"bash {shlex.quote(directory)}/submit.sh"
 
 
-def _one_line(text: str) -> str:
-    """A word for bash, without line breaks, which would end the block of YAML that xpk puts it in.
+def _plain(command: str) -> str:
+    """The command as words of bash without quotes, dollars, backslashes and line breaks.
 
-    Nor with a dollar, which Kubernetes would read.
+    xpk puts them into YAML as they are, for GPUs between double quotes too, and Kubernetes reads
+    dollars.
     """
-    special = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\t": "\\t", "$": "\\x24"}
-    return "$'" + "".join(special.get(each, each) for each in text) + "'"
+    text = base64.b64encode(f"exec bash -c {shlex.quote(command)}\n".encode()).decode()
+    return f"exec bash <(echo {text} | base64 -d)"

@@ -140,9 +140,10 @@ def test_preemption_restarts_a_jobset_without_being_counted():
 
 
 def test_gpus_of_several_hosts_are_told_who_they_are():
-    for kind, name in (("jobset", "hosts"), ("xpk", "slice-job")):
+    flags = "--num-processes 2 --process-id"
+    for kind, first in (("jobset", "a-hosts-0-0.a:8476"), ("xpk", "a-slice-job-0-0.a:8476")):
         text = "".join(files(kind, "h100:16", name="a").values())
-        assert f"--coordinator a-{name}-0-0.a:8476 --num-processes 2 --process-id" in text
+        assert f"qwen-jax doctor --coordinator {first} {flags}" in text
         assert "--coordinator" not in "".join(files(kind, "h100:8").values())
     parameters = json.loads(files("ray", "h200:16")["job.json"])
     assert parameters["command"].endswith('--num-processes 2 --process-id "$QWEN_JAX_PROCESS"')
@@ -169,10 +170,10 @@ def flags_of(line):
 
 
 def calls(texts, tool):
-    """The words of every call of a tool in scripts, without what follows in the line."""
+    """Every call of a tool in scripts, without what follows in the line."""
     for text in texts:
         for line in text.replace("\\\n", " ").splitlines():
-            for found in re.findall(rf"(?<![\w-]){tool} [^|&;{{]*", line):
+            for found in re.findall(rf"(?<![\w-]){tool} (?:'[^']*'|[^'|&;{{])*", line):
                 yield found.split(" -- ")[0] if tool.startswith("ray") else found
 
 

@@ -92,16 +92,16 @@ def test_a_jobset_runs_the_command_as_it_is(name):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_xpk_runs_the_command_as_it_is(name, place):
-    """In the block of YAML into which xpk 1.16.0 puts it."""
+    """In the block of YAML into which xpk 1.16.0 puts it, and the quotes where GPUs have it too."""
     executable(place.bin / "xpk", "printf '%s\\0' \"$@\" > $OUT/arguments")
     place.write(files("xpk", "v5e:4x4", COMMANDS[name]))
     assert place.run("submit.sh")[0] == 0
     arguments = (place.directory / "arguments").read_text().split("\0")
     (command,) = [each[10:] for each in arguments if each.startswith("--command=")]
-    block = yaml.safe_load(f"command:\n- bash\n- -c\n- |\n  ({command}) & PID=$!;\n  wait $PID\n")
-    words = [
-        expanded(word, {"x": "1", "JAX_COMPILATION_CACHE_DIR": "/"}) for word in block["command"]
-    ]
+    text = f'env: "{command}"\ncommand:\n- bash\n- -c\n- |\n  ({command}) & PID=$!;\n  wait $PID\n'
+    container = yaml.safe_load(text)
+    assert container["env"] == command
+    words = [expanded(word, {"x": "1"}) for word in container["command"]]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.stdout == direct(COMMANDS[name]) != ""
 
