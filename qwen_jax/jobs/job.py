@@ -93,13 +93,11 @@ class Job:
     def __post_init__(self):
         for name, (pattern, meaning) in _PATTERNS.items():
             value = getattr(self, name)
-            if value is not None and re.fullmatch(pattern, value) is None:
+            if value is not None and re.fullmatch(pattern, value, re.ASCII) is None:
                 raise ConfigError(f"{spelled(name)} {value!r} must be {meaning}")
         if not self.command.strip():
             raise ConfigError("--command is empty: give what every host runs")
-        if bad := re.search(
-            r"[^\n\t\x20-\x7e\x80-\U0010ffff]|[\x80-\x9f\ud800-\udfff]", self.command
-        ):
+        if bad := re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", self.command):
             raise ConfigError(f"--command has a control character, {bad[0]!r}")
         for name, least, most in (("max_restarts", 0, 1 << 16), ("grace", 1, 86400)):
             if not least <= getattr(self, name) <= most:

@@ -336,6 +336,9 @@ def test_numbers_and_commands_are_checked():
         ({"command": " \n"}, "--command is empty"),
         ({"command": "a\0b"}, "control character"),
         ({"command": "a\x1b[2J"}, "control character"),
+        ({"command": "a\r\nb"}, "control character"),
+        ({"command": "a\x85b"}, "control character"),
+        ({"command": "a\ud800"}, "control character"),
         ({"grace": 0}, "--grace 0 must be from 1"),
         ({"max_restarts": -1}, "--max-restarts -1 must be from 0"),
     ]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given, settings, strategies
 from places import files
 
 from qwen_jax.jobs import ray_driver
@@ -79,15 +80,30 @@ def expanded(text: str, variables: dict[str, str]) -> str:
     return re.sub(r"\$\$|\$\(([^)]*)\)", one, text)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_a_jobset_runs_the_command_as_it_is(name):
-    manifest = yaml.safe_load(files("jobset", "v5e:4x4", COMMANDS[name])["jobset.yaml"])
+def of_a_pod(command: str) -> list[str]:
+    """The words that a container of a JobSet runs."""
+    manifest = yaml.safe_load(files("jobset", "v5e:4x4", command)["jobset.yaml"])
     pod = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     variables = {each["name"]: each["value"] for each in container["env"]} | {"HOSTNAME": "h"}
-    words = [expanded(word, variables) for word in container["command"]]
-    assert words[:2] == ["/bin/bash", "-c"]
-    assert words[2] == COMMANDS[name]
+    return [expanded(word, variables) for word in container["command"]]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_jobset_runs_the_command_as_it_is(name):
+    assert of_a_pod(COMMANDS[name]) == ["/bin/bash", "-c", COMMANDS[name]]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    strategies.text(
+        strategies.sampled_from("$()'\"\\ \n\t#:-|>&*!%@`{}[],?x0~")
+        | strategies.characters(exclude_categories=["Cc", "Cs"]),
+        min_size=1,
+    ).filter(str.strip)
+)
+def test_yaml_and_kubernetes_hand_on_any_text(command):
+    assert of_a_pod(command) == ["/bin/bash", "-c", command]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
