@@ -35,6 +35,11 @@ VERBS = {
     ),
     "verify": ("inspect", "verify", "Check that a checkpoint is whole."),
     "plan": ("plan", "plan", "Say whether a length fits on devices, before renting them."),
+    "export-job": (
+        "export_job",
+        "export_job",
+        "Write the files that run a command on rented devices.",
+    ),
     "doctor": (
         "doctor",
         "doctor",

@@ -20,7 +20,9 @@ def test_help_begins_with_the_summary_of_the_verb(verb, run):
     assert "Raises" not in out
 
 
-@pytest.mark.parametrize("verb", [*ANSWERING, "calibrate", "doctor", "plan", "bench kernels"])
+@pytest.mark.parametrize(
+    "verb", [*ANSWERING, "calibrate", "doctor", "plan", "export-job", "bench kernels"]
+)
 def test_help_teaches_with_examples(verb, run):
     assert f"\n  Examples:\n      qwen-jax {verb}" in run(*verb.split(), "--help")[1]
 
@@ -55,7 +57,8 @@ def test_the_version_is_told(run):
 def test_help_does_not_wait_for_jax():
     code = (
         "import sys; from qwen_jax.cli import main; main(['--help']); main(['doctor', '--help']);"
-        "main(['ask', '--help']); main(['plan', '--help']); print('jax' in sys.modules)"
+        "main(['ask', '--help']); main(['plan', '--help']);"
+        "main(['export-job', '--help']); print('jax' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"

@@ -1,0 +1,155 @@
+"""export-job: ready files that run a command on a topology, for schedulers that exist."""
+
+import dataclasses
+import importlib
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from qwen_jax import devices
+from qwen_jax.cli.flags import ModelFlags, expand, note, open_model, option
+from qwen_jax.cli.plan import examine
+from qwen_jax.config import ConfigError
+from qwen_jax.jobs.job import DASHBOARD, Job, write
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Flags that say where a job runs; `qwen_jax.jobs.job.Job` has their meaning."""
+
+    name: Annotated[str, typer.Option(help="Of the job, and of what is made for it.")] = "qwen-jax"
+    image: Annotated[
+        str | None, option("Image with qwen-jax (docs/pods.md; not for slurm and ray).")
+    ] = None
+    project: Annotated[str | None, option("Google Cloud project (xpk, gcloud).")] = None
+    zone: Annotated[str | None, option("Google Cloud zone (xpk, gcloud).")] = None
+    cluster: Annotated[str | None, option("GKE cluster (xpk).")] = None
+    namespace: Annotated[str, typer.Option(help="Kubernetes namespace (jobset).")] = "default"
+    service_account: Annotated[
+        str | None, option("Kubernetes service account that may use the bucket (jobset).")
+    ] = None
+    claim: Annotated[
+        str | None, option("Persistent volume claim that every host mounts (jobset).")
+    ] = None
+    bucket: Annotated[
+        str | None, option("Cloud Storage bucket that every host mounts (jobset, gcloud).")
+    ] = None
+    storage: Annotated[str | None, option("Storage of `xpk storage` to mount (xpk).")] = None
+    mount: Annotated[
+        str, typer.Option(help="Where the claim or the bucket appears on every host.")
+    ] = "/data"
+    compile_cache: Annotated[
+        str | None,
+        option("Directory of compiled programs, the same on every host; in --mount by itself."),
+    ] = None
+    runtime_version: Annotated[
+        str | None, option("Software version of the TPU VM; the usual one (gcloud).")
+    ] = None
+    partition: Annotated[str | None, option("Partition (slurm).")] = None
+    account: Annotated[str | None, option("Account that is charged (slurm).")] = None
+    time: Annotated[str | None, option("Time limit, as 4:00:00 (slurm).")] = None
+    address: Annotated[str, typer.Option(help="Where Ray takes jobs (ray).")] = DASHBOARD
+    max_restarts: Annotated[
+        int, typer.Option(help="Starts after failures; preemption is not counted.")
+    ] = 10
+    grace: Annotated[
+        int, typer.Option(help="Seconds from SIGTERM to SIGKILL; a slice must fit.")
+    ] = 120
+    spot: Annotated[
+        bool, option("Rent what may be taken away at any time (jobset, gcloud).", "--spot")
+    ] = False
+
+
+@expand
+def export_job(
+    kind: Annotated[
+        Literal["jobset", "xpk", "gcloud", "ray", "slurm"],
+        typer.Argument(metavar="KIND", help="jobset, xpk, gcloud, ray or slurm."),
+    ],
+    topology: Annotated[
+        str, option("Devices, as v5e:4x4, v5p:2x2x2 or h200:8.", metavar="KIND:SIZE")
+    ],
+    command: Annotated[str, option("What bash runs on every host, all hosts alike.")],
+    out: Annotated[Path, option("Directory for the files.", metavar="DIR")],
+    place: Place,
+    model: Annotated[
+        Path | None, option("Check that this model fits, before anything is written.")
+    ] = None,
+    tokens: Annotated[
+        int | None, option("Prompt and answer, in tokens; the longest of --model.")
+    ] = None,
+    mesh: Annotated[
+        str | None, option("How the command uses the devices, as seq=4,tensor=4.")
+    ] = None,
+    slice: Annotated[  # noqa: A002
+        int | None, option("Prompt tokens that the command computes at a time.")
+    ] = None,
+    dtype: Annotated[
+        Literal["f32", "bf16"] | None, option("Precision that the command has.")
+    ] = None,
+    force: Annotated[bool, option("Write a job that does not fit.", "--force")] = False,
+    overwrite: Annotated[bool, option("Overwrite files in --out.", "--overwrite")] = False,
+):
+    r"""Write the files that run a command on rented devices.
+
+    Starts nothing: prints the files, and last the command that does. Every host runs the same
+    command; its exit code 75 means run it again, and that is not counted as a failure.
+
+    Examples:
+        qwen-jax export-job jobset --topology v5e:4x4 --image IMAGE --bucket BUCKET --out job \
+            --command "qwen-jax batch /data/7b-1m /data/in.jsonl /data/out.jsonl"
+        qwen-jax export-job slurm --topology h200:8 --partition gpu --time 4:00:00 --out job \
+            --compile-cache /scratch/compile --command "qwen-jax batch 7b-1m in.jsonl out.jsonl"
+    """
+    job = Job(topology=devices.topology(topology), command=command, **dataclasses.asdict(place))
+    files = importlib.import_module(f"qwen_jax.jobs.{kind}")
+    texts = files.files(job)
+    hosts = job.hosts
+    note(
+        f"{topology}: {hosts.count * hosts.chips} chips, {hosts.count} "
+        f"{'hosts' if hosts.count > 1 else 'host'} of {hosts.chips}"
+    )
+    _check_fits(job, model, tokens, mesh, ModelFlags(slice=slice), dtype, force=force)
+    for path in write(out, texts, overwrite=overwrite):
+        print(path)
+    print(files.start(str(out)))
+
+
+def _check_fits(
+    job: Job,
+    model: Path | None,
+    tokens: int | None,
+    mesh: str | None,
+    flags: ModelFlags,
+    dtype: str | None,
+    *,
+    force: bool,
+) -> None:
+    """Says whether the model fits, if there is one.
+
+    Raises:
+        ConfigError: if it does not, or flags about it have no model.
+    """
+    if model is None:
+        given = {"tokens": tokens, "mesh": mesh, "slice": flags.slice, "dtype": dtype}
+        for name, value in given.items():
+            if value is not None:
+                raise ConfigError(f"--{name} has no effect without --model")
+        note("whether a model fits was not asked: --model and --tokens do")
+        return
+    found = examine(open_model(model, flags), job.topology.name, tokens, mesh, dtype)
+    total, limit = (
+        f"{size / 2**30:,.2f} GiB" for size in (found["bytes"]["total"], found["device"]["memory"])
+    )
+    text = (
+        f"{found['tokens']:,} tokens take {total} of {limit} on each of {found['devices']} devices"
+    )
+    if found["fits"]:
+        note(f"fits: {text}")
+    elif force:
+        note(f"does not fit, and --force writes it: {text}")
+    else:
+        raise ConfigError(
+            f"does not fit: {text}: {', or '.join(found['advice'])} (--force writes it anyway)"
+        )

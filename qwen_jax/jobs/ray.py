@@ -1,0 +1,49 @@
+"""ray: a submission to Ray's job server, and its driver's parameters (`ray_driver`)."""
+
+import json
+import shlex
+
+from qwen_jax.jobs.job import PORT, PREEMPTED, Job, flag, numbered, script, yaml_text
+
+
+def files(job: Job) -> dict[str, str]:
+    """Names and texts of the files.
+
+    Raises:
+        ConfigError: if something is missing.
+    """
+    job.check("ray", "compile_cache address max_restarts", "compile_cache")
+    hosts, accelerator = job.hosts, job.hosts.accelerator
+    parameters = {
+        "command": job.command,
+        "hosts": hosts.count,
+        "chips": hosts.chips,
+        "resource": "TPU" if accelerator.platform == "tpu" else "GPU",
+        "topology": hosts.sides,
+        "tpu": accelerator.ray,
+        "preempted": PREEMPTED,
+        "max_restarts": job.max_restarts,
+    }
+    if accelerator.platform == "gpu" and hosts.count > 1:
+        # The driver knows the address only when the hosts are there.
+        index = '"$QWEN_JAX_PROCESS"'
+        parameters["command"] = numbered(
+            job.command, f'"$QWEN_JAX_COORDINATOR":{PORT}', hosts.count, index
+        )
+    submit = script(
+        "# Submits the job and follows its log until it ends.",
+        "set -euo pipefail",
+        'cd "$(dirname "$0")"',
+        f"exec ray job submit {flag('--address', job.address)} --working-dir=. \\",
+        "  --runtime-env=runtime_env.yaml -- python -m qwen_jax.jobs.ray_driver job.json",
+    )
+    return {
+        "submit.sh": submit,
+        "runtime_env.yaml": yaml_text({"env_vars": job.environment()}),
+        "job.json": json.dumps(parameters, indent=2, ensure_ascii=False) + "\n",
+    }
+
+
+def start(directory: str) -> str:
+    """What starts the job."""
+    return f"bash {shlex.quote(directory)}/submit.sh"

@@ -1,0 +1,97 @@
+"""The driver of a job of Ray: a task on every host, which runs the command there.
+
+Started by `ray job submit` with a job.json of `ray`. Needs Ray, which a cluster of it has.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def run(command: str, variables: dict[str, str]) -> int:
+    """Runs the command in bash on this host; returns its exit code."""
+    return subprocess.run(["bash", "-c", command], env=os.environ | variables).returncode
+
+
+def attempt(ray: Any, parameters: dict[str, Any]) -> list[int]:
+    """Runs the command once on every host; returns the exit codes, 1 for a host that is lost."""
+    count, resource = parameters["hosts"], parameters["resource"]
+    group, release = _reserve(ray, parameters)
+    try:
+        ray.get(group.ready())
+        strategies = importlib.import_module("ray.util.scheduling_strategies")
+
+        def remote(function: Any, index: int, chips: int) -> Any:
+            needs = {"num_gpus": chips} if resource == "GPU" else {"resources": {"TPU": chips}}
+            where = strategies.PlacementGroupSchedulingStrategy(
+                placement_group=group, placement_group_bundle_index=index
+            )
+            return ray.remote(function).options(
+                num_cpus=0, max_retries=0, scheduling_strategy=where, **(needs if chips else {})
+            )
+
+        first = ray.get(remote(ray.util.get_node_ip_address, 0, 0).remote())
+        tasks = [
+            remote(run, index, parameters["chips"]).remote(
+                parameters["command"],
+                {"QWEN_JAX_COORDINATOR": first, "QWEN_JAX_PROCESS": str(index)},
+            )
+            for index in range(count)
+        ]
+        return [_code(ray, index, task) for index, task in enumerate(tasks)]
+    finally:
+        release()
+
+
+def _reserve(ray: Any, parameters: dict[str, Any]) -> tuple[Any, Any]:
+    """A placement group with a bundle on every host, and what gives it back."""
+    if parameters["resource"] == "TPU":
+        tpu = importlib.import_module("ray.util.tpu")
+        held = tpu.slice_placement_group(
+            topology=parameters["topology"],
+            accelerator_version=parameters["tpu"],
+            chips_per_vm=parameters["chips"],
+        )
+        return held.placement_group, held.shutdown
+    bundle = {"GPU": parameters["chips"]}
+    group = ray.util.placement_group([bundle] * parameters["hosts"], strategy="STRICT_SPREAD")
+    return group, lambda: ray.util.remove_placement_group(group)
+
+
+def _code(ray: Any, index: int, task: Any) -> int:
+    try:
+        return ray.get(task)
+    except ray.exceptions.RayError as error:
+        print(f"host {index} is lost: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
+        return 1
+
+
+def main(path: str) -> int:
+    """Runs a job.json until it succeeds, is refused or fails too often; returns the exit code.
+
+    The command was preempted if a host says so and none was refused.
+    """
+    ray = importlib.import_module("ray")
+    parameters = json.loads(Path(path).read_text())
+    ray.init()
+    failures = 0
+    while True:
+        codes = attempt(ray, parameters)
+        print(f"exit codes: {', '.join(map(str, codes))}", file=sys.stderr, flush=True)
+        if not any(codes):
+            return 0
+        if 2 in codes:
+            return 2
+        if parameters["preempted"] in codes:
+            continue
+        failures += 1
+        if failures > parameters["max_restarts"]:
+            return next(filter(None, codes))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1]))

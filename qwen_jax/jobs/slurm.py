@@ -1,0 +1,70 @@
+"""slurm: a batch script with one process on every node.
+
+jax knows Slurm's variables; one process takes all GPUs of its node (JAX_LOCAL_DEVICE_IDS), where
+jax by itself would take one. No process is killed because another failed: they notice themselves,
+and a killed one would hide exit code 75 behind a larger one.
+"""
+
+import shlex
+
+from qwen_jax.config import ConfigError
+from qwen_jax.jobs.job import PREEMPTED, Job, script
+
+
+def files(job: Job) -> dict[str, str]:
+    """Names and texts of the files.
+
+    Raises:
+        ConfigError: if something is missing, or the devices are no GPUs.
+    """
+    hosts = job.hosts
+    if hosts.accelerator.platform != "gpu":
+        raise ConfigError(f"slurm runs GPUs, not {job.topology.kind}: take jobset, xpk or gcloud")
+    takes = "partition account time compile_cache grace"
+    job.check("slurm", takes, "partition time compile_cache")
+    options = {
+        "job-name": job.name,
+        "partition": job.partition,
+        "account": job.account,
+        "nodes": hosts.count,
+        "ntasks-per-node": 1,
+        "gres": f"gpu:{hosts.chips}",
+        "exclusive": None if hosts.chips < hosts.accelerator.per_host else "",
+        "time": job.time,
+        "signal": f"B:TERM@{job.grace}",
+        "requeue": "",
+        "open-mode": "append",
+        "output": "%x-%j.log",
+    }
+    variables = job.environment() | {"JAX_LOCAL_DEVICE_IDS": ",".join(map(str, range(hosts.chips)))}
+    text = script(
+        *(
+            f"#SBATCH --{name}{'=' if value != '' else ''}{value}"
+            for name, value in options.items()
+            if value is not None
+        ),
+        "set -uo pipefail",
+        *(f"export {name}={shlex.quote(value)}" for name, value in variables.items()),
+        f"srun --kill-on-bad-exit=0 bash -c {shlex.quote(job.command)} &",
+        "step=$!",
+        "# srun hands the signal on to every process. A wait that it ends is not the last one.",
+        "trap 'told=1; kill -TERM \"$step\"' TERM",
+        "told=1",
+        "code=127",
+        'while [ -n "$told" ]; do',
+        "  told=",
+        '  wait "$step"',
+        "  status=$?",
+        '  [ "$status" -eq 127 ] || code=$status',
+        "done",
+        f'if [ "$code" -eq {PREEMPTED} ]; then',
+        '  scontrol requeue "$SLURM_JOB_ID"',
+        "fi",
+        'exit "$code"',
+    )
+    return {"job.sbatch": text}
+
+
+def start(directory: str) -> str:
+    """What starts the job."""
+    return f"sbatch {shlex.quote(directory)}/job.sbatch"
