@@ -327,12 +327,12 @@ def _connect(place: Place, heartbeat: int, timeout: int) -> None:
 
 
 def _is_loopback(address: str) -> bool:
-    host, port = rendezvous.split(address)
+    """Whether an address says so itself: all processes must find the same."""
+    host, _ = rendezvous.split(address)
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
         return False
-    return all(ipaddress.ip_address(where[0]).is_loopback for *_, where in found)
 
 
 def _collectives_on_loopback() -> None:

@@ -163,7 +163,8 @@ def _listening(address: str) -> Iterator[socket.socket]:
     host, port = split(address)
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        server = socket.create_server((host, port), family=family)
+        both = host == "::" and socket.has_dualstack_ipv6()
+        server = socket.create_server((host, port), family=family, dualstack_ipv6=both)
     except OSError as error:
         raise ConfigError(
             f"process 0 cannot listen on {address} ({error.strerror or error}): another process 0 "

@@ -116,11 +116,12 @@ def main(arguments: list[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         code = _run(sys.argv[1:] if arguments is None else arguments)
-    except BaseException:
+    except BaseException as error:
         if hosts.is_alone():
             raise
         traceback.print_exc()
         code = 1
+        hosts.announce(f"{type(error).__name__}: {error}", code)
     return hosts.leave(code)
 
 
@@ -143,8 +144,9 @@ def _run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         hosts.announce("it was interrupted", 130)
         return 130
-    except RuntimeError:
-        hosts.await_verdict()  # a process that dies takes a step of the others with it
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            hosts.await_verdict()  # a process that dies takes a step of the others with it
         raise
 
 

@@ -33,8 +33,8 @@ def one_device(mesh: str | None, what: str) -> str:
 def mesh(config: ModelConfig, wanted: str | None) -> "Mesh | None":
     """The devices that run a model; None for the first one alone.
 
-    Without a wish that is all accelerators there are, else one CPU of each process. A CPU is
-    as many devices as are wanted, if it is not in use yet.
+    Without a wish that is all accelerators there are, else one CPU; in a job of several
+    processes the devices of all. A CPU is as many devices as are wanted, if it is not in use yet.
 
     Raises:
         ConfigError: if there are not as many devices, or the model cannot be split over them.
@@ -50,12 +50,9 @@ def mesh(config: ModelConfig, wanted: str | None) -> "Mesh | None":
     if shape is not None and shape.size > 1:
         with contextlib.suppress(RuntimeError):  # in use: what is missing is said below
             jax.config.update("jax_num_cpu_devices", shape.size // processes)
-    elif processes > 1:
-        with contextlib.suppress(RuntimeError):
-            jax.config.update("jax_num_cpu_devices", 1)
     found = jax.devices()
     if shape is None:
-        count = processes if found[0].platform == "cpu" else len(found)
+        count = 1 if found[0].platform == "cpu" and processes == 1 else len(found)
         shape = sharding.choose(config, count)
     if shape.size == 1:
         return None

@@ -1,5 +1,6 @@
 """Jobs of several processes on loopback, whose processes can be stopped and killed."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -94,19 +95,17 @@ class Job:
 
     def listening(self) -> set[str]:
         """Addresses on which the processes accept connections."""
-        found = set()
+        own, found = set(), set()
         for process in self.processes:
-            own = set()
-            for entry in Path(f"/proc/{process.pid}/fd").iterdir():
-                try:
-                    own.add(os.readlink(entry))
-                except FileNotFoundError:  # closed meanwhile
-                    continue
-            for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
-                for line in Path(f"/proc/{process.pid}/net/{table}").read_text().splitlines()[1:]:
-                    fields = line.split()
-                    if fields[3] == "0A" and f"socket:[{fields[9]}]" in own:
-                        found.add(_address(fields[1].split(":")[0], family))
+            with contextlib.suppress(FileNotFoundError):  # ended meanwhile
+                for entry in Path(f"/proc/{process.pid}/fd").iterdir():
+                    with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                        own.add(os.readlink(entry))
+        for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+            for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and f"socket:[{fields[9]}]" in own:
+                    found.add(_address(fields[1].split(":")[0], family))
         return found
 
 

@@ -53,19 +53,27 @@ def test_what_differs_is_named_with_both_values_in_every_process():
         (place(port, 1, 3), same | {"--dtype": "bf16"}),
         (place(port, 2, 3), {"jax": "0.10.2"}),
     )
-    assert told == [
-        "the processes differ: --dtype is f32 on process 0 and bf16 on process 1 and missing on "
-        "process 2; start the same command on all hosts"
-    ] * 3
+    assert (
+        told
+        == [
+            "the processes differ: --dtype is f32 on process 0 and bf16 on process 1 and missing "
+            "on process 2; start the same command on all hosts"
+        ]
+        * 3
+    )
 
 
 def test_a_missing_process_is_named():
     port = free_port()
     told = meet((place(port, 0, 4), {}), (place(port, 2, 4), {}), timeout=2.0)
-    assert told == [
-        f"processes 1, 3 of 4 did not come to 127.0.0.1:{port} within 2 s: "
-        "start the same command on all hosts"
-    ] * 2
+    assert (
+        told
+        == [
+            f"processes 1, 3 of 4 did not come to 127.0.0.1:{port} within 2 s: "
+            "start the same command on all hosts"
+        ]
+        * 2
+    )
 
 
 def test_without_a_coordinator_the_others_say_where_they_looked():
@@ -80,10 +88,14 @@ def test_without_a_coordinator_the_others_say_where_they_looked():
 def test_two_processes_of_one_number_are_refused():
     port = free_port()
     told = meet(*((place(port, process, 3), {}) for process in (0, 1, 1)))
-    assert told == [
-        "two processes, on 127.0.0.1 and 127.0.0.1, say they are process 1 of 3: give each a "
-        "--process-id of its own"
-    ] * 3
+    assert (
+        told
+        == [
+            "two processes, on 127.0.0.1 and 127.0.0.1, say they are process 1 of 3: give each a "
+            "--process-id of its own"
+        ]
+        * 3
+    )
 
 
 def test_a_second_process_0_is_refused_and_the_first_goes_on():
