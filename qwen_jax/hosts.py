@@ -226,9 +226,10 @@ def await_verdict() -> None:
 
 
 def leave(code: int) -> int:
-    """Ends this process's part in its job; returns the exit code of a process that may go on.
+    """The exit code of a process that is alone; one of a job ends here.
 
-    Without success it does not return: what still runs on devices may wait for others for ever.
+    The interpreter would stop the watching threads inside C++, which aborts, and wait for what
+    still runs on devices, which after a failure may be for ever.
     """
     if _job is None or _job.client is None:
         return code
@@ -250,9 +251,10 @@ def leave(code: int) -> int:
                 client.blocking_key_value_get(f"{_LEFT}{process}", 1000 * _job.heartbeat)
         time.sleep(0.2)
     else:
-        client.key_value_set(f"{_LEFT}{_job.place.process}", "")
+        client.key_value_set(f"{_LEFT}{_job.place.process}", "yes")
     jax.distributed.shutdown()
-    return code
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _detected(coordinator, count, process, timeout: int):
@@ -381,7 +383,8 @@ def _call_roll(job: _Job) -> None:
             living = job.client.get_live_nodes(everybody)
         except Exception:  # the end of the job, or of the service, which jax acts on
             return
-        dead = [process for process in everybody if process not in living]
+        gone = [process for process in everybody if process not in living]
+        dead = [process for process in gone if not _has_left(job, process)]
         if dead and job.claim():
             names = f"process{'es' if len(dead) > 1 else ''} {', '.join(map(str, dead))}"
             _say(
@@ -390,6 +393,14 @@ def _call_roll(job: _Job) -> None:
             )
             _exit(job, LOST)
         time.sleep(_ROLL_CALL_S)
+
+
+def _has_left(job: _Job, process: int) -> bool:
+    """Whether a process has ended in order."""
+    try:
+        return job.client.key_value_try_get(f"{_LEFT}{process}") != ""
+    except Exception:  # there is no such key
+        return False
 
 
 def _hear_last_words(job: _Job) -> None:

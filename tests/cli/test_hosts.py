@@ -115,7 +115,18 @@ def test_two_processes_answer_as_one_does_and_listen_on_loopback_only(tiny, tmp_
     assert len(set(found["token_ids"])) > 4
 
 
-def test_sigterm_of_one_ends_all_after_the_same_step(tiny, tmp_path):
+@pytest.mark.parametrize("told", [0, 1])
+def test_sigterm_of_one_ends_all_after_the_same_step(idle, told):
+    with idle() as job:
+        job.wait_for("up")
+        job.send(told, signal.SIGTERM)
+        assert job.codes() == [hosts.PREEMPTED] * 2, job.err(0) + job.err(1)
+        said = [job.err(index).splitlines()[-1] for index in range(2)]
+        assert said == ["stopped by SIGTERM, all 2 processes alike"] * 2
+
+
+@pytest.mark.long
+def test_sigterm_ends_an_answer(tiny, tmp_path):
     arguments = [tiny, "What does the bear do?", *GREEDY, "--max-new-tokens", 1900]
     with Job(2, tmp_path, "ask", *arguments) as job:
         job.wait_for("devices as", 0)
