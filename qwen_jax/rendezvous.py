@@ -94,8 +94,10 @@ def _gather(place: Place, facts: Mapping[str, str], timeout: float, deadline: fl
     told = {0: facts}
     refused = None
     with _listening(place.bind) as server, contextlib.ExitStack() as stack:
-        while refused is None and len(here) < place.count - 1:
+        while refused is None:
             here = {process: peer for process, peer in here.items() if not _gone(peer)}
+            if len(here) == place.count - 1:
+                break
             left = deadline - time.monotonic()
             if left <= 0:
                 missing = sorted(set(range(1, place.count)) - set(here))
