@@ -346,7 +346,7 @@ class Stack:
             path: leaf.shape for path, leaf in leaves.items()
         }:
             raise CheckpointError(f"part {part} does not hold the arrays it should")
-        placed = {path: jax.device_put(leaf, self.sharding(path)) for path, leaf in leaves.items()}
+        placed = {path: _placed(leaf, self.sharding(path)) for path, leaf in leaves.items()}
         if part.startswith("block_"):
             index = int(part.removeprefix("block_"))
             self._blocks = _write(self._blocks, placed, index)
@@ -364,6 +364,11 @@ class Stack:
             raise CheckpointError(f"parts {', '.join(self._missing)} were not loaded")
         done = nest({**self._blocks, **self._rest})
         return {name: done[name] for name in self._order}
+
+
+def _placed(leaf: Any, placement: jax.sharding.Sharding) -> jax.Array:
+    """A leaf where it goes; one from the disk is there already."""
+    return leaf if isinstance(leaf, jax.Array) else sharding.put(leaf, placement)
 
 
 def stored_dtype(dtypes: Iterable[str]) -> np.dtype:

@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from qwen_jax.config import ConfigError, ModelConfig
 
@@ -171,6 +172,21 @@ def make_mesh(
     # Along the links of a TPU; an axis may need a part of one side of its topology.
     grid = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def put(tree: Any, placement: Sharding) -> Any:
+    """Host arrays on devices, those of other processes too, which put the same there.
+
+    Nothing is sent between processes: each fills the devices that it has.
+    """
+    if placement.is_fully_addressable:
+        return jax.device_put(tree, placement)
+
+    def place(array):
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, placement, lambda index: array[index])
+
+    return jax.tree.map(place, tree)
 
 
 def shardings(axes: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES) -> dict[str, Any]:

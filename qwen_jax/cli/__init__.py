@@ -5,6 +5,7 @@ import importlib.metadata
 import io
 import re
 import sys
+import traceback
 from inspect import getdoc
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ import typer.core
 import typer.main
 
 from pallas_kernels.backend import Unsupported
+from qwen_jax import hosts
 from qwen_jax.cli.documents import DocumentError
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import RequestError
@@ -117,9 +119,20 @@ def main(arguments: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    try:
+        code = _run(sys.argv[1:] if arguments is None else arguments)
+    except BaseException as error:
+        if hosts.is_alone():
+            raise
+        traceback.print_exc()
+        code = 1
+        hosts.announce(f"{type(error).__name__}: {error}", code)
+    return hosts.leave(code)
+
+
+def _run(arguments: list[str]) -> int:
     app = typer.Typer(name="qwen-jax", cls=_Verbs, **_PLAIN)
     app.callback(help=_help(_root))(_root)
-    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         return app(arguments or ["--help"], prog_name="qwen-jax", standalone_mode=False) or 0
     except _UsageError as error:
@@ -130,8 +143,16 @@ def main(arguments: list[str] | None = None) -> int:
         if error.filename is None:
             raise
         return _complain(f"{error.filename}: {error.strerror}")
+    except hosts.Preempted as error:
+        print(error, file=sys.stderr)
+        return hosts.PREEMPTED
     except (KeyboardInterrupt, typer.Abort):
+        hosts.announce("it was interrupted", 130)
         return 130
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            hosts.await_verdict()  # a process that dies takes a step of the others with it
+        raise
 
 
 def _version(wanted: bool) -> bool:
@@ -175,5 +196,6 @@ def _usage(error: Any) -> int:
 
 
 def _complain(text: str) -> int:
+    hosts.announce(text, 2)
     print("error:", " ".join(text.split()), file=sys.stderr)
     return 2

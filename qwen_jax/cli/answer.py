@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, T
 from rich.progress import Progress as Bar
 from rich.text import Text
 
+from qwen_jax import hosts
 from qwen_jax.cli.flags import note
 from qwen_jax.engine.request import Event, Finish, Request, RequestError, Sparseness
 from qwen_jax.tokenizer import Stream
@@ -205,7 +206,13 @@ def write(text: str) -> None:
 
 @contextlib.contextmanager
 def interrupts() -> Iterator[Callable[[], bool]]:
-    """Within it Ctrl-C is only remembered, so that no step is torn; a second one interrupts."""
+    """Within it Ctrl-C is only remembered, so that no step is torn; a second one interrupts.
+
+    In a job of several processes, which would have to remember it at the same step, it ends all.
+    """
+    if not hosts.is_alone():
+        yield lambda: False
+        return
     pressed = False
 
     def on_interrupt(*_):
@@ -222,7 +229,12 @@ def interrupts() -> Iterator[Callable[[], bool]]:
 
 
 def prefill_progress(total: int) -> Progress:
-    """A bar on a terminal; elsewhere a line now and then, so that logs stay readable."""
+    """A bar on a terminal; elsewhere a line now and then, so that logs stay readable.
+
+    Of several processes process 0 shows it.
+    """
+    if not hosts.is_first():
+        return Lines(total)
     return _Bar(total) if sys.stderr.isatty() else Lines(total)
 
 

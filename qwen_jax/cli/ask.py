@@ -5,17 +5,18 @@ from typing import Annotated
 
 import typer
 
+from qwen_jax import hosts
 from qwen_jax.cli import documents
 from qwen_jax.cli.answer import answer, write
 from qwen_jax.cli.flags import (
     AnswerFlags,
     ModelArgument,
     ModelFlags,
-    expand,
     note,
     open_model,
     option,
 )
+from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Request
 from qwen_jax.tokenizer import Stream, Tokenizer
@@ -23,7 +24,7 @@ from qwen_jax.tokenizer import Stream, Tokenizer
 _SHOWN = 10  # lines on files that were skipped
 
 
-@expand
+@expand_on_hosts
 def ask(
     model: ModelArgument,
     question: Annotated[
@@ -55,19 +56,24 @@ def ask(
     stops = answer_flags.stops()
     tokenizer = opened.tokenizer()
     tokenizer.check_chatml()
-    texts = read_files(file or (), tokenizer)
-    messages = [{"role": "user", "content": documents.joined(list(texts), question)}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    ids = tuple(tokenizer.encode_chat(messages))
+
+    def read() -> tuple[list[tuple[str, int]], list[int]]:
+        texts = read_files(file or (), tokenizer)
+        messages = [{"role": "user", "content": documents.joined(list(texts), question)}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        rows = [(document.name, count) for document, count in texts.items()]
+        return rows, tokenizer.encode_chat(messages)
+
+    rows, ids = hosts.shared(read)
+    ids = tuple(ids)
     request = Request(
         prompt=ids,
         max_new_tokens=answer_flags.max_new_tokens,
         sampling=sampling,
         eos_ids=opened.end_ids(tokenizer, chat=True),
     )
-    if texts:
-        rows = [(document.name, count) for document, count in texts.items()]
+    if rows:
         documents.print_table(rows, len(ids), opened.max_len)
     opened.check_fits(len(ids), request.max_new_tokens)
     engine = opened.engine(len(ids) + request.max_new_tokens, vocab_limit=tokenizer.size)

@@ -19,7 +19,8 @@ from rich.table import Table
 from qwen_jax import published
 from qwen_jax.cli.answer import Answer, answer
 from qwen_jax.cli.eval import whole_number
-from qwen_jax.cli.flags import Json, Model, ModelFlags, expand, note, open_model, option
+from qwen_jax.cli.flags import Json, Model, ModelFlags, note, open_model, option
+from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Request
 
@@ -42,7 +43,7 @@ _Split = Annotated[
 ]
 
 
-@expand
+@expand_on_hosts
 def prefill(
     model_flags: ModelFlags,
     model: _Model = None,
@@ -70,7 +71,7 @@ def prefill(
     _show(report, json=json)
 
 
-@expand
+@expand_on_hosts
 def decode(
     model_flags: ModelFlags,
     model: _Model = None,

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from qwen_jax import hosts
+
 _SNIFFED_BYTES = 8192
 _LARGEST_BYTES = 1 << 30
 
@@ -75,7 +77,8 @@ def print_table(rows: Sequence[tuple[str, int]], total: int, limit: int) -> None
         table.add_row(Text(name), f"{count:,}")
     table.add_row("with the question and the chat template", f"{total:,}")
     table.add_row("fits, with the answer", f"{limit:,}")
-    Console(stderr=True).print(table)
+    if hosts.is_first():
+        Console(stderr=True).print(table)
 
 
 def _walk(root: Path, skipped: Callable[[str], None]) -> Iterator[Path]:

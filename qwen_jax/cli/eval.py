@@ -7,9 +7,11 @@ from typing import Annotated
 
 import typer
 
+from qwen_jax import hosts
 from qwen_jax.cli import documents, evaluate, scores, variants
 from qwen_jax.cli.documents import DocumentError
-from qwen_jax.cli.flags import Json, ModelArgument, ModelFlags, expand, open_model, option
+from qwen_jax.cli.flags import Json, ModelArgument, ModelFlags, open_model, option
+from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.config import ConfigError
 from qwen_jax.eval import catalog
 from qwen_jax.eval.log import Log
@@ -137,13 +139,13 @@ class TextFlags:
         return "\n\n".join(texts) or None
 
 
-@expand
+@expand_on_hosts
 def passkey(model: ModelArgument, model_flags: ModelFlags, grid_flags: GridFlags):
     """See `_PASSKEY_HELP`; raises as `_run` does."""
     _run("passkey", list(catalog.FAMILIES["passkey"]), model, model_flags, grid_flags)
 
 
-@expand
+@expand_on_hosts
 def niah(
     model: ModelArgument, model_flags: ModelFlags, grid_flags: GridFlags, text_flags: TextFlags
 ):
@@ -151,7 +153,7 @@ def niah(
     _run("niah", list(catalog.FAMILIES["niah"]), model, model_flags, grid_flags, text_flags)
 
 
-@expand
+@expand_on_hosts
 def ruler(
     model: ModelArgument,
     model_flags: ModelFlags,
@@ -189,13 +191,15 @@ def _run(
         RequestError: if the longest prompt does not fit the model.
     """
     cells, names = flags.cells(tasks), flags.compared()
-    given = text_flags.read() if text_flags else None
+    given = hosts.shared(text_flags.read) if text_flags else None
     opened = open_model(directory, model_flags)
     models = variants.models(opened, names)
     material = evaluate.material(opened, cells, seed=flags.seed, given=given)
     settings = evaluate.settings(family, opened, flags.seed, given, dense_to=0 if names else None)
-    log = Log(flags.out, settings) if flags.out else None
+    log = Log(flags.out, settings) if flags.out and hosts.is_first() else None
     results = evaluate.results(models, cells, material, log)
+    if not hosts.is_first():
+        return
     if flags.json:
         scores.print_json(settings, results)
     elif family == "ruler" or names:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from qwen_jax import hosts
 from qwen_jax.cli.flags import Model, note
 from qwen_jax.eval import score, text
 from qwen_jax.eval.catalog import FAMILIES, KINDS
@@ -54,6 +55,8 @@ def results(
 ) -> list[Result]:
     """A result for each way and cell, from the log or from the model; new ones are logged.
 
+    Of several processes only process 0 has those from the log.
+
     Raises:
         CheckpointError: if the weights are missing, damaged or do not fit.
         ConfigError: if the device cannot do what the flags ask.
@@ -61,12 +64,15 @@ def results(
     asked = [(name, cell) for name in models for cell in cells]
     known = log.results if log else {}
     found = {key: known[key] for key in asked if key in known}
+    # Process 0 has the log; the others learn from it what need not be asked.
+    numbers = hosts.shared(lambda: [number for number, key in enumerate(asked) if key in known])
+    answered = {asked[number] for number in numbers}
     if log and found:
         note(f"{log.path} holds {len(found)} of {len(asked)} answers")
     missing = {
         name: unanswered
         for name in models
-        if (unanswered := [cell for cell in cells if (name, cell) not in found])
+        if (unanswered := [cell for cell in cells if (name, cell) not in answered])
     }
     weights = next(iter(models.values())).weights() if missing else None
     longest = max(map(_room, cells))
@@ -75,7 +81,7 @@ def results(
             found[name, result.cell] = result
             if log:
                 log.add(result)
-    return [found[key] for key in asked]
+    return [found[key] for key in asked if key in found]
 
 
 def material(opened: Model, cells: list[Cell], *, seed: int, given: str | None) -> Material:

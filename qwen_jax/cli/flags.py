@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, overload
 import typer
 
 from pallas_kernels.geometry import ChunkGeometry
+from qwen_jax import hosts
 from qwen_jax.cli import placement
 from qwen_jax.config import (
     ConfigError,
@@ -389,8 +390,9 @@ def open_model(directory: Path, flags: ModelFlags) -> Model:
 
 
 def note(text: str) -> None:
-    """One line for the user, beside the output."""
-    print(text, file=sys.stderr, flush=True)
+    """One line for the user, beside the output; of several processes the first says it."""
+    if hosts.is_first():
+        print(text, file=sys.stderr, flush=True)
 
 
 def expand(verb: Callable) -> Callable:

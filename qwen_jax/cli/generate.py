@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Annotated
 
+from qwen_jax import hosts
 from qwen_jax.cli import tokens as token_file
 from qwen_jax.cli.answer import answer, write
 from qwen_jax.cli.documents import read_text
@@ -13,17 +14,17 @@ from qwen_jax.cli.flags import (
     Json,
     ModelArgument,
     ModelFlags,
-    expand,
     note,
     open_model,
     option,
 )
+from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Request
 from qwen_jax.tokenizer import Stream
 
 
-@expand
+@expand_on_hosts
 def generate(
     model: ModelArgument,
     model_flags: ModelFlags,
@@ -57,10 +58,10 @@ def generate(
     stops = answer_flags.stops()
     if tokens is not None:
         tokenizer = opened.tokenizer(required=bool(stops))
-        ids = token_file.read(tokens, opened.config.vocab_size)
+        ids = tuple(hosts.shared(lambda: token_file.read(tokens, opened.config.vocab_size)))
     else:
         tokenizer = opened.tokenizer()
-        text = read_text(prompt_file) if prompt_file else prompt or ""
+        text = hosts.shared(lambda: read_text(prompt_file)) if prompt_file else prompt or ""
         ids = tuple(tokenizer.encode_text(text))
         if not ids:
             raise ConfigError(f"{given[0]} is empty: give at least one character")

@@ -4,12 +4,13 @@ import contextlib
 import dataclasses
 from typing import TYPE_CHECKING
 
-from qwen_jax import devices
+from qwen_jax import devices, hosts
 from qwen_jax.config import ConfigError, ModelConfig
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
+    from qwen_jax import sharding
     from qwen_jax.engine.engine import EngineConfig
 
 ONE = "seq=1"
@@ -32,8 +33,8 @@ def one_device(mesh: str | None, what: str) -> str:
 def mesh(config: ModelConfig, wanted: str | None) -> "Mesh | None":
     """The devices that run a model; None for the first one alone.
 
-    Without a wish that is all accelerators there are, else one CPU. A CPU is as many
-    devices as are wanted, if it is not in use yet.
+    Without a wish that is all accelerators there are, else one CPU; in a job of several
+    processes the devices of all. A CPU is as many devices as are wanted, if it is not in use yet.
 
     Raises:
         ConfigError: if there are not as many devices, or the model cannot be split over them.
@@ -43,17 +44,33 @@ def mesh(config: ModelConfig, wanted: str | None) -> "Mesh | None":
     from qwen_jax import sharding
 
     shape = None if wanted is None else sharding.parse(wanted)
+    processes = hosts.count()
+    if processes > 1 and shape is not None:
+        _check_processes(shape, processes)
     if shape is not None and shape.size > 1:
         with contextlib.suppress(RuntimeError):  # in use: what is missing is said below
-            jax.config.update("jax_num_cpu_devices", shape.size)
+            jax.config.update("jax_num_cpu_devices", shape.size // processes)
     found = jax.devices()
     if shape is None:
-        count = 1 if found[0].platform == "cpu" else len(found)
+        count = 1 if found[0].platform == "cpu" and processes == 1 else len(found)
         shape = sharding.choose(config, count)
     if shape.size == 1:
         return None
     sharding.check(config, shape, len(found))
     return sharding.make_mesh(found, **dataclasses.asdict(shape))
+
+
+def _check_processes(shape: "sharding.MeshShape", processes: int) -> None:
+    if shape.data > 1:
+        raise ConfigError(
+            f"--mesh {shape}: replicas (data={shape.data}) share no step, which the "
+            f"{processes} processes of a job do: leave data out, or run a job for each replica"
+        )
+    if shape.size % processes:
+        raise ConfigError(
+            f"--mesh {shape} has {shape.size} devices, which {processes} processes cannot "
+            "share evenly"
+        )
 
 
 def check_memory(
@@ -75,8 +92,8 @@ def check_memory(
     from qwen_jax.sparse import most_columns
 
     shape = sharding.MeshShape(**mesh.shape) if mesh else sharding.MeshShape()
-    device = mesh.devices.flat[0] if mesh else jax.devices()[0]
-    limit = devices.memory(device, share=shape.size)
+    device = jax.local_devices()[0] if mesh is None or hosts.count() > 1 else mesh.devices.flat[0]
+    limit = devices.memory(device, share=-(-shape.size // hosts.count()))
     geometry, sparse = config.dual_chunk, engine.sparse
     slices = engine.slices or default_slices(
         device.platform, geometry, sparse=sparse is not None, parts=shape.seq

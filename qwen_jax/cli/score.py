@@ -1,5 +1,6 @@
 """score: logits of a token file, for comparing with other implementations."""
 
+import collections
 import os
 import shutil
 import tempfile
@@ -11,13 +12,15 @@ from typing import Annotated
 import numpy as np
 from jaxtyping import Float32
 
+from qwen_jax import hosts
 from qwen_jax.cli import tokens as token_file
 from qwen_jax.cli.answer import prefill_progress
-from qwen_jax.cli.flags import ModelArgument, ModelFlags, expand, note, open_model, option
+from qwen_jax.cli.flags import ModelArgument, ModelFlags, note, open_model, option
+from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.config import ConfigError
 
 
-@expand
+@expand_on_hosts
 def score(
     model: ModelArgument,
     model_flags: ModelFlags,
@@ -37,17 +40,22 @@ def score(
         qwen-jax score ckpt/7b-1m --tokens ids.txt --out logits.npz --dtype f32 --dca off
     """
     opened = open_model(model, model_flags)
-    ids = token_file.read(tokens, opened.config.vocab_size)
+    ids = tuple(hosts.shared(lambda: token_file.read(tokens, opened.config.vocab_size)))
     if last is not None and not 1 <= last <= len(ids):
         raise ConfigError(f"--last {last} must be from 1 to {len(ids)}, the tokens in {tokens}")
     opened.check_fits(len(ids))
     opened.note_dense(len(ids))
     shape = (last or len(ids), opened.config.vocab_size)
-    _check_output(out, 4 * shape[0] * shape[1])
+    if hosts.is_first():
+        _check_output(out, 4 * shape[0] * shape[1])
     engine = opened.engine(len(ids))
     progress = prefill_progress(shape[0])
     try:
-        write_npz(out, _counted(engine.score(ids, last=last), progress.update), shape)
+        blocks = _counted(engine.score(ids, last=last), progress.update)
+        if hosts.is_first():
+            write_npz(out, blocks, shape)
+        else:
+            collections.deque(blocks, maxlen=0)
     finally:
         progress.close()
     note(f"wrote {out}: logits {list(shape)} f32")

@@ -12,7 +12,7 @@ from jaxtyping import Float32
 
 from pallas_kernels import backend
 from pallas_kernels.plan import SparsePlan
-from qwen_jax import sparse
+from qwen_jax import hosts, sparse
 from qwen_jax.attention import LEFT_OUT
 from qwen_jax.config import ConfigError, ModelConfig, SparseConfig
 from qwen_jax.engine import batch
@@ -246,7 +246,12 @@ class Engine:
             self._sequences[request_id].cancelled = True
 
     def step(self) -> list[Event]:
-        """Run one prefill slice or one decode step; returns what it brought, [] when idle."""
+        """Run one prefill slice or one decode step; returns what it brought, [] when idle.
+
+        Raises:
+            Preempted: before the step, in all processes of a job, if it is to end.
+        """
+        hosts.check_preemption()
         events = [self._end(each, "cancelled") for each in self._scheduler.cancelled()]
         work = self._scheduler.next()
         if isinstance(work, Slice):
@@ -375,6 +380,7 @@ class Engine:
         with self._borrowed(len(tokens)) as pages:
             start = 0
             while start < len(tokens):
+                hosts.check_preemption()
                 length, size = cut(start, len(tokens), self._slices, self._boundary)
                 if start + length > first:
                     length, size = cut(start, len(tokens), small, self._boundary)

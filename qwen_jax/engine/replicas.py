@@ -229,11 +229,13 @@ def split(weights) -> list[Any]:
     """The trees of the parts of a mesh along `data`, of the very arrays that lie there.
 
     Raises:
-        ConfigError: if the weights lie on no mesh.
+        ConfigError: if the weights lie on no mesh, or on that of several processes.
     """
     mesh = _mesh(weights)
     if mesh is None:
         raise ConfigError("replicas need weights on a mesh with data")
+    if not jax.tree.leaves(weights)[0].is_fully_addressable:
+        raise ConfigError("replicas run in one process: use a mesh without data on several hosts")
     parts = [
         Mesh(mesh.devices[index : index + 1], mesh.axis_names, axis_types=mesh.axis_types)
         for index in range(mesh.shape["data"])

@@ -61,7 +61,7 @@ class Runner:
         whole, of_cache, platform = _placements(weights, mesh)
         self._whole = whole
         # Where steps return them, or the second step of each kind would be compiled anew.
-        self._rotary, self._seen, self._budgets = jax.device_put(
+        self._rotary, self._seen, self._budgets = sharding.put(
             (
                 rope.table(config, table_len * page),
                 jnp.zeros((max_seqs, config.vocab_size), bool),
@@ -121,7 +121,7 @@ class Runner:
 
     def place(self, roster: Roster) -> Roster:
         """The roster on the device, for as long as it does not change."""
-        return jax.device_put(roster, self._whole)
+        return sharding.put(roster, self._whole)
 
     def decode(self, roster: Roster, step: Tokens) -> Int[np.ndarray, " B"]:
         """The token after the given one in every row, -1 if not finite."""

@@ -1,0 +1,140 @@
+"""Flags of verbs that several processes run in lock-step, and what must be the same in all."""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qwen_jax import hosts
+from qwen_jax.cli.flags import expand, option
+
+_FILES = (
+    "config.json",
+    "generation_config.json",
+    "sparse_attention_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "manifest.json",
+)
+_PACKAGES = ("qwen_jax", "pallas_kernels", "convert")
+_OWN = ("coordinator", "process_id")  # flags that differ between processes
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class HostFlags:
+    """Flags of every verb that runs on several hosts; None means what the environment says."""
+
+    coordinator: Annotated[
+        str | None,
+        option("Where process 0 listens for the others of a job.", metavar="HOST:PORT"),
+    ] = None
+    num_processes: Annotated[
+        int | None, option("Processes of the job, each of which runs this command.")
+    ] = None
+    process_id: Annotated[int | None, option("Number of this process, from 0.")] = None
+    heartbeat: Annotated[
+        int, typer.Option(help="Seconds after which a silent process is taken for dead.")
+    ] = 15
+    init_timeout: Annotated[
+        int, typer.Option(help="Seconds to wait for all processes of a job.")
+    ] = 300
+
+
+def expand_on_hosts(verb: Callable) -> Callable:
+    """As `expand`, for a verb that several processes can run in lock-step."""
+
+    def started(host_flags: HostFlags, **given):
+        place = hosts.find(
+            host_flags.coordinator,
+            host_flags.num_processes,
+            host_flags.process_id,
+            host_flags.init_timeout,
+        )
+        hosts.start(
+            place,
+            lambda: facts(verb.__name__, {"hosts": host_flags, **given}),
+            heartbeat=host_flags.heartbeat,
+            timeout=host_flags.init_timeout,
+        )
+        return verb(**given)
+
+    functools.update_wrapper(started, verb)
+    own = inspect.signature(verb).parameters.values()
+    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
+    more = inspect.Parameter("host_flags", inspect.Parameter.KEYWORD_ONLY, annotation=HostFlags)
+    setattr(started, "__signature__", inspect.Signature([*parameters, more]))  # noqa: B010
+    return expand(started)
+
+
+def facts(verb: str, given: Mapping[str, Any]) -> dict[str, str]:
+    """What must be the same in all processes of a job, by names that users know.
+
+    Paths may differ. Of a model and of budgets the content counts; other files are read by
+    process 0 alone.
+
+    Args:
+        given: the verb's arguments, single or in dataclasses.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        CheckpointError: if the weights are damaged.
+        ConfigError: if config.json cannot be used.
+    """
+    found = {
+        "the code of qwen-jax": _code(),
+        "the version of jax": importlib.metadata.version("jax"),
+        "the verb": verb,
+    }
+    for name, value in given.items():
+        if dataclasses.is_dataclass(value):
+            fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        else:
+            fields = {name: value}
+        for field, each in fields.items():
+            flag = "--" + field.replace("_", "-")
+            if field == "sparse_config" and each is not None:
+                found[flag] = _digest(each.read_bytes())
+            elif field not in _OWN and not _names_paths(each):
+                found[flag] = str(each)
+    model = given.get("model")
+    if model is not None:
+        found |= _checkpoint(model, random=bool(given.get("random_weights")))
+    return found
+
+
+def _checkpoint(model: Path, *, random: bool) -> dict[str, str]:
+    """The content of a model, by file; of weights that are not converted, samples."""
+    from convert import source
+    from qwen_jax import params
+
+    found = {
+        name: _digest((model / name).read_bytes()) for name in _FILES if (model / name).is_file()
+    }
+    if not random and not params.is_converted(model) and model.is_dir():
+        found["the weights"] = source.check(model).fingerprint()[:16]
+    return found
+
+
+def _code() -> str:
+    """Checksum of the Python files of our packages."""
+    root = Path(__file__).parents[2]
+    digest = hashlib.sha256()
+    for package in _PACKAGES:
+        for path in sorted((root / package).rglob("*.py")):
+            digest.update(f"{path.relative_to(root)} ".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def _names_paths(value: Any) -> bool:
+    several = isinstance(value, list | tuple) and bool(value)
+    return all(isinstance(each, Path) for each in (value if several else [value]))

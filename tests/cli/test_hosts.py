@@ -1,0 +1,306 @@
+"""Jobs of several processes: one answer, one end, whatever happens to one of them."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import time
+
+import children
+import jax
+import pytest
+from checkpoints import Tiny
+from jobs import Job
+
+from convert import weights
+from qwen_jax import hosts
+from qwen_jax.cli import main, on_hosts
+
+PROMPT = "The bee and the bear"
+MESH = "seq=2,tensor=2"
+GREEDY = ["--greedy", "--dtype", "f32", "--mesh", MESH]
+# A job without a model: what is watched does not depend on what is computed.
+IDLE = """
+import sys, time
+from qwen_jax import hosts
+from qwen_jax.cli import flags, main, on_hosts
+import qwen_jax.cli.generate as verb
+
+def idle(model, **flags):
+    print(hosts.shared(lambda: "up"), file=sys.stderr, flush=True)
+    while True:
+        hosts.check_preemption()
+        time.sleep(0.05)
+
+idle.__signature__ = __import__("inspect").Signature(
+    [__import__("inspect").Parameter("model", 3, annotation=flags.ModelArgument)]
+)
+verb.generate = on_hosts.expand_on_hosts(idle)
+sys.exit(main(["generate", *sys.argv[1:]]))
+"""
+HEARTBEAT = 4
+# Says how many bytes were read of the weights, and how many lie on the device.
+LOAD = """
+import sys, time
+import jax
+from pathlib import Path
+from convert import weights
+from qwen_jax import hosts, params, sharding
+from qwen_jax.config import model_config
+
+directory, _, coordinator, _, count, _, process = sys.argv[1:]
+hosts.start(
+    hosts.find(coordinator, int(count), int(process), 300), lambda: {}, heartbeat=60, timeout=300
+)
+jax.config.update("jax_num_cpu_devices", 1)
+placed = params.shardings(model_config(Path(directory)), sharding.make_mesh(tensor=int(count)))
+
+def read():
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+before = read()
+tree = weights.load(directory, shardings=placed)
+own = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+print(read() - before, own, file=sys.stderr, flush=True)
+sys.exit(hosts.leave(0))
+"""
+
+
+@pytest.fixture
+def idle(tiny, tmp_path):
+    """Starts a job that does nothing until something happens to it."""
+
+    def start(count=2, **more):
+        return Job(count, tmp_path, tiny, "--heartbeat", HEARTBEAT, code=IDLE, **more)
+
+    return start
+
+
+def answer_alone(*arguments):
+    """What one process with as many devices prints."""
+    import contextlib
+    import io
+
+    jax.config.update("jax_num_cpu_devices", 4)
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert main([str(argument) for argument in arguments]) == 0
+    return out.getvalue()
+
+
+def test_two_processes_answer_as_one_does_and_listen_on_loopback_only(tiny, tmp_path):
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(PROMPT)
+    arguments = ["generate", tiny, *GREEDY, "--json", "--max-new-tokens", 8]
+    # What process 0 alone reads need not be there for the others.
+    files = {0: ["--prompt-file", prompt], 1: ["--prompt-file", tmp_path / "nowhere.txt"]}
+    with Job(2, tmp_path, *arguments, own=files) as job:
+        listening = set()
+        while job.processes[0].poll() is None:
+            listening |= job.listening()
+            time.sleep(0.5)
+        assert job.codes() == [0, 0], job.err(0) + job.err(1)
+        assert listening
+        assert listening <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+        assert job.out(1) == ""
+        assert f"it listens on 127.0.0.1:{job.port}" in job.err(0)
+        found = json.loads(job.out(0))
+    alone = json.loads(
+        children.run("test_hosts", "answer_alone", *arguments, "--prompt-file", prompt)
+    )
+    assert found["token_ids"] == alone["token_ids"]
+    assert found["text"] == alone["text"]
+    assert len(set(found["token_ids"])) > 4
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_sigterm_of_one_ends_all_after_the_same_step(idle, told):
+    with idle() as job:
+        job.wait_for("up")
+        job.send(told, signal.SIGTERM)
+        assert job.codes() == [hosts.PREEMPTED] * 2, job.err(0) + job.err(1)
+        said = [job.err(index).splitlines()[-1] for index in range(2)]
+        assert said == ["stopped by SIGTERM, all 2 processes alike"] * 2
+
+
+@pytest.mark.long
+def test_sigterm_ends_an_answer(tiny, tmp_path):
+    arguments = [tiny, "What does the bear do?", *GREEDY, "--max-new-tokens", 1900]
+    with Job(2, tmp_path, "ask", *arguments) as job:
+        job.wait_for("devices as", 0)
+        while not job.out(0):
+            time.sleep(0.1)
+        job.send(1, signal.SIGTERM)
+        assert job.codes() == [hosts.PREEMPTED] * 2, job.err(0) + job.err(1)
+        for index in range(2):
+            assert "stopped by SIGTERM, all 2 processes alike" in job.err(index)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_dead_worker_is_named_and_all_end(idle, number):
+    with idle() as job:
+        job.wait_for("up")
+        job.send(1, number)
+        assert job.codes(0, seconds=60) == [hosts.LOST]
+        assert job.errors()[0] == [
+            f"error: process 1 of 2 did not answer for {HEARTBEAT} s: "
+            "killed, stopped or cut off; all end"
+        ]
+
+
+def test_without_its_coordinator_a_worker_ends(idle):
+    with idle() as job:
+        job.wait_for("up")
+        job.send(0, signal.SIGKILL)
+        assert job.codes(1, seconds=60) == [hosts.LOST]
+        assert job.errors()[1] == [
+            f"error: process 0, the coordinator at 127.0.0.1:{job.port}, is gone: "
+            "process 1 of 2 ends too"
+        ]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("victim", "number"),
+    [(2, signal.SIGKILL), (2, signal.SIGSTOP), (0, signal.SIGKILL), (0, signal.SIGSTOP)],
+)
+def test_of_four_processes_three_end(idle, victim, number):
+    others = [index for index in range(4) if index != victim]
+    with idle(4) as job:
+        job.wait_for("up")
+        job.send(victim, number)
+        assert job.codes(*others, seconds=60) == [hosts.LOST] * 3
+        for index in others:
+            (error,) = job.errors()[index]
+            assert error.startswith(f"error: process {victim}"), error
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("victim", [0, 1])
+def test_who_is_killed_in_a_step_is_named(tiny, tmp_path, victim):
+    arguments = [tiny, "--prompt", PROMPT, "--ignore-eos", *GREEDY, "--max-new-tokens", 1900]
+    with Job(2, tmp_path, "generate", *arguments, "--heartbeat", HEARTBEAT) as job:
+        while not job.out(0):
+            time.sleep(0.1)
+        job.send(victim, signal.SIGKILL)
+        assert job.codes(1 - victim, seconds=60) == [hosts.LOST]
+        (error,) = job.errors()[1 - victim]
+        assert error.startswith(f"error: process {victim}"), error
+
+
+def test_a_process_that_fails_ends_the_others_with_its_reason(tiny, tmp_path):
+    arguments = ["generate", tiny, "--prompt-file", tmp_path / "nowhere.txt", *GREEDY]
+    with Job(2, tmp_path, *arguments) as job:
+        assert job.codes() == [2, 2]
+        reason = f"{tmp_path / 'nowhere.txt'}: No such file or directory"
+        assert job.errors() == [[f"error: {reason}"], [f"error: process 0 of 2 ended: {reason}"]]
+
+
+def test_other_flags_or_files_are_refused_by_all(tiny, model, tmp_path):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rope_theta": 20000.0}))
+    own = {0: [tiny], 1: [model, "--greedy"]}
+    with Job(2, tmp_path, "generate", "--prompt", PROMPT, own=own) as job:
+        assert job.codes() == [2, 2]
+        errors = job.errors()
+        assert errors[0] == errors[1]
+        assert "--greedy is False on process 0 and True on process 1" in errors[0][0]
+        assert "config.json is " in errors[0][0]
+        assert "tokenizer.json" not in errors[0][0]
+
+
+def test_one_number_for_two_processes_is_refused(tiny, tmp_path):
+    arguments = ["generate", tiny, "--prompt", PROMPT]
+    with Job(3, tmp_path, *arguments, numbers=[0, 1, 1]) as job:
+        assert job.codes() == [2, 2, 2]
+        for each in job.errors():
+            assert "say they are process 1 of 3: give each a --process-id of its own" in each[0]
+
+
+def test_a_missing_process_is_waited_for_and_named(tiny, tmp_path):
+    arguments = ["generate", tiny, "--prompt", PROMPT, "--init-timeout", 2]
+    with Job(2, tmp_path, *arguments, numbers=[0]) as job:
+        assert job.codes() == [2]
+        assert job.errors()[0][0].startswith("error: process 1 of 2 did not come to 127.0.0.1:")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["--num-processes", "2"], "--coordinator and --process-id missing"),
+        (["--process-id", "1"], "--coordinator and --num-processes missing"),
+        (["--num-processes", "0"], "--num-processes 0 must be at least 1"),
+        (["--num-processes", "1", "--process-id", "1"], "--process-id 1 must be 0"),
+        (
+            ["--coordinator", "a:1", "--num-processes", "2", "--process-id", "2"],
+            "--process-id 2 must be from 0 to 1",
+        ),
+        (["--coordinator", "a", "--num-processes", "2", "--process-id", "0"], "be HOST:PORT"),
+        (["--heartbeat", "0"], "--heartbeat 0 must be at least 1 second"),
+    ],
+)
+def test_half_a_place_is_refused(tiny, run, arguments, fault):
+    code, out, err = run("generate", tiny, "--prompt", PROMPT, *arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert fault in err
+
+
+def test_places_come_from_slurm_and_open_mpi(monkeypatch):
+    slurm = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NODELIST": "node[003-010]",
+        "SLURM_NTASKS": "8",
+        "SLURM_PROCID": "5",
+        "SLURM_LOCALID": "0",
+    }
+    for name, value in slurm.items():
+        monkeypatch.setenv(name, value)
+    place = hosts.find(None, None, None, 1)
+    assert place is not None
+    assert (place.coordinator, place.process, place.count) == ("node003:61447", 5, 8)
+    monkeypatch.setenv("JAX_COORDINATOR_PORT", "1234")
+    assert hosts.find(None, None, 3, 1) == dataclasses.replace(
+        place, coordinator="node003:1234", bind="node003:1234", process=3
+    )
+    monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", "0.0.0.0:1234")
+    bound = hosts.find("10.0.0.1:9", 2, 1, 1)
+    assert bound is not None
+    assert (bound.coordinator, bound.bind, bound.detected) == ("10.0.0.1:9", "0.0.0.0:1234", False)
+    assert hosts.find(None, 1, None, 1) is None
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert hosts.find(None, None, None, 1) is None
+    monkeypatch.delenv("SLURM_NTASKS")
+    monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    place = hosts.find(None, None, None, 1)
+    assert place is not None
+    assert (place.coordinator, place.process, place.count) == ("10.96.0.1:1234", 0, 2)
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "first")
+    with pytest.raises(hosts.ConfigError, match="jax finds ompi but not who is who"):
+        hosts.find(None, None, None, 1)
+
+
+def test_paths_may_differ_between_hosts_but_not_what_a_model_is(tiny, model):
+    def facts(directory, **more):
+        return on_hosts.facts("generate", {"model": directory, "prompt_file": directory, **more})
+
+    same = facts(tiny, greedy=True)
+    assert same == facts(model, greedy=True)
+    assert same != facts(model, greedy=False)
+    shutil.copy(model / "config.json", model / "generation_config.json")
+    assert same != facts(model, greedy=True)
+
+
+@pytest.mark.long
+def test_each_process_reads_its_part_of_the_weights(tmp_path):
+    model = Tiny(layers=1, hidden=1024, heads=4, kv_heads=2, mlp=1024, vocab=131072)
+    model.write(tmp_path / "model")
+    weights.convert(tmp_path / "model", tmp_path / "ours")
+    with Job(2, tmp_path, tmp_path / "ours", code=LOAD) as job:
+        assert job.codes() == [0, 0], job.err(0)
+        for index in range(2):
+            read, own = map(int, job.err(index).splitlines()[-1].split())
+            assert read < 1.2 * own, (read, own)
