@@ -9,7 +9,7 @@ import pytest
 from qwen_jax.cli import VERBS
 from qwen_jax.cli.flags import ModelFlags
 
-ANSWERING = ["generate", "ask", "chat", "score"]
+ANSWERING = ["generate", "ask", "chat", "batch", "score"]
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -55,7 +55,8 @@ def test_the_version_is_told(run):
 def test_help_does_not_wait_for_jax():
     code = (
         "import sys; from qwen_jax.cli import main; main(['--help']); main(['doctor', '--help']);"
-        "main(['ask', '--help']); main(['plan', '--help']); print('jax' in sys.modules)"
+        "main(['ask', '--help']); main(['plan', '--help']);"
+        "main(['batch', '--help']); print('jax' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
