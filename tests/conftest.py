@@ -4,7 +4,7 @@ import os
 import sys
 from pathlib import Path
 
-FOLDERS = ". kernels model engine convert eval text cli jobs mesh ../scripts"
+FOLDERS = ". kernels model engine convert eval text cli jobs mesh batch ../scripts"
 for folder in FOLDERS.split():
     sys.path.insert(0, str(Path(__file__).parent / folder))
 

@@ -205,27 +205,33 @@ def write(text: str) -> None:
 
 
 @contextlib.contextmanager
-def interrupts() -> Iterator[Callable[[], bool]]:
+def interrupts(*also: signal.Signals) -> Iterator[Callable[[], int]]:
     """Within it Ctrl-C is only remembered, so that no step is torn; a second one interrupts.
 
     In a job of several processes, which would have to remember it at the same step, it ends all.
+
+    Yields what says which signal came, 0 for none.
+
+    Args:
+        also: signals that are remembered too; none of them interrupts.
     """
     if not hosts.is_alone():
-        yield lambda: False
+        yield lambda: 0
         return
-    pressed = False
+    came = 0
 
-    def on_interrupt(*_):
-        nonlocal pressed
-        if pressed:
+    def on_signal(number: int, _):
+        nonlocal came
+        if came == number == signal.SIGINT:
             raise KeyboardInterrupt
-        pressed = True
+        came = came or number
 
-    before = signal.signal(signal.SIGINT, on_interrupt)
+    before = {each: signal.signal(each, on_signal) for each in (signal.SIGINT, *also)}
     try:
-        yield lambda: pressed
+        yield lambda: came
     finally:
-        signal.signal(signal.SIGINT, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def prefill_progress(total: int) -> Progress:

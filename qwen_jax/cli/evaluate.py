@@ -24,26 +24,11 @@ def settings(
         given: the text to hide things in; None for one that is made up.
         dense_to: longest prompt that is prefilled densely; None for the checkpoint's threshold.
     """
-    geometry, sparse = opened.config.dual_chunk, opened.sparse
-    budgets = None
-    if sparse is not None:
-        budgets = {
-            "sha256": _digest(repr((sparse.vertical, sparse.slash))),
-            "last_q": sparse.last_q,
-            "threshold": sparse.threshold if dense_to is None else dense_to,
-            "least_recall": opened.flags.least_recall,
-            "dense_tail": opened.flags.dense_tail,
-        }
     return {
         "task": family,
-        "model": str(opened.directory.resolve()),
         "seed": seed,
         "text": None if given is None else _digest(given),
-        "dtype": opened.flags.dtype or "auto",
-        "dca": [geometry.chunk_size, geometry.local_size] if geometry else None,
-        "dca_original": opened.config.original_len,
-        "vllm_parity": opened.flags.vllm_parity,
-        "sparse": budgets,
+        **opened.settings(dense_to=dense_to),
     }
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -251,6 +252,33 @@ class Model:
                 "or raise --max-len"
             )
 
+    def settings(self, *, dense_to: int | None = None) -> dict[str, Any]:
+        """What answers depend on, beside prompts and how tokens are chosen, for JSON.
+
+        Args:
+            dense_to: longest prompt that is prefilled densely; None for the checkpoint's
+                threshold.
+        """
+        geometry, sparse = self.config.dual_chunk, self.sparse
+        budgets = None
+        if sparse is not None:
+            head_budgets = repr((sparse.vertical, sparse.slash)).encode()
+            budgets = {
+                "sha256": hashlib.sha256(head_budgets).hexdigest()[:16],
+                "last_q": sparse.last_q,
+                "threshold": sparse.threshold if dense_to is None else dense_to,
+                "least_recall": self.flags.least_recall,
+                "dense_tail": self.flags.dense_tail,
+            }
+        return {
+            "model": str(self.directory.resolve()),
+            "dtype": self.flags.dtype or "auto",
+            "dca": [geometry.chunk_size, geometry.local_size] if geometry else None,
+            "dca_original": self.config.original_len,
+            "vllm_parity": self.flags.vllm_parity,
+            "sparse": budgets,
+        }
+
     def note_dense(self, prompt: int) -> None:
         """Says so when a text that the checkpoint would prefill sparsely is scored."""
         if self.sparse is not None and prompt > self.sparse.threshold:
@@ -276,7 +304,7 @@ class Model:
         from qwen_jax.engine.engine import EngineConfig
 
         mesh = placement.mesh(self.config, self.flags.mesh)
-        name, _ = self._precision()
+        name, _ = self.precision()
         placement.check_memory(self.config, EngineConfig(max_len=1), name, mesh)
         dtype, shardings = jnp.dtype(name), params.shardings(self.config, mesh) if mesh else None
         if random:
@@ -292,6 +320,7 @@ class Model:
         weights=None,
         slices: tuple[int, ...] | None = None,
         attention: bool = True,
+        whole_slices: bool = False,
     ):
         """Builds an engine, or replicas on a mesh with data; says on stderr what runs where.
 
@@ -302,6 +331,7 @@ class Model:
             weights: what `weights` gave; None to load them.
             slices: lengths that prefill is compiled for, unless a flag says it.
             attention: False leaves it out (`EngineConfig.attention`).
+            whole_slices: see `EngineConfig`.
 
         Raises:
             CheckpointError: if the weights are missing, damaged or do not fit.
@@ -311,7 +341,7 @@ class Model:
         from qwen_jax.engine.replicas import build
 
         mesh = placement.mesh(self.config, self.flags.mesh)
-        name, why = self._precision()
+        name, why = self.precision()
         settings = EngineConfig(
             max_len=length,
             max_seqs=max_seqs,
@@ -323,14 +353,15 @@ class Model:
             least_recall=self.flags.least_recall or 0.0,
             dense_tail=self.flags.dense_tail,
             attention=attention,
+            whole_slices=whole_slices,
         )
         placement.check_memory(self.config, settings, name, mesh)
         engine = build(self.config, self.weights() if weights is None else weights, settings)
         note(f"{engine.describe()}; {name}: {why}; {self._attention()}")
         return engine
 
-    def _precision(self) -> tuple[str, str]:
-        """Dtype of weights and cache, and the reason."""
+    def precision(self) -> tuple[str, str]:
+        """Dtype of weights and cache on the devices of this machine, and the reason."""
         import jax
 
         name = {"f32": "float32", "bf16": "bfloat16", None: self.config.weights_dtype}[

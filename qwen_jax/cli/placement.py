@@ -111,8 +111,11 @@ def check_memory(
     )
     needed = budget.memory(config, load, shape).total
     if limit is not None and needed > limit:
+        cache = f"{engine.max_len:,} tokens"
+        if engine.max_seqs > 1:
+            cache = f"{engine.max_seqs} x {cache}"
         where = f"each of {shape.size} devices as {shape}" if mesh else "the device"
         raise ConfigError(
-            f"weights and a cache of {engine.max_len:,} tokens take {needed / 2**30:,.2f} GiB "
+            f"weights and a cache of {cache} take {needed / 2**30:,.2f} GiB "
             f"on {where}, which has {limit / 2**30:,.2f} GiB: `qwen-jax plan` says what would fit"
         )

@@ -62,7 +62,7 @@ def plan(
     if json_output:
         print(json.dumps(found))
     else:
-        _print(found)
+        report(found)
     raise typer.Exit(0 if found["fits"] else 1)
 
 
@@ -73,9 +73,13 @@ def examine(
     mesh: str | None,
     dtype: str | None,
     *,
+    sequences: int = 1,
     compiled: bool = False,
 ) -> dict[str, Any]:
     """All that `plan` says, as JSON has it.
+
+    Args:
+        sequences: that are in the cache at once, of so many tokens each.
 
     Raises:
         ConfigError: if a flag cannot be used with this model.
@@ -106,7 +110,7 @@ def examine(
         if budgets is not None and tokens > budgets.threshold:
             columns = most_columns(budgets, -(-tokens // page) * page)
         return budget.Load(
-            tokens=tokens,
+            tokens=sequences * tokens,
             page=page,
             slice_len=opened.flags.slice or cut(0, tokens, slices, None)[1],
             dtype=_precision(dtype, device, config),
@@ -134,6 +138,7 @@ def examine(
         "mesh": dataclasses.asdict(shape),
         "mesh_reason": _reason(config, topology.count) if mesh is None else "as --mesh says",
         "tokens": tokens,
+        "sequences": sequences,
         "slice": load.slice_len,
         "page": load.page,
         "sparse": load.columns is not None,
@@ -242,10 +247,12 @@ def _advice(
         yield f"{chips} chips of {topology.kind}: {count} devices as {mesh}"
 
 
-def _print(found: dict[str, Any]) -> None:
+def report(found: dict[str, Any]) -> None:
+    """Prints what `examine` found."""
     device, mesh = found["device"], found["mesh"]
     shape = ",".join(f"{axis}={size}" for axis, size in mesh.items() if size > 1) or "one device"
     how = "votes of sparse prefill included" if found["sparse"] else "prefilled densely"
+    at_once = f"{found['sequences']} at once of " if found["sequences"] > 1 else ""
     show(
         [
             (
@@ -260,7 +267,7 @@ def _print(found: dict[str, Any]) -> None:
             ("mesh", f"{shape}: {found['mesh_reason']}"),
             (
                 "prompt",
-                f"{found['tokens']:,} tokens in slices of {found['slice']:,}, "
+                f"{at_once}{found['tokens']:,} tokens in slices of {found['slice']:,}, "
                 f"pages of {found['page']:,}, {how}",
             ),
         ]

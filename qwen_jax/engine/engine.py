@@ -59,6 +59,8 @@ class EngineConfig:
             densely like the answer after them; 0 for none, as in vLLM.
         attention: False leaves it out, selection aside: answers mean nothing then, and what
             all else takes can be measured.
+        whole_slices: share the beginnings of prompts by whole slices only, not by pages, so
+            that a prompt is computed in the same slices whatever else the engine is serving.
 
     Raises:
         ConfigError: if a number is out of range.
@@ -76,6 +78,7 @@ class EngineConfig:
     least_recall: float = 0.0
     dense_tail: int = 64
     attention: bool = True
+    whole_slices: bool = False
 
     def __post_init__(self):
         least = {
@@ -155,6 +158,7 @@ class Engine:
             slices=self._slices,
             boundary=self._boundary,
             dense_tail=config.dense_tail,
+            whole_slices=config.whole_slices,
             scales=self._scales,
         )
         budgets = None
@@ -191,6 +195,16 @@ class Engine:
     def slices(self) -> tuple[int, ...]:
         """Lengths that prefill is compiled for, largest first."""
         return self._slices
+
+    @property
+    def max_seqs(self) -> int:
+        """Requests that run at once."""
+        return self._config.max_seqs
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that it runs on."""
+        return 1 if self._mesh is None else self._mesh.size
 
     @property
     def num_compilations(self) -> int:

@@ -100,6 +100,16 @@ class Replicas:
         return self._replicas[0].engine.slices
 
     @property
+    def max_seqs(self) -> int:
+        """Requests that run at once, in all replicas."""
+        return sum(each.engine.max_seqs for each in self._replicas)
+
+    @property
+    def num_devices(self) -> int:
+        """Devices that they run on."""
+        return sum(each.engine.num_devices for each in self._replicas)
+
+    @property
     def num_compilations(self) -> int:
         """Programs compiled so far, each replica's its own."""
         return sum(each.engine.num_compilations for each in self._replicas)

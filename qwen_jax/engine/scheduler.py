@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 
 from pallas_kernels.geometry import ChunkGeometry
 from qwen_jax.engine.pages import Pages, divisor
@@ -81,6 +81,8 @@ class Scheduler:
         slices: lengths that prefill is compiled for, largest first.
         boundary: a slice never crosses a multiple of it; None for no such limit.
         dense_tail: tokens at the end of a prompt that are prefilled densely in any case.
+        whole_slices: share only what was computed in the slices in which the prompt that
+            takes it would compute it, so that company does not change how it is cut.
         scales: attention scales of a sequence of so many tokens. Pages are
             shared only between prompts for which they are equal.
     """
@@ -94,6 +96,7 @@ class Scheduler:
         slices: tuple[int, ...],
         boundary: int | None,
         dense_tail: int = 0,
+        whole_slices: bool = False,
         scales: Callable[[int], tuple[float, float]],
     ):
         self._pages = pages
@@ -101,6 +104,7 @@ class Scheduler:
         self._slices = slices
         self._boundary = boundary
         self._dense_tail = dense_tail
+        self._whole_slices = whole_slices
         self._scales = scales
         self._rows = list(range(max_seqs))
         self._waiting: collections.deque[Sequence] = collections.deque()
@@ -143,8 +147,10 @@ class Scheduler:
     def prefilled(self, piece: Slice) -> None:
         """Note that a slice is in the cache."""
         sequence = piece.sequence
+        is_whole = self._is_whole(piece)
         sequence.filled += piece.length
-        self._record(sequence)
+        if is_whole or not self._whole_slices:
+            self._record(sequence)
         if piece.is_last:
             self._prefilling.remove(sequence)
             self._decoding.append(sequence)
@@ -153,7 +159,7 @@ class Scheduler:
         """Note that the last token of the answer so far is in the cache."""
         sequence.filled += 1
         # A prompt that repeats this answer would be prefilled with its own scales.
-        if self._scales(sequence.filled) == sequence.scales:
+        if not self._whole_slices and self._scales(sequence.filled) == sequence.scales:
             self._record(sequence)
 
     def finish(self, sequence: Sequence) -> None:
@@ -187,22 +193,49 @@ class Scheduler:
     def _share(self, sequence: Sequence) -> None:
         """Put known pages in the place of those that the sequence would fill next."""
         while sequence.filled == sequence.num_linked * self._page:
-            stop = sequence.filled + self._page
-            # The last token is always computed: its logits choose the first new one.
-            if stop >= sequence.prompt_len:
+            found = self._known(sequence)
+            if not found:
                 return
-            found = self._pages.find(sequence.link, sequence.span(sequence.filled, stop))
-            if found is None:
-                return
-            page, sequence.link = found
-            self._pages.share(page)
-            if sequence.num_linked < len(sequence.pages):
-                self._pages.give([sequence.pages[sequence.num_linked]])
-                sequence.pages[sequence.num_linked] = page
-            else:
-                sequence.pages.append(page)
-            sequence.num_linked += 1
-            sequence.filled = stop
+            for page, link in found:
+                self._pages.share(page)
+                sequence.link = link
+                if sequence.num_linked < len(sequence.pages):
+                    self._pages.give([sequence.pages[sequence.num_linked]])
+                    sequence.pages[sequence.num_linked] = page
+                else:
+                    sequence.pages.append(page)
+                sequence.num_linked += 1
+            sequence.filled = sequence.num_linked * self._page
+
+    def _known(self, sequence: Sequence) -> list[tuple[int, Hashable]]:
+        """The next page that can be shared, or all pages of the next slice, with their links."""
+        start, limit = sequence.filled, sequence.prompt_len
+        stop = start + self._page
+        if self._whole_slices:
+            stop = self._slice_stop(start)
+            if sequence.sparse is not None:
+                limit = min(limit, limit - self._dense_tail + 1)
+        # The last token is always computed: its logits choose the first new one.
+        if stop >= limit or stop % self._page:
+            return []
+        found, link = [], sequence.link
+        for first in range(start, stop, self._page):
+            page = self._pages.find(link, sequence.span(first, first + self._page))
+            if page is None:
+                return []
+            found.append(page)
+            link = page[1]
+        return found
+
+    def _is_whole(self, piece: Slice) -> bool:
+        """Whether every longer prompt that begins alike is cut like this, up to its end."""
+        stop = piece.start + piece.length
+        is_sparse = piece.sequence.sparse is not None
+        return stop == self._slice_stop(piece.start) and piece.is_sparse == is_sparse
+
+    def _slice_stop(self, start: int) -> int:
+        """Where the slice of a prompt without end stops."""
+        return start + cut(start, start + self._slices[0], self._slices, self._boundary)[0]
 
     def _record(self, sequence: Sequence) -> None:
         """Make the pages that have become full known to others."""

@@ -11,6 +11,7 @@ from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Sparseness
 from qwen_jax.eval.score import Result
 from qwen_jax.eval.tasks import Cell
+from qwen_jax.journal import changes
 
 _OPENING = b'{"settings"'
 
@@ -65,13 +66,10 @@ class Log:
         self.results[result.variant, result.cell] = result
 
     def _check(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        differ = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        differ = changes(before, now)
         if differ:
-            changes = ", ".join(
-                f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in differ
-            )
             raise LogError(
-                f"{self.path} holds results of other settings ({changes}): name another file"
+                f"{self.path} holds results of other settings ({differ}): name another file"
             )
 
     def _append(self, record: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ import pytest
 from qwen_jax.cli import VERBS
 from qwen_jax.cli.flags import ModelFlags
 
-ANSWERING = ["generate", "ask", "chat", "score"]
+ANSWERING = ["generate", "ask", "chat", "batch", "score"]
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -58,7 +58,7 @@ def test_help_does_not_wait_for_jax():
     code = (
         "import sys; from qwen_jax.cli import main; main(['--help']); main(['doctor', '--help']);"
         "main(['ask', '--help']); main(['plan', '--help']);"
-        "main(['export-job', '--help']); print('jax' in sys.modules)"
+        "main(['batch', '--help']); main(['export-job', '--help']); print('jax' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"

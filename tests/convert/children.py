@@ -47,6 +47,14 @@ class Child:
         self._process.join()
         return self._process.exitcode == -signal.SIGKILL
 
+    def alive(self) -> bool:
+        """Whether the process has not ended yet."""
+        return self._process.is_alive()
+
+    def signal(self, number: int) -> None:
+        """Send the process a signal."""
+        os.kill(self._process.pid, number)
+
     def killed(self) -> bool:
         """Wait for the end; whether it was by SIGKILL."""
         self._process.join()

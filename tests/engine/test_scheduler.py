@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 
 from qwen_jax.engine.pages import Pages
@@ -18,6 +19,7 @@ def scheduler(
     slices=(16, 8, 2),
     boundary=None,
     dense_tail=0,
+    whole_slices=False,
     scales=lambda n: (1, 1),
 ):
     pages = Pages(num_pages)
@@ -28,6 +30,7 @@ def scheduler(
         slices=slices,
         boundary=boundary,
         dense_tail=dense_tail,
+        whole_slices=whole_slices,
         scales=scales,
     )
 
@@ -210,6 +213,96 @@ def test_the_end_of_a_sparse_prompt_is_a_dense_slice_of_its_own(length, is_spars
     found = [work for work in run(queue, len(slices)) if isinstance(work, Slice)]
     assert [(work.start, work.length, work.size, work.is_sparse) for work in found] == slices
     assert found[-1].is_last
+
+
+def test_whole_slices_share_what_longer_prompts_would_compute_alike():
+    _, queue = scheduler(whole_slices=True)
+    starts = {}
+    for length in (40, 33, 32, 40, 50):
+        each = sequence(length)
+        queue.add(each)
+        starts[length] = queue.next().start
+        while each.filled < length:
+            taken, size = cut(each.filled, length, (16, 8, 2), None)
+            queue.prefilled(Slice(sequence=each, start=each.filled, length=taken, size=size))
+        queue.finish(each)
+    # The last slice of 40 is shared with none, nor is the last one of 32.
+    assert starts == {40: 32, 33: 32, 32: 16, 50: 32}
+
+
+def origins(queue, steps, written):
+    """Runs some steps; notes for each page what filled it. Returns the prompt tokens computed."""
+    computed = 0
+
+    def fill(page, is_new, start, how):
+        if is_new:
+            written[page] = {}
+        written[page][start] = how
+
+    for _ in range(steps):
+        work = queue.next()
+        if isinstance(work, Slice):
+            each, start, stop = work.sequence, work.start, work.start + work.length
+            for page in range(start // PAGE, -(-stop // PAGE)):
+                how = work.length, work.size, work.is_sparse
+                fill(each.pages[page], start <= page * PAGE, start, how)
+            queue.prefilled(work)
+            computed += work.length
+            if work.is_last:
+                each.origins = [dict(written[page]) for page in each.pages[: -(-stop // PAGE)]]
+        elif isinstance(work, Decode):
+            for each in work.sequences:
+                place = each.filled
+                fill(each.pages[place // PAGE], place % PAGE == 0, place, "decoded")
+                queue.decoded(each)
+        done = [work.sequence] if isinstance(work, Slice) else getattr(work, "sequences", ())
+        for each in done:
+            if each.filled >= each.prompt_len:
+                each.answer.append(0)
+                if len(each.answer) == each.request.max_new_tokens:
+                    queue.finish(each)
+    return computed
+
+
+class Observed(Sequence):
+    """A sequence with a place for what its pages came from."""
+
+    origins = None
+
+
+@pytest.mark.parametrize("boundary", [None, 24])
+@pytest.mark.parametrize("dense_tail", [0, 5, 20])
+def test_company_does_not_change_the_slices_of_a_prompt(boundary, dense_tail):
+    settings = {"boundary": boundary, "dense_tail": dense_tail, "whole_slices": True}
+    rng = np.random.default_rng(dense_tail)
+
+    def made(length, new, is_sparse):
+        return Observed(
+            id=next(numbers),
+            request=Request(prompt=(0,) * length, max_new_tokens=new),
+            sparse=Sparseness() if is_sparse else None,
+        )
+
+    computed = total = 0
+    for _ in range(20):
+        _, queue = scheduler(num_pages=60, **settings)
+        together = [
+            made(int(rng.integers(1, 80)), int(rng.integers(1, 40)), bool(rng.integers(2)))
+            for _ in range(12)
+        ]
+        written = {}
+        for each in together:
+            queue.add(each)
+            computed += origins(queue, int(rng.integers(8)), written)
+        computed += origins(queue, 800, written)
+        assert not queue.busy
+        for each in together:
+            _, queue = scheduler(**settings)
+            alone = made(each.prompt_len, 1, each.sparse is not None)
+            queue.add(alone)
+            total += origins(queue, 20, {})
+            assert each.origins == alone.origins
+    assert computed < 0.9 * total
 
 
 def test_pages_are_not_shared_between_different_scales():

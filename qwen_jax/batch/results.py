@@ -1,0 +1,184 @@
+"""Results of a batch: records in OpenAI's format, in a file that a new run continues."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from qwen_jax import journal
+from qwen_jax.batch.fields import Asked
+from qwen_jax.batch.lines import BatchError, Line, LineError
+from qwen_jax.journal import Journal, JournalError, changes
+
+Record = dict[str, Any]
+
+
+def answered(
+    asked: Asked, text: str, *, finish: Literal["stop", "length"], new_tokens: int, model: str
+) -> Record:
+    """The record of a line that has its answer.
+
+    Args:
+        new_tokens: tokens of the answer, without the one that ended it.
+        model: name of the model.
+    """
+    prompt_tokens = len(asked.request.prompt)
+    choice: Record = {"index": 0, "finish_reason": finish, "logprobs": None}
+    if asked.is_chat:
+        choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+    else:
+        choice["text"] = text
+    kind, prefix = ("chat.completion", "chatcmpl") if asked.is_chat else ("text_completion", "cmpl")
+    body = {
+        "id": f"{prefix}-{_digest(asked.line)}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": model,
+        "choices": [choice],
+        "usage": {
+            "prompt_tokens": prompt_tokens,
+            "completion_tokens": new_tokens,
+            "total_tokens": prompt_tokens + new_tokens,
+        },
+    }
+    return _record(asked.line, 200, body)
+
+
+def failed(line: Line, error: LineError) -> Record:
+    """The record of a line that gets no answer."""
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    body = {
+        "error": {
+            "message": f"line {line.number}: {error}",
+            "type": kind,
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+    return _record(line, error.status, body)
+
+
+def _record(line: Line, status: int, body: Record) -> Record:
+    return {
+        "id": line.id,
+        "custom_id": line.custom_id,
+        "response": {"status_code": status, "request_id": f"req_{_digest(line)}", "body": body},
+        "error": None,
+    }
+
+
+def _digest(line: Line) -> str:
+    return line.id.removeprefix("batch_req_")
+
+
+class Results:
+    """The output file, one record for each line of the input, in the order of completion.
+
+    What the records depend on lies beside it, in `FILE.meta`.
+
+    Attributes:
+        num_errors: records of lines that got no answer.
+    """
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]):
+        """Open or create the file, cut off half a line at its end, read what is there.
+
+        Raises:
+            JournalError: if another run has it, or it holds something else or results of
+                other settings.
+            OSError: if it cannot be opened.
+        """
+        meta = path.with_name(f"{path.name}.meta")
+        self.num_errors = 0
+        self._ids: dict[tuple[str, str], str] = {}
+        self._journal = Journal(path)
+        try:
+            if not self._journal.is_empty and not meta.exists():
+                raise JournalError(
+                    f"{path} is not the output of a batch, {meta} is missing: name another file"
+                )
+            self._journal.repair()
+            if self._journal.is_empty:
+                journal.write(meta, settings)
+            else:
+                _check(path, meta, settings)
+            self._read()
+        except BaseException:
+            self._journal.close()
+            raise
+
+    def __enter__(self) -> "Results":
+        return self
+
+    def __exit__(self, *_):
+        self._journal.close()
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def has(self, line: Line) -> bool:
+        """Whether a line has its record.
+
+        Raises:
+            BatchError: if that is the record of another line of the same name.
+        """
+        name = _name(line.custom_id, line.id)
+        if name not in self._ids:
+            return False
+        if self._ids[name] != line.id:
+            raise BatchError(
+                f"{self._journal.path} holds a result of custom_id {line.custom_id!r}, but line "
+                f"{line.number} of the input asks something else than then: give it another "
+                "custom_id or name another output"
+            )
+        return True
+
+    def add(self, *records: Record) -> None:
+        """Keep records; they are on disk when this returns.
+
+        Raises:
+            JournalError: if the disk is full or fails; none of them is kept.
+        """
+        self._journal.append(*records)
+        for record in records:
+            self._remember(record)
+
+    def _read(self) -> None:
+        path = self._journal.path
+        for number, line in enumerate(self._journal.lines(), start=1):
+            try:
+                record = json.loads(line)
+                twice = _name(record["custom_id"], record["id"]) in self._ids
+                self._remember(record)
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise JournalError(
+                    f"{path}: line {number} is not a result: repair it or name another file"
+                ) from None
+            if twice:
+                raise JournalError(
+                    f"{path}: line {number} is a second result of custom_id "
+                    f"{record['custom_id']!r}: remove one or name another file"
+                )
+
+    def _remember(self, record: Record) -> None:
+        self.num_errors += record["response"]["status_code"] != 200
+        self._ids[_name(record["custom_id"], record["id"])] = record["id"]
+
+
+def _name(custom_id: str | None, number: str) -> tuple[str, str]:
+    """What a result is found by: a line without a name has its id."""
+    return ("id", number) if custom_id is None else ("custom_id", custom_id)
+
+
+def _check(path: Path, meta: Path, settings: Mapping[str, Any]) -> None:
+    try:
+        before = json.loads(meta.read_bytes())
+        differ = changes(before, json.loads(json.dumps(settings)))
+    except (ValueError, AttributeError, TypeError):
+        raise JournalError(f"{meta} is damaged: name another output than {path}") from None
+    if differ:
+        raise JournalError(
+            f"{path} holds results of other settings ({differ}): run with those or name "
+            "another file"
+        )

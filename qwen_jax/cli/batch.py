@@ -1,0 +1,384 @@
+"""batch: answer a file of requests, in runs that may be killed and started again."""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from qwen_jax.batch import run as batches
+from qwen_jax.batch.fields import Asked, Defaults, Reader
+from qwen_jax.batch.lines import Input
+from qwen_jax.batch.results import Results
+from qwen_jax.batch.run import Totals
+from qwen_jax.cli import placement
+from qwen_jax.cli.answer import LINE_S, interrupts
+from qwen_jax.cli.flags import (
+    AnswerFlags,
+    Model,
+    ModelArgument,
+    ModelFlags,
+    expand,
+    note,
+    open_model,
+    option,
+)
+from qwen_jax.config import ConfigError
+from qwen_jax.hosts import PREEMPTED
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+@expand
+def batch(
+    model: ModelArgument,
+    requests: Annotated[
+        Path,
+        typer.Argument(
+            metavar="IN", help="Requests, one OpenAI batch line each.", show_default=False
+        ),
+    ],
+    results: Annotated[
+        Path,
+        typer.Argument(
+            metavar="OUT", help="Results; a file of this batch is continued.", show_default=False
+        ),
+    ],
+    model_flags: ModelFlags,
+    answer_flags: AnswerFlags,
+    max_seqs: Annotated[
+        int, typer.Option(help="Requests that run at once; with data=N, in each replica.")
+    ] = 8,
+    price_per_hour: Annotated[
+        float | None, option("Dollars that a device costs in an hour, to say what requests cost.")
+    ] = None,
+    dry_run: Annotated[
+        bool, option("Say what the lines come to and whether it fits; run nothing.", "--dry-run")
+    ] = False,
+    topology: Annotated[
+        str | None,
+        option("Devices that --dry-run plans for, as in `plan`; the CPU.", metavar="KIND:SIZE"),
+    ] = None,
+):
+    """Answer a file of requests in OpenAI's batch format.
+
+    Flags are for lines that do not say. A field that cannot be honoured makes its line
+    an error record, which names it. A run that was stopped is continued by the same
+    command: lines with a result are skipped. Exits with 0 when every line has a result,
+    with 75 after SIGTERM. docs/batch.md has the format.
+
+    Examples:
+        qwen-jax batch ckpt/7b-1m requests.jsonl results.jsonl --max-seqs 16
+        qwen-jax batch ckpt/7b-1m requests.jsonl results.jsonl --dry-run --topology v5e:4x4
+    """
+    began = time.monotonic()
+    if not 1 <= max_seqs < 2**31:
+        raise ConfigError(f"--max-seqs {max_seqs} must be at least 1")
+    if price_per_hour is not None and not 0 <= price_per_hour < math.inf:
+        raise ConfigError(f"--price-per-hour {price_per_hour} must be at least 0")
+    if topology is not None and not dry_run:
+        raise ConfigError(f"--topology {topology} is for --dry-run: add it or leave this out")
+    with interrupts(signal.SIGTERM) as stopped:
+        opened = open_model(model, model_flags)
+        reader = _reader(opened, answer_flags)
+        source = Input(requests)
+        _check_output(requests, results)
+        if dry_run:
+            total = _scan(source, reader, stopped, show=True)
+        else:
+            total = _scan(source, reader, stopped)
+        if stopped():
+            _leave(stopped())
+        if dry_run:
+            _plan(opened, source, reader, total, max_seqs, topology, price_per_hour)
+            return
+        _answer(opened, source, reader, results, total, max_seqs, price_per_hour, began, stopped)
+
+
+@dataclasses.dataclass(slots=True, kw_only=True)
+class _Total(Totals):
+    """All lines; `new_tokens` are those of the longest answers.
+
+    Attributes:
+        longest: tokens of the longest prompt and answer together.
+        longest_line: where that is.
+    """
+
+    longest: int = 0
+    longest_line: int = 0
+
+
+def _reader(opened: Model, flags: AnswerFlags) -> Reader:
+    """Makes requests of lines, with what the flags say to those that do not."""
+    sampling, stops = flags.sampling(opened.generation), flags.stops()
+    if not 1 <= flags.max_new_tokens < 2**31:
+        raise ConfigError(f"--max-new-tokens {flags.max_new_tokens} must be at least 1")
+    tokenizer = opened.tokenizer()
+    return Reader(
+        tokenizer=tokenizer,
+        defaults=Defaults(max_new_tokens=flags.max_new_tokens, sampling=sampling, stop=stops),
+        vocab_size=opened.config.vocab_size,
+        max_len=opened.max_len,
+        eos_ids=opened.end_ids(tokenizer),
+    )
+
+
+def _check_output(requests: Path, results: Path) -> None:
+    """Refuses before the work what would fail after it."""
+    if results.is_dir():
+        raise IsADirectoryError(21, "is a directory; give a file to write", str(results))
+    if not results.parent.is_dir():
+        raise FileNotFoundError(2, "there is no such directory", str(results.parent))
+    if results.exists() and os.path.samefile(requests, results):
+        raise ConfigError(f"{results} is the file of the requests: name another output")
+
+
+def _scan(
+    source: Input, reader: Reader, stopped: Callable[[], int], *, show: bool = False
+) -> _Total:
+    """What the lines come to; refuses those that have one name.
+
+    Args:
+        show: print a row for each line.
+    """
+    total = _Total()
+    if show:
+        print(f"{'line':>8}  {'prompt':>10}  {'answer':>10}  custom_id")
+    for line, asked in batches.items(source, reader):
+        if stopped():
+            break
+        if isinstance(asked, Asked):
+            prompt, new = len(asked.request.prompt), asked.request.max_new_tokens
+            total.answered += 1
+            total.prompt_tokens += prompt
+            total.new_tokens += new
+            total.work += asked.size
+            if asked.size > total.longest:
+                total.longest, total.longest_line = asked.size, line.number
+            row = f"{prompt:>10,}  {new:>10,}  {line.custom_id}"
+        else:
+            total.refused += 1
+            row = f"{'error':>10}  {'':>10}  {line.custom_id or '(none)'}: {asked}"
+        if show:
+            print(f"{line.number:>8,}  {' '.join(row.splitlines())}")
+    if not total.lines and not stopped():
+        raise ConfigError(f"{source.path} has no lines: give at least one request")
+    return total
+
+
+def _plan(
+    opened: Model,
+    source: Input,
+    reader: Reader,
+    total: _Total,
+    max_seqs: int,
+    topology: str | None,
+    price: float | None,
+) -> None:
+    """Prints sums over the lines, and what the planner says of the longest."""
+    import jax
+
+    from qwen_jax import budget, devices, sharding
+    from qwen_jax.cli import plan
+
+    print(
+        f"\n{_count(total.answered, 'request')} and {_count(total.refused, 'error')}, "
+        f"{_count(total.prompt_tokens, 'prompt token')}, at most {total.new_tokens:,} new"
+    )
+    if not total.answered:
+        return
+    print(f"the longest is line {total.longest_line:,} with {total.longest:,} tokens\n")
+    if topology is None:
+        if jax.default_backend() != "cpu":
+            raise ConfigError("--dry-run plans for the CPU unless --topology says for what devices")
+        mesh = opened.flags.mesh
+        topology = f"cpu:{1 if mesh is None else sharding.parse(mesh).size}"
+    flags = opened.flags
+    found = plan.examine(
+        opened, topology, total.longest, flags.mesh, flags.dtype, sequences=max_seqs
+    )
+    plan.report(found)
+    flops = sum(
+        budget.prefill_flops(opened.config, len(asked.request.prompt))
+        for _, asked in batches.items(source, reader)
+        if isinstance(asked, Asked)
+    )
+    text = f"prefill of all lines: {flops / 1e15:,.3g} PFLOP if dense"
+    device, count = devices.topology(topology).device, found["devices"]
+    if device.flops:
+        seconds = flops / device.flops / count
+        text += f", at least {seconds:,.1f} s at the published peak"
+        if price is not None:
+            text += f" and ${seconds / 3600 * count * price:,.2f}"
+    print(text)
+    raise typer.Exit(0 if found["fits"] else 1)
+
+
+def _answer(
+    opened: Model,
+    source: Input,
+    reader: Reader,
+    path: Path,
+    total: _Total,
+    max_seqs: int,
+    price: float | None,
+    began: float,
+    stopped: Callable[[], int],
+) -> None:
+    """Gives every line a record, as far as it is not stopped, and says what this took."""
+    placement.mesh(opened.config, opened.flags.mesh)  # before anything asks for devices
+    with Results(path, _settings(opened, reader)) as kept:
+        there, done, engine = Totals(), Totals(), None
+        items = batches.missing(batches.items(source, reader), kept, there)
+        first = next(items, None)
+        if first is not None:
+            engine = opened.engine(
+                max(total.longest, 1),
+                max_seqs=max_seqs,
+                vocab_limit=reader.tokenizer.size,
+                whole_slices=True,
+            )
+            with _shown(total, there) as on_step:
+                done = batches.run(
+                    engine,
+                    reader.tokenizer,
+                    itertools.chain([first], items),
+                    kept,
+                    model=opened.directory.resolve().name,
+                    stopped=stopped,
+                    on_step=on_step,
+                )
+        seconds = time.monotonic() - began
+        note(
+            f"{_count(done.answered, 'answer')} and {_count(done.refused, 'error')} "
+            f"in {seconds:,.1f} s: {_count(done.prompt_tokens, 'prompt token')}, "
+            f"{done.new_tokens:,} new"
+        )
+        if price is not None and engine is not None:
+            note(_cost(seconds, engine.num_devices, price, done.lines))
+        errors = _count(kept.num_errors, "error")
+        note(f"{path} holds {_count(len(kept), 'result')}, of them {errors}")
+        if there.lines + done.lines < total.lines:
+            _leave(stopped())
+
+
+def _settings(opened: Model, reader: Reader) -> dict[str, Any]:
+    """What the results depend on, beside the lines."""
+    flags, defaults = opened.flags, reader.defaults
+    return {
+        **opened.settings(),
+        "model": _fingerprint(opened.directory),
+        "dtype": opened.precision()[0],
+        "kernels": flags.backend or "auto",
+        "slice": flags.slice or "auto",
+        "max_len": opened.max_len,
+        "max_new_tokens": defaults.max_new_tokens,
+        "stop": list(defaults.stop),
+        **dataclasses.asdict(defaults.sampling),
+    }
+
+
+def _fingerprint(directory: Path) -> str:
+    """Checksum of a model and its tokenizer, the same before and after conversion."""
+    from convert import source
+    from qwen_jax import params
+
+    if params.is_converted(directory):
+        weights = params.read_manifest(directory).source_sha256
+    else:
+        weights = source.check(directory).fingerprint()
+    digest = hashlib.sha256(weights.encode())
+    for name in _TOKENIZER_FILES:
+        path = directory / name
+        digest.update(path.read_bytes() if path.exists() else b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _cost(seconds: float, num_devices: int, price: float, requests: int) -> str:
+    cost = seconds / 3600 * num_devices * price
+    each = f", ${cost / requests:,.6f} a request" if requests else ""
+    return f"${cost:,.4f}{each} ({num_devices} x ${price:,.2f} an hour)"
+
+
+def _leave(number: int) -> None:
+    """Ends a run that a signal has stopped."""
+    if number == signal.SIGTERM:
+        note("stopped by SIGTERM: the same command goes on")
+        raise typer.Exit(PREEMPTED)
+    raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _shown(total: Totals, there: Totals) -> Iterator[Callable[[Totals], None]]:
+    """A callback for what has been done: a bar on a terminal, a line now and then elsewhere."""
+    if sys.stderr.isatty():
+        columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
+        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("", total=total.work)
+            yield lambda done: bar.update(
+                task,
+                description=_described(done, total, there),
+                completed=done.work,
+                total=total.work - there.work,
+            )
+        return
+    yield lines(total, there)
+
+
+def lines(
+    total: Totals,
+    there: Totals,
+    *,
+    say: Callable[[str], None] = note,
+    clock: Callable[[], float] = time.monotonic,
+) -> Callable[[Totals], None]:
+    """A callback for what has been done, which says it once in `LINE_S` seconds.
+
+    Args:
+        there: of `total`, what needs no more work.
+    """
+    start = said = clock()
+
+    def on_step(done: Totals) -> None:
+        nonlocal said
+        now = clock()
+        if now - said < LINE_S:
+            return
+        said = now
+        left = "time left unknown"
+        if done.work:
+            left = total.work - there.work - done.work
+            left = f"{left * (now - start) / done.work:,.0f} s left"
+        say(f"{_described(done, total, there)}, {left}")
+
+    return on_step
+
+
+def _described(done: Totals, total: Totals, there: Totals) -> str:
+    """What has been done, in a line: `5 of 12 lines, 1 error, 1,234 + 56 tokens`."""
+    return (
+        f"{done.lines + there.lines:,} of {_count(total.lines, 'line')}, "
+        f"{_count(done.refused + there.refused, 'error')}, "
+        f"{done.prompt_tokens:,} + {done.new_tokens:,} tokens"
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
