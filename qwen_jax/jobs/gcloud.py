@@ -3,7 +3,8 @@
 import shlex
 
 from qwen_jax.config import ConfigError
-from qwen_jax.jobs.job import PREEMPTED, Job, flag, script
+from qwen_jax.hosts import PREEMPTED
+from qwen_jax.jobs.job import Job, flag, script
 
 _USER = 1000  # of the image
 _TAKES = "image project zone bucket mount compile_cache runtime_version max_restarts grace spot"

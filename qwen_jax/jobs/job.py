@@ -11,8 +11,6 @@ from qwen_jax.config import ConfigError
 from qwen_jax.devices import Topology
 from qwen_jax.jobs import accelerators
 
-PREEMPTED = 75
-"""Exit code of a command that was stopped and goes on when it is run again (EX_TEMPFAIL)."""
 PORT = 8476
 """Of jax's coordinator. Google's firewall opens it between the hosts of a slice, but not the 8482
 that jax takes by itself (github.com/jax-ml/jax/issues/35905)."""

@@ -9,7 +9,8 @@ its pod failure policy, for which the JobSet starts anew without counting; other
 import shlex
 from typing import Any
 
-from qwen_jax.jobs.job import PORT, PREEMPTED, Job, numbered, yaml_text
+from qwen_jax.hosts import PREEMPTED
+from qwen_jax.jobs.job import PORT, Job, numbered, yaml_text
 
 _TAKES = "image namespace service_account claim bucket mount compile_cache max_restarts grace spot"
 _RUNTIME_PORT = 8471  # of libtpu, between the hosts of a slice

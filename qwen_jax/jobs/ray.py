@@ -3,7 +3,8 @@
 import json
 import shlex
 
-from qwen_jax.jobs.job import PORT, PREEMPTED, Job, flag, numbered, script, yaml_text
+from qwen_jax.hosts import PREEMPTED
+from qwen_jax.jobs.job import PORT, Job, flag, numbered, script, yaml_text
 
 
 def files(job: Job) -> dict[str, str]:

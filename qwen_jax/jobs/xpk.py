@@ -4,8 +4,9 @@ import base64
 import shlex
 
 from qwen_jax.config import ConfigError
+from qwen_jax.hosts import PREEMPTED
 from qwen_jax.jobs import accelerators
-from qwen_jax.jobs.job import PORT, PREEMPTED, Job, flag, numbered, script
+from qwen_jax.jobs.job import PORT, Job, flag, numbered, script
 
 _TAKES = "image project zone cluster storage compile_cache max_restarts grace"
 _FEWEST = 8  # chips of a v5e slice

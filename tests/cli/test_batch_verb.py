@@ -11,8 +11,8 @@ from batches import chat, completion, engine, line, read, write
 from children import Child
 
 from qwen_jax.batch.run import Totals
-from qwen_jax.cli.batch import PREEMPTED
 from qwen_jax.cli.batch import lines as progress_lines
+from qwen_jax.hosts import PREEMPTED
 from qwen_jax.journal import Journal
 
 COUNT = 16
