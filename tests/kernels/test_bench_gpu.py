@@ -28,6 +28,7 @@ def run(tmp_path, *flags):
     return status, [json.loads(line) for line in out.read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_a_dry_run_has_every_figure(tmp_path, capsys):
     status, rows = run(tmp_path, "--commit", "abc")
     assert status == 0
