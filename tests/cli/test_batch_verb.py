@@ -167,7 +167,7 @@ def test_the_summary_has_tokens_errors_and_cost(tiny, tmp_path, run, monkeypatch
         f"${dollars:,.4f}, ${float(cost.split('$')[2].split()[0]):,.6f} a request "
         "(1 x $3,600.00 an hour)"
     )
-    assert float(cost.split("$")[2].split()[0]) == pytest.approx(dollars / 4, abs=2e-5)  # four decimals
+    assert float(cost.split("$")[2].split()[0]) == pytest.approx(dollars / 4, abs=2e-5)
     assert last == f"{tmp_path / 'out'} holds 4 results, of them 1 error"
 
 
