@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Sparseness
 from qwen_jax.eval.score import Result
 from qwen_jax.eval.tasks import Cell
-from qwen_jax.journal import changes
+from qwen_jax.journal import Journal, changes
 
 _OPENING = b'{"settings"'
 
@@ -35,6 +34,7 @@ class Log:
 
         Raises:
             LogError: if the file holds something else, or results of other settings.
+            JournalError: if another run is writing it, or the disk is full.
         """
         self.path = path
         self.results: dict[tuple[str | None, Cell], Result] = {}
@@ -52,15 +52,16 @@ class Log:
             if isinstance(error, LogError):
                 raise
             raise LogError(f"{path} is not a file of results: {error}") from None
-        with path.open("r+b" if path.exists() else "xb") as file:
-            file.truncate(len(whole))
-        if not lines:
-            self._append({"settings": dict(settings)})
+        with Journal(path) as journal:
+            journal.repair()
+            if not lines:
+                journal.append({"settings": dict(settings)})
 
     def add(self, result: Result) -> None:
         """Keep a result; it is on disk when this returns."""
         self._remember(result)
-        self._append(_record(result))
+        with Journal(self.path) as journal:
+            journal.append(_record(result))
 
     def _remember(self, result: Result) -> None:
         self.results[result.variant, result.cell] = result
@@ -71,12 +72,6 @@ class Log:
             raise LogError(
                 f"{self.path} holds results of other settings ({differ}): name another file"
             )
-
-    def _append(self, record: Mapping[str, Any]) -> None:
-        with self.path.open("ab") as file:
-            file.write(json.dumps(record).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def _record(result: Result) -> dict[str, Any]:
