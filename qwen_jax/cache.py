@@ -1,4 +1,4 @@
-"""Paged key and value arrays as a pytree: init, write.
+"""Paged key and value arrays as a pytree: init, write, read.
 
 A page holds consecutive tokens of one sequence, for all layers. Page 0 belongs to no
 sequence: padding is written there. On a mesh each page is cut along its tokens, so that all
@@ -82,6 +82,30 @@ def write_slice(
     pages = -(-T // whole_page) + 1 if T > 1 else 1  # that T consecutive tokens can touch
     arrays = jax.lax.fori_loop(0, pages, write, (cache.keys, cache.values))
     return Cache(*arrays)
+
+
+def read_slice(
+    cache: Cache,
+    layer: Int[Array, ""],
+    page_table: Int[Array, " P"],
+    start: Int[Array, ""],
+    size: int,
+    shard: Shard = WHOLE,
+) -> tuple[Float[Array, "T K H"], Float[Array, "T K H"]]:
+    """Keys and values of `size` consecutive tokens; 0 where another shard has them."""
+    page = cache.page
+    positions = start + jnp.arange(size, dtype=jnp.int32)
+    slot = positions // (page * shard.count)
+    row = positions - shard.position(slot * page)
+    mine = (row >= 0) & (row < page)
+    heads = jnp.arange(cache.keys.shape[1])
+    pages = jnp.take(page_table, slot, mode="clip")[:, None]
+
+    def read(array):
+        found = array[layer, heads, pages, jnp.where(mine, row, 0)[:, None]]
+        return jnp.where(mine[:, None, None], found, 0)
+
+    return read(cache.keys), read(cache.values)
 
 
 def write_tokens(

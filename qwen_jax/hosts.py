@@ -91,6 +91,11 @@ def count() -> int:
     return 1 if _job is None else _job.place.count
 
 
+def index() -> int:
+    """Number of this process, from 0."""
+    return 0 if _job is None else _job.place.process
+
+
 def is_alone() -> bool:
     """Whether there is no other process."""
     return _job is None

@@ -11,12 +11,9 @@ A checkpoint is a directory:
 Parts are what fits in memory at once: loading a model needs its parameters and one part.
 """
 
-import contextlib
 import ctypes
 import functools
-import logging
 import os
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -29,12 +26,10 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from qwen_jax import manifest as manifests
-from qwen_jax import sharding
+from qwen_jax import sharding, store
 from qwen_jax.config import ModelConfig, model_config
 from qwen_jax.manifest import DTYPES, CheckpointError, File, Manifest, Progress, Tensor
 from qwen_jax.model import Qwen2
-
-_STORED_CHUNK_BYTES = 64 << 20  # the least that a device reads at once
 
 
 def abstract(config: ModelConfig, dtype=jnp.bfloat16) -> dict:
@@ -190,7 +185,7 @@ def save_part(
     """
     directory = Path(directory).resolve()
     folder = directory / "params" / part
-    with _orbax(f"{folder} cannot be written"):
+    with store.errors(f"{folder} cannot be written"):
         for rest in (folder, *folder.parent.glob(f"{part}.*")):
             if rest.exists():
                 shutil.rmtree(rest)
@@ -202,7 +197,7 @@ def save_part(
         same = np.array_equal(manifests.array_bytes(array), manifests.array_bytes(back[path]))
         if not same:
             raise CheckpointError(f"{folder}: {'.'.join(path)} reads back different")
-    with _orbax(f"{folder} cannot be written"):
+    with store.errors(f"{folder} cannot be written"):
         inside = sorted(folder.rglob("*"))
         for path in (*inside, folder, folder.parent):
             sync(path)
@@ -220,35 +215,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-@contextlib.contextmanager
-def _orbax(doing: str):
-    """Storage options of our files; errors become a `CheckpointError`, without Orbax's log of them.
-
-    Raises:
-        CheckpointError: with `doing`, then the operating system's reason where there is one.
-    """
-    context = ocp.Context()
-    context.array.saving.use_compression = False  # weights do not shrink, but take thrice as long
-    context.array.saving.storage_options.chunk_byte_size = _STORED_CHUNK_BYTES
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with context:
-            yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        if code:
-            reason = os.strerror(int(code[1]))
-        elif isinstance(error, OSError) and error.strerror:
-            reason = error.strerror
-        else:
-            reason = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{doing}: {reason}") from None
-    finally:
-        logger.setLevel(level)
 
 
 def load_part(
@@ -269,7 +235,7 @@ def load_part(
 def _restore(directory: str | os.PathLike, part: str, target: dict) -> dict:
     """The arrays of a part, by path, on the host or on devices as `target` says."""
     folder = Path(directory).resolve() / "params" / part
-    with _orbax(f"{folder} cannot be read"):
+    with store.errors(f"{folder} cannot be read"):
         leaves = dict(_leaves(ocp.load(str(folder), nest(target))))
     for path, expected in target.items():
         if leaves[path].shape != expected.shape or leaves[path].dtype != expected.dtype:

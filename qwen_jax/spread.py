@@ -39,6 +39,20 @@ class Part:
         """Those of all devices along `seq`."""
         return jax.lax.all_gather(x, _SEQ, tiled=True) if self.split else x
 
+    def scatter(self, x: Float[Array, "T heads H"]) -> Float[Array, "t heads H"]:
+        """Of tokens that one shard each has, where the others have 0, those of this device.
+
+        Bits are summed, not numbers, so that the sign of a zero stays.
+        """
+        if self.shard.count == 1:
+            return x
+        bits = jax.lax.bitcast_convert_type(x, f"uint{8 * x.dtype.itemsize}")
+        if self.split:
+            bits = jax.lax.psum_scatter(bits, _SEQ, tiled=True)
+        else:
+            bits = jax.lax.psum(bits, _SEQ)
+        return jax.lax.bitcast_convert_type(bits, x.dtype)
+
     def merge(self, out: Float[Array, "T N H"], lse: Float[Array, "T N"]) -> Float[Array, "t N H"]:
         """Attention over the keys of all shards, of this device's tokens.
 

@@ -122,13 +122,17 @@ class Tokenizer:
         Raises:
             TokenizerError: if the role is unknown, or the checkpoint does not speak ChatML.
         """
+        return [*self.open_turn(role, content), *self.close_turn()]
+
+    def open_turn(self, role: str, content: str) -> list[int]:
+        """Ids of a ChatML turn that may still go on.
+
+        Raises:
+            TokenizerError: if the role is unknown, or the checkpoint does not speak ChatML.
+        """
         if role not in ROLES:
             raise TokenizerError(f"role {role!r} is not one of {', '.join(ROLES)}")
-        return [
-            self.control("<|im_start|>"),
-            *self.encode_text(f"{role}\n{content}"),
-            *self.close_turn(),
-        ]
+        return [self.control("<|im_start|>"), *self.encode_text(f"{role}\n{content}")]
 
     def open_answer(self) -> list[int]:
         """Ids that invite the model to speak."""

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from qwen_jax import hosts
-from qwen_jax.cli import documents
+from qwen_jax.cli import documents, sessions
 from qwen_jax.cli.answer import answer, write
 from qwen_jax.cli.flags import (
     AnswerFlags,
@@ -37,16 +37,19 @@ def ask(
         option("A text file or a directory; may be given repeatedly.", metavar="PATH"),
     ] = None,
     system: Annotated[str | None, option("System text instead of the checkpoint's own.")] = None,
+    kv: sessions.Kv = None,
 ):
     """Answer a question about text files.
 
     The files come first, the question last, in one turn of ChatML; markers such
     as <|im_end|> in them are ordinary characters. Directories are read whole, in
     order of their names, without hidden files, links and files that are no UTF-8
-    text. What does not fit is refused, never shortened.
+    text. What does not fit is refused, never shortened. Files that `prefill` has read
+    are named by --kv instead, and read from its session.
 
     Examples:
         qwen-jax ask ckpt/7b-1m --file book.txt "Who is the narrator?"
+        qwen-jax ask ckpt/7b-1m --kv kv/book "Who is the narrator?"
         qwen-jax ask ckpt/7b-1m --file src/ --file README.md "Where is the cache cleared?"
     """
     if not question.strip():
@@ -56,6 +59,10 @@ def ask(
     stops = answer_flags.stops()
     tokenizer = opened.tokenizer()
     tokenizer.check_chatml()
+    kept = None
+    if kv is not None:
+        sessions.refuse_text({"--file": file or None, "--system": system})
+        kept = sessions.open_kept(opened, kv, chat=True)
 
     def read() -> tuple[list[tuple[str, int]], list[int]]:
         texts = read_files(file or (), tokenizer)
@@ -65,7 +72,10 @@ def ask(
         rows = [(document.name, count) for document, count in texts.items()]
         return rows, tokenizer.encode_chat(messages)
 
-    rows, ids = hosts.shared(read)
+    if kept is None:
+        rows, ids = hosts.shared(read)
+    else:
+        rows, ids = kept.documents, [*kept.tokens, *kept.question(tokenizer, question)]
     ids = tuple(ids)
     request = Request(
         prompt=ids,
@@ -76,7 +86,13 @@ def ask(
     if rows:
         documents.print_table(rows, len(ids), opened.max_len)
     opened.check_fits(len(ids), request.max_new_tokens)
-    engine = opened.engine(len(ids) + request.max_new_tokens, vocab_limit=tokenizer.size)
+    engine = opened.engine(
+        len(ids) + request.max_new_tokens,
+        vocab_limit=tokenizer.size,
+        held=len(kept.tokens) if kept else 0,
+    )
+    if kept is not None:
+        kept.restore(engine)
     done = answer(engine, request, stream=Stream(tokenizer, stop=stops), write=write)
     print()
     note(done.summary)

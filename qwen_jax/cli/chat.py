@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
-from qwen_jax.cli import documents
+from qwen_jax.cli import documents, sessions
 from qwen_jax.cli.answer import Answer, Engine, answer, write
 from qwen_jax.cli.ask import read_files
 from qwen_jax.cli.documents import Document, DocumentError
@@ -44,12 +44,14 @@ def chat(
     model_flags: ModelFlags,
     answer_flags: AnswerFlags,
     system: Annotated[str | None, option("System text instead of the checkpoint's own.")] = None,
+    kv: sessions.Kv = None,
 ):
     """Talk to a model.
 
     The conversation stays in the cache, so that each turn reads only what is new.
     It holds 32,768 tokens, or what config.json declares if that is less, unless
-    --max-len says otherwise. Without a terminal, each line of stdin is a message.
+    --max-len says otherwise. With --kv it goes on after the files of a session, which
+    it has room for beside them. Without a terminal, each line of stdin is a message.
     Type /help for commands.
 
     Examples:
@@ -62,9 +64,18 @@ def chat(
     stops = answer_flags.stops()
     tokenizer = opened.tokenizer()
     tokenizer.check_chatml()
-    room = model_flags.max_len or min(opened.max_len, _LEN)
+    kept = None
+    if kv is not None:
+        sessions.refuse_text({"--system": system})
+        kept = sessions.open_kept(opened, kv, chat=True)
+    held = len(kept.tokens) if kept else 0
+    room = model_flags.max_len or min(opened.max_len, held + _LEN)
+    opened.check_fits(held + 1)
+    engine = opened.engine(room, vocab_limit=tokenizer.size, held=held)
+    if kept is not None:
+        kept.restore(engine)
     Conversation(
-        engine=opened.engine(room, vocab_limit=tokenizer.size),
+        engine=engine,
         tokenizer=tokenizer,
         sampling=sampling,
         stops=stops,
@@ -72,6 +83,7 @@ def chat(
         max_new_tokens=answer_flags.max_new_tokens,
         room=room,
         system=tokenizer.default_system() if system is None else system,
+        kept=kept,
     ).talk(_typed() if sys.stdin.isatty() else iter(sys.stdin))
 
 
@@ -93,6 +105,7 @@ class Conversation:
         max_new_tokens: int,
         room: int,
         system: str | None,
+        kept: sessions.Kept | None = None,
     ):
         self._engine = engine
         self._tokenizer = tokenizer
@@ -101,7 +114,11 @@ class Conversation:
         self._eos_ids = eos_ids
         self._max_new_tokens = max_new_tokens
         self._room = room
-        self._opening = [] if system is None else tokenizer.encode_turn("system", system)
+        self._kept = kept
+        if kept is not None:
+            self._opening = list(kept.tokens)
+        else:
+            self._opening = [] if system is None else tokenizer.encode_turn("system", system)
         self._ids = self._opening
         self._files: list[Document] = []
         self._commands: dict[str, Callable[[str], None]] = {
@@ -136,8 +153,11 @@ class Conversation:
 
     def _reply(self, text: str) -> None:
         message = documents.joined(self._files, text) if self._files else text
-        turn = self._tokenizer.encode_turn("user", message)
-        prompt = (*self._ids, *turn, *self._tokenizer.open_answer())
+        if self._kept is not None and self._ids is self._opening:
+            turn = self._kept.question(self._tokenizer, message)
+        else:
+            turn = self._tokenizer.encode_turn("user", message) + self._tokenizer.open_answer()
+        prompt = (*self._ids, *turn)
         left = self._room - len(prompt)
         if left < 1:
             raise RequestError(

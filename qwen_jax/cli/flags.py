@@ -321,6 +321,7 @@ class Model:
         slices: tuple[int, ...] | None = None,
         attention: bool = True,
         whole_slices: bool = False,
+        held: int = 0,
     ):
         """Builds an engine, or replicas on a mesh with data; says on stderr what runs where.
 
@@ -332,6 +333,7 @@ class Model:
             slices: lengths that prefill is compiled for, unless a flag says it.
             attention: False leaves it out (`EngineConfig.attention`).
             whole_slices: see `EngineConfig`.
+            held: likewise.
 
         Raises:
             CheckpointError: if the weights are missing, damaged or do not fit.
@@ -354,6 +356,7 @@ class Model:
             dense_tail=self.flags.dense_tail,
             attention=attention,
             whole_slices=whole_slices,
+            held=held,
         )
         placement.check_memory(self.config, settings, name, mesh)
         engine = build(self.config, self.weights() if weights is None else weights, settings)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from qwen_jax import hosts
+from qwen_jax.cli import sessions
 from qwen_jax.cli import tokens as token_file
 from qwen_jax.cli.answer import answer, write
 from qwen_jax.cli.documents import read_text
@@ -34,6 +35,7 @@ def generate(
     tokens: Annotated[
         Path | None, option("A file of token ids: a JSON list, or integers between white space.")
     ] = None,
+    kv: sessions.Kv = None,
     ignore_eos: Annotated[bool, option("Do not end at end tokens.", "--ignore-eos")] = False,
     json_output: Json = False,
 ):
@@ -42,7 +44,7 @@ def generate(
     The prompt is raw text, without a chat template; `ask` and `chat` apply it.
     Markers such as <|im_end|> in the text are ordinary characters. A prompt of
     token ids needs no tokenizer. Sampling follows generation_config.json, flags
-    go first.
+    go first. With --kv the prompt goes on after the tokens of a session.
 
     Examples:
         qwen-jax generate ckpt/7b-1m --prompt "Once upon a time" --max-new-tokens 40
@@ -65,6 +67,9 @@ def generate(
         ids = tuple(tokenizer.encode_text(text))
         if not ids:
             raise ConfigError(f"{given[0]} is empty: give at least one character")
+    kept = None if kv is None else sessions.open_kept(opened, kv)
+    if kept is not None:
+        ids = kept.tokens + ids
     request = Request(
         prompt=ids,
         max_new_tokens=answer_flags.max_new_tokens,
@@ -73,8 +78,12 @@ def generate(
     )
     opened.check_fits(len(ids), request.max_new_tokens)
     engine = opened.engine(
-        len(ids) + request.max_new_tokens, vocab_limit=tokenizer.size if tokenizer else None
+        len(ids) + request.max_new_tokens,
+        vocab_limit=tokenizer.size if tokenizer else None,
+        held=len(kept.tokens) if kept else 0,
     )
+    if kept is not None:
+        kept.restore(engine)
     done = answer(
         engine,
         request,

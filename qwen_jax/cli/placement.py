@@ -103,7 +103,7 @@ def check_memory(
     if sparse is not None and engine.max_len > sparse.threshold:
         columns = most_columns(sparse, -(-engine.max_len // page) * page)
     load = budget.Load(
-        tokens=engine.max_seqs * engine.max_len,
+        tokens=engine.max_seqs * (engine.max_len - engine.held) + engine.held,
         page=page,
         slice_len=cut(0, engine.max_len, slices, None)[1],
         dtype=dtype,
@@ -114,6 +114,8 @@ def check_memory(
         cache = f"{engine.max_len:,} tokens"
         if engine.max_seqs > 1:
             cache = f"{engine.max_seqs} x {cache}"
+        if engine.held:
+            cache += f" of which {engine.held:,} are shared"
         where = f"each of {shape.size} devices as {shape}" if mesh else "the device"
         raise ConfigError(
             f"weights and a cache of {cache} take {needed / 2**30:,.2f} GiB "

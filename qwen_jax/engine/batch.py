@@ -82,7 +82,7 @@ def prefill(
         tokens=padded,
         start=np.asarray(start, np.int32),
         length=np.asarray(len(tokens), np.int32),
-        page_table=_table(pages, table_len),
+        page_table=table(pages, table_len),
         query_scale=np.asarray(scales[0], np.float32),
         key_scale=np.asarray(scales[1], np.float32),
     )
@@ -97,12 +97,12 @@ def choice(sampling: Sampling, *, row: int, position: int) -> Choice:
 
 def roster(sequences: Iterable[Sequence], *, max_seqs: int, table_len: int) -> Roster:
     """The roster of the sequences that decode."""
-    table = np.zeros((max_seqs, table_len), np.int32)
+    tables = np.zeros((max_seqs, table_len), np.int32)
     settings = []
     for sequence in sequences:
-        table[sequence.row] = _table(sequence.pages, table_len)
+        tables[sequence.row] = table(sequence.pages, table_len)
         settings.append((sequence.row, sequence.request.sampling))
-    return Roster(page_table=table, sampling=_rows(max_seqs, settings))
+    return Roster(page_table=tables, sampling=_rows(max_seqs, settings))
 
 
 def tokens(
@@ -126,10 +126,11 @@ def tokens(
     return step
 
 
-def _table(pages: list[int], table_len: int) -> Int[np.ndarray, " P"]:
-    table = np.zeros(table_len, np.int32)
-    table[: len(pages)] = pages
-    return table
+def table(pages: list[int], table_len: int) -> Int[np.ndarray, " P"]:
+    """Pages of a sequence in order; 0 beyond them."""
+    padded = np.zeros(table_len, np.int32)
+    padded[: len(pages)] = pages
+    return padded
 
 
 def _rows(count: int, settings: Iterable[tuple[int, Sampling]]) -> Rows:

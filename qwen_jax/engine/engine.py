@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ from qwen_jax.engine.pages import Pages, default_page
 from qwen_jax.engine.request import (
     Event,
     Finish,
+    Prefix,
     Request,
     RequestError,
     Sampling,
@@ -27,12 +28,14 @@ from qwen_jax.engine.request import (
     Sparseness,
     check_ids,
 )
-from qwen_jax.engine.runner import Runner
+from qwen_jax.engine.runner import Runner, Window
 from qwen_jax.engine.scheduler import Decode, Scheduler, Slice, cut, default_slices
 from qwen_jax.sparse import Report
 from qwen_jax.survey import Grid, Survey
 
 _GREEDY = Sampling()
+WINDOW_UNIT = 1024
+"""Tokens of which `Engine.take` gives a multiple, so that few programs serve all lengths."""
 _SCORE_BYTES = 1 << 28  # logits that one slice of `score` may hold, if there is a slice so small
 
 
@@ -61,6 +64,8 @@ class EngineConfig:
             all else takes can be measured.
         whole_slices: share the beginnings of prompts by whole slices only, not by pages, so
             that a prompt is computed in the same slices whatever else the engine is serving.
+        held: tokens that `restore` will put into the cache, for which there is room beside
+            what the requests add to them; 0 for none.
 
     Raises:
         ConfigError: if a number is out of range.
@@ -79,6 +84,7 @@ class EngineConfig:
     dense_tail: int = 64
     attention: bool = True
     whole_slices: bool = False
+    held: int = 0
 
     def __post_init__(self):
         least = {
@@ -88,6 +94,7 @@ class EngineConfig:
             "page": 1,
             "vocab_limit": 1,
             "dense_tail": 0,
+            "held": 0,
         }
         for name, low in least.items():
             value = getattr(self, name)
@@ -97,6 +104,26 @@ class EngineConfig:
             descending = sorted(set(self.slices), reverse=True)
             if not self.slices or list(self.slices) != descending or min(self.slices) < 1:
                 raise ConfigError(f"slices={self.slices} must be positive, largest first")
+
+    def pages_of(self, page: int) -> int:
+        """Pages of the cache, if they have so many tokens."""
+        if self.num_pages is not None:
+            return self.num_pages
+        own = -(-self.max_len // page) - self.held // page
+        return self.max_seqs * own + -(-self.held // page) + 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """Tokens `start` to `stop` of a prompt, whose keys and values lie elsewhere.
+
+    Attributes:
+        load: gives them in the shape, dtype and placement that it is told (`Engine.window`).
+    """
+
+    start: int
+    stop: int
+    load: Callable[[jax.ShapeDtypeStruct], Window]
 
 
 class Engine:
@@ -146,7 +173,7 @@ class Engine:
         if geometry is not None and geometry.chunk_len >= self._slices[0]:
             self._boundary = geometry.chunk_len
         self._table_len = -(-config.max_len // self._page)
-        num_pages = config.num_pages or config.max_seqs * self._table_len + 1
+        num_pages = config.pages_of(self._page)
         self._pages = Pages(num_pages)
         # A function of its own: a method would tie engine and scheduler into a circle, and with
         # it the cache's memory to the garbage collector.
@@ -182,6 +209,7 @@ class Engine:
             budgets=budgets,
         )
         self._sequences: dict[int, Sequence] = {}
+        self._prefix: Prefix | None = None
         self._num_requests = 0
         self._roster: tuple[tuple[int, ...], batch.Roster] | None = None
         self.num_prefilled = 0
@@ -231,11 +259,11 @@ class Engine:
         self.check(request)
         number = self._num_requests
         self._num_requests += 1
-        budgets = self._config.sparse
-        is_sparse = budgets is not None and len(request.prompt) > budgets.threshold
-        self._sequences[number] = Sequence(
-            id=number, request=request, sparse=Sparseness() if is_sparse else None
-        )
+        prefix = self._prefix_of(request.prompt)
+        sparse = None
+        if self._is_sparse(request.prompt):
+            sparse = Sparseness() if prefix is None or prefix.sparse is None else prefix.sparse
+        self._sequences[number] = Sequence(id=number, request=request, prefix=prefix, sparse=sparse)
         self._scheduler.add(self._sequences[number])
         return number
 
@@ -252,6 +280,7 @@ class Engine:
         self._check_length(
             f"{prompt} prompt tokens and up to {answer} new ones, {prompt + answer} in all,",
             prompt + answer,
+            self._prefix_of(request.prompt),
         )
 
     def cancel(self, request_id: int) -> None:
@@ -290,6 +319,61 @@ class Engine:
                     raise RequestError(f"request {event.request_id}: {event.error}")
                 answers.get(event.request_id, []).extend(event.tokens)
         return list(answers.values())
+
+    def restore(
+        self,
+        tokens: Iterable[int],
+        pieces: Iterable[Piece],
+        sparse: Sparseness | None = None,
+    ) -> None:
+        """Put into the cache what prompts begin with that come after this; once.
+
+        Prompts that go on after these tokens take them as they are; the attention scales of
+        theirs are those of the tokens that were saved, wherever the temperature depends on the
+        length of the prompt.
+
+        Args:
+            pieces: that make them up; what `take` gave in whatever engine of this model.
+            sparse: how they were prefilled sparsely; None for densely.
+
+        Raises:
+            RequestError: if the tokens are none of the model's or do not fit.
+        """
+        tokens = self._checked(tokens)
+        if self._prefix is not None:
+            raise RequestError("the engine holds restored tokens already: build another engine")
+        pages = self._pages.take(-(-len(tokens) // self._page))
+        try:
+            table = batch.table(pages, self._table_len)
+            for piece in pieces:
+                hosts.check_preemption()
+                length = piece.stop - piece.start
+                window = piece.load(self.window(length))
+                self._runner.put_in(window, table, piece.start, length)
+        except BaseException:
+            self._pages.give(pages)
+            raise
+        self._prefix = Prefix(tokens=tokens, pages=tuple(pages), sparse=sparse)
+
+    def take(self, request_id: int, start: int, stop: int) -> Window:
+        """Keys and values of the prompt tokens from `start` to `stop`, for `restore`.
+
+        They are padded to `window(stop - start)`.
+
+        Raises:
+            RequestError: if the request is not running, or has not read as far as that.
+        """
+        sequence = self._sequences.get(request_id)
+        filled = 0 if sequence is None else sequence.prefilled
+        if sequence is None or not 0 <= start < stop <= filled:
+            raise RequestError(f"request {request_id} holds {filled} tokens, not {start}:{stop}")
+        size = self.window(stop - start).shape[1]
+        table = batch.table(sequence.pages, self._table_len)
+        return self._runner.take_out(table, start, size)
+
+    def window(self, tokens: int) -> jax.ShapeDtypeStruct:
+        """Shape [layers, tokens, kv_heads, head_dim], dtype and placement of what `take` gives."""
+        return self._runner.window(-(-tokens // WINDOW_UNIT) * WINDOW_UNIT)
 
     def score(
         self, tokens: Iterable[int], *, last: int | None = None
@@ -342,6 +426,15 @@ class Engine:
             if not 0 <= value < count:
                 raise ConfigError(f"{name}={value} must be from 0 to {count - 1}")
         return self._plans(self._checked(tokens), layer, head)
+
+    def _is_sparse(self, prompt: tuple[int, ...]) -> bool:
+        return self._config.sparse is not None and len(prompt) > self._config.sparse.threshold
+
+    def _prefix_of(self, prompt: tuple[int, ...]) -> Prefix | None:
+        """What was restored, if the prompt begins with it."""
+        if self._prefix is None or not self._prefix.begins(prompt):
+            return None
+        return self._prefix
 
     def _refuse_mesh(self, what: str) -> None:
         if self._mesh is not None:
@@ -431,8 +524,13 @@ class Engine:
             scales=self._scales(len(tokens)),
         )
 
-    def _check_length(self, what: str, length: int) -> None:
-        room = min(self._config.max_len, self._pages.total * self._page)
+    def _check_length(self, what: str, length: int, prefix: Prefix | None = None) -> None:
+        pages = self._pages.total
+        if self._prefix is not None:
+            pages -= len(self._prefix.pages)
+        if prefix is not None:
+            pages += len(prefix.tokens) // self._page
+        room = min(self._config.max_len, pages * self._page)
         if length > room:
             raise RequestError(
                 f"{what} do not fit: the engine holds {room} "
@@ -444,6 +542,8 @@ class Engine:
         sampling = sequence.request.sampling if piece.is_last else _GREEDY
         if sampling.repetition_penalty != 1:
             self._runner.mark(sequence.row, sequence.request.prompt)
+        if piece.copied is not None:
+            self._runner.copy_page(piece.copied, sequence.pages[piece.start // self._page])
         stop = piece.start + piece.length
         step = batch.prefill(
             sequence.span(piece.start, stop),

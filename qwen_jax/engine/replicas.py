@@ -19,8 +19,8 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float32
 
 from qwen_jax.config import ConfigError, ModelConfig
-from qwen_jax.engine.engine import Engine, EngineConfig
-from qwen_jax.engine.request import Event, Request, RequestError
+from qwen_jax.engine.engine import Engine, EngineConfig, Piece
+from qwen_jax.engine.request import Event, Request, RequestError, Sparseness
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -117,6 +117,18 @@ class Replicas:
     def describe(self) -> str:
         """One line on what runs where and how."""
         return f"{len(self._replicas)} replicas, each {self._replicas[0].engine.describe()}"
+
+    def restore(
+        self, tokens: Iterable[int], pieces: Iterable[Piece], sparse: Sparseness | None = None
+    ) -> None:
+        """As `Engine.restore`, in every replica.
+
+        Raises:
+            RequestError: if the tokens are none of the model's or do not fit.
+        """
+        tokens, pieces = tuple(tokens), tuple(pieces)
+        for replica in self._replicas:
+            replica.engine.restore(tokens, pieces, sparse)
 
     def add(self, request: Request) -> int:
         """Queue a request; returns the id that its events will carry.

@@ -153,12 +153,33 @@ class Event:
     error: str | None = None
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Prefix:
+    """A beginning of prompts whose keys and values were put into the cache from outside.
+
+    Attributes:
+        tokens: what prompts begin with that take it.
+        pages: that hold them, the last one perhaps in part.
+        sparse: how they were prefilled sparsely; None for densely.
+    """
+
+    tokens: tuple[int, ...]
+    pages: tuple[int, ...]
+    sparse: Sparseness | None
+
+    def begins(self, prompt: tuple[int, ...]) -> bool:
+        """Whether a prompt begins with it and goes on."""
+        size = len(self.tokens)
+        return len(prompt) > size and prompt[:size] == self.tokens
+
+
 @dataclasses.dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
     """A request the engine has accepted, with its counters.
 
     Attributes:
         sparse: how its prompt was prefilled sparsely so far; None for densely.
+        prefix: what its prompt begins with, of which it takes the pages.
         scales: factors on queries and keys while the prompt is prefilled.
         row: its row in decode batches; -1 while it waits.
         pages: its cache pages in order, enough for prompt and longest answer.
@@ -170,6 +191,7 @@ class Sequence:
     id: int
     request: Request
     sparse: Sparseness | None = None
+    prefix: Prefix | None = None
     scales: tuple[float, float] = (1.0, 1.0)
     row: int = -1
     pages: list[int] = dataclasses.field(default_factory=list)
@@ -186,7 +208,7 @@ class Sequence:
     @property
     def origin(self) -> object:
         """What keys and values depend on besides the tokens: the first `link`."""
-        return self.scales, self.sparse is not None
+        return self.scales, self.sparse is not None, self.prefix
 
     @property
     def capacity(self) -> int:

@@ -8,18 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
-from jaxtyping import Array, Bool, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pallas_kernels.backend import Backends, compiler_options
 from pallas_kernels.plan import SparsePlan
 from qwen_jax import cache as caches
-from qwen_jax import rope, sharding
+from qwen_jax import rope, sharding, transfer
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import sampling
 from qwen_jax.engine.batch import Choice, Prefill, Roster, Tokens
 from qwen_jax.model import DecodeStep, PrefillStep, Qwen2
 from qwen_jax.sparse import Budgets, Report
 from qwen_jax.survey import Grid, Survey
+
+Window = tuple[Float[Array, "L T K H"], Float[Array, "L T K H"]]
+"""Keys and values of consecutive tokens, outside the cache (`transfer`)."""
 
 
 class Runner:
@@ -59,7 +62,7 @@ class Runner:
         # As a plain list, which costs less to hand over at every step than a module's state.
         self._weights, structure = flatten(config, weights, dtype)
         whole, of_cache, platform = _placements(weights, mesh)
-        self._whole = whole
+        self._whole, self._mesh = whole, mesh
         # Where steps return them, or the second step of each kind would be compiled anew.
         self._rotary, self._seen, self._budgets = sharding.put(
             (
@@ -130,6 +133,30 @@ class Runner:
         )
         return np.asarray(token)
 
+    def take_out(self, page_table: Int[np.ndarray, " P"], start: int, size: int) -> Window:
+        """Keys and values of `size` tokens of a sequence, on the device (`transfer.take_out`)."""
+        return self._programs.take_out(self._cache, page_table, np.int32(start), size=size)
+
+    def put_in(
+        self, window: Window, page_table: Int[np.ndarray, " P"], start: int, length: int
+    ) -> None:
+        """Write what `take_out` gave, of which `length` tokens mean something."""
+        keys, values = window
+        self._cache = self._programs.put_in(
+            self._cache, keys, values, page_table, np.int32(start), np.int32(length)
+        )
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Make a page of the cache the same as another."""
+        self._cache = self._programs.copy_page(self._cache, np.int32(source), np.int32(target))
+
+    def window(self, size: int) -> jax.ShapeDtypeStruct:
+        """Shape, dtype and placement of the two arrays that `put_in` takes for `size` tokens."""
+        layers, heads, _, _, head_dim = self._cache.keys.shape
+        placed = self._whole if self._mesh is None else transfer.placement(self._mesh, size)
+        shape = layers, size, heads, head_dim
+        return jax.ShapeDtypeStruct(shape, self._cache.keys.dtype, sharding=placed)
+
     def mark(self, row: int, prompt: tuple[int, ...]) -> None:
         """Say which tokens the repetition penalty of a row begins with."""
         mask = np.zeros(self._seen.shape[1], bool)
@@ -187,6 +214,18 @@ class Steps:
         self.num_traced += 1
         return seen.at[row].set(mask)
 
+    def take_out(self, cache, page_table, start, size):
+        self.num_traced += 1
+        return transfer.take_out(cache, page_table, start, size=size)
+
+    def put_in(self, cache, keys, values, page_table, start, length):
+        self.num_traced += 1
+        return transfer.put_in(cache, keys, values, page_table, start, length)
+
+    def copy_page(self, cache, source, target):
+        self.num_traced += 1
+        return transfer.copy_page(cache, source, target)
+
     def _model(self, weights) -> Qwen2:
         # Runs when a step is traced, which is once for each program.
         self.num_traced += 1
@@ -204,6 +243,9 @@ class Programs(NamedTuple):
     score: Any
     decode: Any
     mark: Any
+    take_out: Any
+    put_in: Any
+    copy_page: Any
 
 
 def programs(steps: Steps, whole: Sharding, of_cache: Sharding, platform: str) -> Programs:
@@ -231,6 +273,9 @@ def programs(steps: Steps, whole: Sharding, of_cache: Sharding, platform: str) -
         score=jit(steps.score, (whole, of_cache)),
         decode=jit(steps.decode, (whole, of_cache, whole), ("cache", "seen")),
         mark=jit(steps.mark, whole, ("seen",)),
+        take_out=jit(steps.take_out, None, donated=(), static="size"),
+        put_in=jit(steps.put_in, of_cache),
+        copy_page=jit(steps.copy_page, of_cache),
     )
 
 

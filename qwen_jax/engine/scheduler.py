@@ -15,13 +15,18 @@ _ACCELERATOR_SLICES = (32768, 8192, 1024, 128)
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Slice:
-    """Prompt tokens `start` to `start + length` of one sequence, padded to `size`."""
+    """Prompt tokens `start` to `start + length` of one sequence, padded to `size`.
+
+    Attributes:
+        copied: page that must first be copied into the one that holds `start`.
+    """
 
     sequence: Sequence
     start: int
     length: int
     size: int
     is_sparse: bool = False
+    copied: int | None = None
 
     @property
     def is_last(self) -> bool:
@@ -177,6 +182,7 @@ class Scheduler:
     def _admit(self) -> None:
         while self._waiting and self._rows and not self._is_full:
             sequence = self._waiting[0]
+            self._begin(sequence)
             self._share(sequence)
             missing = -(-sequence.capacity // self._page) - len(sequence.pages)
             if missing > self._pages.free:
@@ -190,9 +196,19 @@ class Scheduler:
             sequence.row = heapq.heappop(self._rows)
             self._prefilling.append(self._waiting.popleft())
 
+    def _begin(self, sequence: Sequence) -> None:
+        """Give a sequence the full pages of its prefix; what is left of that is copied later."""
+        if sequence.prefix is None:
+            return
+        sequence.filled = len(sequence.prefix.tokens)
+        sequence.num_linked = sequence.filled // self._page
+        for page in sequence.prefix.pages[: sequence.num_linked]:
+            self._pages.share(page)
+            sequence.pages.append(page)
+
     def _share(self, sequence: Sequence) -> None:
         """Put known pages in the place of those that the sequence would fill next."""
-        while sequence.filled == sequence.num_linked * self._page:
+        while not self._whole_slices or sequence.filled == sequence.num_linked * self._page:
             found = self._known(sequence)
             if not found:
                 return
@@ -205,11 +221,11 @@ class Scheduler:
                 else:
                     sequence.pages.append(page)
                 sequence.num_linked += 1
-            sequence.filled = sequence.num_linked * self._page
+            sequence.filled = max(sequence.filled, sequence.num_linked * self._page)
 
     def _known(self, sequence: Sequence) -> list[tuple[int, Hashable]]:
         """The next page that can be shared, or all pages of the next slice, with their links."""
-        start, limit = sequence.filled, sequence.prompt_len
+        start, limit = sequence.num_linked * self._page, sequence.prompt_len
         stop = start + self._page
         if self._whole_slices:
             stop = self._slice_stop(start)
@@ -251,4 +267,14 @@ class Scheduler:
         if is_sparse:
             stop -= self._dense_tail
         length, size = cut(start, stop, self._slices, self._boundary)
-        return Slice(sequence=sequence, start=start, length=length, size=size, is_sparse=is_sparse)
+        prefix, copied = sequence.prefix, None
+        if prefix is not None and start == len(prefix.tokens) and start % self._page:
+            copied = prefix.pages[-1]
+        return Slice(
+            sequence=sequence,
+            start=start,
+            length=length,
+            size=size,
+            is_sparse=is_sparse,
+            copied=copied,
+        )

@@ -15,7 +15,7 @@ from pallas_kernels import backend
 from pallas_kernels.geometry import ChunkGeometry
 from qwen_jax.config import ConfigError, ModelConfig
 from qwen_jax.engine import engine as engines
-from qwen_jax.engine.engine import Engine, EngineConfig
+from qwen_jax.engine.engine import Engine, EngineConfig, Piece
 from qwen_jax.engine.pages import default_page
 from qwen_jax.engine.request import Request, RequestError
 from qwen_jax.engine.scheduler import default_slices
@@ -51,10 +51,15 @@ def scales(length, parity):
     return float(np.float32(query)), float(np.float32(key))
 
 
-def alone(request, parity):
-    """The answer and the reason of its end, from the definition."""
-    prompt_scales = scales(len(request.prompt), parity)
-    history = [(token, *prompt_scales) for token in request.prompt]
+def alone(request, parity, prefix=()):
+    """The answer and the reason of its end, from the definition.
+
+    What a prompt takes from outside has the scales of its own length.
+    """
+    prompt = request.prompt
+    kept = len(prefix) if len(prompt) > len(prefix) and prompt[: len(prefix)] == prefix else 0
+    history = [(token, *scales(kept, parity)) for token in prompt[:kept]]
+    history += [(token, *scales(len(prompt), parity)) for token in prompt[kept:]]
     answer = []
     while True:
         token = following(history)
@@ -68,14 +73,34 @@ def alone(request, parity):
         history.append((token, *scales(len(history) + 1, parity)))
 
 
+def restore(engine, prompt, parity=False):
+    """Puts what another engine has read of a prompt into an engine, in uneven pieces."""
+    other = build(vllm_parity=parity, page=2)
+    number = other.add(Request(prompt=prompt, max_new_tokens=2))
+    pieces, start = [], 0
+    while start < len(prompt):
+        (event,) = other.step()
+        if event.prefilled > start:
+            window = other.take(number, start, event.prefilled)
+            pieces.append(
+                Piece(start=start, stop=event.prefilled, load=lambda _, window=window: window)
+            )
+            start = event.prefilled
+    engine.restore(prompt, pieces)
+
+
 class Serving(RuleBasedStateMachine):
     """Requests come, are cancelled and end, with prompts that often begin alike."""
 
     parity = False
+    prefix = ()
+    whole_slices = False
 
     def __init__(self):
         super().__init__()
-        self.engine = build(num_pages=24, vllm_parity=self.parity)
+        self.engine = build(num_pages=24, vllm_parity=self.parity, whole_slices=self.whole_slices)
+        if self.prefix:
+            restore(self.engine, self.prefix, self.parity)
         self.requests, self.answers, self.ends, self.cancelled = {}, {}, {}, set()
         self.expected = {}
         self.scoring = None
@@ -98,7 +123,7 @@ class Serving(RuleBasedStateMachine):
         number = self.engine.add(request)
         assert number not in self.requests
         self.requests[number], self.answers[number] = request, []
-        self.expected[number] = alone(request, self.parity)
+        self.expected[number] = alone(request, self.parity, self.prefix)
 
     @rule(data=st.data())
     @precondition(lambda self: self.requests.keys() - self.ends.keys())
@@ -164,12 +189,21 @@ class Serving(RuleBasedStateMachine):
                 break
             self.step(1)
         assert self.ends.keys() == self.requests.keys()
-        assert self.engine._pages.used == 0
+        assert self.engine._pages.used == -(-len(self.prefix) // 4)
         assert self.engine.step() == []
 
 
 class ServingInParity(Serving):
     parity = True
+
+
+class ServingAfterAPrefix(Serving):
+    prefix = tuple(1 + i // 5 for i in range(10))
+
+
+class ServingAfterALongPrefix(Serving):
+    prefix = tuple(1 + i // 5 for i in range(26))
+    whole_slices = True
 
 
 TestServing = Serving.TestCase
@@ -179,6 +213,15 @@ TestServing.settings = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
+TestServingAfterAPrefix = ServingAfterAPrefix.TestCase
+TestServingAfterAPrefix.settings = settings(
+    max_examples=40,
+    stateful_step_count=50,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+TestServingAfterALongPrefix = ServingAfterALongPrefix.TestCase
+TestServingAfterALongPrefix.settings = TestServingAfterAPrefix.settings
 TestServingInParity = ServingInParity.TestCase
 TestServingInParity.settings = settings(
     max_examples=30,
@@ -205,6 +248,76 @@ def test_prompts_of_different_temperature_share_nothing():
         before = engine.num_prefilled
         engine.run([Request(prompt=prompt[:length], max_new_tokens=1)])
         assert engine.num_prefilled - before == computed
+
+
+@pytest.mark.parametrize("length", [1, 4, 10, 12, 26])
+def test_a_prefix_from_outside_is_not_computed_again(length):
+    engine = build(held=length)
+    prefix = tuple(i % 7 for i in range(length))
+    restore(engine, prefix)
+    requests = [Request(prompt=(*prefix, last), max_new_tokens=1) for last in range(5)]
+    expected = [alone(request, False, prefix)[0] for request in requests]
+    assert engine.run(requests) == expected
+    assert engine.num_prefilled == len(requests)
+    other = Request(prompt=prefix, max_new_tokens=1)
+    assert engine.run([other]) == [alone(other, False)[0]]
+    assert engine.num_prefilled == len(requests) + length
+    with pytest.raises(RequestError, match="holds restored tokens already"):
+        engine.restore(prefix, ())
+
+
+def test_a_conversation_after_a_prefix_is_read_once():
+    engine = build(held=10)
+    prefix = tuple(i % 7 for i in range(10))
+    restore(engine, prefix)
+    prompt = prefix + (1, 2, 3)
+    (answer,) = engine.run([Request(prompt=prompt, max_new_tokens=4)])
+    before = engine.num_prefilled
+    turn = Request(prompt=(*prompt, *answer, 5), max_new_tokens=1)
+    assert engine.run([turn]) == [alone(turn, False, prefix)[0]]
+    assert engine.num_prefilled - before == 2  # 16 of its 18 tokens fill pages
+
+
+def test_a_prefix_leaves_room_for_what_comes_after_it():
+    engine = build(held=30, max_seqs=2)
+    prefix = tuple(i % 7 for i in range(30))
+    assert engine._pages.total == 8 + 2 * (12 - 7)
+    restore(engine, prefix)
+    requests = [Request(prompt=(*prefix, last), max_new_tokens=17) for last in range(2)]
+    for request in requests:
+        engine.add(request)
+    engine.step()
+    engine.step()
+    assert engine._pages.free == 0
+    with pytest.raises(RequestError, match=r"41 in all.* holds 40"):
+        engine.check(Request(prompt=(5,) * 40, max_new_tokens=1))
+    engine.check(Request(prompt=(5,) * 39, max_new_tokens=1))
+
+
+def test_only_what_was_read_can_be_taken_out():
+    engine = build()
+    number = engine.add(Request(prompt=(1,) * 12, max_new_tokens=2))
+    with pytest.raises(RequestError, match=f"request {number} holds 0 tokens, not 0:8"):
+        engine.take(number, 0, 8)
+    engine.step()
+    assert engine.take(number, 0, 8)[0].shape[1] >= 8
+    for span in ((0, 9), (3, 3), (-1, 2)):
+        with pytest.raises(RequestError, match="holds 8 tokens"):
+            engine.take(number, *span)
+    with pytest.raises(RequestError, match="request 9 holds 0"):
+        engine.take(9, 0, 1)
+
+
+def test_a_prefix_that_cannot_be_loaded_leaves_the_engine_as_it_was():
+    def fail(_):
+        raise OSError
+
+    engine = build()
+    with pytest.raises(OSError):
+        engine.restore((1, 2, 3), [Piece(start=0, stop=3, load=fail)])
+    assert engine._pages.used == 0
+    with pytest.raises(RequestError, match="49 tokens do not fit"):
+        engine.restore((1,) * 49, ())
 
 
 def test_what_can_never_fit_is_refused_with_both_numbers():

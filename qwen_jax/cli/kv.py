@@ -1,0 +1,110 @@
+"""kv: look at KV sessions."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from convert.terminal import show, shown
+from qwen_jax import session
+from qwen_jax.cli.flags import Json
+from qwen_jax.session import Session, SessionError
+
+app = typer.Typer(
+    help="Look at what `prefill` keeps.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+_INSPECT_HELP = """Say what a KV session holds and with what it can be used.
+
+Reads session.json alone; `kv verify` reads the rest.
+
+\b
+Examples:
+  qwen-jax kv inspect kv/book
+"""
+_VERIFY_HELP = """Check every byte of a KV session against its checksums.
+
+`ask --kv` and others do the same before they use one.
+
+\b
+Examples:
+  qwen-jax kv verify kv/book
+"""
+Directory = Annotated[
+    Path,
+    typer.Argument(
+        metavar="DIR", help="A session that `prefill --out` has made.", show_default=False
+    ),
+]
+
+
+@app.command("inspect", help=_INSPECT_HELP)
+def inspect(directory: Directory, json_output: Json = False):
+    """See `_INSPECT_HELP`."""
+    found = session.read(directory)
+    identity = found.identity
+    if json_output:
+        body = dataclasses.asdict(found) | {
+            "saved": found.saved,
+            "complete": found.is_complete,
+            "bytes": found.num_bytes,
+        }
+        print(json.dumps(body, indent=2))
+        return
+    layers, heads, head_dim = identity.shape
+    settings = identity.settings
+    dca, sparse = settings.get("dca"), settings.get("sparse")
+    rows = {
+        "tokens": f"{found.saved:,}"
+        + ("" if found.is_complete else f" of {identity.num_tokens:,}: not finished"),
+        "files": ", ".join(f"{name} ({count:,} tokens)" for name, count in found.documents)
+        or "raw text or token ids",
+        "use with": "ask, chat, generate, batch" if identity.is_chat else "generate, batch",
+        "size": f"{found.num_bytes / 1e9:.3f} GB in {len(found.windows)} windows",
+        "arrays": f"{identity.dtype}, {layers} layers, {heads} key/value heads of {head_dim}",
+        "weights": identity.weights,
+        "tokenizer": identity.tokenizer,
+        "dual chunk": "none: plain rotary attention"
+        if dca is None
+        else f"chunk {dca[0]:,}, local {dca[1]:,}, original {settings.get('dca_original'):,}",
+        "prefill": "dense" if sparse is None else _sparse(found, sparse),
+        "written by": ", ".join(f"{name} {version}" for name, version in found.versions.items()),
+    }
+    show(list(rows.items()))
+
+
+@app.command("verify", help=_VERIFY_HELP)
+def verify(directory: Directory):
+    """See `_VERIFY_HELP`."""
+    found = session.read(directory)
+    session.read_tokens(directory, found)
+    done = 0
+    with shown("verify") as progress:
+
+        def on_bytes(count: int) -> None:
+            nonlocal done
+            done += count
+            progress(done, found.num_bytes)
+
+        session.check(directory, found, on_bytes=on_bytes)
+    if not found.is_complete:
+        raise SessionError(
+            f"{directory} is intact but not finished: {found.saved:,} of "
+            f"{found.identity.num_tokens:,} tokens; the `qwen-jax prefill` that began it goes on "
+            "there"
+        )
+    print(f"{directory} is intact: {found.saved:,} tokens, {found.num_bytes / 1e9:.3f} GB")
+
+
+def _sparse(found: Session, settings: dict) -> str:
+    figures = found.sparse or {}
+    density, recall = figures.get("density", 0.0), figures.get("recall", 0.0)
+    return (
+        f"sparse: {density:.1%} of the attention computed, recall {recall:.3f}, budgets "
+        f"{settings.get('sha256')}"
+    )

@@ -1,0 +1,190 @@
+"""prefill: read a long prompt once and keep its keys and values on disk."""
+
+import contextlib
+import dataclasses
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qwen_jax import hosts
+from qwen_jax.cli import documents, sessions
+from qwen_jax.cli import tokens as token_file
+from qwen_jax.cli.answer import interrupts, prefill_progress
+from qwen_jax.cli.ask import read_files
+from qwen_jax.cli.flags import Model, ModelArgument, ModelFlags, note, open_model, option
+from qwen_jax.cli.on_hosts import expand_on_hosts
+from qwen_jax.config import ConfigError
+from qwen_jax.engine.request import Event, Request, RequestError
+from qwen_jax.session import Session, Writer
+
+_NEW = 2  # tokens of an answer that is not waited for: a request has one, and this one goes on
+
+
+@expand_on_hosts
+def prefill(
+    model: ModelArgument,
+    model_flags: ModelFlags,
+    out: Annotated[Path, option("Directory of the session.", metavar="DIR")],
+    file: Annotated[
+        list[Path] | None,
+        option("A text file or a directory; may be given repeatedly.", metavar="PATH"),
+    ] = None,
+    system: Annotated[str | None, option("System text instead of the checkpoint's own.")] = None,
+    prompt_file: Annotated[Path | None, option("A UTF-8 file of raw text, for `generate`.")] = None,
+    tokens: Annotated[
+        Path | None, option("A file of token ids, for `generate`: a JSON list, or integers.")
+    ] = None,
+    save_every: Annotated[int, typer.Option(help="Tokens between two savings.")] = 65536,
+    overwrite: Annotated[
+        bool, option("Replace another session that is there.", "--overwrite")
+    ] = False,
+):
+    """Read a long prompt once and keep its keys and values on disk.
+
+    `ask`, `chat`, `generate` and `batch` go on after it with --kv DIR, on any mesh and
+    number of devices. Of --file, as in `ask`, any number of questions can be asked; raw
+    text and token ids are for `generate`. A prefill that was stopped or killed goes on
+    with the same command where it saved last; after SIGTERM it saves and exits with 75.
+    On several hosts DIR must be the same directory for all.
+
+    Examples:
+        qwen-jax prefill ckpt/7b-1m --file book.txt --out kv/book
+        qwen-jax ask ckpt/7b-1m --kv kv/book "Who is the narrator?"
+    """
+    given = {"--file": file or None, "--prompt-file": prompt_file, "--tokens": tokens}
+    named = [flag for flag, value in given.items() if value is not None]
+    if len(named) != 1:
+        raise ConfigError(f"give one of {', '.join(given)}, not {' and '.join(named) or 'none'}")
+    if system is not None and not file:
+        raise ConfigError(f"--system contradicts {named[0]}, which is raw: leave it out")
+    if not 1 <= save_every < 2**31:
+        raise ConfigError(f"--save-every {save_every} must be at least 1")
+    if not out.parent.is_dir():
+        raise FileNotFoundError(2, "there is no such directory", str(out.parent))
+    began = time.monotonic()
+    with interrupts(signal.SIGTERM) as stopped:
+        opened = open_model(model, model_flags)
+        rows, ids = _prompt(opened, file, system, prompt_file, tokens)
+        if rows:
+            documents.print_table(rows, len(ids), opened.max_len)
+        opened.check_fits(len(ids), _NEW)
+        with Writer(
+            out,
+            sessions.identity(opened, ids, is_chat=bool(file)),
+            ids,
+            documents=tuple(rows),
+            versions=sessions.versions(),
+            overwrite=overwrite,
+        ) as writer:
+            before = writer.session.saved
+            if before == len(ids):
+                note(f"{out} is complete already: {_described(writer.session)}")
+                return
+            if before:
+                note(f"{out} holds {before:,} of {len(ids):,} tokens: going on there")
+            _fill(opened, ids, writer, save_every, stopped)
+            seconds = time.monotonic() - began
+            note(
+                f"{len(ids) - before:,} tokens in {seconds:,.1f} s; "
+                f"{out} is complete: {_described(writer.session)}"
+            )
+
+
+def _prompt(
+    opened: Model,
+    file: list[Path] | None,
+    system: str | None,
+    prompt_file: Path | None,
+    tokens: Path | None,
+) -> tuple[list[tuple[str, int]], tuple[int, ...]]:
+    """Names of the files with their tokens, and the ids of the prompt."""
+    if tokens is not None:
+        return [], tuple(hosts.shared(lambda: token_file.read(tokens, opened.config.vocab_size)))
+    tokenizer = opened.tokenizer()
+    if prompt_file is not None:
+        ids = hosts.shared(lambda: tokenizer.encode_text(documents.read_text(prompt_file)))
+        if not ids:
+            raise ConfigError(f"{prompt_file} is empty: give at least one character")
+        return [], tuple(ids)
+    tokenizer.check_chatml()
+
+    def read() -> tuple[list[tuple[str, int]], list[int]]:
+        texts = read_files(file or (), tokenizer)
+        text = documents.joined(list(texts), "")
+        opening = tokenizer.default_system() if system is None else system
+        ids = [] if opening is None else tokenizer.encode_turn("system", opening)
+        rows = [(document.name, count) for document, count in texts.items()]
+        return rows, ids + tokenizer.open_turn("user", text)
+
+    rows, ids = hosts.shared(read)
+    return [(name, count) for name, count in rows], tuple(ids)
+
+
+def _fill(
+    opened: Model,
+    ids: tuple[int, ...],
+    writer: Writer,
+    save_every: int,
+    stopped: Callable[[], int],
+) -> None:
+    """Reads what is not saved yet, and saves it as it goes.
+
+    Raises:
+        hosts.Preempted: in all processes of a job, after all that was read is saved.
+        RequestError: if the model's numbers are not finite.
+        SessionError: if the disk is full or fails.
+    """
+    from qwen_jax.engine.engine import Engine
+
+    held = writer.session.saved
+    engine = opened.engine(len(ids) + _NEW, held=held)
+    if not isinstance(engine, Engine):
+        raise ConfigError(f"--mesh {opened.flags.mesh}: one prompt has no replicas: leave data out")
+    kept = sessions.Kept(directory=writer.directory, session=writer.session, tokens=ids)
+    if held:
+        kept.restore(engine)
+    number = engine.add(Request(prompt=ids, max_new_tokens=_NEW))
+    last = Event(request_id=number, prefilled=held)
+    progress = prefill_progress(len(ids))
+
+    def save() -> None:
+        if last.prefilled > writer.session.saved:
+            keys, values = engine.take(number, writer.session.saved, last.prefilled)
+            figures = None if last.sparse is None else dataclasses.asdict(last.sparse)
+            writer.add(last.prefilled, keys, values, figures)
+
+    with contextlib.closing(progress):
+        progress.update(held)
+        while last.prefilled < len(ids):
+            try:
+                (last,) = engine.step()
+            except hosts.Preempted:
+                save()
+                raise
+            if last.error is not None:
+                raise RequestError(last.error)
+            progress.update(last.prefilled)
+            if last.prefilled - writer.session.saved >= save_every or stopped():
+                save()
+            if stopped():
+                _leave(stopped(), writer.session)
+        save()
+
+
+def _leave(number: int, saved: Session) -> None:
+    """Ends a run that a signal has stopped."""
+    note(
+        f"stopped: {saved.saved:,} of {saved.identity.num_tokens:,} tokens are saved, the same "
+        "command goes on there"
+    )
+    if number == signal.SIGTERM:
+        raise typer.Exit(hosts.PREEMPTED)
+    raise KeyboardInterrupt
+
+
+def _described(found: Session) -> str:
+    return f"{found.saved:,} tokens, {found.num_bytes / 1e9:.3f} GB"

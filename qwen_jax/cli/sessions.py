@@ -1,0 +1,187 @@
+"""KV sessions as verbs use them: what identifies one, and how it comes into an engine."""
+
+import dataclasses
+import functools
+import hashlib
+import importlib.metadata
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from qwen_jax import session
+from qwen_jax.cli.flags import Model, note, option
+from qwen_jax.config import ConfigError
+from qwen_jax.engine.request import Sparseness
+from qwen_jax.session import Identity, Session, SessionError
+from qwen_jax.tokenizer import Tokenizer
+
+Kv = Annotated[
+    Path | None,
+    option("A KV session made by `prefill`, which the prompt goes on after.", metavar="DIR"),
+]
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def identity(opened: Model, tokens: tuple[int, ...], *, is_chat: bool) -> Identity:
+    """What the keys and values of a prompt depend on, with this model and these flags."""
+    return _identity(
+        opened,
+        num_tokens=len(tokens),
+        tokens_sha256=hashlib.sha256(session.encode_tokens(tokens)).hexdigest(),
+        is_chat=is_chat,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Of what writes a session."""
+    packages = ("qwen-jax", "jax", "orbax-checkpoint")
+    return {name: importlib.metadata.version(name) for name in packages}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Kept:
+    """A session that was checked and fits the model.
+
+    Attributes:
+        tokens: its prompt.
+    """
+
+    directory: Path
+    session: Session
+    tokens: tuple[int, ...]
+
+    @property
+    def documents(self) -> list[tuple[str, int]]:
+        """Names of the files that it holds, with their tokens."""
+        return list(self.session.documents)
+
+    def question(self, tokenizer: Tokenizer, text: str) -> list[int]:
+        """Ids that ask a question after the files, and invite the model to speak."""
+        return [*tokenizer.encode_text(text), *tokenizer.close_turn(), *tokenizer.open_answer()]
+
+    def restore(self, engine) -> None:
+        """Puts it into an engine that has no other; says what that took.
+
+        Raises:
+            SessionError: if its files cannot be read.
+        """
+        from qwen_jax.engine.engine import Piece
+
+        began = time.monotonic()
+        figures = self.session.sparse
+        pieces = [
+            Piece(
+                start=window.start,
+                stop=window.stop,
+                load=functools.partial(session.load, self.directory, self.session, window),
+            )
+            for window in self.session.windows
+        ]
+        tokens = self.tokens[: self.session.saved]
+        engine.restore(tokens, pieces, None if figures is None else _sparseness(figures))
+        size, seconds = self.session.num_bytes, time.monotonic() - began
+        note(
+            f"{self.directory}: {len(tokens):,} tokens from the disk, {size / 1e9:.3f} GB in "
+            f"{seconds:.2f} s ({size / 1e9 / seconds:.2f} GB/s)"
+        )
+
+
+def open_kept(opened: Model, directory: Path, *, chat: bool = False) -> Kept:
+    """A whole session of this model with these flags; every byte of it is checked.
+
+    Args:
+        chat: a question is to follow.
+
+    Raises:
+        SessionError: if it is damaged, not finished, or another model's.
+        ConfigError: if it ends where no question can follow.
+    """
+    found = session.read(directory)
+    here = _identity(
+        opened,
+        num_tokens=found.identity.num_tokens,
+        tokens_sha256=found.identity.tokens_sha256,
+        is_chat=found.identity.is_chat,
+    )
+    different = found.identity.difference(here)
+    if different is not None:
+        raise SessionError(
+            f"{directory} was prefilled differently ({different}): use the model and the flags "
+            "that it was made with, or prefill again"
+        )
+    if not found.is_complete:
+        raise SessionError(
+            f"{directory} holds {found.saved:,} of {found.identity.num_tokens:,} tokens: the "
+            "`qwen-jax prefill` that began it goes on there"
+        )
+    if chat and not found.identity.is_chat:
+        raise ConfigError(
+            f"{directory} holds raw text, after which no question can follow: use `generate`, or "
+            "prefill with --file"
+        )
+    tokens = session.read_tokens(directory, found)
+    session.check(directory, found)
+    return Kept(directory=directory, session=found, tokens=tokens)
+
+
+def tokenizer_fingerprint(directory: Path, names: tuple[str, ...] = _TOKENIZER_FILES) -> str:
+    """Checksum of the files that make tokens of a text."""
+    digest = hashlib.sha256()
+    for name in names:
+        path = directory / name
+        digest.update(path.read_bytes() if path.exists() else b"\0")
+    return digest.hexdigest()[:16]
+
+
+def weights_fingerprint(directory: Path) -> str:
+    """Fingerprint of a model's weights, the same before and after conversion.
+
+    Raises:
+        CheckpointError: if they are missing or damaged.
+    """
+    from convert import source
+    from qwen_jax import params
+
+    if params.is_converted(directory):
+        return params.read_manifest(directory).source_sha256
+    return source.check(directory).fingerprint()
+
+
+def _identity(opened: Model, *, num_tokens: int, tokens_sha256: str, is_chat: bool) -> Identity:
+    config = opened.config
+    return Identity(
+        weights=weights_fingerprint(opened.directory),
+        tokenizer=tokenizer_fingerprint(opened.directory),
+        settings=_settings(opened, num_tokens),
+        dtype=opened.precision()[0],
+        shape=(config.num_layers, config.num_kv_heads, config.head_dim),
+        num_tokens=num_tokens,
+        tokens_sha256=tokens_sha256,
+        is_chat=is_chat,
+    )
+
+
+def _sparseness(figures: Mapping[str, float]) -> Sparseness:
+    whole = {name: int(figures[name]) for name in ("pairs", "tokens")}
+    return Sparseness(**{**figures, **whole})
+
+
+def _settings(opened: Model, num_tokens: int) -> dict[str, Any]:
+    """Of attention, in so far as they matter to a prompt of this length."""
+    chosen = opened.settings()
+    del chosen["model"], chosen["dtype"]  # the identity has both
+    if opened.sparse is None or num_tokens <= opened.sparse.threshold:
+        chosen["sparse"] = None
+    return chosen
+
+
+def refuse_text(flags: dict[str, object]) -> None:
+    """Refuses flags that say what is in a session already.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    for name, value in flags.items():
+        if value is not None:
+            raise ConfigError(f"--kv contradicts {name}: the session holds its text already")

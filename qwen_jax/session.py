@@ -1,0 +1,536 @@
+"""Sessions: prompts that were prefilled once, kept on disk with their keys and values.
+
+A session is a directory:
+
+    session.json     what must be there, with checksums (see `Session`)
+    tokens           the prompt, four bytes an id, little-endian
+    window_000000    Orbax checkpoints of keys and values [layers, tokens, kv_heads, head_dim]
+    window_000001    of consecutive tokens, in order of their positions, without pages or
+    ...              shards, so that any mesh can take them
+    lock             held by the process that writes
+
+Windows are added one by one, each to be found in session.json once it is whole on disk; a
+stopped prefill goes on after the last of them. Several processes write and read one directory,
+which all of them must see; process 0 alone writes session.json.
+
+Nothing in a session is trusted: sizes are compared with the model's before anything is
+allocated, and content with its checksums before it is used.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen_jax import hosts
+from qwen_jax.config import ConfigError
+from qwen_jax.manifest import DTYPES, CheckpointError, File, file_sums
+
+FORMAT = "qwen-jax session 1"
+_MANIFEST, _TOKENS, _LOCK = "session.json", "tokens", "lock"
+_WINDOW = re.compile(r"window_\d{6}")
+_INSIDE = re.compile(r"window_\d{6}(/[\w.-]+)+")
+_OURS = re.compile(rf"{_MANIFEST}|{_TOKENS}|{_LOCK}|{_WINDOW.pattern}|.*\.(partial|orbax-.*)")
+_MOST_TOKENS = 1 << 28
+_READERS = 8  # threads that compute checksums
+
+
+class SessionError(ConfigError):
+    """A session that cannot be used or written; the text names it and the way out."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """Keys and values of the tokens from `start` to `stop`.
+
+    Attributes:
+        size: tokens in the arrays, padding included.
+        files: by path in the session.
+    """
+
+    name: str
+    start: int
+    stop: int
+    size: int
+    files: dict[str, File]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files.values())
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What the keys and values of a prompt depend on.
+
+    Attributes:
+        weights: fingerprint of the model's weights.
+        tokenizer: fingerprint of the files that made tokens of the text.
+        settings: of attention and of sparse prefill, by name.
+        dtype: of keys and values.
+        shape: layers, kv_heads and head_dim.
+        num_tokens: of the prompt.
+        tokens_sha256: of the file with its ids.
+        is_chat: whether the prompt ends inside the turn of a user, where a question goes.
+    """
+
+    weights: str
+    tokenizer: str
+    settings: dict[str, Any]
+    dtype: str
+    shape: tuple[int, int, int]
+    num_tokens: int
+    tokens_sha256: str
+    is_chat: bool
+
+    def difference(self, other: "Identity") -> str | None:
+        """The first thing that differs, in words with both values; None if all is equal."""
+        words = {"weights": "weights", "tokenizer": "tokenizer files", "dtype": "dtype"}
+        for name, text in words.items():
+            if getattr(self, name) != getattr(other, name):
+                return f"{text}: {getattr(self, name)} there, {getattr(other, name)} here"
+        for name in {**self.settings, **other.settings}:
+            there, here = self.settings.get(name), other.settings.get(name)
+            if there != here:
+                return f"{name}: {_shown(there)} there, {_shown(here)} here"
+        if self.shape != other.shape:
+            return f"layers, kv_heads and head_dim: {self.shape} there, {other.shape} here"
+        if (self.num_tokens, self.tokens_sha256) != (other.num_tokens, other.tokens_sha256):
+            return f"the prompt: {self.num_tokens:,} tokens there, {other.num_tokens:,} here"
+        if self.is_chat != other.is_chat:
+            return "a prompt of raw text and one of a chat"
+        return None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """What a session holds.
+
+    Attributes:
+        versions: of this package and of the libraries that wrote the files.
+        documents: names of the files that the prompt holds, with their tokens.
+        sparse: figures of sparse prefill so far (`engine.request.Sparseness`); None if dense.
+        windows: in order; together the tokens that were saved.
+    """
+
+    versions: dict[str, str]
+    identity: Identity
+    documents: tuple[tuple[str, int], ...]
+    sparse: dict[str, float] | None
+    windows: tuple[Window, ...]
+
+    @property
+    def saved(self) -> int:
+        """Tokens on disk."""
+        return self.windows[-1].stop if self.windows else 0
+
+    @property
+    def is_complete(self) -> bool:
+        return self.saved == self.identity.num_tokens
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all windows."""
+        return sum(window.num_bytes for window in self.windows)
+
+    def encode(self) -> bytes:
+        """The content of session.json, which carries its own checksum."""
+        body = {"format": FORMAT, **dataclasses.asdict(self)}
+        digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
+        return json.dumps({"sha256": digest, **body}, indent=1).encode() + b"\n"
+
+
+def read(directory: Path) -> Session:
+    """What a session says that it holds, whose parts fit each other.
+
+    Raises:
+        SessionError: if there is none, or it is damaged or of another format.
+    """
+    path = directory / _MANIFEST
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise SessionError(
+            f"{directory} is not a KV session, it has no {_MANIFEST}: make one with "
+            "`qwen-jax prefill --out`"
+        ) from None
+    except OSError as error:
+        raise SessionError(f"{path} cannot be read: {error.strerror}") from None
+    damaged = SessionError(f"{path} is damaged or was edited: prefill again with --overwrite")
+    try:
+        body = json.loads(content)
+        del body["sha256"]
+        if body.pop("format") != FORMAT:
+            raise SessionError(f"{path} is not of the format {FORMAT!r}: prefill again")
+        identity = body["identity"]
+        found = Session(
+            versions=body["versions"],
+            identity=Identity(**{**identity, "shape": tuple(identity["shape"])}),
+            documents=tuple((name, count) for name, count in body["documents"]),
+            sparse=body["sparse"],
+            windows=tuple(
+                Window(
+                    **{
+                        **row,
+                        "files": {name: File(**file) for name, file in row["files"].items()},
+                    }
+                )
+                for row in body["windows"]
+            ),
+        )
+        whole = found.encode() == content and len(body) == 5 and _is_sound(found)
+    except SessionError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise damaged from None
+    if not whole:
+        raise damaged
+    return found
+
+
+def read_tokens(directory: Path, session: Session) -> tuple[int, ...]:
+    """The prompt of a session.
+
+    Raises:
+        SessionError: if the file is missing or damaged.
+    """
+    path = directory / _TOKENS
+    identity = session.identity
+    try:
+        size = path.stat().st_size
+        data = path.read_bytes() if size == 4 * identity.num_tokens else b""
+    except OSError as error:
+        raise SessionError(f"{path} cannot be read: {error.strerror}") from None
+    if hashlib.sha256(data).hexdigest() != identity.tokens_sha256:
+        raise SessionError(f"{path} is damaged: its SHA-256 is not that of {_MANIFEST}")
+    return tuple(np.frombuffer(data, "<i4").tolist())
+
+
+def encode_tokens(tokens: tuple[int, ...]) -> bytes:
+    """The content of the file of tokens."""
+    return np.asarray(tokens, "<i4").tobytes()
+
+
+def check(
+    directory: Path, session: Session, *, on_bytes: Callable[[int], None] = lambda _: None
+) -> None:
+    """Compare every file of the windows with its size and checksum.
+
+    Several processes share the files between them.
+
+    Args:
+        on_bytes: told of bytes that were read, from several threads.
+
+    Raises:
+        SessionError: naming the first file that differs, is missing or is too many.
+    """
+    listed = {name: file for window in session.windows for name, file in window.files.items()}
+    for window in session.windows:
+        for path in sorted((directory / window.name).rglob("*")):
+            if not path.is_dir() and path.relative_to(directory).as_posix() not in listed:
+                raise SessionError(f"{path} is not in {_MANIFEST}: remove it")
+    for name, file in listed.items():
+        path = directory / name
+        size = path.stat().st_size if path.is_file() else None
+        if size is None:
+            raise SessionError(f"{path} is missing or not a file")
+        if size != file.size:
+            raise SessionError(f"{path} has {size} bytes instead of {file.size}")
+
+    def compare(name: str) -> None:
+        path = directory / name
+        try:
+            same = file_sums(path, on_bytes) == listed[name]
+        except OSError as error:
+            raise SessionError(f"{path} cannot be read: {error.strerror}") from None
+        if not same:
+            raise SessionError(f"{path} is damaged: its SHA-256 is not that of {_MANIFEST}")
+
+    mine = sorted(listed)[hosts.index() :: hosts.count()]
+    with ThreadPoolExecutor(_READERS) as pool:
+        for _ in pool.map(compare, mine):
+            pass
+
+
+def load(directory: Path, session: Session, window: Window, target):
+    """Keys and values of a window, on the devices.
+
+    Args:
+        target: their shape, dtype and placement (`engine.Engine.window`).
+
+    Raises:
+        SessionError: if the files cannot be read, or hold other arrays.
+    """
+    import jax
+
+    from qwen_jax import store
+
+    layers, heads, head_dim = session.identity.shape
+    shape = layers, window.size, heads, head_dim
+    dtype = DTYPES[session.identity.dtype]
+    if target.shape != shape or target.dtype != dtype:
+        raise SessionError(
+            f"{directory / window.name} holds {dtype}{shape}, "
+            f"the model takes {target.dtype}{target.shape}"
+        )
+    abstract = jax.ShapeDtypeStruct(shape, dtype, sharding=target.sharding)
+    folder = (directory / window.name).resolve()
+    try:
+        found = store.load(folder, {"keys": abstract, "values": abstract})
+    except CheckpointError as error:
+        raise SessionError(str(error)) from None
+    return found["keys"], found["values"]
+
+
+class Writer:
+    """A session that is being written, by one job at a time.
+
+    Args:
+        directory: an empty one, one to be made, or a session of the same prompt.
+        overwrite: delete another session that is there.
+
+    Attributes:
+        session: what is on disk.
+
+    Raises:
+        SessionError: if something else is there, or another job writes it.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        identity: Identity,
+        tokens: tuple[int, ...],
+        *,
+        documents: tuple[tuple[str, int], ...],
+        versions: Mapping[str, str],
+        overwrite: bool = False,
+    ):
+        self.directory = directory
+        self._lock: int | None = None
+        blank = Session(
+            versions=dict(versions),
+            identity=identity,
+            documents=documents,
+            sparse=None,
+            windows=(),
+        )
+        self.session = blank
+
+        def begin() -> int:
+            """Windows that are there already."""
+            with _writing(directory):
+                directory.mkdir(exist_ok=True)
+                self._take_lock()
+                there = self._there(identity, overwrite)
+                if there is None:
+                    _clear(directory)
+                    _write(directory / _TOKENS, encode_tokens(tokens))
+                    self._write(blank)
+                else:
+                    self.session = there
+                    self._drop_rest()
+            return len(self.session.windows)
+
+        try:
+            count = hosts.shared(begin)
+            if not hosts.is_first():
+                self.session = self._seen(count)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self) -> None:
+        """Lets other jobs have the session; harmless if done already."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def add(self, stop: int, keys, values, sparse: Mapping[str, float] | None = None) -> None:
+        """Puts the tokens up to `stop` on disk.
+
+        Args:
+            keys: [layers, tokens, kv_heads, head_dim], those after the last window, padded.
+            values: likewise.
+            sparse: figures of sparse prefill so far.
+
+        Raises:
+            SessionError: if the disk is full or fails; windows before it stay.
+        """
+        from qwen_jax import store
+
+        name = f"window_{len(self.session.windows):06d}"
+        folder = (self.directory / name).resolve()
+        try:
+            store.save(folder, {"keys": keys, "values": values})
+            files = hosts.shared(lambda: _sums(self.directory, folder))
+        except CheckpointError as error:
+            raise SessionError(
+                f"{error}; {self.session.saved:,} tokens are saved, the same command goes on there"
+            ) from None
+        window = Window(
+            name=name,
+            start=self.session.saved,
+            stop=stop,
+            size=keys.shape[1],
+            files={path: File(**file) for path, file in files.items()},
+        )
+        self.session = dataclasses.replace(
+            self.session,
+            sparse=None if sparse is None else dict(sparse),
+            windows=(*self.session.windows, window),
+        )
+        if hosts.is_first():
+            with _writing(self.directory):
+                self._write(self.session)
+
+    def _take_lock(self) -> None:
+        self._lock = os.open(self.directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SessionError(
+                f"{self.directory} is being written by another run: wait for it or name another "
+                "directory"
+            ) from None
+
+    def _there(self, identity: Identity, overwrite: bool) -> Session | None:
+        """The session to continue; None to begin one."""
+        names = sorted(path.name for path in self.directory.iterdir() if path.name != _LOCK)
+        foreign = [name for name in names if not _OURS.fullmatch(name)]
+        if foreign:
+            raise SessionError(
+                f"{self.directory} holds {foreign[0]}, which is no part of a KV session: name a "
+                "directory of its own"
+            )
+        if overwrite or not (self.directory / _MANIFEST).exists():
+            if names and not overwrite and names != [_TOKENS]:
+                raise SessionError(f"{self.directory} is no whole KV session: --overwrite it")
+            return None
+        there = read(self.directory)
+        read_tokens(self.directory, there)
+        different = there.identity.difference(identity)
+        if different is not None:
+            raise SessionError(
+                f"{self.directory} holds another session ({different}): name another directory "
+                "or --overwrite it"
+            )
+        return there
+
+    def _drop_rest(self) -> None:
+        """Removes what a killed run has left of a window."""
+        kept = {_MANIFEST, _TOKENS, _LOCK, *(window.name for window in self.session.windows)}
+        for path in self.directory.iterdir():
+            if path.name not in kept:
+                _remove(path)
+
+    def _seen(self, count: int) -> Session:
+        """The session as another process than the first one sees it."""
+        try:
+            found = read(self.directory)
+        except SessionError:
+            found = None
+        if found is None or len(found.windows) != count:
+            raise SessionError(
+                f"{self.directory} is not the same directory for all processes: name one on a "
+                "file system that they share"
+            )
+        return found
+
+    def _write(self, session: Session) -> None:
+        _write(self.directory / _MANIFEST, session.encode())
+
+
+@contextlib.contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """Turns what the disk complains about into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        path = error.filename or directory
+        raise SessionError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _is_sound(session: Session) -> bool:
+    """Whether numbers that decide about memory and paths are such as we write."""
+    identity, at = session.identity, 0
+    numbers = (*identity.shape, identity.num_tokens)
+    if not all(type(number) is int and 0 < number <= _MOST_TOKENS for number in numbers):
+        return False
+    if len(identity.shape) != 3 or identity.dtype not in DTYPES:
+        return False
+    for index, window in enumerate(session.windows):
+        if window.name != f"window_{index:06d}" or window.start != at or not window.files:
+            return False
+        spans = window.start < window.stop <= identity.num_tokens
+        if not spans or not window.stop - window.start <= window.size <= _MOST_TOKENS:
+            return False
+        for name, file in window.files.items():
+            inside = _INSIDE.fullmatch(name) and name.startswith(f"{window.name}/")
+            if not inside or ".." in name.split("/") or type(file.size) is not int:
+                return False
+        at = window.stop
+    return True
+
+
+def _sums(directory: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    """Checksums of a window's files, which are flushed to the disk."""
+    from qwen_jax.params import sync
+
+    inside = sorted(folder.rglob("*"))
+    with _writing(directory):
+        for path in (*inside, folder, folder.parent):
+            sync(path)
+        return {
+            f"{folder.name}/{path.relative_to(folder).as_posix()}": dataclasses.asdict(
+                file_sums(path)
+            )
+            for path in inside
+            if path.is_file()
+        }
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Writes a file, whole or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def _clear(directory: Path) -> None:
+    """Removes what is in a session, its manifest first."""
+    (directory / _MANIFEST).unlink(missing_ok=True)
+    for path in directory.iterdir():
+        if path.name != _LOCK:
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else json.dumps(value)
