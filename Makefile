@@ -1,6 +1,7 @@
 # make demo    a real model reads a long document and answers a question about it
 # make demo-long  the same in 24,576 tokens, read densely and sparsely, side by side
 # make demo-mesh  12,288 tokens on eight virtual devices and on one: the same answers
+# make demo-pod   two processes read a document, one is killed, the job goes on and is asked
 # make test    the test suite
 # make test-long  what takes longer: answers about 16,000 and 24,000 tokens
 # make test-tpu-aot  all kernels and steps compiled for five TPU generations, without a TPU, and
@@ -30,7 +31,7 @@ export TPU_WORKER_HOSTNAMES := localhost
 export TPU_ACCELERATOR_TYPE := v5litepod-4
 endif
 
-.PHONY: demo demo-long demo-mesh test test-long test-tpu-aot test-gpu-aot lint bench clean
+.PHONY: demo demo-long demo-mesh demo-pod test test-long test-tpu-aot test-gpu-aot lint bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py
@@ -40,6 +41,9 @@ demo-long: $(VENV)/.demo
 
 demo-mesh: $(VENV)/.demo
 	$(BIN)/python scripts/demo_mesh.py
+
+demo-pod: $(VENV)/.demo
+	$(BIN)/python scripts/demo_pod.py
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n 2 --dist loadfile

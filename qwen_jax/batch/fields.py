@@ -82,6 +82,8 @@ class Reader:
         vocab_size: of the model: ids in a prompt are below it.
         max_len: longest prompt and answer together, in tokens.
         eos_ids: token ids that end a completion.
+        prefix: tokens that every prompt goes on after; empty for none.
+        in_turn: whether they end inside the turn of a user.
     """
 
     tokenizer: Tokenizer
@@ -89,6 +91,8 @@ class Reader:
     vocab_size: int
     max_len: int
     eos_ids: tuple[int, ...]
+    prefix: tuple[int, ...] = ()
+    in_turn: bool = False
 
     @functools.cached_property
     def _turn_end_ids(self) -> tuple[int, ...]:
@@ -114,7 +118,8 @@ class Reader:
             stop = body.stop(self.defaults.stop)
             if body.take("ignore_eos", bool, False):
                 eos_ids = ()
-            prompt = self._chat(body) if line.url == CHAT else self._completion(body)
+            own = self._chat(body) if line.url == CHAT else self._completion(body)
+            prompt = self.prefix + own
             body.check_rest()
             if len(prompt) + new > self.max_len:
                 raise LineError(
@@ -133,11 +138,30 @@ class Reader:
         messages = body.take("messages", list, None)
         if not messages:
             raise LineError("messages must be a list of at least one message", param="messages")
-        return tuple(
-            self.tokenizer.encode_chat(
-                [_message(f"messages[{index}]", each) for index, each in enumerate(messages)]
+        messages = [_message(f"messages[{index}]", each) for index, each in enumerate(messages)]
+        if self.prefix:
+            return self._after_prefix(messages)
+        return tuple(self.tokenizer.encode_chat(messages))
+
+    def _after_prefix(self, messages: list[dict[str, str]]) -> tuple[int, ...]:
+        """Messages whose first one goes on with the turn in which the prefix ends."""
+        if not self.in_turn:
+            raise LineError(
+                "messages cannot follow a KV session of raw text: use /v1/completions, or prefill "
+                "with --file",
+                param="messages",
             )
-        )
+        first, *rest = messages
+        if first["role"] != "user":
+            raise LineError(
+                f"messages[0].role={_shown(first['role'])} must be 'user': the KV session has its "
+                "system text already, and ends where a question goes",
+                param="messages[0].role",
+            )
+        ids = [*self.tokenizer.encode_text(first["content"]), *self.tokenizer.close_turn()]
+        for message in rest:
+            ids += self.tokenizer.encode_turn(message["role"], message["content"])
+        return (*ids, *self.tokenizer.open_answer())
 
     def _completion(self, body: "_Body") -> tuple[int, ...]:
         prompt = body.take("prompt", (str, list), None)
