@@ -18,11 +18,13 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from qwen_jax import hosts
+from qwen_jax.batch import everywhere
 from qwen_jax.batch import run as batches
 from qwen_jax.batch.fields import Asked, Defaults, Reader
 from qwen_jax.batch.lines import Input
 from qwen_jax.batch.results import Results
-from qwen_jax.batch.run import Totals
+from qwen_jax.batch.run import Item, Totals
 from qwen_jax.cli import placement
 from qwen_jax.cli.answer import LINE_S, interrupts
 from qwen_jax.cli.flags import (
@@ -30,13 +32,12 @@ from qwen_jax.cli.flags import (
     Model,
     ModelArgument,
     ModelFlags,
-    expand,
     note,
     open_model,
     option,
 )
+from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.config import ConfigError
-from qwen_jax.hosts import PREEMPTED
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -46,7 +47,7 @@ _TOKENIZER_FILES = (
 )
 
 
-@expand
+@expand_on_hosts
 def batch(
     model: ModelArgument,
     requests: Annotated[
@@ -95,21 +96,31 @@ def batch(
         raise ConfigError(f"--price-per-hour {price_per_hour} must be at least 0")
     if topology is not None and not dry_run:
         raise ConfigError(f"--topology {topology} is for --dry-run: add it or leave this out")
+    if dry_run and not hosts.is_alone():
+        raise ConfigError("--dry-run is for one process: start it once, with --num-processes 1")
     with interrupts(signal.SIGTERM) as stopped:
         opened = open_model(model, model_flags)
         reader = _reader(opened, answer_flags)
-        source = Input(requests)
-        _check_output(requests, results)
-        if dry_run:
-            total = _scan(source, reader, stopped, show=True)
-        else:
-            total = _scan(source, reader, stopped)
+        # Process 0 alone reads and writes files.
+        source = Input(requests) if hosts.is_first() else None
+
+        def scan() -> dict[str, int]:
+            assert source is not None
+            _check_output(requests, results)
+            return dataclasses.asdict(_scan(source, reader, stopped, show=dry_run))
+
+        total = _Total(**hosts.shared(scan))
         if stopped():
             _leave(stopped())
-        if dry_run:
+        if dry_run and source is not None:
             _plan(opened, source, reader, total, max_seqs, topology, price_per_hour)
             return
-        _answer(opened, source, reader, results, total, max_seqs, price_per_hour, began, stopped)
+        try:
+            _answer(
+                opened, source, reader, results, total, max_seqs, price_per_hour, began, stopped
+            )
+        except hosts.Preempted as error:
+            raise hosts.Preempted(f"{error}: the same command goes on") from None
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -233,7 +244,7 @@ def _plan(
 
 def _answer(
     opened: Model,
-    source: Input,
+    source: Input | None,
     reader: Reader,
     path: Path,
     total: _Total,
@@ -242,11 +253,23 @@ def _answer(
     began: float,
     stopped: Callable[[], int],
 ) -> None:
-    """Gives every line a record, as far as it is not stopped, and says what this took."""
+    """Gives every line a record, as far as it is not stopped, and says what this took.
+
+    Args:
+        source: None in a process that neither reads lines nor keeps records.
+    """
     placement.mesh(opened.config, opened.flags.mesh)  # before anything asks for devices
-    with Results(path, _settings(opened, reader)) as kept:
-        there, done, engine = Totals(), Totals(), None
-        items = batches.missing(batches.items(source, reader), kept, there)
+    there, done, engine, kept = Totals(), Totals(), None, None
+    with contextlib.ExitStack() as stack:
+        if source is not None:
+            kept = stack.enter_context(Results(path, _settings(opened, reader)))
+
+        def missing() -> Iterator[Item]:
+            assert source is not None
+            assert kept is not None
+            return batches.missing(batches.items(source, reader), kept, there)
+
+        items = everywhere.items(missing)
         first = next(items, None)
         if first is not None:
             engine = opened.engine(
@@ -260,11 +283,13 @@ def _answer(
                     engine,
                     reader.tokenizer,
                     itertools.chain([first], items),
-                    kept,
+                    everywhere.Nowhere() if kept is None else kept,
                     model=opened.directory.resolve().name,
                     stopped=stopped,
                     on_step=on_step,
                 )
+        if kept is None:
+            return
         seconds = time.monotonic() - began
         note(
             f"{_count(done.answered, 'answer')} and {_count(done.refused, 'error')} "
@@ -321,14 +346,14 @@ def _leave(number: int) -> None:
     """Ends a run that a signal has stopped."""
     if number == signal.SIGTERM:
         note("stopped by SIGTERM: the same command goes on")
-        raise typer.Exit(PREEMPTED)
+        raise typer.Exit(hosts.PREEMPTED)
     raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def _shown(total: Totals, there: Totals) -> Iterator[Callable[[Totals], None]]:
     """A callback for what has been done: a bar on a terminal, a line now and then elsewhere."""
-    if sys.stderr.isatty():
+    if hosts.is_first() and sys.stderr.isatty():
         columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
         with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("", total=total.work)
