@@ -1,7 +1,9 @@
 """Table: Hugging Face name <-> our path and transform, both directions."""
 
 import dataclasses
+import math
 import re
+from collections.abc import Callable
 
 import numpy as np
 
@@ -37,6 +39,29 @@ class Entry:
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
         """The array for a tensor; a view if it is only reshaped."""
         return (transpose(tensor) if self.transposed else tensor).reshape(self.shape)
+
+    def piece(
+        self, index: tuple[slice, ...], read: Callable[[tuple[slice, ...]], np.ndarray]
+    ) -> np.ndarray:
+        """A piece of the array, from the rows and columns of the tensor that it lies in.
+
+        Args:
+            index: a slice with start and stop for each axis of the array.
+            read: gives a piece of the tensor for such slices.
+        """
+        cuts, shape, rest, axis = [], [], [], 0
+        for size in self.source_shape[::-1] if self.transposed else self.source_shape:
+            # Axes of the array that make up this one of the tensor; the first of them is cut.
+            axes = [axis]
+            while math.prod(self.shape[each] for each in axes) < size:
+                axes.append(axes[-1] + 1)
+            first, inner = index[axis], size // self.shape[axis]
+            cuts.append(slice(first.start * inner, first.stop * inner))
+            shape += [first.stop - first.start, *(self.shape[each] for each in axes[1:])]
+            rest += [slice(None), *(index[each] for each in axes[1:])]
+            axis = axes[-1] + 1
+        found = transpose(read(tuple(cuts[::-1]))) if self.transposed else read(tuple(cuts))
+        return found.reshape(shape)[tuple(rest)]
 
 
 def table(config: ModelConfig) -> dict[str, Entry]:

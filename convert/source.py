@@ -1,10 +1,12 @@
 """A checked, lazy reader of a Hugging Face checkpoint directory."""
 
+import contextlib
 import dataclasses
 import hashlib
+import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from convert.files import (
     regular_file,
     same_bytes,
 )
+from qwen_jax import hosts
 from qwen_jax.config import ModelConfig, model_config
 from qwen_jax.manifest import DTYPES, CheckpointError, Progress, file_sums
 
@@ -78,28 +81,68 @@ class Source:
             CheckpointError: if the file cannot be read or changed since it was checked.
         """
         tensor = self.tensors[name]
-        shard = self.shards[tensor.shard]
         data = np.empty(tensor.size, np.uint8)
-        view = data.data
         digest = hashlib.sha256()
+
+        def on_chunk(chunk: memoryview) -> None:
+            digest.update(chunk)
+            on_bytes(len(chunk))
+
+        with self._opened(tensor) as fill:
+            fill(data.data, 0, on_chunk)
+        return data.view(DTYPES[tensor.dtype]).reshape(tensor.shape), digest.hexdigest()
+
+    def read_piece(self, name: str, cut: tuple[slice, ...]) -> np.ndarray:
+        """What lies between the starts and stops of a slice for each axis of a tensor.
+
+        Whole rows are read at once, parts of rows row by row: no byte but what is asked for.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        tensor = self.tensors[name]
+        found = np.empty([each.stop - each.start for each in cut], DTYPES[tensor.dtype])
+        row_bytes = math.prod(tensor.shape[1:]) * found.itemsize
+        start = cut[0].start * row_bytes + sum(each.start for each in cut[1:]) * found.itemsize
+        whole_rows = found.shape[1:] == tensor.shape[1:]
+        runs = found.reshape(1 if whole_rows else len(found), -1).view(np.uint8)
+        with self._opened(tensor) as fill:
+            for number, run in enumerate(runs):
+                fill(run.data, start + number * row_bytes)
+        return found
+
+    @contextlib.contextmanager
+    def _opened(self, tensor: Tensor) -> Iterator[Callable[..., None]]:
+        """Opens the file of a tensor, whose bytes from an offset on then fill a buffer.
+
+        Raises:
+            CheckpointError: if the file cannot be read or changed since it was checked.
+        """
+        shard = self.shards[tensor.shard]
         try:
             with open_file(shard.path) as file:
                 if file_state(file.fileno()) != shard.state:
                     raise CheckpointError(f"{shard.path} changed while it was read: start again")
-                file.seek(tensor.start)
-                done = 0
-                while done < tensor.size:
-                    count = file.readinto(view[done : done + CHUNK_BYTES])
-                    if not count:
-                        raise CheckpointError(f"{shard.path} ends within {name}")
-                    digest.update(view[done : done + count])
-                    done += count
-                    on_bytes(count)
+
+                def fill(
+                    buffer: memoryview,
+                    offset: int,
+                    on_chunk: Callable[[memoryview], None] = lambda _: None,
+                ) -> None:
+                    file.seek(tensor.start + offset)
+                    done = 0
+                    while done < len(buffer):
+                        count = file.readinto(buffer[done : done + CHUNK_BYTES])
+                        if not count:
+                            raise CheckpointError(f"{shard.path} ends within {tensor.name}")
+                        on_chunk(buffer[done : done + count])
+                        done += count
+
+                yield fill
         except OSError as error:
             raise CheckpointError(
-                f"{shard.path}: {name} cannot be read: {error.strerror}"
+                f"{shard.path}: {tensor.name} cannot be read: {error.strerror}"
             ) from None
-        return data.view(DTYPES[tensor.dtype]).reshape(tensor.shape), digest.hexdigest()
 
     def fingerprint(self) -> str:
         """Checksum of the configuration, the headers and a sample of every tensor.
@@ -182,6 +225,8 @@ def check(directory: str | os.PathLike) -> Source:
 def verify_blobs(checked: Source, progress: Progress | None = None) -> int:
     """Check the shards whose SHA-256 is known: in a Hugging Face cache it is the blob's name.
 
+    Processes of a job share them.
+
     Returns:
         How many shards were checked.
 
@@ -191,7 +236,8 @@ def verify_blobs(checked: Source, progress: Progress | None = None) -> int:
     known = [
         shard for shard in checked.shards.values() if re.fullmatch("[0-9a-f]{64}", shard.path.name)
     ]
-    total = sum(shard.path.stat().st_size for shard in known)
+    own = hosts.dealt(known)
+    total = sum(shard.path.stat().st_size for shard in own)
     done = 0
 
     def on_bytes(count: int) -> None:
@@ -200,11 +246,12 @@ def verify_blobs(checked: Source, progress: Progress | None = None) -> int:
         if progress:
             progress(done, total)
 
-    for shard in known:
+    for shard in own:
         if file_sums(shard.path, on_bytes).sha256 != shard.path.name:
             raise CheckpointError(
                 f"{checked.directory / shard.file} is damaged: its SHA-256 is not its blob's name"
             )
+    hosts.await_all()
     return len(known)
 
 

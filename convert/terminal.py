@@ -15,6 +15,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 
+from qwen_jax import hosts
 from qwen_jax.manifest import Progress
 
 _LINE_EVERY_S = 10.0
@@ -22,7 +23,10 @@ _LINE_EVERY_S = 10.0
 
 @contextlib.contextmanager
 def shown(label: str) -> Iterator[Progress]:
-    """A callback for bytes done and in all, which writes to stderr."""
+    """A callback for bytes done and in all, which writes to stderr; of a job, in process 0."""
+    if not hosts.is_first():
+        yield lambda done, total: None
+        return
     console = Console(stderr=True)
     if console.is_terminal:
         columns = (

@@ -55,6 +55,7 @@ def convert(
     Every file of SRC is checked before anything is written, and what is
     written is read back and gets a SHA-256 sum. Memory stays near that of a
     layer, whatever the size of the model. --resume continues a stopped run.
+    Several processes that see one file system share the layers.
     """
     stored = {"keep": "keep", "f32": "float32", "bf16": "bfloat16"}[dtype]
     if dry_run:

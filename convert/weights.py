@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib.metadata
 import os
 import shutil
@@ -10,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from convert import names, pickled, publish, source
+from qwen_jax import hosts, params
 from qwen_jax import manifest as manifests
-from qwen_jax import params
-from qwen_jax.manifest import DTYPES, CheckpointError, File, Manifest, Progress, Tensor
+from qwen_jax.manifest import DTYPES, CheckpointError, Manifest, Progress, Tensor
 
 _LIBRARIES = ("qwen-jax", "jax", "orbax-checkpoint", "safetensors", "numpy")
 _SPARE_BYTES = 64 << 20  # of disk, for what Orbax keeps beside the arrays
@@ -50,6 +51,8 @@ def load_huggingface(
 ) -> dict:
     """The parameters in a Hugging Face directory, read a layer at a time.
 
+    Of several processes each reads what its devices hold.
+
     Raises:
         CheckpointError: if a file is missing, damaged or does not fit config.json.
         qwen_jax.config.ConfigError: if config.json cannot be used.
@@ -60,10 +63,15 @@ def load_huggingface(
     stack = params.Stack(params.abstract(checked.config, dtype), shardings)
     on_bytes = _counter(progress, checked.num_bytes)
     for part, entries in _by_part(checked).items():
-        stack.put(
-            part,
-            {entry.path: entry.to_ours(checked.read(entry.name, on_bytes)[0]) for entry in entries},
-        )
+        leaves = {}
+        for entry in entries:
+
+            def read(index, entry=entry):
+                return entry.piece(index, functools.partial(checked.read_piece, entry.name))
+
+            leaves[entry.path] = stack.build(entry.path, entry.shape, read)
+            on_bytes(checked.tensors[entry.name].size)
+        stack.put(part, leaves)
     return stack.tree()
 
 
@@ -83,6 +91,9 @@ def convert(
     a stopped run leaves `dst.partial`, which `resume` continues. Peak memory is about that of a
     layer or of the output head, whichever is larger, twice over.
 
+    Processes of a job share the parts, on a file system that all of them see; process 0 does
+    the rest.
+
     Args:
         dtype: "bfloat16", "float32", or "keep" to leave tensors as they are.
         overwrite: replace an existing checkpoint, or start a stopped run again.
@@ -98,6 +109,11 @@ def convert(
     output = Path(dst).resolve()
     with contextlib.ExitStack() as stack:
         if allow_pickle and pickled.only(src):
+            if not hosts.is_alone():
+                raise CheckpointError(
+                    f"{src} has weights in .bin files, which one process converts: start it "
+                    "alone, with --num-processes 1"
+                )
             src = stack.enter_context(pickled.as_safetensors(src, output))
         checked = source.check(src)
         publish.check_apart(checked.directory, output)
@@ -108,18 +124,43 @@ def convert(
             return there.source_sha256 == fingerprint and there.dtype == dtype
 
         staging = stack.enter_context(publish.Staging(output))
-        if staging.begin(
-            {"source": fingerprint, "dtype": dtype},
-            overwrite=overwrite,
-            resume=resume,
-            same=same,
-            ours=params.is_converted,
-        ):
+
+        def begin() -> bool:
+            return staging.begin(
+                {"source": fingerprint, "dtype": dtype},
+                overwrite=overwrite,
+                resume=resume,
+                same=same,
+                ours=params.is_converted,
+            )
+
+        if hosts.shared(begin):
             return params.read_manifest(output)
         with publish.errors(output):
+            _check_one_disk(staging.partial)
             manifest = _write(checked, staging, dtype, fingerprint, progress)
-        staging.publish()
+        if hosts.is_first():
+            staging.publish()
     return manifest
+
+
+def _check_one_disk(directory: Path) -> None:
+    """Raise CheckpointError if processes of a job do not see one and the same directory."""
+    if hosts.is_alone():
+        return
+    path = directory / "mark"
+
+    def mark() -> str:
+        text = os.urandom(8).hex()
+        publish.write(path, text)
+        return text
+
+    expected = hosts.shared(mark)
+    if not path.is_file() or path.read_text() != expected:
+        raise CheckpointError(
+            f"{directory}, where process 0 writes, is not here: several processes convert onto "
+            "a file system that all of them see"
+        )
 
 
 def _write(
@@ -129,7 +170,7 @@ def _write(
     fingerprint: str,
     progress: Progress | None,
 ) -> Manifest:
-    """Write what is missing of the checkpoint, then its manifest."""
+    """Write what is missing of the checkpoint, then its manifest; each process its share."""
     records = staging.partial / "parts"
     records.mkdir(exist_ok=True)
     whole = Manifest(
@@ -147,24 +188,43 @@ def _write(
         files={},
     )
     grouped = _by_part(checked)
-    done = {part: _recorded(staging.directory, records / f"{part}.json") for part in grouped}
-    _clean(staging.directory, {part for part, record in done.items() if record})
-    sizes = {part: sum(checked.tensors[e.name].size for e in grouped[part]) for part in grouped}
-    _check_space(checked, staging.directory, dtype, [p for p in grouped if done[p] is None])
-    on_bytes = _counter(progress, checked.num_bytes)
-    tensors: list[Tensor] = []
-    files: dict[str, File] = {}
-    for part, entries in grouped.items():
-        record = done[part]
+    own = hosts.dealt(list(grouped))
+    done = {part: _recorded(staging.directory, records / f"{part}.json") for part in own}
+    there = hosts.gathered([part for part, record in done.items() if record])
+    if hosts.is_first():
+        kept = {part for parts in there for part in parts}
+        _clean(staging.directory, kept)
+        _check_space(checked, staging.directory, dtype, [p for p in grouped if p not in kept])
+    hosts.await_all()
+    sizes = {part: sum(checked.tensors[e.name].size for e in grouped[part]) for part in own}
+    on_bytes = _counter(progress, sum(sizes.values()))
+    for part, record in done.items():
         if record is None:
+            entries = grouped[part]
             record = _write_part(checked, staging.directory, part, entries, dtype, whole, on_bytes)
             publish.write(records / f"{part}.json", record.encode())
         else:
             on_bytes(sizes[part])
-        tensors.extend(record.tensors)
-        files.update(record.files)
+    hosts.await_all()
+    if hosts.is_first():
+        parts = [manifests.read(records / f"{part}.json") for part in grouped]
+        _write_manifest(checked, staging.directory, whole, parts)
+    hosts.await_all()
+    manifest = params.read_manifest(staging.directory)
+    files = frozenset(hosts.dealt(list(manifest.files)))
+    manifests.check_files(staging.directory, manifest, full=files, on_bytes=lambda _: on_bytes(0))
+    hosts.await_all()
+    return manifest
+
+
+def _write_manifest(
+    checked: source.Source, directory: Path, whole: Manifest, parts: list[Manifest]
+) -> None:
+    """Copy the companions and say what there is with them and all parts."""
+    tensors = [tensor for part in parts for tensor in part.tensors]
+    files = {name: file for part in parts for name, file in part.files.items()}
     for name, path in checked.companions.items():
-        copy = staging.directory / name
+        copy = directory / name
         shutil.copyfile(path, copy)
         params.sync(copy)
         files[name] = manifests.file_sums(copy)
@@ -174,10 +234,7 @@ def _write(
         tensors=tuple(tensors),
         files=files,
     )
-    publish.write(staging.directory / "manifest.json", manifest.encode())
-    params.read_manifest(staging.directory)
-    manifests.check_files(staging.directory, manifest, full=True, on_bytes=lambda _: on_bytes(0))
-    return manifest
+    publish.write(directory / "manifest.json", manifest.encode())
 
 
 def _write_part(

@@ -2,6 +2,7 @@
 
 Every process does the same with the same, in the same order. Process 0 alone reads what may lie
 on its host only and writes answers; the others get what it read, and are silent on stdout.
+Conversion and verification have no steps in common: each process has its own share of the files.
 
 Two threads watch while a job runs. One takes part in jax's roll call of live processes, which
 returns without a process whose heartbeats have stopped; the other waits for the last words of a
@@ -23,7 +24,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from qwen_jax import rendezvous
@@ -56,20 +57,25 @@ class _Job:
     """A job that this process is part of.
 
     Attributes:
-        client: of jax's coordination service.
         heartbeat: seconds after which a silent process is dead.
+        state: jax's, with the client of its coordination service; None before they meet.
         steps: calls of `check_preemption`.
-        shared: calls of `shared`.
+        shared: calls of `shared` and `gathered`.
         is_over: whether somebody has the last word already.
     """
 
     place: Place
-    client: Any
     heartbeat: int
+    state: Any = None
     steps: int = 0
     shared: int = 0
     is_over: bool = False
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    @property
+    def client(self) -> Any:
+        """Of jax's coordination service; None before the processes meet."""
+        return self.state and self.state.client
 
     def claim(self) -> bool:
         """Whether the caller has the last word."""
@@ -89,11 +95,6 @@ def is_first() -> bool:
 def count() -> int:
     """Processes of the job; 1 for one that is alone."""
     return 1 if _job is None else _job.place.count
-
-
-def index() -> int:
-    """Number of this process, from 0."""
-    return 0 if _job is None else _job.place.process
 
 
 def is_alone() -> bool:
@@ -145,7 +146,12 @@ def find(
 
 
 def start(
-    place: Place | None, facts: Callable[[], Mapping[str, str]], *, heartbeat: int, timeout: int
+    place: Place | None,
+    facts: Callable[[], Mapping[str, str]],
+    *,
+    heartbeat: int,
+    timeout: int,
+    devices: bool = True,
 ) -> None:
     """Makes this process part of a job; does nothing for one that is alone.
 
@@ -155,6 +161,8 @@ def start(
         facts: says, by name, what must be the same in all processes.
         heartbeat: seconds after which a silent process is dead.
         timeout: seconds to wait for the others.
+        devices: False where each process works with its own CPU and jax is to know of no
+            other process. SIGTERM is then as Ctrl-C.
 
     Raises:
         ConfigError: if a process is missing, there twice, or differs.
@@ -165,7 +173,7 @@ def start(
             raise ConfigError(f"{flag} {value} must be at least 1 second")
     if place is None:
         return
-    _job = _Job(place=place, client=None, heartbeat=heartbeat)
+    _job = _Job(place=place, heartbeat=heartbeat)
     _redirect()
     _say(f"process {place.process} of {place.count}, {_where(place)}")
     try:
@@ -174,13 +182,16 @@ def start(
         rendezvous.withdraw(place, str(error), min(timeout, _GRACE_S))
         raise
     rendezvous.meet(place, {"--num-processes": str(place.count), **found}, timeout)
-    _connect(place, heartbeat, timeout)
+    _connect(place, heartbeat, timeout, devices)
     for watch in (_call_roll, _hear_last_words):
         threading.Thread(target=watch, args=(_job,), daemon=True).start()
 
 
 def shared(make: Callable[[], T]) -> T:
-    """What process 0 makes, on all of them; it must survive JSON."""
+    """What process 0 makes, on all of them; it must survive JSON.
+
+    The last one to read it has the coordination service forget it.
+    """
     if _job is None:
         return make()
     key, _job.shared = f"{_SHARED}{_job.shared}", _job.shared + 1
@@ -195,7 +206,30 @@ def shared(make: Callable[[], T]) -> T:
         return made
     count = int(client.blocking_key_value_get(f"{key}/parts", _FOREVER_MS))
     read = client.blocking_key_value_get_bytes
-    return json.loads(b"".join(read(f"{key}/{number}", _FOREVER_MS) for number in range(count)))
+    data = b"".join(read(f"{key}/{number}", _FOREVER_MS) for number in range(count))
+    if client.key_value_increment(f"{key}/read", 1) == _job.place.count - 1:
+        client.key_value_delete(key)
+    return json.loads(data)
+
+
+def gathered(value: T) -> list[T]:
+    """What each process gives, in the order of their numbers, on all; it must survive JSON."""
+    if _job is None:
+        return [value]
+    key, _job.shared = f"{_SHARED}{_job.shared}", _job.shared + 1
+    _job.client.key_value_set(f"{key}/{_job.place.process}", json.dumps(value))
+    read = _job.client.blocking_key_value_get
+    return [json.loads(read(f"{key}/{number}", _FOREVER_MS)) for number in range(count())]
+
+
+def await_all() -> None:
+    """Returns when every process has come here."""
+    gathered(None)
+
+
+def dealt(items: Sequence[T]) -> Sequence[T]:
+    """Those of some items that this process works on, if each works on its own."""
+    return items if _job is None else items[_job.place.process :: _job.place.count]
 
 
 def check_preemption() -> None:
@@ -240,12 +274,14 @@ def leave(code: int) -> int:
         return code
     if code not in (0, PREEMPTED):
         if not _job.is_over:
-            announce(f"exit code {code}", code)
+            announce("it was interrupted" if code == 130 else f"exit code {code}", code)
         _exit(_job, code)
-    import jax
-
     client, count = _job.client, _job.place.count
-    client.wait_at_barrier("qwen_jax/end", _FOREVER_MS)
+    try:
+        client.wait_at_barrier("qwen_jax/end", _FOREVER_MS)
+    except RuntimeError:
+        await_verdict()
+        raise
     if not _job.claim():
         threading.Event().wait()
     signal.signal(signal.SIGABRT, signal.SIG_DFL)
@@ -257,7 +293,7 @@ def leave(code: int) -> int:
         time.sleep(0.2)
     else:
         client.key_value_set(f"{_LEFT}{_job.place.process}", "yes")
-    jax.distributed.shutdown()
+    _job.state.shutdown()
     sys.stdout.flush()
     os._exit(code)
 
@@ -310,7 +346,7 @@ def _redirect() -> None:
     )
 
 
-def _connect(place: Place, heartbeat: int, timeout: int) -> None:
+def _connect(place: Place, heartbeat: int, timeout: int, devices: bool) -> None:
     """Starts jax's coordination service, and its client in this process."""
     import jax
     from jax._src import distributed
@@ -321,7 +357,13 @@ def _connect(place: Place, heartbeat: int, timeout: int) -> None:
     if _is_loopback(place.coordinator):
         _collectives_on_loopback()
     _on_abort(place)
-    jax.distributed.initialize(
+    _job.state = distributed.global_state if devices else distributed.State()
+    if not devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_enable_preemption_service", False)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    initialize = jax.distributed.initialize if devices else _job.state.initialize
+    initialize(
         place.coordinator,
         place.count,
         place.process,
@@ -330,7 +372,6 @@ def _connect(place: Place, heartbeat: int, timeout: int) -> None:
         heartbeat_timeout_seconds=heartbeat,
         coordinator_bind_address=place.bind,
     )
-    _job.client = distributed.global_state.client
 
 
 def _is_loopback(address: str) -> bool:

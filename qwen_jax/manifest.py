@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import ml_dtypes
@@ -185,10 +185,13 @@ def check_files(
     directory: Path,
     manifest: Manifest,
     *,
-    full: bool = False,
+    full: Collection[str] = (),
     on_bytes: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Compare files with their sizes, and with their checksums if they are small or `full` is set.
+    """Compare files with their sizes, and with their checksums if they are small.
+
+    Args:
+        full: files whose checksums are compared whatever their size.
 
     Raises:
         CheckpointError: naming the first file that differs, is missing or is not in the manifest.
@@ -201,7 +204,7 @@ def check_files(
                 raise CheckpointError(f"{path} is missing or not a file")
             if size != expected.size:
                 raise CheckpointError(f"{path} has {size} bytes instead of {expected.size}")
-            if (full or size <= _SMALL_BYTES) and file_sums(path, on_bytes) != expected:
+            if (name in full or size <= _SMALL_BYTES) and file_sums(path, on_bytes) != expected:
                 raise CheckpointError(f"{path} is damaged: its SHA-256 is not the manifest's")
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None

@@ -15,7 +15,7 @@ import ctypes
 import functools
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
+from qwen_jax import hosts, sharding, store
 from qwen_jax import manifest as manifests
-from qwen_jax import sharding, store
 from qwen_jax.config import ModelConfig, model_config
 from qwen_jax.manifest import DTYPES, CheckpointError, File, Manifest, Progress, Tensor
 from qwen_jax.model import Qwen2
@@ -123,7 +123,7 @@ def verify(
     """Check a converted checkpoint against its manifest.
 
     The fast check covers the presence and size of every file and the checksums of
-    small ones; the full check reads every file and every tensor.
+    small ones; the full check reads every file and every tensor. Processes of a job share it.
 
     Raises:
         CheckpointError: naming the first file or tensor that differs.
@@ -131,7 +131,10 @@ def verify(
     """
     directory = Path(directory)
     manifest = manifests.read(directory / "manifest.json")
-    total = manifest.num_bytes + sum(tensor.num_bytes for tensor in manifest.tensors)
+    files = hosts.dealt(list(manifest.files)) if full else []
+    own = dict(hosts.dealt(list(manifest.by_part().items()))) if full else {}
+    total = sum(manifest.files[name].size for name in files)
+    total += sum(tensor.num_bytes for tensors in own.values() for tensor in tensors)
     done = 0
 
     def on_bytes(count: int):
@@ -140,9 +143,9 @@ def verify(
         if progress and full:
             progress(done, total)
 
-    manifests.check_files(directory, manifest, full=full, on_bytes=on_bytes)
+    manifests.check_files(directory, manifest, full=frozenset(files), on_bytes=on_bytes)
     read_manifest(directory)
-    for part, tensors in manifest.by_part().items() if full else ():
+    for part, tensors in own.items():
         leaves = load_part(directory, part, tensors)
         for tensor in tensors:
             if manifests.array_sha256(tensor.to_source(leaves[tensor.path])) != tensor.sha256:
@@ -151,6 +154,8 @@ def verify(
                     "its SHA-256 is not the manifest's"
                 )
             on_bytes(tensor.num_bytes)
+    if full:
+        hosts.await_all()
     return manifest
 
 
@@ -301,8 +306,21 @@ class Stack:
             return jax.sharding.NamedSharding(sharding.mesh, spec)
         return sharding
 
-    def put(self, part: str, leaves: Mapping[tuple[str, ...], Any]) -> None:
-        """Place the arrays of a part, converted to the dtypes of the tree.
+    def build(
+        self,
+        path: tuple[str, ...],
+        shape: tuple[int, ...],
+        read: Callable[[tuple[slice, ...]], np.ndarray],
+    ) -> jax.Array:
+        """An array of a part where it goes, from what the devices of this process hold of it.
+
+        Args:
+            read: gives what lies between the starts and stops of a slice for each axis.
+        """
+        return sharding.build(shape, self.sharding(path), read)
+
+    def put(self, part: str, leaves: Mapping[tuple[str, ...], jax.Array]) -> None:
+        """Take the arrays of a part, which lie where they go, in the dtypes of the tree.
 
         Raises:
             CheckpointError: if they are not the part's arrays, or it is there already.
@@ -312,12 +330,11 @@ class Stack:
             path: leaf.shape for path, leaf in leaves.items()
         }:
             raise CheckpointError(f"part {part} does not hold the arrays it should")
-        placed = {path: _placed(leaf, self.sharding(path)) for path, leaf in leaves.items()}
         if part.startswith("block_"):
             index = int(part.removeprefix("block_"))
-            self._blocks = _write(self._blocks, placed, index)
+            self._blocks = _write(self._blocks, dict(leaves), index)
         else:
-            for path, leaf in placed.items():
+            for path, leaf in leaves.items():
                 self._rest[path] = leaf.astype(expected[path].dtype)
 
     def tree(self) -> dict:
@@ -330,11 +347,6 @@ class Stack:
             raise CheckpointError(f"parts {', '.join(self._missing)} were not loaded")
         done = nest({**self._blocks, **self._rest})
         return {name: done[name] for name in self._order}
-
-
-def _placed(leaf: Any, placement: jax.sharding.Sharding) -> jax.Array:
-    """A leaf where it goes; one from the disk is there already."""
-    return leaf if isinstance(leaf, jax.Array) else sharding.put(leaf, placement)
 
 
 def stored_dtype(dtypes: Iterable[str]) -> np.dtype:

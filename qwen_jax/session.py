@@ -257,10 +257,10 @@ def check(
         if not same:
             raise SessionError(f"{path} is damaged: its SHA-256 is not that of {_MANIFEST}")
 
-    mine = sorted(listed)[hosts.index() :: hosts.count()]
     with ThreadPoolExecutor(_READERS) as pool:
-        for _ in pool.map(compare, mine):
+        for _ in pool.map(compare, hosts.dealt(sorted(listed))):
             pass
+    hosts.await_all()
 
 
 def load(directory: Path, session: Session, window: Window, target):

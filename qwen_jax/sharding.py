@@ -10,7 +10,7 @@ A mesh has three axes, any of which may be 1:
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -187,6 +187,34 @@ def put(tree: Any, placement: Sharding) -> Any:
         return jax.make_array_from_callback(array.shape, placement, lambda index: array[index])
 
     return jax.tree.map(place, tree)
+
+
+def build(
+    shape: Sequence[int],
+    placement: Sharding,
+    read: Callable[[tuple[slice, ...]], np.ndarray],
+) -> jax.Array:
+    """An array on devices, those of other processes too, from what goes to those of this one.
+
+    Args:
+        read: gives what lies between the starts and stops of a slice for each axis.
+    """
+    shape = tuple(shape)
+
+    def bounds(index: tuple[slice, ...]) -> list[tuple[int, int]]:
+        found = (each.indices(size) for each, size in zip(index, shape, strict=True))
+        return [(start, stop) for start, stop, _ in found]
+
+    held = placement.addressable_devices_indices_map(shape).values()
+    ends = np.array([bounds(index) for index in held if index is not None])
+    first, last = ends[..., 0].min(0).tolist(), ends[..., 1].max(0).tolist()
+    part = read(tuple(map(slice, first, last)))
+
+    def at(index: tuple[slice, ...]) -> np.ndarray:
+        own = zip(bounds(index), first, strict=True)
+        return part[tuple(slice(start - begin, stop - begin) for (start, stop), begin in own)]
+
+    return jax.make_array_from_callback(shape, placement, at)
 
 
 def shardings(axes: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES) -> dict[str, Any]:

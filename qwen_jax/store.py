@@ -70,6 +70,8 @@ def errors(doing: str):
         with context:
             yield
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        if isinstance(error, RuntimeError):
+            hosts.await_verdict()  # another process may have died, for which Orbax waits
         code = re.search(r"os_error_code='(\d+)'", str(error))
         if code:
             reason = os.strerror(int(code[1]))

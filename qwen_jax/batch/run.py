@@ -40,6 +40,15 @@ class Engine(Protocol):
         ...
 
 
+@runtime_checkable
+class Kept(Protocol):
+    """Where records go, such as `Results`."""
+
+    def add(self, *records: Record) -> None:
+        """Keeps records; they are on disk when this returns."""
+        ...
+
+
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Totals:
     """What lines come to.
@@ -142,7 +151,7 @@ def run(
     engine: Engine,
     tokenizer: Tokenizer,
     asked: Iterator[Item],
-    kept: Results,
+    kept: Kept,
     *,
     model: str,
     stopped: Callable[[], object] = lambda: False,
@@ -160,6 +169,7 @@ def run(
 
     Raises:
         JournalError: if a record cannot be written.
+        Preempted: in all processes of a job after the same step, if it is to end.
     """
     done = Totals()
     running: dict[int, _Answering] = {}

@@ -18,25 +18,26 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from qwen_jax import hosts
+from qwen_jax.batch import everywhere
 from qwen_jax.batch import run as batches
 from qwen_jax.batch.fields import Asked, Defaults, Reader
 from qwen_jax.batch.lines import Input
 from qwen_jax.batch.results import Results
-from qwen_jax.batch.run import Totals
-from qwen_jax.cli import placement
+from qwen_jax.batch.run import Item, Totals
+from qwen_jax.cli import placement, sessions
 from qwen_jax.cli.answer import LINE_S, interrupts
 from qwen_jax.cli.flags import (
     AnswerFlags,
     Model,
     ModelArgument,
     ModelFlags,
-    expand,
     note,
     open_model,
     option,
 )
+from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.config import ConfigError
-from qwen_jax.hosts import PREEMPTED
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -46,7 +47,7 @@ _TOKENIZER_FILES = (
 )
 
 
-@expand
+@expand_on_hosts
 def batch(
     model: ModelArgument,
     requests: Annotated[
@@ -72,6 +73,7 @@ def batch(
     dry_run: Annotated[
         bool, option("Say what the lines come to and whether it fits; run nothing.", "--dry-run")
     ] = False,
+    kv: sessions.Kv = None,
     topology: Annotated[
         str | None,
         option("Devices that --dry-run plans for, as in `plan`; the CPU.", metavar="KIND:SIZE"),
@@ -82,10 +84,12 @@ def batch(
     Flags are for lines that do not say. A field that cannot be honoured makes its line
     an error record, which names it. A run that was stopped is continued by the same
     command: lines with a result are skipped. Exits with 0 when every line has a result,
-    with 75 after SIGTERM. docs/batch.md has the format.
+    with 75 after SIGTERM. With --kv the question of each line is about the files of a
+    session. docs/batch.md has the format.
 
     Examples:
         qwen-jax batch ckpt/7b-1m requests.jsonl results.jsonl --max-seqs 16
+        qwen-jax batch ckpt/7b-1m questions.jsonl results.jsonl --kv kv/book
         qwen-jax batch ckpt/7b-1m requests.jsonl results.jsonl --dry-run --topology v5e:4x4
     """
     began = time.monotonic()
@@ -95,21 +99,41 @@ def batch(
         raise ConfigError(f"--price-per-hour {price_per_hour} must be at least 0")
     if topology is not None and not dry_run:
         raise ConfigError(f"--topology {topology} is for --dry-run: add it or leave this out")
+    if dry_run and not hosts.is_alone():
+        raise ConfigError("--dry-run is for one process: start it once, with --num-processes 1")
     with interrupts(signal.SIGTERM) as stopped:
         opened = open_model(model, model_flags)
-        reader = _reader(opened, answer_flags)
-        source = Input(requests)
-        _check_output(requests, results)
-        if dry_run:
-            total = _scan(source, reader, stopped, show=True)
-        else:
-            total = _scan(source, reader, stopped)
+        kept = None if kv is None else sessions.open_kept(opened, kv)
+        reader = _reader(opened, answer_flags, kept)
+        # Process 0 alone reads and writes files.
+        source = Input(requests) if hosts.is_first() else None
+
+        def scan() -> dict[str, int]:
+            assert source is not None
+            _check_output(requests, results)
+            return dataclasses.asdict(_scan(source, reader, stopped, show=dry_run))
+
+        total = _Total(**hosts.shared(scan))
         if stopped():
             _leave(stopped())
-        if dry_run:
+        if dry_run and source is not None:
             _plan(opened, source, reader, total, max_seqs, topology, price_per_hour)
             return
-        _answer(opened, source, reader, results, total, max_seqs, price_per_hour, began, stopped)
+        try:
+            _answer(
+                opened,
+                source,
+                reader,
+                kept,
+                results,
+                total,
+                max_seqs,
+                price_per_hour,
+                began,
+                stopped,
+            )
+        except hosts.Preempted as error:
+            raise hosts.Preempted(f"{error}: the same command goes on") from None
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -125,7 +149,7 @@ class _Total(Totals):
     longest_line: int = 0
 
 
-def _reader(opened: Model, flags: AnswerFlags) -> Reader:
+def _reader(opened: Model, flags: AnswerFlags, kept: sessions.Kept | None) -> Reader:
     """Makes requests of lines, with what the flags say to those that do not."""
     sampling, stops = flags.sampling(opened.generation), flags.stops()
     if not 1 <= flags.max_new_tokens < 2**31:
@@ -137,6 +161,8 @@ def _reader(opened: Model, flags: AnswerFlags) -> Reader:
         vocab_size=opened.config.vocab_size,
         max_len=opened.max_len,
         eos_ids=opened.end_ids(tokenizer),
+        prefix=kept.tokens if kept else (),
+        in_turn=kept is not None and kept.session.identity.is_chat,
     )
 
 
@@ -211,12 +237,14 @@ def _plan(
         mesh = opened.flags.mesh
         topology = f"cpu:{1 if mesh is None else sharding.parse(mesh).size}"
     flags = opened.flags
+    held = len(reader.prefix)
     found = plan.examine(
-        opened, topology, total.longest, flags.mesh, flags.dtype, sequences=max_seqs
+        opened, topology, total.longest, flags.mesh, flags.dtype, sequences=max_seqs, held=held
     )
     plan.report(found)
+    read = budget.prefill_flops(opened.config, held) if held else 0.0
     flops = sum(
-        budget.prefill_flops(opened.config, len(asked.request.prompt))
+        budget.prefill_flops(opened.config, len(asked.request.prompt)) - read
         for _, asked in batches.items(source, reader)
         if isinstance(asked, Asked)
     )
@@ -233,8 +261,9 @@ def _plan(
 
 def _answer(
     opened: Model,
-    source: Input,
+    source: Input | None,
     reader: Reader,
+    kept: sessions.Kept | None,
     path: Path,
     total: _Total,
     max_seqs: int,
@@ -242,11 +271,23 @@ def _answer(
     began: float,
     stopped: Callable[[], int],
 ) -> None:
-    """Gives every line a record, as far as it is not stopped, and says what this took."""
+    """Gives every line a record, as far as it is not stopped, and says what this took.
+
+    Args:
+        source: None in a process that neither reads lines nor keeps records.
+    """
     placement.mesh(opened.config, opened.flags.mesh)  # before anything asks for devices
-    with Results(path, _settings(opened, reader)) as kept:
-        there, done, engine = Totals(), Totals(), None
-        items = batches.missing(batches.items(source, reader), kept, there)
+    there, done, engine, records = Totals(), Totals(), None, None
+    with contextlib.ExitStack() as stack:
+        if source is not None:
+            records = stack.enter_context(Results(path, _settings(opened, reader, kept)))
+
+        def missing() -> Iterator[Item]:
+            assert source is not None
+            assert records is not None
+            return batches.missing(batches.items(source, reader), records, there)
+
+        items = everywhere.items(missing, reader.prefix)
         first = next(items, None)
         if first is not None:
             engine = opened.engine(
@@ -254,17 +295,22 @@ def _answer(
                 max_seqs=max_seqs,
                 vocab_limit=reader.tokenizer.size,
                 whole_slices=True,
+                held=len(reader.prefix),
             )
+            if kept is not None:
+                kept.restore(engine)
             with _shown(total, there) as on_step:
                 done = batches.run(
                     engine,
                     reader.tokenizer,
                     itertools.chain([first], items),
-                    kept,
+                    everywhere.Nowhere() if records is None else records,
                     model=opened.directory.resolve().name,
                     stopped=stopped,
                     on_step=on_step,
                 )
+        if records is None:
+            return
         seconds = time.monotonic() - began
         note(
             f"{_count(done.answered, 'answer')} and {_count(done.refused, 'error')} "
@@ -273,16 +319,18 @@ def _answer(
         )
         if price is not None and engine is not None:
             note(_cost(seconds, engine.num_devices, price, done.lines))
-        errors = _count(kept.num_errors, "error")
-        note(f"{path} holds {_count(len(kept), 'result')}, of them {errors}")
+        errors = _count(records.num_errors, "error")
+        note(f"{path} holds {_count(len(records), 'result')}, of them {errors}")
         if there.lines + done.lines < total.lines:
             _leave(stopped())
 
 
-def _settings(opened: Model, reader: Reader) -> dict[str, Any]:
+def _settings(opened: Model, reader: Reader, kept: sessions.Kept | None) -> dict[str, Any]:
     """What the results depend on, beside the lines."""
     flags, defaults = opened.flags, reader.defaults
+    session = {} if kept is None else {"kv": kept.session.identity.tokens_sha256[:16]}
     return {
+        **session,
         **opened.settings(),
         "model": _fingerprint(opened.directory),
         "dtype": opened.precision()[0],
@@ -297,18 +345,9 @@ def _settings(opened: Model, reader: Reader) -> dict[str, Any]:
 
 def _fingerprint(directory: Path) -> str:
     """Checksum of a model and its tokenizer, the same before and after conversion."""
-    from convert import source
-    from qwen_jax import params
-
-    if params.is_converted(directory):
-        weights = params.read_manifest(directory).source_sha256
-    else:
-        weights = source.check(directory).fingerprint()
-    digest = hashlib.sha256(weights.encode())
-    for name in _TOKENIZER_FILES:
-        path = directory / name
-        digest.update(path.read_bytes() if path.exists() else b"\0")
-    return digest.hexdigest()[:16]
+    files = sessions.tokenizer_fingerprint(directory, _TOKENIZER_FILES)
+    both = sessions.weights_fingerprint(directory) + files
+    return hashlib.sha256(both.encode()).hexdigest()[:16]
 
 
 def _cost(seconds: float, num_devices: int, price: float, requests: int) -> str:
@@ -321,14 +360,14 @@ def _leave(number: int) -> None:
     """Ends a run that a signal has stopped."""
     if number == signal.SIGTERM:
         note("stopped by SIGTERM: the same command goes on")
-        raise typer.Exit(PREEMPTED)
+        raise typer.Exit(hosts.PREEMPTED)
     raise KeyboardInterrupt
 
 
 @contextlib.contextmanager
 def _shown(total: Totals, there: Totals) -> Iterator[Callable[[Totals], None]]:
     """A callback for what has been done: a bar on a terminal, a line now and then elsewhere."""
-    if sys.stderr.isatty():
+    if hosts.is_first() and sys.stderr.isatty():
         columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
         with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("", total=total.work)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
-from qwen_jax.cli import documents, sessions
+from qwen_jax.cli import documents, placement, sessions
 from qwen_jax.cli.answer import Answer, Engine, answer, write
 from qwen_jax.cli.ask import read_files
 from qwen_jax.cli.documents import Document, DocumentError
@@ -59,6 +59,7 @@ def chat(
         qwen-jax chat ckpt/7b-1m --max-len 262144 --system "Answer in French."
         echo "What is the capital of France?" | qwen-jax chat ckpt/7b-1m
     """
+    placement.one_process("a conversation runs")
     opened = open_model(model, model_flags)
     sampling = answer_flags.sampling(opened.generation)
     stops = answer_flags.stops()

@@ -1,5 +1,6 @@
 """The commands inspect and verify."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ from convert import source
 from convert.describe import describe
 from convert.terminal import show, shown
 from qwen_jax import params
+from qwen_jax.cli.on_hosts import expand_on_hosts
 
 Checkpoint = Annotated[
     Path, typer.Argument(metavar="PATH", help="Converted checkpoint or Hugging Face directory.")
@@ -66,6 +68,7 @@ def inspect(
         show([header, *listing], right=(3,))
 
 
+@functools.partial(expand_on_hosts, devices=False)
 def verify(
     path: Checkpoint,
     full: Annotated[
@@ -75,7 +78,8 @@ def verify(
     """Check that a checkpoint is whole.
 
     Without --full: sizes, headers and the sums of small files. A Hugging Face
-    directory carries no sums, unless it lies in a Hugging Face cache.
+    directory carries no sums, unless it lies in a Hugging Face cache. Several
+    processes share the files of --full.
     """
     with shown("verify") as progress:
         if params.is_converted(path):

@@ -23,6 +23,7 @@ _FILES = (
     "manifest.json",
 )
 _PACKAGES = ("qwen_jax", "pallas_kernels", "convert")
+_MODELS = ("model", "src", "path")  # arguments that name one
 _OWN = ("coordinator", "process_id")  # flags that differ between processes
 
 
@@ -46,8 +47,12 @@ class HostFlags:
     ] = 300
 
 
-def expand_on_hosts(verb: Callable) -> Callable:
-    """As `expand`, for a verb that several processes can run in lock-step."""
+def expand_on_hosts(verb: Callable, *, devices: bool = True) -> Callable:
+    """As `expand`, for a verb that several processes can run in lock-step.
+
+    Args:
+        devices: see `hosts.start`.
+    """
 
     def started(host_flags: HostFlags, **given):
         place = hosts.find(
@@ -61,6 +66,7 @@ def expand_on_hosts(verb: Callable) -> Callable:
             lambda: facts(verb.__name__, {"hosts": host_flags, **given}),
             heartbeat=host_flags.heartbeat,
             timeout=host_flags.init_timeout,
+            devices=devices,
         )
         return verb(**given)
 
@@ -102,13 +108,14 @@ def facts(verb: str, given: Mapping[str, Any]) -> dict[str, str]:
                 found[flag] = _digest(each.read_bytes())
             elif field not in _OWN and not _names_paths(each):
                 found[flag] = str(each)
-    model = given.get("model")
+    model = next((given[name] for name in _MODELS if given.get(name) is not None), None)
     if model is not None:
-        found |= _checkpoint(model, random=bool(given.get("random_weights")))
+        unread = bool(given.get("random_weights") or given.get("allow_pickle_weights"))
+        found |= _checkpoint(model, weights=not unread)
     return found
 
 
-def _checkpoint(model: Path, *, random: bool) -> dict[str, str]:
+def _checkpoint(model: Path, *, weights: bool) -> dict[str, str]:
     """The content of a model, by file; of weights that are not converted, samples."""
     from convert import source
     from qwen_jax import params
@@ -116,7 +123,7 @@ def _checkpoint(model: Path, *, random: bool) -> dict[str, str]:
     found = {
         name: _digest((model / name).read_bytes()) for name in _FILES if (model / name).is_file()
     }
-    if not random and not params.is_converted(model) and model.is_dir():
+    if weights and not params.is_converted(model) and model.is_dir():
         found["the weights"] = source.check(model).fingerprint()[:16]
     return found
 

@@ -74,12 +74,14 @@ def examine(
     dtype: str | None,
     *,
     sequences: int = 1,
+    held: int = 0,
     compiled: bool = False,
 ) -> dict[str, Any]:
     """All that `plan` says, as JSON has it.
 
     Args:
         sequences: that are in the cache at once, of so many tokens each.
+        held: of these, with which all begin alike.
 
     Raises:
         ConfigError: if a flag cannot be used with this model.
@@ -110,7 +112,7 @@ def examine(
         if budgets is not None and tokens > budgets.threshold:
             columns = most_columns(budgets, -(-tokens // page) * page)
         return budget.Load(
-            tokens=sequences * tokens,
+            tokens=sequences * (tokens - held) + held,
             page=page,
             slice_len=opened.flags.slice or cut(0, tokens, slices, None)[1],
             dtype=_precision(dtype, device, config),

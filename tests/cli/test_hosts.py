@@ -10,11 +10,11 @@ import time
 import children
 import jax
 import pytest
-from checkpoints import Tiny
+from checkpoints import Tiny, assert_trees_equal, expected_tree
 from jobs import Job
 
 from convert import weights
-from qwen_jax import hosts
+from qwen_jax import hosts, params
 from qwen_jax.cli import main, on_hosts
 
 PROMPT = "The bee and the bear"
@@ -64,6 +64,20 @@ tree = weights.load(directory, shardings=placed)
 own = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 print(read() - before, own, file=sys.stderr, flush=True)
 sys.exit(hosts.leave(0))
+"""
+# Process 1 is killed before it reads the second layer.
+DIES = """
+import os, signal, sys
+from qwen_jax import params
+from qwen_jax.cli import main
+
+def restore(directory, part, target, real=params._restore):
+    if part == "block_001" and sys.argv[-1] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(directory, part, target)
+
+params._restore = restore
+sys.exit(main())
 """
 
 
@@ -190,6 +204,16 @@ def test_who_is_killed_in_a_step_is_named(tiny, tmp_path, victim):
         assert error.startswith(f"error: process {victim}"), error
 
 
+@pytest.mark.long
+def test_who_is_killed_while_weights_are_loading_is_named(tiny, tmp_path):
+    weights.convert(tiny, tmp_path / "ours")
+    arguments = [tmp_path / "ours", "--prompt", PROMPT, *GREEDY, "--heartbeat", HEARTBEAT]
+    with Job(2, tmp_path, "generate", *arguments, code=DIES) as job:
+        assert job.codes(0, seconds=120) == [hosts.LOST], job.err(0)
+        (error,) = job.errors()[0]
+        assert error.startswith("error: process 1 of 2 did not answer"), error
+
+
 def test_a_process_that_fails_ends_the_others_with_its_reason(tiny, tmp_path):
     arguments = ["generate", tiny, "--prompt-file", tmp_path / "nowhere.txt", *GREEDY]
     with Job(2, tmp_path, *arguments) as job:
@@ -294,12 +318,47 @@ def test_paths_may_differ_between_hosts_but_not_what_a_model_is(tiny, model):
     assert same != facts(model, greedy=True)
 
 
+def test_two_processes_share_a_conversion(tmp_path):
+    model = Tiny(layers=3, shards=2, dtype="bfloat16")
+    expected = expected_tree(model, model.write(tmp_path / "hf"))
+    with Job(2, tmp_path, "convert", tmp_path / "hf", tmp_path / "ours") as job:
+        assert job.codes() == [0, 0], job.err(0) + job.err(1)
+        assert job.out(0).startswith("checkpoint  ")
+        assert job.out(1) == ""
+    weights.convert(tmp_path / "hf", tmp_path / "alone")
+    found, alone = (params.verify(tmp_path / name, full=True) for name in ("ours", "alone"))
+    # Files of Orbax have times and random names in them; tensors have neither.
+    assert dataclasses.replace(found, files={}) == dataclasses.replace(alone, files={})
+    assert_trees_equal(weights.load(tmp_path / "ours"), expected)
+    assert not (tmp_path / "ours.partial").exists()
+
+
+@pytest.mark.parametrize("verb", ["chat", "calibrate", "plot", "bench"])
+def test_verbs_of_one_process_do_not_start_in_a_job(verb, tiny, run, monkeypatch, tmp_path):
+    monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", "1531576320.0;tcp://10.96.0.1:34911")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "4")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "3")
+    arguments = {
+        "chat": [tiny],
+        "calibrate": [tiny, "--data", tmp_path, "--out", tmp_path / "budgets.json"],
+        "plot": ["plan", tiny, "--file", tmp_path],
+        "bench": ["kernels"],
+    }
+    code, out, err = run(verb, *arguments[verb])
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert "in one process, but the environment says that this is process 3 of 4: start a" in err
+
+
 @pytest.mark.long
-def test_each_process_reads_its_part_of_the_weights(tmp_path):
+@pytest.mark.parametrize("form", ["converted", "Hugging Face"])
+def test_each_process_reads_its_part_of_the_weights(form, tmp_path):
     model = Tiny(layers=1, hidden=1024, heads=4, kv_heads=2, mlp=1024, vocab=131072)
     model.write(tmp_path / "model")
-    weights.convert(tmp_path / "model", tmp_path / "ours")
-    with Job(2, tmp_path, tmp_path / "ours", code=LOAD) as job:
+    directory = tmp_path / "model"
+    if form == "converted":
+        directory = tmp_path / "ours"
+        weights.convert(tmp_path / "model", directory)
+    with Job(2, tmp_path, directory, code=LOAD) as job:
         assert job.codes() == [0, 0], job.err(0)
         for index in range(2):
             read, own = map(int, job.err(index).splitlines()[-1].split())

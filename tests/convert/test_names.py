@@ -1,9 +1,10 @@
 import json
 
+import numpy as np
 import pytest
 from checkpoints import Tiny
 
-from convert import names
+from convert import names, source
 from qwen_jax import params
 from qwen_jax.config import model_config
 
@@ -57,3 +58,26 @@ def test_names_and_shapes_are_those_of_transformers(tied, tmp_path):
         model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**raw))
     theirs = {name: tuple(value.shape) for name, value in model.named_parameters()}
     assert {name: e.source_shape for name, e in names.table(config).items()} == theirs
+
+
+@pytest.mark.parametrize("tiny", [Tiny(), Tiny(heads=4, kv_heads=1, hidden=32, tied=True)])
+def test_any_piece_of_an_array_comes_from_the_rows_and_columns_that_hold_it(tiny, tmp_path):
+    tensors = tiny.write(tmp_path / "hf")
+    checked = source.check(tmp_path / "hf")
+    rng = np.random.default_rng(0)
+    for name, entry in checked.table.items():
+        whole = entry.to_ours(tensors[name])
+        for _ in range(20):
+            ends = [sorted(rng.choice(size + 1, 2, replace=False)) for size in entry.shape]
+            index = tuple(slice(int(start), int(stop)) for start, stop in ends)
+            read = []
+
+            def counted(cut, name=name, read=read):
+                read.append(checked.read_piece(name, cut))
+                return read[-1]
+
+            piece = entry.piece(index, counted)
+            assert piece.tobytes() == whole[index].tobytes(), (name, index)
+            # Heads are cut one from another, and nothing within them.
+            heads = entry.shape[-1] if len(entry.shape) > len(entry.source_shape) else 1
+            assert sum(each.size for each in read) <= piece.size * heads

@@ -270,7 +270,7 @@ def test_a_conversation_after_a_prefix_is_read_once():
     engine = build(held=10)
     prefix = tuple(i % 7 for i in range(10))
     restore(engine, prefix)
-    prompt = prefix + (1, 2, 3)
+    prompt = (*prefix, 1, 2, 3)
     (answer,) = engine.run([Request(prompt=prompt, max_new_tokens=4)])
     before = engine.num_prefilled
     turn = Request(prompt=(*prompt, *answer, 5), max_new_tokens=1)
@@ -310,10 +310,10 @@ def test_only_what_was_read_can_be_taken_out():
 
 def test_a_prefix_that_cannot_be_loaded_leaves_the_engine_as_it_was():
     def fail(_):
-        raise OSError
+        raise OSError("no such window")
 
     engine = build()
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="no such window"):
         engine.restore((1, 2, 3), [Piece(start=0, stop=3, load=fail)])
     assert engine._pages.used == 0
     with pytest.raises(RequestError, match="49 tokens do not fit"):
