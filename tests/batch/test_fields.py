@@ -216,3 +216,42 @@ def test_a_model_that_does_not_chat_ends_the_run(tokenizer):
     asked(base, completion("a"))
     with pytest.raises(TokenizerError, match="base model"):
         asked(base, chat("a"))
+
+
+def test_questions_go_on_with_the_turn_in_which_a_session_ends(tokenizer):
+    opening = (
+        *tokenizer.encode_turn("system", "Be brief."),
+        *tokenizer.open_turn("user", "A b.\n"),
+    )
+    made = dataclasses.replace(reader(tokenizer), prefix=opening, in_turn=True)
+    later = [{"role": "assistant", "content": "Yes"}, {"role": "user", "content": "How?"}]
+    found = asked(
+        made, line("a", CHAT, {"messages": [{"role": "user", "content": "Why?"}, *later]})
+    )
+    whole = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "A b.\nWhy?"},
+        *later,
+    ]
+    assert found.request.prompt == tuple(tokenizer.encode_chat(whole))
+    assert asked(made, completion("a", [7, 8])).request.prompt == (*opening, 7, 8)
+
+
+@pytest.mark.parametrize(
+    ("in_turn", "role", "problem"),
+    [
+        (True, "system", r"messages\[0\].role='system' must be 'user'"),
+        (True, "assistant", r"messages\[0\].role='assistant' must be 'user'"),
+        (False, "user", "cannot follow a KV session of raw text"),
+    ],
+)
+def test_what_cannot_follow_a_session_is_refused(tokenizer, in_turn, role, problem):
+    made = dataclasses.replace(reader(tokenizer), prefix=(7, 8), in_turn=in_turn)
+    with pytest.raises(LineError, match=problem):
+        asked(made, line("a", CHAT, {"messages": [{"role": role, "content": "Why?"}]}))
+
+
+def test_a_session_counts_for_the_length(tokenizer):
+    made = dataclasses.replace(reader(tokenizer), prefix=(7,) * 50, max_len=60, in_turn=True)
+    with pytest.raises(LineError, match=r"52 prompt tokens and up to 9 new ones do not fit"):
+        asked(made, completion("a", [7, 8], max_tokens=9))
