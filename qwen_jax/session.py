@@ -40,7 +40,7 @@ FORMAT = "qwen-jax session 1"
 _MANIFEST, _TOKENS, _LOCK = "session.json", "tokens", "lock"
 _WINDOW = re.compile(r"window_\d{6}")
 _INSIDE = re.compile(r"window_\d{6}(/[\w.-]+)+")
-_OURS = re.compile(rf"{_MANIFEST}|{_TOKENS}|{_LOCK}|{_WINDOW.pattern}|.*\.(partial|orbax-.*)")
+_OURS = re.compile(rf"({_MANIFEST}|{_TOKENS})(\.partial)?|{_LOCK}|{_WINDOW.pattern}(\..*)?")
 _MOST_TOKENS = 1 << 28
 _READERS = 8  # threads that compute checksums
 
