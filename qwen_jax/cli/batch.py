@@ -35,6 +35,7 @@ from qwen_jax.cli.flags import (
     open_model,
     option,
 )
+from qwen_jax.cli.profile import profiled
 from qwen_jax.config import ConfigError
 from qwen_jax.hosts import PREEMPTED
 
@@ -47,6 +48,7 @@ _TOKENIZER_FILES = (
 
 
 @expand
+@profiled
 def batch(
     model: ModelArgument,
     requests: Annotated[
