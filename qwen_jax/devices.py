@@ -10,6 +10,7 @@ import dataclasses
 import math
 import os
 import re
+import resource
 from typing import Any
 
 from qwen_jax.config import ConfigError
@@ -126,3 +127,12 @@ def memory(device: Any, *, share: int = 1) -> int | None:
     if device.platform == "cpu":
         return host_bytes() // share
     return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def peak_bytes() -> int:
+    """The most memory in use so far: of the fullest device, or of this process on a CPU."""
+    import jax
+
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    most = max(each.get("peak_bytes_in_use", 0) for each in stats)
+    return most or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -27,9 +27,9 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 class Journal:
     """A file that lines are added to, by one process at a time.
 
-    Whole lines stay whatever happens: those of an `append` are on disk when it returns,
-    one that fails leaves the file as it was, and a process killed within it leaves whole
-    lines and at most a part of one, which `repair` cuts off.
+    Whole lines stay whatever happens: those of an `append` that waits are on disk when it
+    returns, one that fails leaves the file as it was, and a process killed within it leaves
+    whole lines and at most a part of one, which `repair` cuts off.
 
     Attributes:
         path: the file.
@@ -86,8 +86,11 @@ class Journal:
             for line in file:
                 yield line.rstrip(b"\n")
 
-    def append(self, *records: Mapping[str, Any]) -> None:
-        """Adds a line for each record; they are on disk when this returns.
+    def append(self, *records: Mapping[str, Any], wait: bool = True) -> None:
+        """Adds a line for each record.
+
+        Args:
+            wait: until they are on disk; else they outlive this process, not the machine.
 
         Raises:
             JournalError: if the disk is full or fails; the file is as it was before.
@@ -98,7 +101,8 @@ class Journal:
             os.lseek(self._file, self._size, os.SEEK_SET)
             while done < len(data):
                 done += os.write(self._file, data[done:])
-            os.fsync(self._file)
+            if wait:
+                os.fsync(self._file)
         except OSError as error:
             os.ftruncate(self._file, self._size)
             way_out = "free space" if error.errno in _FULL else "see to the disk"

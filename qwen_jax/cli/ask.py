@@ -17,6 +17,7 @@ from qwen_jax.cli.flags import (
     option,
 )
 from qwen_jax.cli.on_hosts import expand_on_hosts
+from qwen_jax.cli.profile import profiled
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Request
 from qwen_jax.tokenizer import Stream, Tokenizer
@@ -25,6 +26,7 @@ _SHOWN = 10  # lines on files that were skipped
 
 
 @expand_on_hosts
+@profiled
 def ask(
     model: ModelArgument,
     question: Annotated[

@@ -37,6 +37,7 @@ from qwen_jax.cli.flags import (
     option,
 )
 from qwen_jax.cli.on_hosts import expand_on_hosts
+from qwen_jax.cli.profile import profiled
 from qwen_jax.config import ConfigError
 
 _TOKENIZER_FILES = (
@@ -48,6 +49,7 @@ _TOKENIZER_FILES = (
 
 
 @expand_on_hosts
+@profiled
 def batch(
     model: ModelArgument,
     requests: Annotated[

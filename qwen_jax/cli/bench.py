@@ -14,11 +14,13 @@ from rich.table import Table
 from qwen_jax.cli.eval import whole_number
 from qwen_jax.cli.flags import Json, ModelArgument, ModelFlags, open_model
 from qwen_jax.cli.on_hosts import expand_on_hosts
+from qwen_jax.cli.profile import profiled
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Request
 
 
 @expand_on_hosts
+@profiled
 def bench(
     model: ModelArgument,
     model_flags: ModelFlags,

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json as json_format
-import resource
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,11 +15,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from qwen_jax import published
+from qwen_jax import devices, published
 from qwen_jax.cli.answer import Answer, answer
 from qwen_jax.cli.eval import whole_number
 from qwen_jax.cli.flags import Json, Model, ModelFlags, note, open_model, option
 from qwen_jax.cli.on_hosts import expand_on_hosts
+from qwen_jax.cli.profile import profiled
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Request
 
@@ -44,6 +44,7 @@ _Split = Annotated[
 
 
 @expand_on_hosts
+@profiled
 def prefill(
     model_flags: ModelFlags,
     model: _Model = None,
@@ -72,6 +73,7 @@ def prefill(
 
 
 @expand_on_hosts
+@profiled
 def decode(
     model_flags: ModelFlags,
     model: _Model = None,
@@ -120,7 +122,7 @@ def measure(
     described = engine.describe()
     runs = _runs(engine, opened, tokens, new_tokens, repeats)
     del engine  # its cache makes room for the next one's
-    peak, sparse = peak_bytes(), runs[0].sparse
+    peak, sparse = devices.peak_bytes(), runs[0].sparse
     timed = _decode_s if new_tokens > 1 else _ttft
     report = {
         "engine": described,
@@ -221,13 +223,6 @@ def _ttft(runs: list[Answer]) -> float:
 def _decode_s(runs: list[Answer]) -> float:
     """Median seconds of a token after the first."""
     return 1 / statistics.median(each.timings.decode_tokens_per_s for each in runs)
-
-
-def peak_bytes() -> int:
-    """The most memory in use so far: of the fullest device, or of this process on a CPU."""
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    most = max(each.get("peak_bytes_in_use", 0) for each in stats)
-    return most or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _warm_up(tokens: int, largest: int, opened: Model) -> int:

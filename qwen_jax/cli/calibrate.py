@@ -147,9 +147,11 @@ class _Surveyor:
         progress = calibration.Progress(
             self._kept,
             {
-                "model": str(self._opened.directory.resolve()),
+                # Texts are prefilled densely, whatever the budgets.
+                **dataclasses.replace(self._opened, sparse=None).settings(),
                 "config": repr(self._opened.config),
-                "flags": repr(self._opened.flags),
+                "dtype": self._opened.precision()[0],
+                "kernels": self._opened.flags.backend or "auto",
                 "data": hashlib.sha256(np.asarray(ids, np.int32).tobytes()).hexdigest(),
                 "grid": repr(self._grid),
                 "slices": self._slices,

@@ -21,6 +21,7 @@ from qwen_jax.cli.flags import (
     open_model,
     option,
 )
+from qwen_jax.cli.profile import profiled
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Request, RequestError, Sampling
 from qwen_jax.tokenizer import Stream, Tokenizer, TokenizerError
@@ -39,6 +40,7 @@ Ctrl-C stops an answer. History is kept; the up arrow goes back in it."""
 
 
 @expand
+@profiled
 def chat(
     model: ModelArgument,
     model_flags: ModelFlags,

@@ -12,6 +12,7 @@ from qwen_jax.cli import documents, evaluate, scores, variants
 from qwen_jax.cli.documents import DocumentError
 from qwen_jax.cli.flags import Json, ModelArgument, ModelFlags, open_model, option
 from qwen_jax.cli.on_hosts import expand_on_hosts
+from qwen_jax.cli.profile import profiled
 from qwen_jax.config import ConfigError
 from qwen_jax.eval import catalog
 from qwen_jax.eval.log import Log
@@ -140,12 +141,14 @@ class TextFlags:
 
 
 @expand_on_hosts
+@profiled
 def passkey(model: ModelArgument, model_flags: ModelFlags, grid_flags: GridFlags):
     """See `_PASSKEY_HELP`; raises as `_run` does."""
     _run("passkey", list(catalog.FAMILIES["passkey"]), model, model_flags, grid_flags)
 
 
 @expand_on_hosts
+@profiled
 def niah(
     model: ModelArgument, model_flags: ModelFlags, grid_flags: GridFlags, text_flags: TextFlags
 ):
@@ -154,6 +157,7 @@ def niah(
 
 
 @expand_on_hosts
+@profiled
 def ruler(
     model: ModelArgument,
     model_flags: ModelFlags,

@@ -339,6 +339,7 @@ class Model:
             CheckpointError: if the weights are missing, damaged or do not fit.
             ConfigError: if the devices cannot do what the flags ask.
         """
+        from qwen_jax.cli import profile
         from qwen_jax.engine.engine import EngineConfig
         from qwen_jax.engine.replicas import build
 
@@ -361,6 +362,7 @@ class Model:
         placement.check_memory(self.config, settings, name, mesh)
         engine = build(self.config, self.weights() if weights is None else weights, settings)
         note(f"{engine.describe()}; {name}: {why}; {self._attention()}")
+        profile.watch(engine)
         return engine
 
     def precision(self) -> tuple[str, str]:

@@ -20,12 +20,14 @@ from qwen_jax.cli.flags import (
     option,
 )
 from qwen_jax.cli.on_hosts import expand_on_hosts
+from qwen_jax.cli.profile import profiled
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Request
 from qwen_jax.tokenizer import Stream
 
 
 @expand_on_hosts
+@profiled
 def generate(
     model: ModelArgument,
     model_flags: ModelFlags,

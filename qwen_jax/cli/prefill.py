@@ -17,6 +17,7 @@ from qwen_jax.cli.answer import interrupts, prefill_progress
 from qwen_jax.cli.ask import read_files
 from qwen_jax.cli.flags import Model, ModelArgument, ModelFlags, note, open_model, option
 from qwen_jax.cli.on_hosts import expand_on_hosts
+from qwen_jax.cli.profile import profiled
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Event, Request, RequestError
 from qwen_jax.session import Session, Writer
@@ -25,6 +26,7 @@ _NEW = 2  # tokens of an answer that is not waited for: a request has one, and t
 
 
 @expand_on_hosts
+@profiled
 def prefill(
     model: ModelArgument,
     model_flags: ModelFlags,

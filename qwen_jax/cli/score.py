@@ -17,10 +17,12 @@ from qwen_jax.cli import tokens as token_file
 from qwen_jax.cli.answer import prefill_progress
 from qwen_jax.cli.flags import ModelArgument, ModelFlags, note, open_model, option
 from qwen_jax.cli.on_hosts import expand_on_hosts
+from qwen_jax.cli.profile import profiled
 from qwen_jax.config import ConfigError
 
 
 @expand_on_hosts
+@profiled
 def score(
     model: ModelArgument,
     model_flags: ModelFlags,

@@ -16,6 +16,7 @@ from qwen_jax import hosts, sparse
 from qwen_jax.attention import LEFT_OUT
 from qwen_jax.config import ConfigError, ModelConfig, SparseConfig
 from qwen_jax.engine import batch
+from qwen_jax.engine.observer import Kind, Observer, Step
 from qwen_jax.engine.pages import Pages, default_page
 from qwen_jax.engine.request import (
     Event,
@@ -213,6 +214,7 @@ class Engine:
         self._num_requests = 0
         self._roster: tuple[tuple[int, ...], batch.Roster] | None = None
         self.num_prefilled = 0
+        self._observer: Observer | None = None
 
     @property
     def busy(self) -> bool:
@@ -249,6 +251,10 @@ class Engine:
             f"{self._pages.total} pages of {self._page} tokens; slices {slices}; "
             f"up to {self._config.max_seqs} x {self._config.max_len} tokens"
         )
+
+    def observe(self, observer: Observer | None) -> None:
+        """Tells an observer of every step and slice of `score` from now on; None for nobody."""
+        self._observer = observer
 
     def add(self, request: Request) -> int:
         """Queue a request; returns the id that its events will carry.
@@ -298,9 +304,13 @@ class Engine:
         events = [self._end(each, "cancelled") for each in self._scheduler.cancelled()]
         work = self._scheduler.next()
         if isinstance(work, Slice):
-            events.append(self._prefill(work))
+            kind = "prefill_sparse" if work.is_sparse else "prefill"
+            with self._observed(kind, work.sequence, tokens=work.length, size=work.size) as seen:
+                events.append(self._prefill(work, seen))
         elif isinstance(work, Decode):
-            events.extend(self._decode(work))
+            tokens, size = len(work.sequences), self._config.max_seqs
+            with self._observed("decode", *work.sequences, tokens=tokens, size=size):
+                events.extend(self._decode(work))
         return events
 
     def run(self, requests: Iterable[Request]) -> list[list[int]]:
@@ -493,10 +503,17 @@ class Engine:
                     length, size = cut(start, len(tokens), small, self._boundary)
                 step = self._step_of(tokens, start, length, size, pages)
                 stop = start + length
-                if stop > first:
-                    yield self._runner.score(step)[max(first - start, 0) :]
-                else:
-                    self._runner.prefill(step)
+                kind = "score" if stop > first else "prefill"
+                block = None
+                with self._observed(kind, start=start, tokens=length, size=size) as seen:
+                    if stop > first:
+                        block = self._runner.score(step)[max(first - start, 0) :]
+                    else:
+                        logits = self._runner.prefill(step)
+                        if seen is not None:  # the device may still be at it
+                            jax.block_until_ready(logits)
+                if block is not None:
+                    yield block
                 start = stop
 
     @contextlib.contextmanager
@@ -537,7 +554,28 @@ class Engine:
                 f"(max_len={self._config.max_len}, {self._pages.total} pages of {self._page})"
             )
 
-    def _prefill(self, piece: Slice) -> Event:
+    @contextlib.contextmanager
+    def _observed(
+        self, kind: Kind, *sequences: Sequence, start: int = 0, tokens: int, size: int
+    ) -> Iterator[Step | None]:
+        """Within it the step runs that the observer is told of; None if there is nobody."""
+        if self._observer is None:
+            yield None
+            return
+        before = self.num_compilations
+        step = Step(
+            kind=kind,
+            requests=tuple(sequence.id for sequence in sequences),
+            start=max((sequence.filled for sequence in sequences), default=start),
+            tokens=tokens,
+            size=size,
+            pages=self._pages.used,
+        )
+        with self._observer(step):
+            yield step
+            step.compiled = self.num_compilations - before
+
+    def _prefill(self, piece: Slice, seen: Step | None) -> Event:
         sequence = piece.sequence
         sampling = sequence.request.sampling if piece.is_last else _GREEDY
         if sampling.repetition_penalty != 1:
@@ -557,6 +595,8 @@ class Engine:
         if piece.is_sparse:
             logits, report = self._runner.prefill_sparse(step)
             density, recall = np.asarray(report.density), np.asarray(report.recall)
+            if seen is not None:
+                seen.density, seen.recall = float(density.mean()), float(recall.mean())
         else:
             logits = self._runner.prefill(step)
         if sequence.sparse is not None:

@@ -9,8 +9,9 @@ step or by the caller between two, never by both: what comes in meanwhile is kep
 
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jaxtyping import Float32
 
 from qwen_jax.config import ConfigError, ModelConfig
 from qwen_jax.engine.engine import Engine, EngineConfig, Piece
+from qwen_jax.engine.observer import Observer, Step
 from qwen_jax.engine.request import Event, Request, RequestError, Sparseness
 
 
@@ -130,6 +132,15 @@ class Replicas:
         for replica in self._replicas:
             replica.engine.restore(tokens, pieces, sparse)
 
+    def observe(self, observer: Observer | None) -> None:
+        """Tells an observer of every step of all replicas from now on; None for nobody."""
+        for index, each in enumerate(self._replicas):
+            told = None
+            if observer is not None:
+                # Of the numbers alone: the replica would tie its engine into a circle.
+                told = functools.partial(_observed, observer, index, each.numbers)
+            each.engine.observe(told)
+
     def add(self, request: Request) -> int:
         """Queue a request; returns the id that its events will carry.
 
@@ -218,6 +229,14 @@ class Replicas:
         if event.finish is not None:
             del self._work[number], replica.left[number], replica.numbers[event.request_id]
         return dataclasses.replace(event, request_id=number)
+
+
+def _observed(
+    observer: Observer, index: int, numbers: Mapping[int, int], step: Step
+) -> AbstractContextManager[None]:
+    """Tells the observer of a step of one replica, whose requests get our numbers."""
+    step.replica, step.requests = index, tuple(numbers[each] for each in step.requests)
+    return observer(step)
 
 
 def _has_failed(replica: _Replica) -> bool:

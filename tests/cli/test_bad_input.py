@@ -203,6 +203,32 @@ MISTAKES = {
         "batch MODEL I O --max-new-tokens 0",
         "--max-new-tokens 0 must be at least 1",
     ),
+    "a profile in a file": (
+        ("P", "x"),
+        "generate MODEL --prompt x --profile P",
+        "--profile P is a file: give a directory",
+    ),
+    "a profile under a file": (
+        ("P", "x"),
+        "chat MODEL --profile P/Q/R",
+        "--profile P/Q/R: P is a file: give a directory",
+    ),
+    "a profile over other lines": (
+        ("EMPTY/steps.jsonl", "{}"),
+        "score MODEL --tokens T --out O.npz --profile EMPTY",
+        "EMPTY/steps.jsonl is not of a profile: name another directory",
+    ),
+    "a profile of no model": (None, "ask nowhere Why? --profile P", "there is no such model"),
+    "steps of no profile": (
+        None,
+        "ask MODEL Q --profile-steps 0:4",
+        "--profile-steps 0:4 has no effect without --profile",
+    ),
+    "steps that are none": (
+        None,
+        "bench MODEL --profile P --profile-steps 4",
+        "--profile-steps '4' must be the first step and how many, such as 0:64",
+    ),
     "a word as a token": (("T", "1 2 three"), "score MODEL --tokens T --out O.npz", "item 2 is"),
     "a negative token": (("T", "[1, -2]"), "score MODEL --tokens T --out O.npz", "item 1 is -2"),
     "a token too large": (("T", "[1, 320]"), "score MODEL --tokens T --out O.npz", "0 to 319"),

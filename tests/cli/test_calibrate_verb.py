@@ -164,6 +164,9 @@ def test_samples_of_other_settings_are_not_taken(calibrate, surveyed, text, tmp_
         ("--samples", 2),
         ("--data", tmp_path / "other.txt"),
         ("--dca", "on", "--dca-chunk", 64, "--dca-local", 8),
+        ("--dtype", "bf16"),
+        ("--kernels", "reference"),
+        ("--vllm-parity",),
     ):
         surveyed.clear()
         surveyed.stop_after = 0
@@ -173,6 +176,24 @@ def test_samples_of_other_settings_are_not_taken(calibrate, surveyed, text, tmp_
     code, _, err = calibrate()
     assert code == 2
     assert err.splitlines()[-1].startswith(f"error: {kept} is damaged")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--max-len", 1000),
+        ("--mesh", "seq=1"),
+        ("--sparse", "off"),
+        ("--dense-tail", 0, "--least-recall", 0.5),
+    ],
+)
+def test_flags_that_change_no_sample_lose_none(calibrate, surveyed, more):
+    surveyed.stop_after = 1
+    assert calibrate()[0] == 130
+    code, _, err = calibrate(*more)
+    assert code == 130
+    assert err.count("holds text") == 1
+    assert surveyed == [160]
 
 
 def test_voters_are_those_of_the_checkpoint_with_budgets_or_without(model):

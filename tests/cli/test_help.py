@@ -41,6 +41,15 @@ def test_every_verb_that_runs_a_model_takes_the_same_flags(verb, run):
         assert f"--{field.name.replace('_', '-')} " in out
 
 
+@pytest.mark.parametrize(
+    "verb", [*ANSWERING, "eval passkey", "bench", "bench prefill", "bench decode"]
+)
+def test_every_verb_that_answers_or_measures_can_be_profiled(verb, run):
+    out = run(*verb.split(), "--help")[1]
+    assert "--profile DIR" in out
+    assert "--profile-steps FIRST:COUNT" in out
+
+
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
 def test_every_verb_is_listed(arguments, run):
     code, out, _ = run(*arguments)

@@ -110,6 +110,8 @@ def test_two_processes_answer_as_one_does_and_listen_on_loopback_only(tiny, tmp_
     arguments = ["generate", tiny, *GREEDY, "--json", "--max-new-tokens", 8]
     # What process 0 alone reads need not be there for the others.
     files = {0: ["--prompt-file", prompt], 1: ["--prompt-file", tmp_path / "nowhere.txt"]}
+    for own in files.values():
+        own += ["--profile", tmp_path / "profile"]
     with Job(2, tmp_path, *arguments, own=files) as job:
         listening = set()
         while job.processes[0].poll() is None:
@@ -127,6 +129,10 @@ def test_two_processes_answer_as_one_does_and_listen_on_loopback_only(tiny, tmp_
     assert found["token_ids"] == alone["token_ids"]
     assert found["text"] == alone["text"]
     assert len(set(found["token_ids"])) > 4
+    (trace,) = (tmp_path / "profile").glob("plugins/profile/*")
+    assert sorted(path.name[:2] for path in trace.glob("*.xplane.pb")) == ["0-", "1-"]
+    lines = (tmp_path / "profile" / "steps.jsonl").read_text().splitlines()
+    assert [json.loads(line)["kind"] for line in lines] == ["prefill"] + ["decode"] * 7
 
 
 @pytest.mark.parametrize("told", [0, 1])

@@ -1,5 +1,6 @@
 """The engine's surveys and plans of a text, against its own sparse prefill and the definition."""
 
+import contextlib
 import dataclasses
 import functools
 
@@ -16,7 +17,7 @@ from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.tiles import Tiles
 from qwen_jax.config import ConfigError, SparseConfig
 from qwen_jax.engine.engine import Engine, EngineConfig
-from qwen_jax.engine.request import RequestError
+from qwen_jax.engine.request import Request, RequestError
 from qwen_jax.survey import Grid
 
 # The last slice has 16 tokens: all of them are rows of the report, each equally often
@@ -90,6 +91,31 @@ def test_plans_read_what_the_definition_selects():
             rows = slice(start, start + length)
             causal = np.tril(np.ones((LENGTH, LENGTH), bool))[rows]
             np.testing.assert_array_equal(mask[0, :length], expected[1][head, rows] & causal)
+
+
+def test_an_observer_learns_what_each_slice_of_a_sparse_prefill_found():
+    steps = []
+
+    @contextlib.contextmanager
+    def observe(step):
+        yield
+        steps.append(step)
+
+    engine().observe(observe)
+    number = engine().add(Request(prompt=TOKENS, max_new_tokens=1))
+    sparse = [engine().step()[0].sparse for _ in range(4)][-1]
+    engine().observe(None)
+    engine().cancel(number)
+    engine().step()
+    assert [step.kind for step in steps] == ["prefill_sparse"] * 4
+    assert [(step.start, step.tokens) for step in steps] == [*PIECES[:3], (192, 16)]  # dense_tail
+    for name, weights in (
+        ("density", [step.tokens * (2 * step.start + step.tokens + 1) for step in steps]),
+        ("recall", [step.tokens for step in steps]),
+    ):
+        found = [getattr(step, name) for step in steps]
+        assert 0 < min(found) < 1
+        assert np.average(found, weights=weights) == pytest.approx(getattr(sparse, name))
 
 
 @pytest.mark.parametrize("iterate", [list, next], ids=["to the end", "abandoned"])

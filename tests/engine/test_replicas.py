@@ -1,5 +1,6 @@
 """Replicas: requests go where least is left to do, and no replica waits for another."""
 
+import contextlib
 import threading
 from unittest import mock
 
@@ -180,6 +181,48 @@ def test_scores_are_made_between_steps():
     assert [each.engine._pages.used for each in serving._replicas] == [0, 0]
     with pytest.raises(RequestError, match="last=0"):
         serving.score(tokens, last=0)
+
+
+def test_an_observer_is_told_of_the_steps_of_all_by_our_numbers():
+    steps = []
+
+    @contextlib.contextmanager
+    def observe(step):
+        assert step.compiled == 0
+        yield
+        steps.append(step)
+
+    serving = build()
+    serving.observe(observe)
+    lengths = (30, 3, 17, 9, 21)
+    for first, length in enumerate(lengths):  # that share no page
+        serving.add(Request(prompt=(first,) * length, max_new_tokens=4))
+    tokens, last = served(serving)
+    assert {step.replica for step in steps} == {0, 1}
+    for number, length in enumerate(lengths):
+        mine = [step for step in steps if number in step.requests]
+        slices = [step for step in mine if step.kind == "prefill"]
+        assert sum(step.tokens for step in slices) == length
+        assert [step.start for step in slices] == list(range(0, length, 8))
+        assert {step.size for step in slices} <= {8, 2}
+        assert all(step.requests == (number,) for step in slices)
+        decoded = [step for step in mine if step.kind == "decode"]
+        assert len(decoded) == len(tokens[number]) - (last[number].finish == "length")
+        assert all(step.tokens == len(step.requests) <= step.size == 2 for step in decoded)
+        assert len({step.replica for step in mine}) == 1
+    assert all(step.pages >= 1 for step in steps)
+    assert all(step.density is None and step.recall is None for step in steps)
+    before = len(steps)
+    list(serving.score((1, 2, 3) * 7, last=6))
+    assert [step.kind for step in steps[before:]] == ["prefill", "score", "score"]
+    assert [step.start for step in steps[before:]] == [0, 8, 16]
+    assert [step.tokens for step in steps[before:]] == [8, 8, 5]
+    assert all(step.requests == () for step in steps[before:])
+    before = len(steps)
+    serving.observe(None)
+    serving.add(request(4))
+    served(serving)
+    assert len(steps) == before
 
 
 def test_replicas_need_a_mesh():

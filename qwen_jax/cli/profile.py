@@ -1,0 +1,377 @@
+"""Profile of a command: a trace for xprof and TensorBoard, and a line of figures for each step.
+
+    DIR/plugins/profile/RUN/HOST.xplane.pb   the trace; one file for each process of a job
+    DIR/steps.jsonl                          an object a step, in order of their ends
+
+Fields of a step: `run` (of the trace), `step` (its number in the trace, from 0), `traced`
+(whether it is there), `engine` (of several that the command builds, from 0), those of
+`engine.observer.Step`, `seconds` on the clock of the host, `peak_bytes` (`devices.peak_bytes`)
+and `time` (when it began, in seconds since 1970). Of a job process 0 writes them.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import os
+import re
+import shlex
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+from qwen_jax import devices, hosts
+from qwen_jax.cli.flags import note, option
+from qwen_jax.config import ConfigError
+from qwen_jax.engine.observer import Observed, Step
+from qwen_jax.journal import Journal, JournalError
+
+STEPS = range(64)
+"""Steps that are traced unless a flag says it: a million tokens in slices of 32,768, and more."""
+
+_FIGURES = "steps.jsonl"
+_OPENING = b'{"run"'
+
+
+class ProfileError(ConfigError):
+    """A profile that cannot be written; the text says where, and the way out."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileFlags:
+    """Flags of every verb that can be profiled."""
+
+    profile: Annotated[
+        Path | None,
+        option("Trace steps for xprof and TensorBoard, and write their figures.", metavar="DIR"),
+    ] = None
+    profile_steps: Annotated[
+        str | None,
+        option("Which steps are traced, 0:64; all get figures.", metavar="FIRST:COUNT"),
+    ] = None
+
+    def steps(self) -> range:
+        """Numbers of the steps that are traced.
+
+        Raises:
+            ConfigError: if they are malformed, or nothing is profiled.
+        """
+        if self.profile_steps is None:
+            return STEPS
+        if self.profile is None:
+            raise ConfigError(
+                f"--profile-steps {self.profile_steps} has no effect without --profile"
+            )
+        match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", self.profile_steps, re.ASCII)
+        if match is None:
+            raise ConfigError(
+                f"--profile-steps {self.profile_steps!r} must be the first step and how many, "
+                "such as 0:64, or 0:0 for none"
+            )
+        first, count = map(int, match.groups())
+        return range(first, first + count)
+
+
+def profiled(verb: Callable) -> Callable:
+    """The verb with `ProfileFlags`, within the profile that they ask for.
+
+    Its engines are profiled from where they are given to `watch`.
+    """
+
+    @functools.wraps(verb)
+    def within(profile_flags: ProfileFlags, **given):
+        steps = profile_flags.steps()
+        if profile_flags.profile is None:
+            return verb(**given)
+        with running(profile_flags.profile, steps):
+            return verb(**given)
+
+    own = inspect.signature(verb).parameters.values()
+    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
+    more = inspect.Parameter(
+        "profile_flags", inspect.Parameter.KEYWORD_ONLY, annotation=ProfileFlags
+    )
+    setattr(within, "__signature__", inspect.Signature([*parameters, more]))  # noqa: B010
+    return within
+
+
+_running: "Profile | None" = None  # of this process, in which jax makes one trace at a time
+
+
+def watch(engine: Observed) -> None:
+    """Has the profile that is running, if one is, told of an engine's steps.
+
+    All processes of a job watch the same engines.
+
+    Raises:
+        ProfileError: if its files cannot be made.
+        JournalError: if another run is writing them.
+    """
+    if _running is not None:
+        _running.watch(engine)
+
+
+@contextlib.contextmanager
+def running(directory: Path, steps: range) -> Iterator[None]:
+    """A profile of what is watched within; it is whole however that ends, except by SIGKILL.
+
+    SIGTERM, where it would end this process at once, ends what is within.
+
+    Args:
+        steps: numbers of those that are traced.
+
+    Raises:
+        ProfileError: if it cannot be written there; at the end, if something failed meanwhile.
+        JournalError: if another run is writing there.
+        Preempted: by SIGTERM.
+    """
+    global _running
+    check(directory)
+    profile = Profile(directory, steps)
+    ends_at_once = hosts.is_alone() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ends_at_once:
+        signal.signal(signal.SIGTERM, _stop)
+    _running = profile
+    try:
+        yield
+    except BaseException:
+        # The reason of the end comes first; what failed here is only said.
+        try:
+            profile.close()
+            if profile.num_steps:
+                note(profile.summary)
+        except ProfileError as error:
+            note(str(error))
+        raise
+    else:
+        profile.close()
+        note(profile.summary)
+    finally:
+        _running = None
+        if ends_at_once:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def check(directory: Path) -> None:
+    """Refuses before the work what would fail after it; writes nothing.
+
+    Raises:
+        ProfileError: if a profile cannot be written there.
+        JournalError: if another run is writing there.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ProfileError(f"--profile {directory} is a file: give a directory")
+    nearest = directory
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise ProfileError(f"--profile {directory}: {nearest} is a file: give a directory")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ProfileError(f"--profile {directory}: {nearest} cannot be written to")
+    figures = directory / _FIGURES
+    if hosts.is_first() and figures.exists():
+        if not _holds_steps(figures):
+            raise ProfileError(f"{figures} is not of a profile: name another directory")
+        Journal(figures).close()
+
+
+class Profile:
+    """The steps of some engines, written as they end.
+
+    What fails meanwhile ends no step: it is kept until `close`.
+
+    Args:
+        steps: numbers of those that are traced.
+    """
+
+    def __init__(self, directory: Path, steps: range):
+        self._directory, self._steps = directory, steps
+        self._run = ""
+        self._journal: Journal | None = None
+        self._lock = threading.Lock()  # replicas step in threads
+        self._num_engines = self._num_begun = self._num_ended = 0
+        self._num_left = len(steps)  # to be traced
+        self._is_tracing = self._is_closed = False
+        self._fault: str | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that have ended."""
+        return self._num_ended
+
+    @property
+    def summary(self) -> str:
+        """One line on what was written, and how to open it."""
+        if not self._num_ended:
+            return f"--profile {self._directory}: no step was run"
+        text = f"{self._directory / _FIGURES}: {_count(self._num_ended)}"
+        traced = range(self._steps.start, min(self._steps.stop, self._num_begun))
+        if not traced:
+            return f"{text}, none of them traced"
+        where = shlex.quote(str(self._directory))
+        return (
+            f"{text}, {traced.start:,} to {traced.stop - 1:,} traced (--profile-steps); "
+            f"`xprof --logdir={where}` or `tensorboard --logdir={where}` opens the trace"
+        )
+
+    def watch(self, engine: Observed) -> None:
+        """Be told of an engine's steps from now on.
+
+        Raises:
+            ProfileError: if the files cannot be made.
+            JournalError: if another run is writing them.
+        """
+        if not self._run:
+            self._open()
+        engine.observe(functools.partial(self._observe, self._num_engines))
+        self._num_engines += 1
+
+    def close(self) -> None:
+        """Ends the trace and the figures; steps in flight are left out of both.
+
+        Raises:
+            ProfileError: if something could not be written.
+        """
+        with self._lock:
+            self._stop_trace()
+            self._is_closed = True
+            if self._journal is not None:
+                self._journal.close()
+        if self._fault is not None:
+            raise ProfileError(self._fault)
+
+    def _open(self) -> None:
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._run = hosts.shared(self._free_name)
+            if hosts.is_first():
+                self._journal = Journal(self._directory / _FIGURES)
+                self._journal.repair()
+        except OSError as error:
+            raise ProfileError(f"--profile {self._directory}: {error.strerror}") from None
+
+    def _free_name(self) -> str:
+        """A run that is not there yet, named as jax names them."""
+        name = stem = time.strftime("%Y_%m_%d_%H_%M_%S")
+        number = 1
+        while self._trace(name).exists():
+            number += 1
+            name = f"{stem}_{number}"
+        return name
+
+    def _trace(self, run: str) -> Path:
+        return self._directory / "plugins" / "profile" / run
+
+    @contextlib.contextmanager
+    def _observe(self, engine: int, step: Step) -> Iterator[None]:
+        import jax
+
+        number = self._begin()
+        is_traced = number in self._steps
+        began, start = time.time(), time.perf_counter()
+        try:
+            with jax.profiler.StepTraceAnnotation(step.kind, step_num=number):
+                yield
+        finally:
+            seconds = time.perf_counter() - start
+            if is_traced:
+                self._end_traced()
+        self._record(
+            {
+                "run": self._run,
+                "step": number,
+                "traced": is_traced,
+                "engine": engine,
+                **dataclasses.asdict(step),
+                "seconds": seconds,
+                "peak_bytes": devices.peak_bytes(),
+                "time": began,
+            }
+        )
+
+    def _begin(self) -> int:
+        """The number of a step; begins the trace before the first that is traced."""
+        with self._lock:
+            number, self._num_begun = self._num_begun, self._num_begun + 1
+            if self._num_left and number == self._steps.start and not self._is_closed:
+                self._start_trace()
+        return number
+
+    def _end_traced(self) -> None:
+        with self._lock:
+            self._num_left -= 1
+            if not self._num_left:
+                self._stop_trace()
+
+    def _record(self, fields: dict[str, object]) -> None:
+        with self._lock:
+            if self._is_closed:
+                return
+            self._num_ended += 1
+            if self._journal is None or self._fault is not None:
+                return
+            try:
+                # Waiting for the disk would come between the steps of the device.
+                self._journal.append(fields, wait=False)
+            except JournalError:
+                self._fault = (
+                    f"--profile: {self._journal.path} could not be written beyond "
+                    f"{_count(self._num_ended - 1)}: free space, or name another directory"
+                )
+
+    @property
+    def _scratch(self) -> Path:
+        import jax
+
+        return self._directory / f".{self._run}-{jax.process_index()}"
+
+    def _start_trace(self) -> None:
+        import jax
+
+        options = jax.profiler.ProfileOptions()
+        # Calls of Python functions would slow decoding down and fill the trace.
+        options.python_tracer_level = 0
+        try:
+            jax.profiler.start_trace(self._scratch, profiler_options=options)
+            self._is_tracing = True
+        except RuntimeError as error:
+            self._fault = f"--profile: there is no trace: {error}"
+
+    def _stop_trace(self) -> None:
+        """Ends the trace, if it is running, and puts it where it is looked for."""
+        if not self._is_tracing:
+            return
+        self._is_tracing = False
+        import jax
+
+        prefix = f"{jax.process_index()}-" if hosts.count() > 1 else ""
+        target = self._trace(self._run)
+        try:
+            jax.profiler.stop_trace()
+            target.mkdir(parents=True, exist_ok=True)
+            for path in self._scratch.glob("plugins/profile/*/*"):
+                os.replace(path, target / f"{prefix}{path.name}")
+        except (OSError, RuntimeError) as error:
+            self._fault = f"--profile: the trace could not be written to {target}: {error}"
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def _holds_steps(path: Path) -> bool:
+    """Whether a file begins as ours do, as far as it goes."""
+    with path.open("rb") as file:
+        line = file.read(len(_OPENING))
+    return line == _OPENING[: len(line)]
+
+
+def _count(steps: int) -> str:
+    return f"{steps:,} step{'' if steps == 1 else 's'}"
+
+
+def _stop(*_) -> None:
+    """What SIGTERM does while a profile is running; a second one ends the process."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise hosts.Preempted("stopped by SIGTERM")
