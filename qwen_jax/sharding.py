@@ -210,7 +210,7 @@ def build(
     first, last = ends[..., 0].min(0).tolist(), ends[..., 1].max(0).tolist()
     part = read(tuple(map(slice, first, last)))
 
-    def at(index: tuple[slice, ...]) -> np.ndarray:
+    def at(index) -> np.ndarray:
         own = zip(bounds(index), first, strict=True)
         return part[tuple(slice(start - begin, stop - begin) for (start, stop), begin in own)]
 
