@@ -546,7 +546,9 @@ def _is_sound(session: Session) -> bool:
     if not _are_settings(identity.settings):
         return False
     for index, window in enumerate(session.windows):
-        if window.name != f"window_{index:06d}" or window.start != at or not window.files:
+        if window.name != f"window_{index:06d}" or not window.files:
+            return False
+        if type(window.start) is not int or window.start != at:
             return False
         if not all(_is_count(number) for number in (window.stop, window.size)):
             return False
