@@ -22,6 +22,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -40,9 +41,14 @@ FORMAT = "qwen-jax session 1"
 _MANIFEST, _TOKENS, _LOCK = "session.json", "tokens", "lock"
 _WINDOW = re.compile(r"window_\d{6}")
 _INSIDE = re.compile(r"window_\d{6}(/[\w.-]+)+")
-_OURS = re.compile(rf"({_MANIFEST}|{_TOKENS})(\.partial)?|{_LOCK}|{_WINDOW.pattern}(\..*)?")
+_PARTIAL = re.compile(rf"({_MANIFEST}|{_TOKENS})\.partial")
+_OURS = re.compile(
+    rf"{_MANIFEST}|{_TOKENS}|{_LOCK}|{_PARTIAL.pattern}|{_WINDOW.pattern}(\.orbax-[\w.-]+)?"
+)
 _MOST_TOKENS = 1 << 28
 _READERS = 8  # threads that compute checksums
+_FIGURES = {"density", "recall", "least_recall", "pairs", "tokens"}
+_AGAIN = "prefill again with --overwrite"
 
 
 class SessionError(ConfigError):
@@ -150,6 +156,11 @@ class Session:
         digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
         return json.dumps({"sha256": digest, **body}, indent=1).encode() + b"\n"
 
+    @property
+    def sha256(self) -> str:
+        """Checksum of session.json, and so of all that it lists."""
+        return hashlib.sha256(self.encode()).hexdigest()
+
 
 def read(directory: Path) -> Session:
     """What a session says that it holds, whose parts fit each other.
@@ -159,7 +170,7 @@ def read(directory: Path) -> Session:
     """
     path = directory / _MANIFEST
     try:
-        content = path.read_bytes()
+        content = _read(path)
     except (FileNotFoundError, NotADirectoryError):
         raise SessionError(
             f"{directory} is not a KV session, it has no {_MANIFEST}: make one with "
@@ -167,12 +178,12 @@ def read(directory: Path) -> Session:
         ) from None
     except OSError as error:
         raise SessionError(f"{path} cannot be read: {error.strerror}") from None
-    damaged = SessionError(f"{path} is damaged or was edited: prefill again with --overwrite")
+    damaged = SessionError(f"{path} is damaged or was edited: {_AGAIN}")
     try:
         body = json.loads(content)
         del body["sha256"]
         if body.pop("format") != FORMAT:
-            raise SessionError(f"{path} is not of the format {FORMAT!r}: prefill again")
+            raise SessionError(f"{path} is not of the format {FORMAT!r}: {_AGAIN}")
         identity = body["identity"]
         found = Session(
             versions=body["versions"],
@@ -209,11 +220,11 @@ def read_tokens(directory: Path, session: Session) -> tuple[int, ...]:
     identity = session.identity
     try:
         size = path.stat().st_size
-        data = path.read_bytes() if size == 4 * identity.num_tokens else b""
+        data = _read(path) if size == 4 * identity.num_tokens else b""
     except OSError as error:
-        raise SessionError(f"{path} cannot be read: {error.strerror}") from None
+        raise SessionError(f"{path} cannot be read: {error.strerror}; {_AGAIN}") from None
     if hashlib.sha256(data).hexdigest() != identity.tokens_sha256:
-        raise SessionError(f"{path} is damaged: its SHA-256 is not that of {_MANIFEST}")
+        raise SessionError(f"{path} is damaged: its SHA-256 is not that of {_MANIFEST}; {_AGAIN}")
     return tuple(np.frombuffer(data, "<i4").tolist())
 
 
@@ -223,13 +234,16 @@ def encode_tokens(tokens: tuple[int, ...]) -> bytes:
 
 
 def check(
-    directory: Path, session: Session, *, on_bytes: Callable[[int], None] = lambda _: None
+    directory: Path,
+    session: Session,
+    *,
+    share: bool = True,
+    on_bytes: Callable[[int], None] = lambda _: None,
 ) -> None:
     """Compare every file of the windows with its size and checksum.
 
-    Several processes share the files between them.
-
     Args:
+        share: several processes share the files between them.
         on_bytes: told of bytes that were read, from several threads.
 
     Raises:
@@ -237,16 +251,19 @@ def check(
     """
     listed = {name: file for window in session.windows for name, file in window.files.items()}
     for window in session.windows:
-        for path in sorted((directory / window.name).rglob("*")):
-            if not path.is_dir() and path.relative_to(directory).as_posix() not in listed:
+        folder = directory / window.name
+        for path in (folder, *sorted(folder.rglob("*"))):
+            if path.is_symlink():
+                raise SessionError(f"{path} is a link, a session holds its files itself: {_AGAIN}")
+            if path.is_file() and path.relative_to(directory).as_posix() not in listed:
                 raise SessionError(f"{path} is not in {_MANIFEST}: remove it")
     for name, file in listed.items():
         path = directory / name
         size = path.stat().st_size if path.is_file() else None
         if size is None:
-            raise SessionError(f"{path} is missing or not a file")
+            raise SessionError(f"{path} is missing or not a file: {_AGAIN}")
         if size != file.size:
-            raise SessionError(f"{path} has {size} bytes instead of {file.size}")
+            raise SessionError(f"{path} has {size} bytes instead of {file.size}: {_AGAIN}")
 
     def compare(name: str) -> None:
         path = directory / name
@@ -255,12 +272,15 @@ def check(
         except OSError as error:
             raise SessionError(f"{path} cannot be read: {error.strerror}") from None
         if not same:
-            raise SessionError(f"{path} is damaged: its SHA-256 is not that of {_MANIFEST}")
+            raise SessionError(
+                f"{path} is damaged: its SHA-256 is not that of {_MANIFEST}; {_AGAIN}"
+            )
 
     with ThreadPoolExecutor(_READERS) as pool:
-        for _ in pool.map(compare, hosts.dealt(sorted(listed))):
+        for _ in pool.map(compare, hosts.dealt(sorted(listed)) if share else listed):
             pass
-    hosts.await_all()
+    if share:
+        hosts.await_all()
 
 
 def load(directory: Path, session: Session, window: Window, target):
@@ -298,7 +318,7 @@ class Writer:
 
     Args:
         directory: an empty one, one to be made, or a session of the same prompt.
-        overwrite: delete another session that is there.
+        overwrite: delete another session that is there, or a damaged one.
 
     Attributes:
         session: what is on disk.
@@ -328,25 +348,26 @@ class Writer:
         )
         self.session = blank
 
-        def begin() -> int:
-            """Windows that are there already."""
+        def begin() -> str:
+            """What tells others whether they see the same session."""
             with _writing(directory):
+                self._refuse_foreign()
                 directory.mkdir(exist_ok=True)
                 self._take_lock()
                 there = self._there(identity, overwrite)
                 if there is None:
-                    _clear(directory)
+                    self._write(blank)  # first: what is there belongs to nothing any more
+                    self._drop_rest()
                     _write(directory / _TOKENS, encode_tokens(tokens))
-                    self._write(blank)
                 else:
                     self.session = there
                     self._drop_rest()
-            return len(self.session.windows)
+            return self.session.sha256
 
         try:
-            count = hosts.shared(begin)
+            digest = hosts.shared(begin)
             if not hosts.is_first():
-                self.session = self._seen(count)
+                self.session = self._seen(digest)
         except BaseException:
             self.close()
             raise
@@ -376,33 +397,36 @@ class Writer:
         """
         from qwen_jax import store
 
-        name = f"window_{len(self.session.windows):06d}"
-        folder = (self.directory / name).resolve()
+        before = self.session
+        name = f"window_{len(before.windows):06d}"
+        folder = self.directory.resolve() / name
         try:
             store.save(folder, {"keys": keys, "values": values})
             files = hosts.shared(lambda: _sums(self.directory, folder))
-        except CheckpointError as error:
+            window = Window(
+                name=name,
+                start=before.saved,
+                stop=stop,
+                size=keys.shape[1],
+                files={path: File(**file) for path, file in files.items()},
+            )
+            self.session = dataclasses.replace(
+                before,
+                sparse=None if sparse is None else dict(sparse),
+                windows=(*before.windows, window),
+            )
+            if hosts.is_first():
+                with _writing(self.directory):
+                    self._write(self.session)
+        except (CheckpointError, SessionError) as error:
+            self.session = before
             raise SessionError(
-                f"{error}; {self.session.saved:,} tokens are saved, the same command goes on there"
+                f"{error}; {before.saved:,} tokens are saved, the same command goes on there"
             ) from None
-        window = Window(
-            name=name,
-            start=self.session.saved,
-            stop=stop,
-            size=keys.shape[1],
-            files={path: File(**file) for path, file in files.items()},
-        )
-        self.session = dataclasses.replace(
-            self.session,
-            sparse=None if sparse is None else dict(sparse),
-            windows=(*self.session.windows, window),
-        )
-        if hosts.is_first():
-            with _writing(self.directory):
-                self._write(self.session)
 
     def _take_lock(self) -> None:
-        self._lock = os.open(self.directory / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._lock = os.open(self.directory / _LOCK, flags, 0o666)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -411,28 +435,46 @@ class Writer:
                 "directory"
             ) from None
 
-    def _there(self, identity: Identity, overwrite: bool) -> Session | None:
-        """The session to continue; None to begin one."""
+    def _refuse_foreign(self) -> None:
+        """Refuses a directory that holds something else, which nothing would delete."""
+        if not self.directory.exists():
+            return
         names = sorted(path.name for path in self.directory.iterdir() if path.name != _LOCK)
         foreign = [name for name in names if not _OURS.fullmatch(name)]
+        if not foreign and not self._is_session():
+            foreign = [name for name in names if not _PARTIAL.fullmatch(name)]
         if foreign:
             raise SessionError(
                 f"{self.directory} holds {foreign[0]}, which is no part of a KV session: name a "
                 "directory of its own"
             )
-        if overwrite or not (self.directory / _MANIFEST).exists():
-            if names and not overwrite and names != [_TOKENS]:
-                raise SessionError(f"{self.directory} is no whole KV session: --overwrite it")
+
+    def _is_session(self) -> bool:
+        """Whether there is a manifest of ours, be it damaged."""
+        with contextlib.suppress(FileNotFoundError):
+            return b'"format": "qwen-jax session' in _read(self.directory / _MANIFEST)
+        return False
+
+    def _there(self, identity: Identity, overwrite: bool) -> Session | None:
+        """The session to continue; None to begin one."""
+        if not self._is_session():
             return None
-        there = read(self.directory)
-        read_tokens(self.directory, there)
-        different = there.identity.difference(identity)
-        if different is not None:
-            raise SessionError(
-                f"{self.directory} holds another session ({different}): name another directory "
-                "or --overwrite it"
-            )
-        return there
+        try:
+            there = read(self.directory)
+            different = there.identity.difference(identity)
+            if different is not None:
+                raise SessionError(
+                    f"{self.directory} holds another session ({different}): name another "
+                    "directory or --overwrite it"
+                )
+            if there.windows:
+                read_tokens(self.directory, there)
+                check(self.directory, there, share=False)
+        except SessionError:
+            if overwrite:
+                return None
+            raise
+        return there if there.windows else None
 
     def _drop_rest(self) -> None:
         """Removes what a killed run has left of a window."""
@@ -441,17 +483,13 @@ class Writer:
             if path.name not in kept:
                 _remove(path)
 
-    def _seen(self, count: int) -> Session:
+    def _seen(self, digest: str) -> Session:
         """The session as another process than the first one sees it."""
-        try:
+        found = None
+        with contextlib.suppress(SessionError):
             found = read(self.directory)
-        except SessionError:
-            found = None
-        if found is None or len(found.windows) != count:
-            raise SessionError(
-                f"{self.directory} is not the same directory for all processes: name one on a "
-                "file system that they share"
-            )
+        if found is None or found.sha256 != digest:
+            raise SessionError(_not_shared(self.directory))
         return found
 
     def _write(self, session: Session) -> None:
@@ -468,19 +506,55 @@ def _writing(directory: Path) -> Iterator[None]:
         raise SessionError(f"{path} cannot be written: {error.strerror}") from None
 
 
+def check_shared(directory: Path, session: Session) -> None:
+    """Refuses a session that is not the same for all processes of a job.
+
+    Raises:
+        SessionError: in the processes that see another one than the first.
+    """
+    if hosts.shared(lambda: session.sha256) != session.sha256:
+        raise SessionError(_not_shared(directory))
+
+
+def _not_shared(directory: Path) -> str:
+    return (
+        f"{directory} is not the same directory for all processes: name one on a file system "
+        "that they share"
+    )
+
+
 def _is_sound(session: Session) -> bool:
-    """Whether numbers that decide about memory and paths are such as we write."""
+    """Whether all is of the kinds, and numbers that decide about memory and paths such as we write.
+
+    A session can come from a stranger, who can compute checksums too.
+    """
     identity, at = session.identity, 0
     numbers = (*identity.shape, identity.num_tokens)
-    if not all(type(number) is int and 0 < number <= _MOST_TOKENS for number in numbers):
+    if len(identity.shape) != 3 or not all(_is_count(number) for number in numbers):
         return False
-    if len(identity.shape) != 3 or identity.dtype not in DTYPES:
+    texts = (identity.weights, identity.tokenizer, identity.tokens_sha256)
+    if not all(type(text) is str for text in (*texts, *session.versions.values())):
+        return False
+    if identity.dtype not in DTYPES or type(identity.is_chat) is not bool:
+        return False
+    for name, count in session.documents:
+        if type(name) is not str or type(count) is not int:
+            return False
+    if session.sparse is not None:
+        figures = session.sparse.values()
+        if session.sparse.keys() != _FIGURES or not all(map(_is_number, figures)):
+            return False
+    if not _are_settings(identity.settings):
         return False
     for index, window in enumerate(session.windows):
-        if window.name != f"window_{index:06d}" or window.start != at or not window.files:
+        if window.name != f"window_{index:06d}" or not window.files:
+            return False
+        if type(window.start) is not int or window.start != at:
+            return False
+        if not all(_is_count(number) for number in (window.stop, window.size)):
             return False
         spans = window.start < window.stop <= identity.num_tokens
-        if not spans or not window.stop - window.start <= window.size <= _MOST_TOKENS:
+        if not spans or window.stop - window.start > window.size:
             return False
         for name, file in window.files.items():
             inside = _INSIDE.fullmatch(name) and name.startswith(f"{window.name}/")
@@ -488,6 +562,22 @@ def _is_sound(session: Session) -> bool:
                 return False
         at = window.stop
     return True
+
+
+def _is_count(number: Any) -> bool:
+    return type(number) is int and 0 < number <= _MOST_TOKENS
+
+
+def _is_number(figure: Any) -> bool:
+    return type(figure) in (int, float) and math.isfinite(figure)
+
+
+def _are_settings(settings: dict[str, Any]) -> bool:
+    """Whether settings can be shown, which are only compared otherwise."""
+    sizes, original = settings["dca"], settings["dca_original"]
+    if sizes is not None and not (len(sizes) == 2 and all(_is_count(size) for size in sizes)):
+        return False
+    return type(original) is int and isinstance(settings["sparse"], dict | None)
 
 
 def _sums(directory: Path, folder: Path) -> dict[str, dict[str, Any]]:
@@ -507,22 +597,22 @@ def _sums(directory: Path, folder: Path) -> dict[str, dict[str, Any]]:
         }
 
 
+def _read(path: Path) -> bytes:
+    """The content of a file of a session, which is no link to somewhere else, and no pipe."""
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise SessionError(f"{path} is not a regular file: remove it")
+    return path.read_bytes()
+
+
 def _write(path: Path, content: bytes) -> None:
     """Writes a file, whole or not at all."""
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
+    _remove(partial)
+    with partial.open("xb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-
-
-def _clear(directory: Path) -> None:
-    """Removes what is in a session, its manifest first."""
-    (directory / _MANIFEST).unlink(missing_ok=True)
-    for path in directory.iterdir():
-        if path.name != _LOCK:
-            _remove(path)
 
 
 def _remove(path: Path) -> None:

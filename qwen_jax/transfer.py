@@ -28,7 +28,8 @@ def take_out(
 ) -> tuple[Float[Array, "L T K H"], Float[Array, "L T K H"]]:
     """Keys and values of `size` tokens of a sequence from `start` on, bit for bit.
 
-    Those that its pages do not hold mean nothing.
+    Those that its pages do not hold mean nothing. Of a bfloat16 that is no number, CPUs keep
+    only that.
     """
     split = spread.splits(size)
 

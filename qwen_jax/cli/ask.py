@@ -54,7 +54,8 @@ def ask(
         qwen-jax ask ckpt/7b-1m --kv kv/book "Who is the narrator?"
         qwen-jax ask ckpt/7b-1m --file src/ --file README.md "Where is the cache cleared?"
     """
-    if not question.strip():
+    question = question.strip()  # or line breaks before it would join those after the files
+    if not question:
         raise ConfigError("the question is empty: put it in quotes after the model")
     opened = open_model(model, model_flags)
     sampling = answer_flags.sampling(opened.generation)

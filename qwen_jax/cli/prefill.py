@@ -166,6 +166,7 @@ def _fill(
                 (last,) = engine.step()
             except hosts.Preempted:
                 save()
+                note(_stopped(writer.session))
                 raise
             if last.error is not None:
                 raise RequestError(last.error)
@@ -179,13 +180,17 @@ def _fill(
 
 def _leave(number: int, saved: Session) -> None:
     """Ends a run that a signal has stopped."""
-    note(
-        f"stopped: {saved.saved:,} of {saved.identity.num_tokens:,} tokens are saved, the same "
-        "command goes on there"
-    )
+    note(_stopped(saved))
     if number == signal.SIGTERM:
         raise typer.Exit(hosts.PREEMPTED)
     raise KeyboardInterrupt
+
+
+def _stopped(saved: Session) -> str:
+    return (
+        f"stopped: {saved.saved:,} of {saved.identity.num_tokens:,} tokens are saved, the same "
+        "command goes on there"
+    )
 
 
 def _described(found: Session) -> str:

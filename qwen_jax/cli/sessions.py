@@ -121,6 +121,7 @@ def open_kept(opened: Model, directory: Path, *, chat: bool = False) -> Kept:
             f"{directory} holds raw text, after which no question can follow: use `generate`, or "
             "prefill with --file"
         )
+    session.check_shared(directory, found)
     tokens = session.read_tokens(directory, found)
     session.check(directory, found)
     return Kept(directory=directory, session=found, tokens=tokens)
