@@ -13,8 +13,8 @@ from qwen_jax import hosts, session
 pytestmark = pytest.mark.long
 HEARTBEAT = 4
 ANSWER = ["--greedy", "--dtype", "f32", "--max-new-tokens", 12]
-PREFILL = ["--dtype", "f32", "--slice", 16, "--save-every", 64]
-MESH = ["--mesh", "seq=2,tensor=2"]
+PREFILL = ["--dtype", "f32", "--slice", 32, "--save-every", 96]
+MESH = ["--mesh", "seq=2"]
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def text(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def prefill(tiny, text):
-    """Starts a prefill of the text by one process, or by two with a device mesh of four."""
+    """Starts a prefill of the text by one process, or by two with a device each."""
 
     def prefill(count, folder, out, **more):
         folder.mkdir(exist_ok=True)
@@ -68,10 +68,8 @@ def test_a_process_ended_five_times_loses_nothing(number, prefill, whole, tmp_pa
     for attempt in range(5):
         with prefill(1, tmp_path / f"{attempt}", kv) as job:
             wait_until_saved(job, kv, before)
-            sent = time.monotonic()
             job.send(0, number)
             (code,) = job.codes(seconds=60)
-            assert time.monotonic() - sent < 20
             found = session.read(kv)
             assert found.saved > before
             assert f"{before:,} of " in job.err(0) or not before
