@@ -27,8 +27,8 @@ MESH = "seq=2"
 SAVE_EVERY = 2048
 QUESTIONS = (
     "What is the key of the lamp room?",
-    "Who kept this journal?",
-    "In which year does the journal begin?",
+    "What is the title of the journal?",
+    "What number is the key?",
 )
 ANSWER = ("--greedy", "--max-new-tokens", 24)
 LOST = 69  # exit code of a process whose peer is gone
