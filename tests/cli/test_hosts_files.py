@@ -21,7 +21,7 @@ pytestmark = pytest.mark.long
 
 HEARTBEAT = 4
 COUNT = 12
-FLAGS = ["--greedy", "--dtype", "f32", "--mesh", "tensor=2", "--max-seqs", 3]
+FLAGS = ["--greedy", "--dtype", "f32", "--slice", 64, "--mesh", "tensor=2", "--max-seqs", 3]
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGSTOP": signal.SIGSTOP}
 # An embedding, 40 layers and a head, which take seconds.
 MODEL = Tiny(layers=40, shards=3, dtype="bfloat16")
