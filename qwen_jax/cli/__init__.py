@@ -50,7 +50,11 @@ VERBS = {
     "generate": ("generate", "generate", "Continue a prompt."),
     "chat": ("chat", "chat", "Talk to a model."),
     "ask": ("ask", "ask", "Answer a question about text files."),
-    "prefill": ("prefill", "prefill", "Read a long prompt once and keep it on disk."),
+    "prefill": (
+        "prefill",
+        "prefill",
+        "Read a long prompt once and keep its keys and values on disk.",
+    ),
     "kv": ("kv", "app", "Look at what `prefill` keeps."),
     "batch": ("batch", "batch", "Answer a file of requests in OpenAI's batch format."),
     "score": ("score", "score", "Write the logits after each token of a file."),
