@@ -208,14 +208,14 @@ class ServingAfterALongPrefix(Serving):
 
 TestServing = Serving.TestCase
 TestServing.settings = settings(
-    max_examples=70,
+    max_examples=60,
     stateful_step_count=50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
 TestServingAfterAPrefix = ServingAfterAPrefix.TestCase
 TestServingAfterAPrefix.settings = settings(
-    max_examples=40,
+    max_examples=25,
     stateful_step_count=50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
