@@ -4,7 +4,8 @@ import sys
 
 import typer
 
-from convert.verbs import convert
+from convert.team import ALONE
+from convert.verbs import convert_with
 from qwen_jax.config import ConfigError
 from qwen_jax.manifest import CheckpointError
 
@@ -12,7 +13,7 @@ from qwen_jax.manifest import CheckpointError
 def main() -> None:
     """Run the command; errors of the user end it with one line and status 2."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(convert)
+    app.command()(convert_with(ALONE))
     try:
         app()
     except (CheckpointError, ConfigError) as error:

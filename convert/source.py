@@ -24,7 +24,7 @@ from convert.files import (
     regular_file,
     same_bytes,
 )
-from qwen_jax import hosts
+from convert.team import ALONE, Team
 from qwen_jax.config import ModelConfig, model_config
 from qwen_jax.manifest import DTYPES, CheckpointError, Progress, file_sums
 
@@ -222,10 +222,10 @@ def check(directory: str | os.PathLike) -> Source:
     )
 
 
-def verify_blobs(checked: Source, progress: Progress | None = None) -> int:
+def verify_blobs(checked: Source, progress: Progress | None = None, *, team: Team = ALONE) -> int:
     """Check the shards whose SHA-256 is known: in a Hugging Face cache it is the blob's name.
 
-    Processes of a job share them.
+    The processes of a team share them.
 
     Returns:
         How many shards were checked.
@@ -236,7 +236,7 @@ def verify_blobs(checked: Source, progress: Progress | None = None) -> int:
     known = [
         shard for shard in checked.shards.values() if re.fullmatch("[0-9a-f]{64}", shard.path.name)
     ]
-    own = hosts.dealt(known)
+    own = team.dealt(known)
     total = sum(shard.path.stat().st_size for shard in own)
     done = 0
 
@@ -251,7 +251,7 @@ def verify_blobs(checked: Source, progress: Progress | None = None) -> int:
             raise CheckpointError(
                 f"{checked.directory / shard.file} is damaged: its SHA-256 is not its blob's name"
             )
-    hosts.await_all()
+    team.await_all()
     return len(known)
 
 

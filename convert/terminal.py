@@ -15,16 +15,16 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 
-from qwen_jax import hosts
+from convert.team import ALONE, Team
 from qwen_jax.manifest import Progress
 
 _LINE_EVERY_S = 10.0
 
 
 @contextlib.contextmanager
-def shown(label: str) -> Iterator[Progress]:
-    """A callback for bytes done and in all, which writes to stderr; of a job, in process 0."""
-    if not hosts.is_first():
+def shown(label: str, *, team: Team = ALONE) -> Iterator[Progress]:
+    """A callback for bytes done and in all, which writes to stderr in the first process."""
+    if not team.is_first():
         yield lambda done, total: None
         return
     console = Console(stderr=True)

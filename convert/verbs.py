@@ -6,7 +6,7 @@ import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,88 +15,99 @@ import typer
 
 from convert import export as exports
 from convert import source, weights
+from convert.team import ALONE, Team
 from convert.terminal import show, shown
 from qwen_jax.manifest import DTYPES, Progress
 
 
-def convert(
-    src: Annotated[
-        Path,
-        typer.Argument(metavar="SRC", help="Hugging Face directory, or a snapshot of its cache."),
-    ],
-    dst: Annotated[
-        Path,
-        typer.Argument(metavar="DST", help="Checkpoint to make; it appears when complete."),
-    ],
-    dtype: Annotated[
-        Literal["keep", "f32", "bf16"], typer.Option(help="Precision of the stored weights.")
-    ] = "keep",
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Replace DST, which stays whole until the new one is."),
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue a stopped run; harmless without one.")
-    ] = False,
-    allow_pickle_weights: Annotated[
-        bool,
-        typer.Option(
-            "--allow-pickle-weights",
-            help="Also read weights that exist as .bin only, with PyTorch, in a process of its "
-            "own. Such files can attack their reader: prefer safetensors.",
-        ),
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check SRC, say what would be written, and stop.")
-    ] = False,
-) -> None:
-    """Convert a Hugging Face checkpoint to ours.
+def convert_with(team: Team) -> Callable[..., None]:
+    """The command convert for the processes of a team."""
 
-    Every file of SRC is checked before anything is written, and what is
-    written is read back and gets a SHA-256 sum. Memory stays near that of a
-    layer, whatever the size of the model. --resume continues a stopped run.
-    Several processes that see one file system share the layers.
-    """
-    stored = {"keep": "keep", "f32": "float32", "bf16": "bfloat16"}[dtype]
-    if dry_run:
-        checked = source.check(src)
-        sizes = [
-            tensor.size
-            if dtype == "keep"
-            else tensor.size // DTYPES[tensor.dtype].itemsize * DTYPES[stored].itemsize
-            for tensor in checked.tensors.values()
-        ]
-        parent = next(path for path in dst.resolve().parents if path.exists())
+    def convert(
+        src: Annotated[
+            Path,
+            typer.Argument(
+                metavar="SRC", help="Hugging Face directory, or a snapshot of its cache."
+            ),
+        ],
+        dst: Annotated[
+            Path,
+            typer.Argument(metavar="DST", help="Checkpoint to make; it appears when complete."),
+        ],
+        dtype: Annotated[
+            Literal["keep", "f32", "bf16"], typer.Option(help="Precision of the stored weights.")
+        ] = "keep",
+        overwrite: Annotated[
+            bool,
+            typer.Option(
+                "--overwrite", help="Replace DST, which stays whole until the new one is."
+            ),
+        ] = False,
+        resume: Annotated[
+            bool, typer.Option("--resume", help="Continue a stopped run; harmless without one.")
+        ] = False,
+        allow_pickle_weights: Annotated[
+            bool,
+            typer.Option(
+                "--allow-pickle-weights",
+                help="Also read weights that exist as .bin only, with PyTorch, in a process of its "
+                "own. Such files can attack their reader: prefer safetensors.",
+            ),
+        ] = False,
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="Check SRC, say what would be written, and stop.")
+        ] = False,
+    ) -> None:
+        """Convert a Hugging Face checkpoint to ours.
+
+        Every file of SRC is checked before anything is written, and what is
+        written is read back and gets a SHA-256 sum. Memory stays near that of a
+        layer, whatever the size of the model. --resume continues a stopped run.
+        Several processes that see one file system share the layers.
+        """
+        stored = {"keep": "keep", "f32": "float32", "bf16": "bfloat16"}[dtype]
+        if dry_run:
+            checked = source.check(src)
+            sizes = [
+                tensor.size
+                if dtype == "keep"
+                else tensor.size // DTYPES[tensor.dtype].itemsize * DTYPES[stored].itemsize
+                for tensor in checked.tensors.values()
+            ]
+            parent = next(path for path in dst.resolve().parents if path.exists())
+            show(
+                [
+                    ("source", f"{checked.directory}, {len(checked.shards)} file(s), all intact"),
+                    ("tensors", f"{len(checked.tensors)}"),
+                    ("would write", f"{dst}, {sum(sizes) / 1e9:.2f} GB, dtype {dtype}"),
+                    ("free there", f"{shutil.disk_usage(parent).free / 1e9:.2f} GB"),
+                ]
+            )
+            return
+        again = ["qwen-jax", "convert", str(src), str(dst), "--dtype", dtype, "--resume"]
+        again += ["--allow-pickle-weights"] * allow_pickle_weights
+        with _stoppable("convert", f"continue with: {shlex.join(again)}", team=team) as progress:
+            manifest = weights.convert(
+                src,
+                dst,
+                dtype=stored,
+                overwrite=overwrite,
+                resume=resume,
+                allow_pickle=allow_pickle_weights,
+                progress=progress,
+                team=team,
+            )
         show(
             [
-                ("source", f"{checked.directory}, {len(checked.shards)} file(s), all intact"),
-                ("tensors", f"{len(checked.tensors)}"),
-                ("would write", f"{dst}, {sum(sizes) / 1e9:.2f} GB, dtype {dtype}"),
-                ("free there", f"{shutil.disk_usage(parent).free / 1e9:.2f} GB"),
+                ("checkpoint", str(dst)),
+                ("parameters", f"{manifest.num_parameters:,}"),
+                ("tensors", f"{len(manifest.tensors)}, dtype {manifest.dtype}"),
+                ("size", f"{manifest.num_bytes / 1e9:.2f} GB in {len(manifest.files) + 1} files"),
+                ("next", f"qwen-jax chat {shlex.quote(str(dst))}"),
             ]
         )
-        return
-    again = ["qwen-jax", "convert", str(src), str(dst), "--dtype", dtype, "--resume"]
-    again += ["--allow-pickle-weights"] * allow_pickle_weights
-    with _stoppable("convert", f"continue with: {shlex.join(again)}") as progress:
-        manifest = weights.convert(
-            src,
-            dst,
-            dtype=stored,
-            overwrite=overwrite,
-            resume=resume,
-            allow_pickle=allow_pickle_weights,
-            progress=progress,
-        )
-    show(
-        [
-            ("checkpoint", str(dst)),
-            ("parameters", f"{manifest.num_parameters:,}"),
-            ("tensors", f"{len(manifest.tensors)}, dtype {manifest.dtype}"),
-            ("size", f"{manifest.num_bytes / 1e9:.2f} GB in {len(manifest.files) + 1} files"),
-            ("next", f"qwen-jax chat {shlex.quote(str(dst))}"),
-        ]
-    )
+
+    return convert
 
 
 def export(
@@ -119,7 +130,7 @@ def export(
 
 
 @contextlib.contextmanager
-def _stoppable(label: str, hint: str) -> Iterator[Progress]:
+def _stoppable(label: str, hint: str, *, team: Team = ALONE) -> Iterator[Progress]:
     """Progress that ends the command with a hint soon after Ctrl-C or SIGTERM.
 
     Orbax cannot be interrupted while it saves, so the command ends between two steps; a second
@@ -136,7 +147,7 @@ def _stoppable(label: str, hint: str) -> Iterator[Progress]:
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with shown(label) as progress:
+        with shown(label, team=team) as progress:
 
             def step(done: int, total: int) -> None:
                 if stopping:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from convert import names, pickled, publish, source
-from qwen_jax import hosts, params
+from convert.team import ALONE, Team
 from qwen_jax import manifest as manifests
+from qwen_jax import params
 from qwen_jax.manifest import DTYPES, CheckpointError, Manifest, Progress, Tensor
 
 _LIBRARIES = ("qwen-jax", "jax", "orbax-checkpoint", "safetensors", "numpy")
@@ -84,6 +85,7 @@ def convert(
     resume: bool = False,
     allow_pickle: bool = False,
     progress: Progress | None = None,
+    team: Team = ALONE,
 ) -> Manifest:
     """Turn a Hugging Face directory into a converted checkpoint.
 
@@ -91,8 +93,8 @@ def convert(
     a stopped run leaves `dst.partial`, which `resume` continues. Peak memory is about that of a
     layer or of the output head, whichever is larger, twice over.
 
-    Processes of a job share the parts, on a file system that all of them see; process 0 does
-    the rest.
+    The processes of a team share the parts, on a file system that all of them see; the first
+    does the rest.
 
     Args:
         dtype: "bfloat16", "float32", or "keep" to leave tensors as they are.
@@ -109,7 +111,7 @@ def convert(
     output = Path(dst).resolve()
     with contextlib.ExitStack() as stack:
         if allow_pickle and pickled.only(src):
-            if not hosts.is_alone():
+            if not team.is_alone():
                 raise CheckpointError(
                     f"{src} has weights in .bin files, which one process converts: start it "
                     "alone, with --num-processes 1"
@@ -134,19 +136,19 @@ def convert(
                 ours=params.is_converted,
             )
 
-        if hosts.shared(begin):
+        if team.shared(begin):
             return params.read_manifest(output)
         with publish.errors(output):
-            _check_one_disk(staging.partial)
-            manifest = _write(checked, staging, dtype, fingerprint, progress)
-        if hosts.is_first():
+            _check_one_disk(staging.partial, team)
+            manifest = _write(checked, staging, dtype, fingerprint, progress, team)
+        if team.is_first():
             staging.publish()
     return manifest
 
 
-def _check_one_disk(directory: Path) -> None:
-    """Raise CheckpointError if processes of a job do not see one and the same directory."""
-    if hosts.is_alone():
+def _check_one_disk(directory: Path, team: Team) -> None:
+    """Raise CheckpointError if the processes of a team do not see one and the same directory."""
+    if team.is_alone():
         return
     path = directory / "mark"
 
@@ -155,7 +157,7 @@ def _check_one_disk(directory: Path) -> None:
         publish.write(path, text)
         return text
 
-    expected = hosts.shared(mark)
+    expected = team.shared(mark)
     if not path.is_file() or path.read_text() != expected:
         raise CheckpointError(
             f"{directory}, where process 0 writes, is not here: several processes convert onto "
@@ -169,6 +171,7 @@ def _write(
     dtype: str,
     fingerprint: str,
     progress: Progress | None,
+    team: Team,
 ) -> Manifest:
     """Write what is missing of the checkpoint, then its manifest; each process its share."""
     records = staging.partial / "parts"
@@ -188,14 +191,14 @@ def _write(
         files={},
     )
     grouped = _by_part(checked)
-    own = hosts.dealt(list(grouped))
+    own = team.dealt(list(grouped))
     done = {part: _recorded(staging.directory, records / f"{part}.json") for part in own}
-    there = hosts.gathered([part for part, record in done.items() if record])
-    if hosts.is_first():
+    there = team.gathered([part for part, record in done.items() if record])
+    if team.is_first():
         kept = {part for parts in there for part in parts}
         _clean(staging.directory, kept)
         _check_space(checked, staging.directory, dtype, [p for p in grouped if p not in kept])
-    hosts.await_all()
+    team.await_all()
     sizes = {part: sum(checked.tensors[e.name].size for e in grouped[part]) for part in own}
     on_bytes = _counter(progress, sum(sizes.values()))
     for part, record in done.items():
@@ -205,15 +208,15 @@ def _write(
             publish.write(records / f"{part}.json", record.encode())
         else:
             on_bytes(sizes[part])
-    hosts.await_all()
-    if hosts.is_first():
+    team.await_all()
+    if team.is_first():
         parts = [manifests.read(records / f"{part}.json") for part in grouped]
         _write_manifest(checked, staging.directory, whole, parts)
-    hosts.await_all()
+    team.await_all()
     manifest = params.read_manifest(staging.directory)
-    files = frozenset(hosts.dealt(list(manifest.files)))
+    files = frozenset(team.dealt(list(manifest.files)))
     manifests.check_files(staging.directory, manifest, full=files, on_bytes=lambda _: on_bytes(0))
-    hosts.await_all()
+    team.await_all()
     return manifest
 
 
