@@ -530,6 +530,7 @@ class Engine:
             yield pages
         finally:
             self._pages.give(pages)
+            self._scheduler.freed()
 
     def _step_of(self, tokens, start: int, length: int, size: int, pages) -> batch.Prefill:
         return batch.prefill(

@@ -179,6 +179,10 @@ class Scheduler:
             sequence.row = -1
         self._is_full = False
 
+    def freed(self) -> None:
+        """Note that pages which no sequence held are free again."""
+        self._is_full = False
+
     def _admit(self) -> None:
         while self._waiting and self._rows and not self._is_full:
             sequence = self._waiting[0]

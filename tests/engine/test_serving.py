@@ -396,6 +396,16 @@ def test_scores_wait_for_pages_that_others_hold():
         next(engine.score((1,) * 5))
 
 
+def test_a_request_that_waits_for_pages_of_scores_gets_them():
+    engine = build(num_pages=8)
+    scores = engine.score((1,) * 20)
+    next(scores)
+    number = engine.add(Request(prompt=(1,) * 20, max_new_tokens=1))
+    assert engine.step() == []
+    scores.close()
+    assert [event.request_id for event in engine.step()] == [number]
+
+
 @pytest.mark.parametrize(
     "fields",
     [
