@@ -73,7 +73,7 @@ def prefill(
         rows, ids = _prompt(opened, file, system, prompt_file, tokens)
         if rows:
             documents.print_table(rows, len(ids), opened.max_len)
-        opened.check_fits(len(ids), _NEW)
+        opened.check_fits(len(ids))
         with Writer(
             out,
             sessions.identity(opened, ids, is_chat=bool(file)),
