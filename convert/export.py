@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 from convert import publish, source
+from qwen_jax import disk, params
 from qwen_jax import manifest as manifests
-from qwen_jax import params
 from qwen_jax.manifest import CheckpointError, Manifest, Progress
 
 _DTYPES = {"bfloat16": "BF16", "float32": "F32"}
@@ -97,7 +97,7 @@ def _write(
             sum(tensor.num_bytes * len(names[tensor.name]) for tensor in manifest.tensors),
         )
     for path in output.iterdir():
-        params.sync(path)
+        disk.sync(path)
     source.check(output)
 
 

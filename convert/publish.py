@@ -23,8 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from qwen_jax import disk
 from qwen_jax.manifest import CheckpointError
-from qwen_jax.params import sync
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -110,7 +110,7 @@ class Staging:
                     )
             self.directory.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-            write(self.partial / "state.json", json.dumps({"work": state, "replace": replace}))
+            disk.write(self.partial / "state.json", json.dumps({"work": state, "replace": replace}))
         return False
 
     def publish(self) -> None:
@@ -120,8 +120,8 @@ class Staging:
             CheckpointError: if the file system refuses.
         """
         with errors(self.output):
-            sync(self.directory)
-            write(self.partial / "ready", str(self.directory.stat().st_ino))
+            disk.sync(self.directory)
+            disk.write(self.partial / "ready", str(self.directory.stat().st_ino))
             self._swap()
             self._discard()
 
@@ -163,7 +163,7 @@ class Staging:
         elif not _exchange(self.directory, self.output):
             os.rename(self.output, self.partial / "old")
             os.rename(self.directory, self.output)
-        sync(self.output.parent)
+        disk.sync(self.output.parent)
 
     def _discard(self) -> None:
         """Remove the sibling, what tells its state last."""
@@ -186,17 +186,6 @@ def check_apart(source: Path, output: Path) -> None:
     """
     if source.is_relative_to(output) or output.is_relative_to(source):
         raise CheckpointError(f"{output} and {source} lie in one another: choose another output")
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """Put a file in place whole, flushed to the disk."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync(path.parent)
 
 
 @contextlib.contextmanager

@@ -12,8 +12,8 @@ from typing import Any
 
 from convert import names, pickled, publish, source
 from convert.team import ALONE, Team
+from qwen_jax import disk, params
 from qwen_jax import manifest as manifests
-from qwen_jax import params
 from qwen_jax.manifest import DTYPES, CheckpointError, Manifest, Progress, Tensor
 
 _LIBRARIES = ("qwen-jax", "jax", "orbax-checkpoint", "safetensors", "numpy")
@@ -154,7 +154,7 @@ def _check_one_disk(directory: Path, team: Team) -> None:
 
     def mark() -> str:
         text = os.urandom(8).hex()
-        publish.write(path, text)
+        disk.write(path, text)
         return text
 
     expected = team.shared(mark)
@@ -205,7 +205,7 @@ def _write(
         if record is None:
             entries = grouped[part]
             record = _write_part(checked, staging.directory, part, entries, dtype, whole, on_bytes)
-            publish.write(records / f"{part}.json", record.encode())
+            disk.write(records / f"{part}.json", record.encode())
         else:
             on_bytes(sizes[part])
     team.await_all()
@@ -229,7 +229,7 @@ def _write_manifest(
     for name, path in checked.companions.items():
         copy = directory / name
         shutil.copyfile(path, copy)
-        params.sync(copy)
+        disk.sync(copy)
         files[name] = manifests.file_sums(copy)
     manifest = dataclasses.replace(
         whole,
@@ -237,7 +237,7 @@ def _write_manifest(
         tensors=tuple(tensors),
         files=files,
     )
-    publish.write(directory / "manifest.json", manifest.encode())
+    disk.write(directory / "manifest.json", manifest.encode())
 
 
 def _write_part(

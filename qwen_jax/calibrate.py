@@ -9,8 +9,8 @@ increments instead).
 
 import dataclasses
 import hashlib
+import io
 import json
-import os
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from qwen_jax import disk
 from qwen_jax.config import ConfigError, ModelConfig
 from qwen_jax.survey import Grid, Survey
 
@@ -260,13 +261,9 @@ class Progress:
 
     def save(self, name: str, sample: Sample) -> None:
         """Keep a sample; it is on disk, whole, when this returns."""
-        path = self._path(name)
-        scratch = path.with_suffix(".part")
-        with scratch.open("wb") as file:
-            np.savez(file, **{f.name: getattr(sample, f.name) for f in dataclasses.fields(sample)})
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
+        content = io.BytesIO()
+        np.savez(content, **{f.name: getattr(sample, f.name) for f in dataclasses.fields(sample)})
+        disk.write(self._path(name), content.getvalue())
 
     def clear(self) -> None:
         """Delete what was kept, other settings' samples excepted."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qwen_jax import disk
 from qwen_jax.config import ConfigError
 
 _CHUNK_BYTES = 1 << 20
@@ -131,14 +132,7 @@ def write(path: Path, value: Mapping[str, Any]) -> None:
     Raises:
         JournalError: if the disk is full or fails.
     """
-    partial = path.with_name(f"{path.name}.partial")
     try:
-        with partial.open("w") as file:
-            json.dump(value, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
+        disk.write(path, json.dumps(value, indent=1) + "\n")
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise JournalError(f"{path}: {error.strerror}") from None

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -16,6 +17,7 @@ FORMAT = "qwen-jax checkpoint 1"
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
+_S = TypeVar("_S", bound="Sealed")
 
 _CHUNK_BYTES = 16 << 20  # read and hashed at once
 _SMALL_BYTES = 1 << 20  # files up to this size are hashed even by the fast check
@@ -132,9 +134,7 @@ class Manifest:
 
     def encode(self) -> bytes:
         """The content of manifest.json, which carries its own checksum."""
-        body = {"format": FORMAT, **dataclasses.asdict(self)}
-        digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
-        return json.dumps({"sha256": digest, **body}, indent=1).encode() + b"\n"
+        return seal(FORMAT, dataclasses.asdict(self))
 
 
 def read(path: Path) -> Manifest:
@@ -151,34 +151,71 @@ def read(path: Path) -> Manifest:
         ) from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    damaged = CheckpointError(f"{path} is damaged or was edited: convert again")
-    try:
-        body = json.loads(content)
-        del body["sha256"]
-        if body.pop("format") != FORMAT:
-            raise CheckpointError(f"{path} is not of the format {FORMAT!r}: convert again")
-        for row in body["tensors"]:
-            row.update({key: tuple(row[key]) for key in ("path", "shape", "source_shape")})
-        manifest = Manifest(
-            **{
-                **body,
-                "tensors": tuple(Tensor(**row) for row in body["tensors"]),
-                "dropped": tuple(body["dropped"]),
-                "shards": tuple(Shard(**row) for row in body["shards"]),
-                "files": {name: File(**row) for name, row in body["files"].items()},
-            }
-        )
-        encoded = manifest.encode()
-    except CheckpointError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise damaged from None
-    if encoded != content:
-        raise damaged
+    manifest = unseal(path, content, FORMAT, _decoded, "convert again")
     for name in manifest.files:
         if not _FILE_NAME.fullmatch(name) or ".." in name.split("/"):
             raise CheckpointError(f"{path} lists {name!r}, which is no file of a checkpoint")
     return manifest
+
+
+def _decoded(body: dict[str, Any]) -> Manifest:
+    """A manifest of what `Manifest.encode` wrote."""
+    for row in body["tensors"]:
+        row.update({key: tuple(row[key]) for key in ("path", "shape", "source_shape")})
+    return Manifest(
+        **{
+            **body,
+            "tensors": tuple(Tensor(**row) for row in body["tensors"]),
+            "dropped": tuple(body["dropped"]),
+            "shards": tuple(Shard(**row) for row in body["shards"]),
+            "files": {name: File(**row) for name, row in body["files"].items()},
+        }
+    )
+
+
+@runtime_checkable
+class Sealed(Protocol):
+    """What a JSON file with its own checksum holds."""
+
+    def encode(self) -> bytes:
+        """The content of the file, by `seal`."""
+        ...
+
+
+def seal(kind: str, body: dict[str, Any]) -> bytes:
+    """The content of a JSON file that carries its own checksum."""
+    body = {"format": kind, **body}
+    digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
+    return json.dumps({"sha256": digest, **body}, indent=1).encode() + b"\n"
+
+
+def unseal(
+    path: Path, content: bytes, kind: str, decode: Callable[[dict[str, Any]], _S], way_out: str
+) -> _S:
+    """What was written into a file.
+
+    Args:
+        decode: makes it of the body given to `seal`.
+        way_out: what to do if the file is damaged.
+
+    Raises:
+        CheckpointError: if the content is not, byte for byte, what is written now.
+    """
+    damaged = CheckpointError(f"{path} is damaged or was edited: {way_out}")
+    try:
+        body = json.loads(content)
+        del body["sha256"]
+        if body.pop("format") != kind:
+            raise CheckpointError(f"{path} is not of the format {kind!r}: {way_out}")
+        found = decode(body)
+        whole = found.encode() == content
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise damaged from None
+    if not whole:
+        raise damaged
+    return found
 
 
 def check_files(

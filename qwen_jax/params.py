@@ -203,23 +203,7 @@ def save_part(
         if not same:
             raise CheckpointError(f"{folder}: {'.'.join(path)} reads back different")
     with store.errors(f"{folder} cannot be written"):
-        inside = sorted(folder.rglob("*"))
-        for path in (*inside, folder, folder.parent):
-            sync(path)
-        return {
-            path.relative_to(directory).as_posix(): manifests.file_sums(path)
-            for path in inside
-            if path.is_file()
-        }
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or the entries of a directory, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return store.flush(folder, directory)
 
 
 def load_part(
@@ -240,15 +224,7 @@ def load_part(
 def _restore(directory: str | os.PathLike, part: str, target: dict) -> dict:
     """The arrays of a part, by path, on the host or on devices as `target` says."""
     folder = Path(directory).resolve() / "params" / part
-    with store.errors(f"{folder} cannot be read"):
-        leaves = dict(_leaves(ocp.load(str(folder), nest(target))))
-    for path, expected in target.items():
-        if leaves[path].shape != expected.shape or leaves[path].dtype != expected.dtype:
-            raise CheckpointError(
-                f"{folder}: {'.'.join(path)} is {leaves[path].dtype}{leaves[path].shape}, "
-                f"the manifest says {expected.dtype}{expected.shape}"
-            )
-    return leaves
+    return dict(_leaves(store.load(folder, nest(target))))
 
 
 def _return_freed() -> None:

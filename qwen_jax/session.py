@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from qwen_jax import hosts
+from qwen_jax import disk, hosts, manifest
 from qwen_jax.config import ConfigError
 from qwen_jax.manifest import DTYPES, CheckpointError, File, file_sums
 
@@ -152,9 +152,7 @@ class Session:
 
     def encode(self) -> bytes:
         """The content of session.json, which carries its own checksum."""
-        body = {"format": FORMAT, **dataclasses.asdict(self)}
-        digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
-        return json.dumps({"sha256": digest, **body}, indent=1).encode() + b"\n"
+        return manifest.seal(FORMAT, dataclasses.asdict(self))
 
     @property
     def sha256(self) -> str:
@@ -178,35 +176,33 @@ def read(directory: Path) -> Session:
         ) from None
     except OSError as error:
         raise SessionError(f"{path} cannot be read: {error.strerror}") from None
-    damaged = SessionError(f"{path} is damaged or was edited: {_AGAIN}")
     try:
-        body = json.loads(content)
-        del body["sha256"]
-        if body.pop("format") != FORMAT:
-            raise SessionError(f"{path} is not of the format {FORMAT!r}: {_AGAIN}")
-        identity = body["identity"]
-        found = Session(
-            versions=body["versions"],
-            identity=Identity(**{**identity, "shape": tuple(identity["shape"])}),
-            documents=tuple((name, count) for name, count in body["documents"]),
-            sparse=body["sparse"],
-            windows=tuple(
-                Window(
-                    **{
-                        **row,
-                        "files": {name: File(**file) for name, file in row["files"].items()},
-                    }
-                )
-                for row in body["windows"]
-            ),
-        )
-        whole = found.encode() == content and len(body) == 5 and _is_sound(found)
-    except SessionError:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        raise damaged from None
-    if not whole:
-        raise damaged
+        return manifest.unseal(path, content, FORMAT, _decoded, _AGAIN)
+    except CheckpointError as error:
+        raise SessionError(str(error)) from None
+
+
+def _decoded(body: dict[str, Any]) -> Session:
+    """A session of what `Session.encode` wrote.
+
+    Raises:
+        ValueError: if it holds what we never write; other errors if it is still stranger.
+    """
+    identity = {**body["identity"], "shape": tuple(body["identity"]["shape"])}
+    windows = (
+        Window(**{**row, "files": {name: File(**file) for name, file in row["files"].items()}})
+        for row in body["windows"]
+    )
+    found = Session(
+        **{
+            **body,
+            "identity": Identity(**identity),
+            "documents": tuple((name, count) for name, count in body["documents"]),
+            "windows": tuple(windows),
+        }
+    )
+    if not _is_sound(found):
+        raise ValueError("what is in the session does not fit together")
     return found
 
 
@@ -358,7 +354,7 @@ class Writer:
                 if there is None:
                     self._write(blank)  # first: what is there belongs to nothing any more
                     self._drop_rest()
-                    _write(directory / _TOKENS, encode_tokens(tokens))
+                    disk.write(directory / _TOKENS, encode_tokens(tokens))
                 else:
                     self.session = there
                     self._drop_rest()
@@ -493,7 +489,7 @@ class Writer:
         return found
 
     def _write(self, session: Session) -> None:
-        _write(self.directory / _MANIFEST, session.encode())
+        disk.write(self.directory / _MANIFEST, session.encode())
 
 
 @contextlib.contextmanager
@@ -582,19 +578,11 @@ def _are_settings(settings: dict[str, Any]) -> bool:
 
 def _sums(directory: Path, folder: Path) -> dict[str, dict[str, Any]]:
     """Checksums of a window's files, which are flushed to the disk."""
-    from qwen_jax.params import sync
+    from qwen_jax import store
 
-    inside = sorted(folder.rglob("*"))
     with _writing(directory):
-        for path in (*inside, folder, folder.parent):
-            sync(path)
-        return {
-            f"{folder.name}/{path.relative_to(folder).as_posix()}": dataclasses.asdict(
-                file_sums(path)
-            )
-            for path in inside
-            if path.is_file()
-        }
+        files = store.flush(folder, folder.parent)
+    return {name: dataclasses.asdict(file) for name, file in files.items()}
 
 
 def _read(path: Path) -> bytes:
@@ -602,17 +590,6 @@ def _read(path: Path) -> bytes:
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise SessionError(f"{path} is not a regular file: remove it")
     return path.read_bytes()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file, whole or not at all."""
-    partial = path.with_name(f"{path.name}.partial")
-    _remove(partial)
-    with partial.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _remove(path: Path) -> None:

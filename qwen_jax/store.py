@@ -11,8 +11,8 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from qwen_jax import hosts
-from qwen_jax.manifest import CheckpointError
+from qwen_jax import disk, hosts
+from qwen_jax.manifest import CheckpointError, File, file_sums
 
 _CHUNK_BYTES = 64 << 20  # the least that a device reads at once
 
@@ -36,21 +36,39 @@ def save(folder: Path, arrays: dict[str, jax.Array]) -> None:
         ocp.save(str(folder), arrays)
 
 
-def load(folder: Path, target: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-    """Reads arrays where `target` places them; of several processes each reads what it needs.
+def load(folder: Path, target: dict[str, Any]) -> dict[str, Any]:
+    """Reads arrays as `target` says; of several processes each reads what it needs.
+
+    Args:
+        target: nested dicts of `jax.ShapeDtypeStruct` with a placement, or of numpy arrays for
+            the host.
 
     Raises:
         CheckpointError: if they cannot be read, or are others.
     """
     with errors(f"{folder} cannot be read"):
-        found: dict[str, Any] = ocp.load(str(folder), dict(target))
-    for name, expected in target.items():
-        if found[name].shape != expected.shape or found[name].dtype != expected.dtype:
+        found: dict[str, Any] = ocp.load(str(folder), target)
+    expected = jax.tree_util.tree_leaves_with_path(target)
+    for (path, leaf), actual in zip(expected, jax.tree.leaves(found), strict=True):
+        if actual.shape != leaf.shape or actual.dtype != leaf.dtype:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
             raise CheckpointError(
-                f"{folder}: {name} is {found[name].dtype}{found[name].shape} instead of "
-                f"{expected.dtype}{expected.shape}"
+                f"{folder}: {name} is {actual.dtype}{actual.shape} instead of "
+                f"{leaf.dtype}{leaf.shape}"
             )
     return found
+
+
+def flush(folder: Path, root: Path) -> dict[str, File]:
+    """Flushes a folder to the disk; sizes and checksums of its files, by path from `root` on.
+
+    Raises:
+        OSError: if the disk fails.
+    """
+    inside = sorted(folder.rglob("*"))
+    for path in (*inside, folder, folder.parent):
+        disk.sync(path)
+    return {path.relative_to(root).as_posix(): file_sums(path) for path in inside if path.is_file()}
 
 
 @contextlib.contextmanager

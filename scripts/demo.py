@@ -4,7 +4,6 @@ The text is longer than the 8,192 tokens that the model was trained on. Ends wit
 the answer read with Dual Chunk Attention names the number that the text holds.
 """
 
-import argparse
 import os
 import shlex
 import subprocess
@@ -12,14 +11,11 @@ import sys
 from pathlib import Path
 
 import demo_model
+from demo_model import DemoError
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "demo" / "journal.txt"
 QUESTION = "What is the key of the lamp room?"
 EXPECTED = "71906"
-
-
-class DemoError(Exception):
-    """A step of the demo failed; the text is one line."""
 
 
 def qwen_jax(*arguments: object) -> str:
@@ -69,24 +65,5 @@ def _verdict(answer: str) -> str:
     return f"{verdict}: {' '.join(answer.split())!r}"
 
 
-def main() -> int:
-    """The exit status: 0 after the right answer, else 1; 2 if a step failed, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "model",
-        nargs="?",
-        type=Path,
-        default=demo_model.cache_dir(),
-        help="where the model is kept; default: %(default)s",
-    )
-    try:
-        return 0 if run(parser.parse_args().model) else 1
-    except (demo_model.DemoModelError, DemoError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(demo_model.demonstrate(run, __doc__))

@@ -4,7 +4,6 @@ A pass key lies hidden in 24,576 tokens, three times what the model was trained 
 status 0 only if both give the same answer, a sentence, and it names the pass key.
 """
 
-import argparse
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from rich.table import Table
 
 from qwen_jax.cli.answer import Answer, answer, write
 from qwen_jax.cli.flags import Model, ModelFlags, open_model
-from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Request
 from qwen_jax.eval.catalog import KINDS
 from qwen_jax.eval.material import Material
@@ -86,24 +84,5 @@ def _table(answers: dict[str, Answer]) -> Table:
     return table
 
 
-def main(run: Callable[[Path], bool], description: str | None) -> int:
-    """The exit status: 0 after equal right answers, else 1; 2 without the model."""
-    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
-    parser.add_argument(
-        "model",
-        nargs="?",
-        type=Path,
-        default=demo_model.cache_dir(),
-        help="where the model is kept; default: %(default)s",
-    )
-    try:
-        return 0 if run(parser.parse_args().model) else 1
-    except (demo_model.DemoModelError, ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-
-
 if __name__ == "__main__":
-    sys.exit(main(run, __doc__))
+    sys.exit(demo_model.demonstrate(run, __doc__))

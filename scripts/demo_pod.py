@@ -9,7 +9,6 @@ for each line.
 import json
 import os
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import demo_model
-from demo import DOCUMENT, EXPECTED, DemoError, qwen_jax
+from demo import DOCUMENT, EXPECTED, qwen_jax
+from demo_model import DemoError
 
 PROCESSES = 2
 MESH = "seq=2"
@@ -75,31 +75,33 @@ def job(*arguments: object, kill_when: Callable[[], bool] | None = None) -> None
             process.kill()
 
 
-def run(model: Path, folder: Path) -> bool:
+def run(model: Path) -> bool:
     """Whether what was read and asked is whole and right.
 
     Args:
         model: where the model is kept; the converted checkpoint lies beside it.
-        folder: for the session and the batch.
     """
     checkpoint = model.with_name(f"{model.name}-checkpoint")
     demo_model.fetch(model)
     qwen_jax("convert", model, checkpoint, "--resume")
-    kept = folder / "kv"
-    read = ("prefill", checkpoint, "--file", DOCUMENT, "--out", kept, "--save-every", SAVE_EVERY)
-    job(*read, kill_when=lambda: _windows(kept) >= 2)
-    job(*read)
-    qwen_jax("kv", "inspect", kept)
-    answers = [
-        qwen_jax("ask", checkpoint, "--kv", kept, *ANSWER, question).strip()
-        for question in QUESTIONS
-    ]
-    lines, results = folder / "requests.jsonl", folder / "results.jsonl"
-    lines.write_text("".join(_line(number) for number in range(10)))
-    batch = ("batch", checkpoint, lines, results, "--kv", kept, *ANSWER, "--max-seqs", 2)
-    job(*batch, kill_when=lambda: _count(results) >= 3)
-    job(*batch)
-    found = _answers(results)
+    with tempfile.TemporaryDirectory(prefix="qwen-jax-pod-") as scratch:
+        folder = Path(scratch)
+        kept = folder / "kv"
+        prompt = ("--file", DOCUMENT, "--save-every", SAVE_EVERY)
+        read = ("prefill", checkpoint, *prompt, "--out", kept)
+        job(*read, kill_when=lambda: _windows(kept) >= 2)
+        job(*read)
+        qwen_jax("kv", "inspect", kept)
+        answers = [
+            qwen_jax("ask", checkpoint, "--kv", kept, *ANSWER, question).strip()
+            for question in QUESTIONS
+        ]
+        lines, results = folder / "requests.jsonl", folder / "results.jsonl"
+        lines.write_text("".join(_line(number) for number in range(10)))
+        batch = ("batch", checkpoint, lines, results, "--kv", kept, *ANSWER, "--max-seqs", 2)
+        job(*batch, kill_when=lambda: _count(results) >= 3)
+        job(*batch)
+        found = _answers(results)
     print()
     for number, (question, answer) in enumerate(zip(QUESTIONS, answers, strict=True)):
         same = all(found.get(f"q{line}") == answer for line in range(number, 10, len(QUESTIONS)))
@@ -150,19 +152,5 @@ def _free_port() -> int:
         return server.getsockname()[1]
 
 
-def main() -> int:
-    """The exit status: 0 if all went well, else 1; 2 if a step failed, 130 after Ctrl-C."""
-    folder = Path(tempfile.mkdtemp(prefix="qwen-jax-pod-"))
-    try:
-        return 0 if run(demo_model.cache_dir(), folder) else 1
-    except (demo_model.DemoModelError, DemoError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(demo_model.demonstrate(run, __doc__))

@@ -9,7 +9,7 @@ from qwen_jax.batch import results
 from qwen_jax.batch.fields import Asked, Reader
 from qwen_jax.batch.lines import BatchError, Input, Line, LineError
 from qwen_jax.batch.results import Record, Results
-from qwen_jax.engine.request import Event, Request
+from qwen_jax.engine.request import Event, Serving
 from qwen_jax.tokenizer import Stream, Tokenizer
 
 _REFUSALS = 64  # written at once
@@ -19,24 +19,12 @@ Item = tuple[Line, Asked | LineError]
 
 
 @runtime_checkable
-class Engine(Protocol):
-    """What the loop needs of an engine or of replicas, whose import takes jax with it."""
+class Engine(Serving, Protocol):
+    """What the loop needs of an engine or of replicas."""
 
     @property
     def max_seqs(self) -> int:
         """Requests that run at once."""
-        ...
-
-    def add(self, request: Request) -> int:
-        """Queues a request; returns its id."""
-        ...
-
-    def step(self) -> list[Event]:
-        """Works a little; returns what it brought."""
-        ...
-
-    def cancel(self, request_id: int) -> None:
-        """Ends a request before the next step."""
         ...
 
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from qwen_jax import hosts
 from qwen_jax.cli.flags import note
-from qwen_jax.engine.request import Event, Finish, Request, RequestError, Sparseness
+from qwen_jax.engine.request import Finish, Request, RequestError, Serving, Sparseness
 from qwen_jax.tokenizer import Stream
 
 LINE_S = 10.0
@@ -97,24 +97,12 @@ class Answer:
 
 
 @runtime_checkable
-class Engine(Protocol):
-    """What the loop needs of `qwen_jax.engine.engine.Engine`, whose import takes jax with it."""
+class Engine(Serving, Protocol):
+    """What the loop needs of `qwen_jax.engine.engine.Engine`."""
 
     @property
     def num_prefilled(self) -> int:
         """Prompt tokens computed so far; shared pages do not count."""
-        ...
-
-    def add(self, request: Request) -> int:
-        """Queues a request; returns its id."""
-        ...
-
-    def step(self) -> list[Event]:
-        """Works a little; returns what it brought."""
-        ...
-
-    def cancel(self, request_id: int) -> None:
-        """Ends a request before the next step."""
         ...
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +12,7 @@ import numpy as np
 import typer
 
 from qwen_jax import calibrate as calibration
+from qwen_jax import disk
 from qwen_jax.cli import documents
 from qwen_jax.cli.answer import LINE_S
 from qwen_jax.cli.eval import split, whole_number
@@ -97,8 +97,8 @@ def calibrate(
         target_recall=target_recall,
         margin=margin,
     )
-    write(report, figures)
-    write(out, calibration.file_content(budgets))
+    disk.write(report, json.dumps(figures) + "\n")
+    disk.write(out, json.dumps(calibration.file_content(budgets)) + "\n")
     _print(budgets, figures["speedup"])
     if held_out:
         others = survey.samples(texts["--held-out"])
@@ -222,10 +222,3 @@ def _watched(surveys, length: int, label: str):
             # Attention makes later slices slower: by tokens alone this is too hopeful.
             left = (now - begin) * ((length / done) ** 2 - 1)
             note(f"{label}: {done:,} done, at most {left:,.0f} s left")
-
-
-def write(path: Path, content: object) -> None:
-    """JSON in a file that appears when it is complete."""
-    scratch = path.with_name(f"{path.name}.part")
-    scratch.write_text(json.dumps(content) + "\n")
-    os.replace(scratch, path)

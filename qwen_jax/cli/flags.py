@@ -431,6 +431,20 @@ def note(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def adding(verb: Callable, name: str, flags: type) -> Callable[[Callable], Callable]:
+    """Makes a function look like a verb that takes one more dataclass of flags."""
+    own = inspect.signature(verb).parameters.values()
+    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
+    more = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=flags)
+
+    def wrap(function: Callable) -> Callable:
+        functools.update_wrapper(function, verb)
+        setattr(function, "__signature__", inspect.Signature([*parameters, more]))  # noqa: B010
+        return function
+
+    return wrap
+
+
 def expand(verb: Callable) -> Callable:
     """The verb with a flag for each field of its parameters that are dataclasses.
 

@@ -1,10 +1,8 @@
 """Flags of verbs that several processes run in lock-step, and what must be the same in all."""
 
 import dataclasses
-import functools
 import hashlib
 import importlib.metadata
-import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from qwen_jax import hosts
-from qwen_jax.cli.flags import expand, option
+from qwen_jax.cli.flags import adding, expand, option
 
 _FILES = (
     "config.json",
@@ -54,6 +52,7 @@ def expand_on_hosts(verb: Callable, *, devices: bool = True) -> Callable:
         devices: see `hosts.start`.
     """
 
+    @adding(verb, "host_flags", HostFlags)
     def started(host_flags: HostFlags, **given):
         place = hosts.find(
             host_flags.coordinator,
@@ -70,11 +69,6 @@ def expand_on_hosts(verb: Callable, *, devices: bool = True) -> Callable:
         )
         return verb(**given)
 
-    functools.update_wrapper(started, verb)
-    own = inspect.signature(verb).parameters.values()
-    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
-    more = inspect.Parameter("host_flags", inspect.Parameter.KEYWORD_ONLY, annotation=HostFlags)
-    setattr(started, "__signature__", inspect.Signature([*parameters, more]))  # noqa: B010
     return expand(started)
 
 

@@ -12,7 +12,6 @@ and `time` (when it began, in seconds since 1970). Of a job process 0 writes the
 import contextlib
 import dataclasses
 import functools
-import inspect
 import os
 import re
 import shlex
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Annotated
 
 from qwen_jax import devices, hosts
-from qwen_jax.cli.flags import note, option
+from qwen_jax.cli.flags import adding, note, option
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.observer import Observed, Step
 from qwen_jax.journal import Journal, JournalError
@@ -82,7 +81,7 @@ def profiled(verb: Callable) -> Callable:
     Its engines are profiled from where they are given to `watch`.
     """
 
-    @functools.wraps(verb)
+    @adding(verb, "profile_flags", ProfileFlags)
     def within(profile_flags: ProfileFlags, **given):
         steps = profile_flags.steps()
         if profile_flags.profile is None:
@@ -90,12 +89,6 @@ def profiled(verb: Callable) -> Callable:
         with running(profile_flags.profile, steps):
             return verb(**given)
 
-    own = inspect.signature(verb).parameters.values()
-    parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
-    more = inspect.Parameter(
-        "profile_flags", inspect.Parameter.KEYWORD_ONLY, annotation=ProfileFlags
-    )
-    setattr(within, "__signature__", inspect.Signature([*parameters, more]))  # noqa: B010
     return within
 
 

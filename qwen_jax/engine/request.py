@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 Finish = Literal["stop", "length", "cancelled", "error"]
 
@@ -223,3 +223,20 @@ class Sequence:
         """Its tokens from `start` to `stop`, prompt and answer alike."""
         tail = self.answer[max(start - self.prompt_len, 0) : max(stop - self.prompt_len, 0)]
         return self.request.prompt[start:stop] + tuple(tail)
+
+
+@runtime_checkable
+class Serving(Protocol):
+    """What loops over requests need of an engine or of replicas, whose import takes jax with it."""
+
+    def add(self, request: Request) -> int:
+        """Queues a request; returns its id."""
+        ...
+
+    def step(self) -> list[Event]:
+        """Works a little; returns what it brought."""
+        ...
+
+    def cancel(self, request_id: int) -> None:
+        """Ends a request before the next step."""
+        ...

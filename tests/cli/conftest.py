@@ -5,53 +5,14 @@ import shutil
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 from fake_engine import FakeEngine
 from safetensors.numpy import save_file
+from tiny_model import CONFIG, random_weights
 from vocabularies import byte_level, save, small_vocabulary
 
 from qwen_jax.cli import main
 from qwen_jax.cli.flags import Model
-
-CONFIG = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": True,
-    "torch_dtype": "float32",
-    "vocab_size": 320,
-}
-
-
-def random_weights(seed: int = 0) -> dict[str, np.ndarray]:
-    """Weights of `CONFIG` under their Hugging Face names."""
-    random = np.random.default_rng(seed)
-    D, F, V, KH = 32, 48, 320, 16
-
-    def normal(*shape):
-        return random.normal(size=shape).astype(np.float32) * 0.3
-
-    weights = {"model.embed_tokens.weight": normal(V, D), "model.norm.weight": 1 + normal(D)}
-    for layer in range(2):
-        prefix = f"model.layers.{layer}."
-        for name, out in (("q", D), ("k", KH), ("v", KH)):
-            weights[f"{prefix}self_attn.{name}_proj.weight"] = normal(out, D)
-            weights[f"{prefix}self_attn.{name}_proj.bias"] = normal(out)
-        weights[f"{prefix}self_attn.o_proj.weight"] = normal(D, D)
-        weights[f"{prefix}mlp.gate_proj.weight"] = normal(F, D)
-        weights[f"{prefix}mlp.up_proj.weight"] = normal(F, D)
-        weights[f"{prefix}mlp.down_proj.weight"] = normal(D, F)
-        weights[f"{prefix}input_layernorm.weight"] = 1 + normal(D)
-        weights[f"{prefix}post_attention_layernorm.weight"] = 1 + normal(D)
-    return weights
 
 
 @pytest.fixture(scope="session")

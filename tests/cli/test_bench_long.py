@@ -27,11 +27,13 @@ def budgets(tmp_path):
     return path
 
 
-def test_a_config_alone_is_enough_for_random_weights(model, run, budgets):
+@pytest.mark.parametrize("split", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_a_config_alone_is_enough_for_random_weights(split, model, run, budgets):
     for path in model.glob("*"):
         if path.name != "config.json":
             path.unlink()
-    flags = ("--tokens", 700, "--slice", 128, "--repeats", 2, "--json")
+    flags = ["--tokens", 700, "--slice", 128, "--repeats", 2, "--json"]
+    flags += [] if split else ["--no-split"]
     sparse = ("--sparse", "on", "--sparse-config", budgets, "--dense-tail", 50)
     code, out, err = run("bench", "prefill", model, "--random-weights", *flags, *sparse)
     assert code == 0, err
@@ -44,8 +46,9 @@ def test_a_config_alone_is_enough_for_random_weights(model, run, budgets):
     assert found["peak_bytes"] > 1 << 20
     assert [each["computed_tokens"] for each in found["runs"]] == [700, 700]
     assert found["prefill_tokens_per_s"] == pytest.approx(700 / found["ttft_s"])
-    assert list(found["split_s"]) == ["attention", "selection", "linear", "rest"]
-    assert sum(found["split_s"].values()) == pytest.approx(found["ttft_s"])
+    if split:
+        assert list(found["split_s"]) == ["attention", "selection", "linear", "rest"]
+        assert sum(found["split_s"].values()) == pytest.approx(found["ttft_s"])
     code, _, err = run("bench", "prefill", model, *flags)
     assert code == 2
     assert "model" in err.splitlines()[-1]

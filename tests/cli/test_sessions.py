@@ -13,13 +13,13 @@ from unittest import mock
 
 import jax.numpy as jnp
 import pytest
-from conftest import random_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kept import TEXT, Checksum, content, sign
 from safetensors.numpy import save_file
+from tiny_model import random_weights
 
-from qwen_jax import hosts, session, store
+from qwen_jax import disk, hosts, session, store
 from qwen_jax.cli import main, sessions
 from qwen_jax.cli.flags import Model
 from qwen_jax.engine import engine as engines
@@ -497,8 +497,8 @@ CUTS = {
     "in a window": (store, "save", half_a_window, (1, 2, 3)),
     "before its renaming": (store, "save", temporary_window, (1, 2)),
     "after a window": (session, "_sums", None, (1, 2, 3)),
-    "in a file": (session, "_write", half_a_file, (1, 2, 3, 5)),
-    "before renaming a file": (session, "_write", whole_partial, (1, 2, 4)),
+    "in a file": (disk, "write", half_a_file, (1, 2, 3, 5)),
+    "before renaming a file": (disk, "write", whole_partial, (1, 2, 4)),
 }
 POINTS = [
     pytest.param(name, at, marks=[] if (name, at) in SHORT else pytest.mark.long, id=f"{name} {at}")
@@ -663,8 +663,8 @@ def test_two_writers_at_once_are_refused(kept, tiny, text, run):
 def test_a_full_disk_leaves_earlier_windows(target, prefill, made, tmp_path, monkeypatch):
     place, name, at = {
         "window": (store.ocp, "save", 2),
-        "sums": (session, "file_sums", FILES + 5),
-        "manifest": (session, "_write", 4),
+        "sums": (store, "file_sums", FILES + 5),
+        "manifest": (disk, "write", 4),
     }[target]
     real, calls = getattr(place, name), 0
 

@@ -61,7 +61,7 @@ def test_the_demo_succeeds_only_with_the_right_answer(
     monkeypatch.setattr(demo, "qwen_jax", answer)
     monkeypatch.setattr(demo.demo_model, "fetch", lambda directory: None)
     monkeypatch.setattr("sys.argv", ["demo.py", str(tmp_path / "model")])
-    assert demo.main() == status
+    assert demo.demo_model.demonstrate(demo.run, demo.__doc__) == status
     assert [command[0] for command in commands] == ["convert", "verify", "ask", "ask"]
     assert repr(chunked) in capsys.readouterr().out
 
@@ -69,7 +69,7 @@ def test_the_demo_succeeds_only_with_the_right_answer(
 def test_a_step_that_fails_ends_the_demo_with_one_line(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(demo.demo_model, "fetch", lambda directory: None)
     monkeypatch.setattr("sys.argv", ["demo.py", str(tmp_path / "missing")])
-    assert demo.main() == 2
+    assert demo.demo_model.demonstrate(demo.run, demo.__doc__) == 2
     assert capfd.readouterr().err.splitlines()[-1].startswith("error: qwen-jax convert")
 
 
@@ -110,6 +110,6 @@ def test_the_demo_on_a_mesh_succeeds_only_with_four_equal_right_answers(
         return dataclasses.replace(done, sparse=Sparseness(density=0.5) if engine[1] else None)
 
     monkeypatch.setattr(demo_long, "answer", answer)
-    assert demo_long.main(demo_mesh.run, demo_mesh.__doc__) == status
+    assert demo_mesh.demo_model.demonstrate(demo_mesh.run, demo_mesh.__doc__) == status
     assert ran == [("seq=8", False), ("seq=8", True), ("seq=1", False), ("seq=1", True)]
     assert f"The pass key is {number}." in capsys.readouterr().out

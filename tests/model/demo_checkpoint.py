@@ -22,7 +22,7 @@ def directory() -> Path:
     path = demo_model.cache_dir()
     try:
         demo_model.fetch(path)
-    except demo_model.DemoModelError as error:
+    except demo_model.DemoError as error:
         pytest.fail(f"{error}; or leave these tests out with -m 'not demo'", pytrace=False)
     return path
 

@@ -40,12 +40,9 @@ def build(config: ModelConfig, weights: dict) -> Qwen2ForCausalLM:
 
 
 @torch.no_grad()
-def logits(
-    model: Qwen2ForCausalLM, tokens: tuple[int, ...], rows: slice = slice(None)
-) -> np.ndarray:
-    """Logits after some of the tokens, in float32."""
-    hidden = model.model(torch.tensor([tokens])).last_hidden_state
-    return model.lm_head(hidden[0, rows]).float().numpy()
+def logits(model: Qwen2ForCausalLM, tokens: tuple[int, ...]) -> np.ndarray:
+    """Logits after every token, in float32."""
+    return model(torch.tensor([tokens])).logits[0].float().numpy()
 
 
 @torch.no_grad()

@@ -73,7 +73,13 @@ def test_logits_equal_the_definition_for_one_to_four_chunks(name):
         assert np.abs(score(engine, tokens) - expected).max() <= 1e-4
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if original_len else pytest.mark.long)
+        for name, (_, original_len) in CASES.items()
+    ],
+)
 def test_a_greedy_answer_equals_the_definition_across_a_border(name):
     config, _, _ = model(name)
     assert_answers_equal(name, geometry_lengths(config.dual_chunk)[-2], vllm_parity=False)

@@ -12,7 +12,13 @@ from qwen_jax.engine.engine import Engine, EngineConfig
 from qwen_jax.engine.request import Request
 
 
-@pytest.mark.parametrize("name", goldens.TINY)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *goldens.TINY[::2],
+        *(pytest.param(name, marks=pytest.mark.long) for name in goldens.TINY[1::2]),
+    ],
+)
 def test_tiny_models_answer_as_pytorch_did(name):
     config = random_models.CONFIGS[name]
     weights = random_models.weights(config)

@@ -23,6 +23,7 @@ from qwen_jax.engine.request import Request
 from qwen_jax.model import PrefillStep, Qwen2
 
 GEOMETRY = ChunkGeometry(chunk_size=144, local_size=16)
+SOME = [pytest.param(None, marks=pytest.mark.long), GEOMETRY]
 SLICE, PAGE, LENGTH = 64, 32, 300
 EVERYTHING = 10**6
 QUERY_SCALE = 1.2
@@ -100,7 +101,7 @@ def prefill(
     return np.asarray(logits), reports
 
 
-@pytest.mark.parametrize("geometry", [None, GEOMETRY])
+@pytest.mark.parametrize("geometry", SOME)
 def test_budgets_for_everything_give_what_dense_prefill_gives(geometry):
     dense, _ = prefill(geometry)
     actual, reports = prefill(geometry, (LENGTH, EVERYTHING))
@@ -110,7 +111,7 @@ def test_budgets_for_everything_give_what_dense_prefill_gives(geometry):
         np.testing.assert_allclose(report.recall, 1, atol=1e-5)
 
 
-@pytest.mark.parametrize("geometry", [None, GEOMETRY])
+@pytest.mark.parametrize("geometry", SOME)
 def test_the_blockwise_backend_equals_the_quadratic_one_slice_by_slice(geometry):
     actual, reports = prefill(geometry, (40, 101))
     expected, expected_reports = prefill(geometry, (40, 101), backend="reference")
@@ -171,6 +172,7 @@ def test_the_engine_is_sparse_over_the_threshold_and_shares_pages_within_a_kind(
         slices=(SLICE,),
         sparse=budgets_of(config, 40, 101, threshold=200),
         dense_tail=0,
+        backend="reference",  # which compiles sooner
     )
     engine = Engine(config, tree, settings)
     prompt = random_models.tokens(config, LENGTH)
@@ -223,7 +225,12 @@ def test_the_engine_reads_the_end_of_a_prompt_densely(monkeypatch, tail):
     config, tree = model(GEOMETRY)
     budgets = budgets_of(config, 40, 101)
     settings = EngineConfig(
-        max_len=LENGTH + 1, page=PAGE, slices=(SLICE,), sparse=budgets, dense_tail=tail
+        max_len=LENGTH + 1,
+        page=PAGE,
+        slices=(SLICE,),
+        sparse=budgets,
+        dense_tail=tail,
+        backend="reference",  # which compiles sooner
     )
     engine = Engine(config, tree, settings)
     seen = []

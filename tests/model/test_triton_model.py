@@ -13,7 +13,9 @@ from pallas_kernels import backend, triton_call
 from qwen_jax import sharding
 
 
-@pytest.mark.parametrize(("devices", "sparse"), [(1, False), (2, True)])
+@pytest.mark.parametrize(
+    ("devices", "sparse"), [pytest.param(1, False, marks=pytest.mark.long), (2, True)]
+)
 def test_logits_by_triton_are_those_of_xla(devices, sparse):
     run("test_triton_model", "compare", devices, sparse)
 

@@ -1,0 +1,33 @@
+"""Files that are there whole or not at all, and stay when the machine fails."""
+
+import os
+from pathlib import Path
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Puts a file in place of what was there; it is on the disk when this returns.
+
+    Raises:
+        OSError: if it cannot be written; what was there stays.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    partial.unlink(missing_ok=True)
+    try:
+        with partial.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Flushes a file, or the entries of a directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
