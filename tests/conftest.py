@@ -22,6 +22,14 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "allow")
+OPTIMIZED = {"optimized", "demo", "tpu_aot", "gpu_aot"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Programs that are compiled soon and run slowly, but where much is run or looked into."""
+    optimized = not OPTIMIZED.isdisjoint(mark.name for mark in item.iter_markers())
+    jax.config.update("jax_disable_most_optimizations", not optimized)
 
 
 @pytest.fixture

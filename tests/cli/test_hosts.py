@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import shutil
 import signal
 import time
@@ -97,7 +96,6 @@ def answer_alone(*arguments):
     import io
 
     jax.config.update("jax_num_cpu_devices", 4)
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         assert main([str(argument) for argument in arguments]) == 0

@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +22,6 @@ def test_verbs_run_on_meshes_of_virtual_devices(tiny):
 
 
 def use_meshes(directory):
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
     found = {}
     # The first makes the devices of this process.
     for mesh, devices in {

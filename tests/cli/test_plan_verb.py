@@ -10,6 +10,8 @@ from qwen_jax import published
 from qwen_jax.collectives import Collective
 from qwen_jax.compiled import Program
 
+pytestmark = pytest.mark.optimized
+
 TOPOLOGIES = {
     # name: (devices, does the 7B model fit with 1,010,000 tokens, does the 14B)
     "v5e:2x2": (4, False, False),

@@ -18,6 +18,8 @@ from pallas_kernels.select import select
 from pallas_kernels.select.xla import vote
 from pallas_kernels.tiles import Tiles
 
+pytestmark = pytest.mark.optimized
+
 PUBLISHED = ChunkGeometry(chunk_size=262144, local_size=8192)
 
 

@@ -17,6 +17,8 @@ from pallas_kernels.cases import MODELS
 from pallas_kernels.programs import PROGRAMS, inputs, program
 from pallas_kernels.shard import Shard
 
+pytestmark = pytest.mark.optimized
+
 pytest.importorskip("libtpu", reason="the TPU compiler (pip install libtpu) is not installed")
 
 CONTEXT = 1_010_000

@@ -6,6 +6,8 @@ import pytest
 import tpu_compile
 import tpu_schedule
 
+pytestmark = pytest.mark.optimized
+
 USE = """\
 == CAPACTIY:
 MATMUL, XLU, VLOAD:FILL, VSTORE:SPILL

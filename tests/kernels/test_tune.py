@@ -22,6 +22,8 @@ from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.programs import PROGRAMS, inputs, program
 from pallas_kernels.tiles import Tiles
 
+pytestmark = pytest.mark.optimized
+
 
 def tried(program, sizes, worth, close=0.98):
     return {"program": program, "sizes": sizes, "worth": worth, "says": "", "close": close}

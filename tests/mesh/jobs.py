@@ -51,7 +51,7 @@ class Job:
                         env=os.environ
                         | {
                             "PYTHONPATH": str(ROOT),
-                            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+                            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
                         },
                     )
                 )

@@ -1,7 +1,6 @@
 """Serving on a mesh: the answers of one device, whatever else is served and wherever."""
 
 import dataclasses
-import os
 
 import demo_checkpoint
 import jax
@@ -65,19 +64,13 @@ def serving(text, **fields):
     return build(CONFIG, tree, EngineConfig(**sizes))
 
 
-def begin():
-    """Eight devices, for programs that are compiled soon and run slowly."""
-    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
-    jax.config.update("jax_num_cpu_devices", 8)
-
-
 def test_answers_do_not_depend_on_the_mesh():
     run("test_answers", "compare", "seq=4,tensor=2", "data=2,seq=2,tensor=2")
 
 
 def compare(text, replicated):
     """Dense and sparse prompts on a mesh, dense ones on replicas."""
-    begin()
+    jax.config.update("jax_num_cpu_devices", 8)
     alone = serving("", sparse=SPARSE)
     expected = alone.run(requests())
     assert len(set(map(tuple, expected))) == len(expected)
@@ -128,7 +121,7 @@ def test_answers_and_scores_do_not_depend_on_any_mesh(meshes):
 
 
 def compare_more(*meshes):
-    begin()
+    jax.config.update("jax_num_cpu_devices", 8)
     alone = serving("", sparse=SPARSE)
     expected = alone.run(requests())
     prompt = requests()[0].prompt
@@ -148,7 +141,7 @@ def test_no_length_or_slice_depends_on_the_mesh(mesh):
 
 
 def draw(text):
-    begin()
+    jax.config.update("jax_num_cpu_devices", 8)
     engines = {}
 
     def engine(mesh, size):
@@ -177,7 +170,7 @@ def test_replicas_use_the_arrays_that_lie_there():
 
 
 def split_weights():
-    begin()
+    jax.config.update("jax_num_cpu_devices", 8)
     for text, size in (("data=2,seq=2,tensor=2", 4), ("data=8", 1)):
         tree = place(CONFIG, random_models.weights(CONFIG), text)
         parts = split(tree)
@@ -207,6 +200,7 @@ def test_the_demo_model_answers_alike_on_eight_devices():
 
 def ask_demo(directory):
     jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_disable_most_optimizations", False)
     config = model_config(directory)
     budgets = sparse_config(
         directory, config, demo_checkpoint.ROOT / "docs/demo/sparse_attention_config.json"

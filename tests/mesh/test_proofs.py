@@ -12,6 +12,8 @@ from qwen_jax import budget, compiled, devices, published, sharding
 from qwen_jax.config import SparseConfig
 from qwen_jax.engine.pages import default_page
 
+pytestmark = pytest.mark.optimized
+
 pytest.importorskip("libtpu", reason="the TPU compiler (pip install libtpu) is not installed")
 
 SMALL = 1 << 16  # elements: more than a token has, less than the part of a slice

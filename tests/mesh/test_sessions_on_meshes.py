@@ -12,7 +12,7 @@ import pytest
 import random_models
 from children import run
 from jax.sharding import NamedSharding
-from test_answers import CONFIG, PART, begin
+from test_answers import CONFIG, PART
 
 from qwen_jax import cache as caches
 from qwen_jax import params, session, sharding, transfer
@@ -125,7 +125,7 @@ def test_meshes_that_do_not_divide_a_window_go_on(tmp_path):
 
 def compare(folder, pairs, lengths):
     """From meshes to others: the bits that were saved, and the answers of one device."""
-    begin()
+    jax.config.update("jax_num_cpu_devices", 8)
     engines = {text: engine(text) for text in {"", *pairs, *itertools.chain(*pairs.values())}}
     for length in lengths:
         prompt = random_models.tokens(MODEL, length)
@@ -157,7 +157,7 @@ def test_every_bit_is_carried_on_any_mesh():
 
 def carry(meshes):
     """From a cache of each mesh into one of each, whatever the bits mean as numbers."""
-    begin()
+    jax.config.update("jax_num_cpu_devices", 8)
     rng = np.random.default_rng(0)
     for dtype in ("float32", "bfloat16"):
         caches_of = {text: noise(rng, text, dtype) for text in meshes}

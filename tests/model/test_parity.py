@@ -101,6 +101,7 @@ def test_the_demo_model_equals_pytorch_over_a_text():
     assert start == len(tokens)
 
 
+@pytest.mark.long  # the suite compares it with what PyTorch answered: test_goldens
 @pytest.mark.demo
 def test_a_greedy_answer_of_the_demo_model_equals_pytorch_token_by_token():
     reference, engine = demo_models()

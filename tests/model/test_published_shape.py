@@ -16,6 +16,8 @@ from qwen_jax.cache import Cache
 from qwen_jax.config import ModelConfig
 from qwen_jax.model import PrefillStep, Qwen2
 
+pytestmark = pytest.mark.optimized
+
 # The attention of the 7B model; all else is small, so that what is measured is attention.
 MODEL = ModelConfig(
     num_layers=28,

@@ -23,6 +23,8 @@ from qwen_jax.engine import batch
 from qwen_jax.engine.runner import Steps, flatten
 from qwen_jax.model import Qwen2
 
+pytestmark = pytest.mark.optimized
+
 pytest.importorskip("libtpu", reason="the TPU compiler (pip install libtpu) is not installed")
 
 CONTEXT, SLICE, PAGE = 1_010_000, 32_768, 1024

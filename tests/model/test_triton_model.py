@@ -14,7 +14,7 @@ from qwen_jax import sharding
 
 
 @pytest.mark.parametrize(
-    ("devices", "sparse"), [pytest.param(1, False, marks=pytest.mark.long), (2, True)]
+    ("devices", "sparse"), [(1, False), pytest.param(2, True, marks=pytest.mark.long)]
 )
 def test_logits_by_triton_are_those_of_xla(devices, sparse):
     run("test_triton_model", "compare", devices, sparse)
