@@ -3,7 +3,7 @@
 # make demo-mesh  12,288 tokens on eight virtual devices and on one: the same answers
 # make demo-pod   two processes read a document, one is killed, the job goes on and is asked
 # make test    the test suite
-# make test-long  what takes longer: answers about 16,000 and 24,000 tokens
+# make test-long  what takes longer: documents of up to 24,000 tokens, more meshes, kills and shapes
 # make test-tpu-aot  all kernels and steps compiled for five TPU generations, without a TPU, and
 #              a million tokens and more on whole topologies of them
 # make test-gpu-aot  all kernels and steps compiled for five NVIDIA GPUs, without a GPU

@@ -12,16 +12,15 @@ from qwen_jax.eval.material import Material
 BUDGETS = demo_checkpoint.ROOT / "docs/demo/sparse_attention_config.json"
 
 
-@pytest.mark.long
 @pytest.mark.demo
 @pytest.mark.parametrize(
     ("length", "depths", "density"),
     [
         (6000, [0.1], 0.7),
-        (16_000, [0.1, 0.5, 0.9], 0.35),
+        pytest.param(16_000, [0.1, 0.5, 0.9], 0.35, marks=pytest.mark.long),
         # At depth 0.9 of 24,000 dense prefill finds none.
-        (24_000, [0.1], 0.25),
-        (24_000, [0.5], 0.25),
+        pytest.param(24_000, [0.1], 0.25, marks=pytest.mark.long),
+        pytest.param(24_000, [0.5], 0.25, marks=pytest.mark.long),
     ],
 )
 def test_pass_keys_are_found_with_the_same_words(length, depths, density):
