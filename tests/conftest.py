@@ -22,7 +22,7 @@ import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "allow")
-OPTIMIZED = {"optimized", "demo", "tpu_aot", "gpu_aot"}
+OPTIMIZED = {"optimized", "demo", "long", "tpu_aot", "gpu_aot"}
 
 
 @pytest.hookimpl(tryfirst=True)
