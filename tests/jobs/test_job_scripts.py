@@ -176,6 +176,14 @@ def test_slurm_hands_the_signal_on_and_waits(place):
     assert out.splitlines()[-1] == "requeue 17"
 
 
+def test_slurm_hands_on_a_signal_that_comes_at_once(place):
+    waits = "trap 'exit 75' TERM; kill -TERM $PPID; while :; do sleep .05; done"
+    executable(place.bin / "srun", waits)
+    executable(place.bin / "scontrol", 'echo "$@"')
+    place.write(files("slurm", "h100:8", "exit 0"))
+    assert place.run("job.sbatch", SLURM_JOB_ID="17") == (75, "requeue 17\n", "")
+
+
 GCLOUD = r"""
 echo "$3 $4" >> $OUT/log
 state=$(cat $OUT/state 2>/dev/null)
