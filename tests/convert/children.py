@@ -136,6 +136,7 @@ def peak_memory(module: str, function: str, *arguments, **options) -> tuple[int,
     """Peak bytes of memory of this process before and after a call."""
     import jax
 
+    jax.config.update("jax_disable_most_optimizations", False)  # which decide about copies
     work = getattr(importlib.import_module(module), function)
     jax.block_until_ready(jax.numpy.zeros(1))  # the backend is no part of the work
     before = peak()
