@@ -82,7 +82,10 @@ class Staging:
             if self.partial.exists():
                 self._take_lock()
                 self._recover()
-            if resume and self._occupied() and not self.partial.exists() and same(self.output):
+            left = self._state()
+            if resume and left is None and self._occupied() and same(self.output):
+                if self.partial.exists():
+                    self._discard()  # what was stopped right after it had published
                 return True
             replace = overwrite
             if self.partial.exists():
@@ -91,7 +94,6 @@ class Staging:
                         f"{self.partial} is left of a stopped run: continue it with --resume, "
                         "or start again with --overwrite"
                     )
-                left = self._state()
                 if resume and left is not None and left["work"] != state:
                     raise CheckpointError(
                         f"{self.partial} was made from another source or with another --dtype: "

@@ -107,7 +107,7 @@ def sums(manifest) -> list[tuple[str, str]]:
     return [(tensor.name, tensor.sha256) for tensor in manifest.tensors]
 
 
-def stage(output, text, *, exchange=True):
+def stage(output, text, *, exchange=True, overwrite=True):
     """Publish a directory with one file, as conversion does with many."""
     from convert import publish
 
@@ -116,7 +116,7 @@ def stage(output, text, *, exchange=True):
     with publish.Staging(output) as staging:
         there = staging.begin(
             {"text": text},
-            overwrite=True,
+            overwrite=overwrite,
             resume=True,
             same=lambda path: read(path) == text,
             ours=lambda path: bool(read(path)),

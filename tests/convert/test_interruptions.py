@@ -21,7 +21,8 @@ def test_an_output_is_whole_whichever_step_of_publishing_is_the_last(exchange, r
         if replaced:
             stage(output, "old")
         arguments = ("children", "stage", output, "new")
-        child = Child(*arguments, exchange=exchange, die_at=step)
+        options = {"exchange": exchange, "overwrite": replaced}
+        child = Child(*arguments, **options, die_at=step)
         if not child.killed():
             break
         if output.exists():
@@ -31,7 +32,7 @@ def test_an_output_is_whole_whichever_step_of_publishing_is_the_last(exchange, r
             partial = tmp_path / f"{step}.partial"
             assert read(partial / "old") == "old"
             assert read(partial / "checkpoint") == "new"
-        run(*arguments, exchange=exchange)
+        run(*arguments, **options)
         assert read(output) == "new"
         assert not (tmp_path / f"{step}.partial").exists()
     assert step > 10
