@@ -10,11 +10,14 @@ of which s lie on a device):
     selection   4 t D b + 2 T k H b + T n H b            4 n (7 s + 3 S)
     attention   4 t D b + (V + 1) T n H b                2 n C H b
     MLP         4 t D b + 3 t f b                        D f b
+    window                                               2 (l w + 2 W) k H b
 
 The workspace of the rotation is its result in float32 before it is rounded, queries in the
 order in which a kernel reads them, and its float32 output; that of the MLP a matrix taken
 from the stack of layers. Sparse prefill selects, by numbers for each head and key, of which the
-diagonals need all keys, and packs its C columns. Keys stay where they are: every device along
+diagonals need all keys, and packs its C columns. Between slices a session takes a window of W
+tokens of all l layers out of the cache or puts one in, w = W / seq of them on a device, while
+the tokens of a layer or two are gathered. Keys stay where they are: every device along
 `seq` holds all queries of the slice, for its heads. A decode step takes less than a slice.
 """
 
@@ -46,6 +49,7 @@ class Load:
         slice_len: prompt tokens computed at a time.
         dtype: of weights and cache.
         columns: that a head of sparse prefill reads at most; None if prefill is dense.
+        window: tokens that are outside the cache too between slices (`transfer`).
         relaid: whether the compiler lays out matrices of the layers anew in every step
             (`devices.Device`).
     """
@@ -55,6 +59,7 @@ class Load:
     slice_len: int
     dtype: str = "bfloat16"
     columns: int | None = None
+    window: int = 0
     relaid: bool = False
 
     @property
@@ -133,6 +138,10 @@ def _slice(config: ModelConfig, load: Load, mesh: MeshShape, rules: Rules) -> tu
         ),
         (residual + 3 * t * f * b, D * f * b),
     ]
+    if load.window:
+        W = load.window
+        w = W if W % mesh.seq else part(W, "tokens")
+        moments.append((0, 2 * (config.num_layers * w + 2 * W) * k * H * b))
     if load.columns is not None:
         keys = load.pages * load.page
         arrays = _LOCAL_ARRAYS * part(keys, "page") + _WHOLE_ARRAYS * keys

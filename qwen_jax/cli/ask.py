@@ -93,6 +93,7 @@ def ask(
         len(ids) + request.max_new_tokens,
         vocab_limit=tokenizer.size,
         held=len(kept.tokens) if kept else 0,
+        window=kept.window if kept else 0,
     )
     if kept is not None:
         kept.restore(engine)

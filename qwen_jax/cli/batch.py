@@ -298,6 +298,7 @@ def _answer(
                 vocab_limit=reader.tokenizer.size,
                 whole_slices=True,
                 held=len(reader.prefix),
+                window=kept.window if kept else 0,
             )
             if kept is not None:
                 kept.restore(engine)

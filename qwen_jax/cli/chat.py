@@ -74,7 +74,8 @@ def chat(
     held = len(kept.tokens) if kept else 0
     room = model_flags.max_len or min(opened.max_len, held + _LEN)
     opened.check_fits(held + 1)
-    engine = opened.engine(room, vocab_limit=tokenizer.size, held=held)
+    window = kept.window if kept else 0
+    engine = opened.engine(room, vocab_limit=tokenizer.size, held=held, window=window)
     if kept is not None:
         kept.restore(engine)
     Conversation(

@@ -322,6 +322,7 @@ class Model:
         attention: bool = True,
         whole_slices: bool = False,
         held: int = 0,
+        window: int = 0,
     ):
         """Builds an engine, or replicas on a mesh with data; says on stderr what runs where.
 
@@ -334,6 +335,7 @@ class Model:
             attention: False leaves it out (`EngineConfig.attention`).
             whole_slices: see `EngineConfig`.
             held: likewise.
+            window: tokens that a session moves at a time.
 
         Raises:
             CheckpointError: if the weights are missing, damaged or do not fit.
@@ -359,7 +361,7 @@ class Model:
             whole_slices=whole_slices,
             held=held,
         )
-        placement.check_memory(self.config, settings, name, mesh)
+        placement.check_memory(self.config, settings, name, mesh, window=window)
         engine = build(self.config, self.weights() if weights is None else weights, settings)
         note(f"{engine.describe()}; {name}: {why}; {self._attention()}")
         profile.watch(engine)

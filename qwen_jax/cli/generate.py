@@ -83,6 +83,7 @@ def generate(
         len(ids) + request.max_new_tokens,
         vocab_limit=tokenizer.size if tokenizer else None,
         held=len(kept.tokens) if kept else 0,
+        window=kept.window if kept else 0,
     )
     if kept is not None:
         kept.restore(engine)

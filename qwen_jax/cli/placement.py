@@ -91,12 +91,19 @@ def _check_processes(shape: "sharding.MeshShape", processes: int) -> None:
 
 
 def check_memory(
-    config: ModelConfig, engine: "EngineConfig", dtype: str, mesh: "Mesh | None"
+    config: ModelConfig,
+    engine: "EngineConfig",
+    dtype: str,
+    mesh: "Mesh | None",
+    *,
+    window: int = 0,
 ) -> None:
     """Refuses what the devices cannot hold, by the planner's arithmetic.
 
     Args:
         dtype: of weights and cache.
+        window: tokens of a session, at least, that are outside the cache too: prefill takes
+            whole slices.
 
     Raises:
         ConfigError: naming what is needed, what there is and the way out.
@@ -119,12 +126,14 @@ def check_memory(
     columns = None
     if sparse is not None and engine.max_len > sparse.threshold:
         columns = most_columns(sparse, -(-engine.max_len // page) * page)
+    slice_len = cut(0, engine.max_len, slices, None)[1]
     load = budget.Load(
         tokens=engine.max_seqs * (engine.max_len - engine.held) + engine.held,
         page=page,
-        slice_len=cut(0, engine.max_len, slices, None)[1],
+        slice_len=slice_len,
         dtype=dtype,
         columns=columns,
+        window=-(-window // slice_len) * slice_len,
     )
     needed = budget.memory(config, load, shape).total
     if limit is not None and needed > limit:
@@ -133,8 +142,13 @@ def check_memory(
             cache = f"{engine.max_seqs} x {cache}"
         if engine.held:
             cache += f" of which {engine.held:,} are shared"
+        way_out = "`qwen-jax plan` says what would fit"
+        without = dataclasses.replace(load, window=0)
+        if budget.memory(config, without, shape).total <= limit:
+            cache += f", and {load.window:,} of them once more on their way to or from the disk,"
+            way_out = "a session prefilled with a smaller --save-every moves fewer at a time"
         where = f"each of {shape.size} devices as {shape}" if mesh else "the device"
         raise ConfigError(
             f"weights and a cache of {cache} take {needed / 2**30:,.2f} GiB "
-            f"on {where}, which has {limit / 2**30:,.2f} GiB: `qwen-jax plan` says what would fit"
+            f"on {where}, which has {limit / 2**30:,.2f} GiB: {way_out}"
         )

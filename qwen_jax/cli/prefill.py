@@ -40,7 +40,9 @@ def prefill(
     tokens: Annotated[
         Path | None, option("A file of token ids, for `generate`: a JSON list, or integers.")
     ] = None,
-    save_every: Annotated[int, typer.Option(help="Tokens between two savings.")] = 65536,
+    save_every: Annotated[
+        int, typer.Option(help="Tokens between two savings, in memory twice while they are saved.")
+    ] = 65536,
     overwrite: Annotated[
         bool, option("Replace another session that is there.", "--overwrite")
     ] = False,
@@ -143,10 +145,11 @@ def _fill(
     from qwen_jax.engine.engine import Engine
 
     held = writer.session.saved
-    engine = opened.engine(len(ids) + _NEW, held=held)
+    kept = sessions.Kept(directory=writer.directory, session=writer.session, tokens=ids)
+    window = max(min(save_every, len(ids) - held), kept.window)
+    engine = opened.engine(len(ids) + _NEW, held=held, window=window)
     if not isinstance(engine, Engine):
         raise ConfigError(f"--mesh {opened.flags.mesh}: one prompt has no replicas: leave data out")
-    kept = sessions.Kept(directory=writer.directory, session=writer.session, tokens=ids)
     if held:
         kept.restore(engine)
     number = engine.add(Request(prompt=ids, max_new_tokens=_NEW))

@@ -57,6 +57,11 @@ class Kept:
         """Names of the files that it holds, with their tokens."""
         return list(self.session.documents)
 
+    @property
+    def window(self) -> int:
+        """The most tokens that are read at a time."""
+        return max((window.stop - window.start for window in self.session.windows), default=0)
+
     def question(self, tokenizer: Tokenizer, text: str) -> list[int]:
         """Ids that ask a question after the files, and invite the model to speak."""
         return [*tokenizer.encode_text(text), *tokenizer.close_turn(), *tokenizer.open_answer()]

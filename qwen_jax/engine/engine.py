@@ -358,8 +358,8 @@ class Engine:
             for piece in pieces:
                 hosts.check_preemption()
                 length = piece.stop - piece.start
-                window = piece.load(self.window(length))
-                self._runner.put_in(window, table, piece.start, length)
+                # No name keeps a piece on the device while the next one is loaded.
+                self._runner.put_in(piece.load(self.window(length)), table, piece.start, length)
         except BaseException:
             self._pages.give(pages)
             raise

@@ -19,7 +19,7 @@ from kept import TEXT, Checksum, content, sign
 from safetensors.numpy import save_file
 from tiny_model import random_weights
 
-from qwen_jax import disk, hosts, session, store
+from qwen_jax import budget, disk, hosts, session, store
 from qwen_jax.cli import main, sessions
 from qwen_jax.cli.flags import Model
 from qwen_jax.engine import engine as engines
@@ -685,6 +685,41 @@ def test_a_full_disk_leaves_earlier_windows(target, prefill, made, tmp_path, mon
     assert code == 0
     assert "holds 256 of" in err
     assert content(tmp_path / "kv") == content(made / "dense")
+
+
+@pytest.mark.usefixtures("asked")
+def test_windows_that_a_device_does_not_hold_are_refused_before_weights_are_read(
+    tiny, text, tmp_path, monkeypatch, run
+):
+    totals, memory = [], budget.memory
+
+    def noted(*arguments):
+        totals.append(memory(*arguments).total)
+        return memory(*arguments)
+
+    monkeypatch.setattr(budget, "memory", noted)
+    windows = {"one": 2**31 - 1, "many": 64}
+
+    def prefill(name, out):
+        flags = ["--out", tmp_path / out, "--slice", 64, "--save-every", windows[name]]
+        return run("prefill", tiny, "--file", text, *flags)
+
+    for name in windows:
+        assert prefill(name, name)[0] == 0
+    one, many = totals
+    assert one > many
+    monkeypatch.setattr("qwen_jax.devices.host_bytes", lambda: one - 1)
+    ask = ["ask", tiny, "Why?", "--slice", 64, "--max-new-tokens", 1, "--kv"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Model, "weights", None)
+        lines = error(prefill("one", "other")), error(run(*ask, tmp_path / "one"))
+    for line in lines:
+        assert ", and 768 of them once more on their way to or from the disk, take " in line
+        assert line.endswith(
+            "a session prefilled with a smaller --save-every moves fewer at a time"
+        )
+    assert prefill("many", "other")[0] == 0
+    assert run(*ask, tmp_path / "many")[0] == 0
 
 
 @pytest.mark.parametrize(
