@@ -4,7 +4,8 @@ Budgets are those of docs/demo, calibrated on other texts; the text is Python's 
 reference, as the interpreter carries it. The two take turns in one process, in float32. Then
 attention alone: the operations of single layers, on what the model computes for the last slice.
 
-    python scripts/bench_sparse.py [--lengths 8192,16384,32768] [--repeats 1] [--layers 3,12,21]
+    python scripts/bench_sparse.py
+        [--lengths 8192,16384,32768] [--repeats 1] [--layers 3,12,21] [--slice 4096]
 """
 
 import argparse
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="8192,16384,32768")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--layers", default="3,12,21")
+    parser.add_argument("--slice", type=int, help="prompt tokens computed at a time")
     args = parser.parse_args()
     lengths = [int(text) for text in args.lengths.split(",")]
     layers = [int(text) for text in args.layers.split(",")]
@@ -59,6 +61,8 @@ def main() -> None:
         f"Python {platform.python_version()}, jax {version('jax')}; commit {commit()}\n"
     )
     slices = default_slices(jax.default_backend(), model.dual_chunk, sparse=True)
+    if args.slice is not None:
+        slices = (args.slice,)
 
     def engine(found):
         settings = EngineConfig(max_len=max(lengths) + 2, sparse=found, slices=slices)

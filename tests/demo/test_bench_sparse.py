@@ -9,7 +9,8 @@ import pytest
 @pytest.mark.demo
 @pytest.mark.long
 def test_there_is_a_row_for_every_length_and_layer(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bench_sparse.py", "--lengths", "300,400", "--layers", "3"])
+    arguments = ["--lengths", "300,400", "--layers", "3", "--slice", "256"]
+    monkeypatch.setattr(sys, "argv", ["bench_sparse.py", *arguments])
     bench_sparse.main()
     lines = capsys.readouterr().out.splitlines()
     rows = [line.split(" | ") for line in lines if line.startswith("| ")]
