@@ -16,6 +16,11 @@ from qwen_jax.engine.observer import Step
 from qwen_jax.hosts import Preempted
 from qwen_jax.journal import Journal, JournalError
 
+# jaxlib declares it when a trace is read, and Python 3.12 ends where that is an error.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:builtin type event_stats has no __module__ attribute:DeprecationWarning"
+)
+
 
 def figures(directory):
     return [json.loads(line) for line in (directory / "steps.jsonl").read_text().splitlines()]
