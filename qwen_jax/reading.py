@@ -1,0 +1,249 @@
+"""Files and JSON that nobody vouches for: read whole within limits, or refused in one line."""
+
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+JSON_BYTES = 64 << 20
+"""Largest JSON file that is read; the largest tokenizer.json of a published model has 33 MB."""
+JSON_DEPTH = 100
+"""Lists and objects that may lie in each other."""
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+class FileError(ValueError):
+    """A file that cannot be used; the text names it and the way out."""
+
+
+def printable(text: object, limit: int = 200) -> str:
+    """Foreign text for one line of a terminal or a log.
+
+    Control characters, newlines and what reorders text are written as escapes, so that nothing
+    a file, a name or a peer says moves the cursor or ends the line.
+
+    Args:
+        limit: characters after which it is cut, with an ellipsis.
+    """
+    text = str(text)
+    cut = text[: limit + 1]
+    shown = "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in cut
+    )
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def shown(path: object) -> str:
+    """A path for an error: whole, with escapes for what is not printable."""
+    return printable(path, limit=8192)
+
+
+def read_bytes(
+    path: Path | str,
+    *,
+    limit: int,
+    error: type[ValueError] = FileError,
+    pipes: bool = False,
+) -> bytes:
+    """The content of a regular file.
+
+    Nothing waits: pipes, sockets and devices are refused by their kind before they are read, and
+    files over the limit before memory is taken.
+
+    Args:
+        limit: bytes that it may have.
+        error: raised instead of `FileError`.
+        pipes: also read a pipe, such as a shell's `<(command)`, to its end.
+
+    Raises:
+        FileError: if it is missing, no regular file, too large or cannot be read.
+    """
+    name = shown(path)
+    try:
+        piped = pipes and stat.S_ISFIFO(os.stat(path).st_mode)
+        # A pipe is opened with patience, since its writer may come later; nothing else makes wait.
+        waiting = 0 if piped else os.O_NONBLOCK
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | waiting)
+        try:
+            status = os.fstat(descriptor)
+            if not (stat.S_ISREG(status.st_mode) or (piped and stat.S_ISFIFO(status.st_mode))):
+                raise error(f"{name} is {_kind(status.st_mode)}, not a regular file")
+            if status.st_size > limit:
+                raise error(f"{name} has {status.st_size:,} bytes, more than the {limit:,} allowed")
+            data = bytearray()
+            while part := os.read(descriptor, min(1 << 24, limit + 1 - len(data))):
+                data += part
+                if len(data) > limit:
+                    raise error(f"{name} has more than the {limit:,} bytes allowed")
+        finally:
+            os.close(descriptor)
+        return bytes(data)
+    except FileNotFoundError:
+        raise error(f"{name} is missing") from None
+    except (OSError, ValueError) as found:  # a path with a zero byte is a ValueError
+        if isinstance(found, error):
+            raise
+        raise error(f"{name} cannot be read: {reason(found)}") from None
+
+
+def read_text(
+    path: Path | str,
+    *,
+    limit: int,
+    error: type[ValueError] = FileError,
+    pipes: bool = False,
+) -> str:
+    """The content of a regular file in UTF-8; see `read_bytes`.
+
+    Raises:
+        FileError: also if it is not UTF-8.
+    """
+    data = read_bytes(path, limit=limit, error=error, pipes=pipes)
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as found:
+        raise error(f"{shown(path)} is not UTF-8 (byte {found.start})") from None
+
+
+def read_json(
+    path: Path | str, *, limit: int = JSON_BYTES, error: type[ValueError] = FileError
+) -> Any:
+    """The value in a JSON file, by `parse_json`; see `read_bytes`.
+
+    Raises:
+        FileError: also if it is not valid JSON.
+    """
+    data = read_bytes(path, limit=limit, error=error)
+    try:
+        return parse_json(data)
+    except ValueError as found:
+        raise error(f"{shown(path)} is not valid JSON: {found}") from None
+
+
+def read_object(
+    path: Path | str, *, limit: int = JSON_BYTES, error: type[ValueError] = FileError
+) -> dict[str, Any]:
+    """The object in a JSON file; see `read_json`.
+
+    Raises:
+        FileError: also if it holds another kind of value.
+    """
+    value = read_json(path, limit=limit, error=error)
+    if not isinstance(value, dict):
+        raise error(f"{shown(path)} must hold a JSON object, got {json_kind(value)}")
+    return value
+
+
+def parse_json(data: bytes | str) -> Any:
+    """The value that JSON says, as strictly as RFC 8259 lets a reader be.
+
+    Keys that appear twice, NaN and infinities (also numbers too large for a float64), numbers of
+    over 4,300 digits, lone surrogates, more than `JSON_DEPTH` levels and bytes that are not UTF-8
+    are refused. It takes time proportional to the data.
+
+    Raises:
+        ValueError: with a reason fit for one line.
+    """
+    try:
+        text = data.decode("utf-8") if isinstance(data, bytes) else data
+        value = json.loads(
+            text,
+            object_pairs_hook=_distinct,
+            parse_constant=_no_number,
+            parse_float=_finite,
+            parse_int=_integer,
+        )
+    except UnicodeDecodeError as found:
+        raise ValueError(f"byte {found.start} is not UTF-8") from None
+    except RecursionError:
+        raise ValueError(f"it is nested over {JSON_DEPTH} levels deep") from None
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(JSON_DEPTH):
+        level = [
+            inner
+            for each in level
+            for inner in (each.values() if isinstance(each, dict) else each)
+            if isinstance(inner, (dict, list))
+        ]
+    if level:
+        raise ValueError(f"it is nested over {JSON_DEPTH} levels deep")
+    if _SURROGATE.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("a text in it holds a lone surrogate, which is no Unicode") from None
+    return value
+
+
+def json_kind(value: Any) -> str:
+    """What a JSON value is, in words."""
+    names = {dict: "an object", list: "a list", str: "a text", bool: "a truth value"}
+    return "null" if value is None else names.get(type(value), "a number")
+
+
+def check_fields(
+    where: str, value: Any, known: Collection[str], error: type[ValueError]
+) -> dict[str, Any]:
+    """An object with exactly the fields `known`.
+
+    Raises:
+        ValueError: of the type `error`, naming the first field that is missing or unknown.
+    """
+    if not isinstance(value, dict):
+        raise error(f"{where} must be an object, got {json_kind(value)}")
+    for name in known:
+        if name not in value:
+            raise error(f"{where} lacks {name}")
+    for name in value:
+        if name not in known:
+            raise error(f"{where} has an unknown field {printable(name)}")
+    return value
+
+
+def reason(error: BaseException) -> str:
+    """Why a file could not be used, in one line: the system's word, not Python's."""
+    if isinstance(error, OSError) and error.strerror:
+        return printable(error.strerror)
+    return printable(error)
+
+
+def _kind(mode: int) -> str:
+    kinds = {
+        stat.S_IFDIR: "a directory",
+        stat.S_IFIFO: "a pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    return kinds.get(stat.S_IFMT(mode), "a special file")
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"{printable(twice, 60)!r} is given twice in one object")
+    return value
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        raise ValueError(f"{printable(digits, 30)} is too large a number")
+    return value
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 4300:  # where Python stops, since it takes quadratic time
+        raise ValueError(f"a number of {len(digits):,} digits")
+    return int(digits)
