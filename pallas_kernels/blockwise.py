@@ -61,7 +61,16 @@ def fetch(
 ) -> Float[Array, "heads count H"]:
     """`count` consecutive keys or values of one page from position `first`."""
     page, H = cache.shape[3:]
-    index = (layer, head, page_table[first // page], first % page, jnp.int32(0))
+    # `first` adds nothing: it keeps the read in its loop where a table of one page makes it the
+    # same in every round. Before the loop, compilers make the last write a part of the read, which
+    # then needs a copy of the cache from before that write.
+    index = (
+        layer + jnp.minimum(first, 0),
+        head,
+        page_table[first // page],
+        first % page,
+        jnp.int32(0),
+    )
     block = jax.lax.dynamic_slice(cache, index, (1, heads, 1, count, H))
     return block.reshape(heads, count, H)
 
