@@ -1,16 +1,38 @@
 """A converted checkpoint back to a Hugging Face directory, byte for byte where nothing changed."""
 
+import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 from convert import publish, source
-from qwen_jax import disk, params
+from qwen_jax import disk, params, reading, schema
 from qwen_jax import manifest as manifests
-from qwen_jax.manifest import CheckpointError, Manifest, Progress
+from qwen_jax.manifest import CheckpointError, File, Manifest, Progress
 
-_DTYPES = {"bfloat16": "BF16", "float32": "F32"}
+RECORD = ".qwen-jax-export.json"
+_FORMAT = "qwen-jax export 1"
+_DTYPES = {ours: theirs for theirs, ours in manifests.SAFETENSORS_DTYPES.items()}
+_RECORD = schema.fields(
+    files=schema.values(
+        schema.fields(size=schema.whole(0, 1 << 60), sha256=schema.sha256),
+        key=schema.matching(re.compile(r"[\w.-]+", re.ASCII), "the name of a file"),
+    )
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Record:
+    """What an export wrote: its files by name."""
+
+    files: dict[str, File]
+
+    def encode(self) -> bytes:
+        """The content of `RECORD`, which carries its own checksum."""
+        return manifests.seal(_FORMAT, dataclasses.asdict(self))
 
 
 def export(
@@ -22,8 +44,9 @@ def export(
 ) -> tuple[str, ...]:
     """Write the Hugging Face directory that a checkpoint was converted from.
 
-    Files, tensors per file, headers and the index are those of the source. `dst` appears when it
-    is complete. Every tensor is checked against its SHA-256 on the way.
+    Files, tensors per file, headers and the index are those of the source, and one file more:
+    `RECORD`, with the sums of all others, by which `dst` is known to be ours and may be replaced.
+    `dst` appears when it is complete. Every tensor is checked against its SHA-256 on the way.
 
     Returns:
         What differs from the source, one sentence each; empty if every byte is the same.
@@ -46,7 +69,7 @@ def export(
             overwrite=overwrite,
             resume=True,  # what a stopped export has left is of no use, nor in the way
             same=lambda _: False,
-            ours=lambda path: (path / "config.json").is_file() and not params.is_converted(path),
+            check_ours=_check_ours,
         )
         with publish.errors(output):
             shutil.rmtree(staging.directory)
@@ -54,6 +77,25 @@ def export(
             _write(directory, staging.directory, manifest, bool(differences), progress)
         staging.publish()
     return differences
+
+
+def _check_ours(directory: Path) -> None:
+    """Refuse a directory that holds what no export wrote.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    path = directory / RECORD
+    if not os.path.lexists(path):
+        raise CheckpointError(f"it has no {RECORD}, so it was not exported")
+    content = reading.read_bytes(path, limit=reading.JSON_BYTES, error=CheckpointError)
+
+    def decode(body: dict[str, Any]) -> Record:
+        _RECORD("", body)
+        return Record({name: File(**file) for name, file in body["files"].items()})
+
+    record = manifests.unseal(path, content, _FORMAT, decode, "export again")
+    publish.check_written(directory, record.files, RECORD)
 
 
 def _write(
@@ -79,8 +121,7 @@ def _write(
                     f"{directory / 'params' / part}: {tensor.name} is damaged: "
                     "its SHA-256 is not the manifest's"
                 )
-            for name in names[tensor.name]:
-                path, start = places[name]
+            for path, start in (places[name] for name in names[tensor.name] if name in places):
                 with path.open("r+b") as file:
                     file.seek(start)
                     file.write(data.data)
@@ -99,6 +140,8 @@ def _write(
     for path in output.iterdir():
         disk.sync(path)
     source.check(output)
+    files = {path.name: manifests.file_sums(path) for path in sorted(output.iterdir())}
+    disk.write(output / RECORD, Record(files).encode())
 
 
 def _layout(text: str, manifest: Manifest, changed: bool) -> tuple[bytes, dict[str, int]]:
@@ -125,7 +168,13 @@ def _layout(text: str, manifest: Manifest, changed: bool) -> tuple[bytes, dict[s
 
 def _update_index(path: Path, files: dict[str, str], num_bytes: int) -> None:
     """Leave what is not stored out of the index, and correct its sum of bytes."""
-    index = json.loads(path.read_text())
-    index["weight_map"] = {name: files[name] for name in index["weight_map"] if name in files}
-    index["metadata"] = {**index.get("metadata", {}), "total_size": num_bytes}
+    index = reading.read_object(path, error=CheckpointError)
+    listed, metadata = index.get("weight_map"), index.get("metadata")
+    if not isinstance(listed, dict):
+        raise CheckpointError(f"{path} has no weight_map")
+    index["weight_map"] = {name: files[name] for name in listed if name in files}
+    index["metadata"] = {
+        **(metadata if isinstance(metadata, dict) else {}),
+        "total_size": num_bytes,
+    }
     path.write_text(json.dumps(index, indent=2) + "\n")

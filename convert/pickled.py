@@ -5,6 +5,7 @@ holes (CVE-2025-32434, CVE-2026-24747).
 """
 
 import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -16,12 +17,15 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from convert import files, source
+from convert import files, publish, source
 from qwen_jax.manifest import CheckpointError
+from qwen_jax.reading import shown
 
 _INDEX = "pytorch_model.bin.index.json"
 _SINGLE = "pytorch_model.bin"
 _BIN_NAME = re.compile(r"[\w.-]+\.bin", re.ASCII)
+_MARK = "qwen-jax unpickled 1"  # a file that says whose the directory is, and locks it
+_WEIGHTS = "weights"
 _TORCH = (2, 10)  # the first version whose weights_only unpickler has no known hole
 
 
@@ -39,13 +43,46 @@ def as_safetensors(src: str | os.PathLike, output: Path) -> Iterator[Path]:
         CheckpointError: if PyTorch is missing or too old, or a file holds more than tensors.
     """
     directory = output.with_name(output.name + ".unpickled")
-    shutil.rmtree(directory, ignore_errors=True)
+    with publish.errors(directory):
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        lock = _begin(directory)
+        try:
+            _run(Path(src), directory / _WEIGHTS)
+            yield directory / _WEIGHTS
+        finally:
+            shutil.rmtree(directory / _WEIGHTS, ignore_errors=True)
+            (directory / _MARK).unlink(missing_ok=True)
+            directory.rmdir()
+            os.close(lock)
+
+
+def _begin(directory: Path) -> int:
+    """Make the directory, emptied of what a killed run has left; returns its lock.
+
+    Raises:
+        CheckpointError: if there is something else, or another process works there.
+        OSError: if it cannot be made.
+    """
+    if os.path.lexists(directory):
+        names = set(os.listdir(directory)) if directory.is_dir() else {"no directory"}
+        if directory.is_symlink() or names - ({_WEIGHTS, _MARK} if _MARK in names else set()):
+            raise CheckpointError(
+                f"{shown(directory)} is in the way and was not written here: move it away or "
+                "choose another path"
+            )
+    directory.mkdir(exist_ok=True)
+    lock = os.open(directory / _MARK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        _run(Path(src), directory)
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.lexists(directory / _WEIGHTS):
+            shutil.rmtree(directory / _WEIGHTS)
+    except BlockingIOError:
+        os.close(lock)
+        raise CheckpointError(f"another process is writing {shown(directory)}") from None
+    except OSError:
+        os.close(lock)
+        raise
+    return lock
 
 
 def _run(src: Path, dst: Path) -> None:

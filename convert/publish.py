@@ -3,10 +3,15 @@
 Everything is written into a sibling, `NAME.partial`:
 
     checkpoint/   becomes the output
-    state.json    what the caller needs to continue
+    parts/        what the caller needs to continue
+    state.json    identifies the work, and this directory as ours
     ready         once `checkpoint` is complete: its inode
-    old           the replaced output, where the file system cannot exchange directories
+    old           the replaced output
     lock          held by the running process
+
+Nothing is removed but what was written here: an output is replaced if its caller finds nothing
+else in it, both before the work and right before the exchange, and a sibling without our
+state.json is left alone.
 
 Whoever is killed leaves the old output, or the new one, or (between the two renames on a
 file system without exchange) both of them inside `NAME.partial`, where the next run finds them.
@@ -18,16 +23,27 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen_jax import disk
-from qwen_jax.manifest import CheckpointError
+from qwen_jax import disk, reading, schema
+from qwen_jax.manifest import CheckpointError, File, file_sums
+from qwen_jax.reading import shown
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+_FORMAT = "qwen-jax staging 1"
+_STATE = schema.fields(
+    format=schema.one_of(_FORMAT), work=schema.values(schema.text), replace=schema.truth
+)
+_STATE_BYTES = 1 << 20
+_OURS = re.compile(
+    r"checkpoint|parts|old|lock|(state\.json|ready|mark)((\.[0-9a-f]{8})?\.partial)?"
+)
+_BEFORE_STATE = re.compile(r"checkpoint|lock|ready|state\.json(\.[0-9a-f]{8})?\.partial")
 
 
 class Staging:
@@ -45,6 +61,8 @@ class Staging:
         self.partial = self.output.with_name(self.output.name + ".partial")
         self.directory = self.partial / "checkpoint"
         self._lock: int | None = None
+        self._replace = False
+        self._check_ours: Callable[[Path], None] = lambda _: None
 
     def __enter__(self):
         return self
@@ -56,12 +74,12 @@ class Staging:
 
     def begin(
         self,
-        state: dict[str, Any],
+        state: dict[str, str],
         *,
         overwrite: bool,
         resume: bool,
         same: Callable[[Path], bool],
-        ours: Callable[[Path], bool],
+        check_ours: Callable[[Path], None],
     ) -> bool:
         """Make the sibling, or take up one that a stopped run has left.
 
@@ -70,7 +88,7 @@ class Staging:
             overwrite: replace an output; restart a stopped run unless `resume` is set.
             resume: continue a stopped run, with its permission to overwrite.
             same: whether an existing output is what this run would make.
-            ours: whether an existing output may be replaced.
+            check_ours: raises CheckpointError if an existing output holds what is not ours.
 
         Returns:
             Whether the output is there already and nothing remains to be done.
@@ -78,41 +96,40 @@ class Staging:
         Raises:
             CheckpointError: if an output or a sibling is in the way.
         """
+        self._check_ours = check_ours
         with errors(self.output):
+            left = self._left()
             if self.partial.exists():
                 self._take_lock()
+                self._replace = left is not None and left["replace"]
                 self._recover()
-            left = self._state()
+                left = self._left()
             if resume and left is None and self._occupied() and same(self.output):
                 if self.partial.exists():
                     self._discard()  # what was stopped right after it had published
                 return True
-            replace = overwrite
+            self._replace = overwrite
             if self.partial.exists():
                 if not resume and not overwrite:
                     raise CheckpointError(
-                        f"{self.partial} is left of a stopped run: continue it with --resume, "
-                        "or start again with --overwrite"
+                        f"{shown(self.partial)} is left of a stopped run: continue it with "
+                        "--resume, or start again with --overwrite"
                     )
                 if resume and left is not None and left["work"] != state:
                     raise CheckpointError(
-                        f"{self.partial} was made from another source or with another --dtype: "
-                        "start again with --overwrite"
+                        f"{shown(self.partial)} was made from another source or with another "
+                        "--dtype: start again with --overwrite"
                     )
-                replace = overwrite or (left is not None and left["replace"])
+                self._replace = overwrite or (left is not None and left["replace"])
                 if not resume:
                     self._discard()
-            if self._occupied():
-                if not replace:
-                    raise CheckpointError(f"{self.output} exists: replace it with --overwrite")
-                if not ours(self.output):
-                    raise CheckpointError(
-                        f"{self.output} is not a checkpoint and will not be replaced: "
-                        "choose another path or remove it"
-                    )
+            self._check_output()
             self.directory.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-            disk.write(self.partial / "state.json", json.dumps({"work": state, "replace": replace}))
+            disk.write(
+                self.partial / "state.json",
+                json.dumps({"format": _FORMAT, "work": state, "replace": self._replace}),
+            )
         return False
 
     def publish(self) -> None:
@@ -123,6 +140,7 @@ class Staging:
         """
         with errors(self.output):
             disk.sync(self.directory)
+            self._check_output()
             disk.write(self.partial / "ready", str(self.directory.stat().st_ino))
             self._swap()
             self._discard()
@@ -133,12 +151,53 @@ class Staging:
             self.output.is_dir() and not any(self.output.iterdir())
         )
 
-    def _state(self) -> dict[str, Any] | None:
-        """The state of a stopped run; None if it was stopped before it wrote one."""
+    def _check_output(self) -> None:
+        """Refuse to replace an output without permission, or what is not ours.
+
+        Raises:
+            CheckpointError: naming it, or the file in it.
+        """
+        if not self._occupied():
+            return
+        name = shown(self.output)
+        if not self._replace:
+            raise CheckpointError(f"{name} exists: replace it with --overwrite")
         try:
-            return json.loads((self.partial / "state.json").read_text())
-        except FileNotFoundError:
+            self._check_ours(self.output)
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{name} will not be replaced: {error}; move what is yours away, or choose "
+                "another path"
+            ) from None
+
+    def _left(self) -> dict[str, Any] | None:
+        """The state of a stopped run; None if it was stopped before it wrote one.
+
+        Raises:
+            CheckpointError: if the sibling is not one of ours.
+        """
+        if not os.path.lexists(self.partial):
             return None
+        name = shown(self.partial)
+        if self.partial.is_symlink() or not self.partial.is_dir():
+            raise CheckpointError(f"{name} is in the way: move it away or choose another path")
+        path = self.partial / "state.json"
+        known, left = _BEFORE_STATE, None
+        if os.path.lexists(path):
+            try:
+                left = reading.read_json(path, limit=_STATE_BYTES, error=schema.SchemaError)
+                _STATE("", left)
+            except schema.SchemaError as error:
+                raise CheckpointError(f"{shown(path)}: {error}: move {name} away") from None
+            known = _OURS
+        for each in sorted(self.partial.iterdir()):
+            used = left is None and each.is_dir() and any(each.iterdir())
+            if used or not known.fullmatch(each.name):
+                raise CheckpointError(
+                    f"{name} is in the way, and {shown(each.name)} in it is no part of a stopped "
+                    "run: move it away or choose another path"
+                )
+        return left
 
     def _take_lock(self) -> None:
         if self._lock is not None:
@@ -154,30 +213,67 @@ class Staging:
         ready = self.partial / "ready"
         if not ready.exists():
             return
-        inode = int(ready.read_text())
-        if not (self.output.exists() and self.output.stat().st_ino == inode):
+        inode = reading.read_text(ready, limit=64, error=CheckpointError)
+        published = self.output.exists() and str(self.output.stat().st_ino) == inode
+        if not published and self.directory.exists():
+            self._check_output()
             self._swap()
         self._discard()
 
     def _swap(self) -> None:
         if not self._occupied():
             os.rename(self.directory, self.output)
-        elif not _exchange(self.directory, self.output):
+        elif _exchange(self.directory, self.output):
+            os.rename(self.directory, self.partial / "old")
+        else:
             os.rename(self.output, self.partial / "old")
             os.rename(self.directory, self.output)
         disk.sync(self.output.parent)
 
     def _discard(self) -> None:
         """Remove the sibling, what tells its state last."""
+        last = ("state.json", "ready", "lock")
         for rest in sorted(self.partial.iterdir()):
-            if rest.is_dir():
+            if rest.is_dir() and not rest.is_symlink():
                 shutil.rmtree(rest)
-        for name in ("state.json", "ready", "lock"):
+            elif rest.name not in last:
+                rest.unlink()
+        for name in last:
             (self.partial / name).unlink(missing_ok=True)
-        shutil.rmtree(self.partial)
+        self.partial.rmdir()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def check_written(
+    directory: Path, files: Mapping[str, File], manifest: str, *, by_name: str | None = None
+) -> None:
+    """Refuse a directory that holds other files than were written, or other bytes in them.
+
+    Args:
+        files: what was written, by path.
+        manifest: the name of the file that says so.
+        by_name: files whose path begins so are known by it; the bytes of others are compared.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, folders, names in os.walk(directory, onerror=fail):
+        links = [name for name in folders if (Path(folder) / name).is_symlink()]
+        for path in sorted(Path(folder) / name for name in (*names, *links)):
+            name = path.relative_to(directory).as_posix()
+            if name == manifest:
+                continue
+            if name not in files or path.is_symlink():
+                raise CheckpointError(f"{shown(path)} is not in {manifest}")
+            known = by_name is not None and name.startswith(by_name)
+            if not known and file_sums(path) != files[name]:
+                raise CheckpointError(f"{shown(path)} was changed since")
 
 
 def check_apart(source: Path, output: Path) -> None:

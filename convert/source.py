@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convert import names
+from convert import names, sums
 from convert.files import (
     CHUNK_BYTES,
     Shard,
@@ -26,19 +26,21 @@ from convert.files import (
 )
 from convert.team import ALONE, Team
 from qwen_jax.config import ModelConfig, model_config
-from qwen_jax.manifest import DTYPES, CheckpointError, Progress, file_sums
+from qwen_jax.manifest import (
+    DTYPES,
+    READ_FILES,
+    CheckpointError,
+    Progress,
+    file_sums,
+    fingerprint,
+)
 
 INDEX = "model.safetensors.index.json"
 # What ships with the weights and is copied byte for byte.
 COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "sparse_attention_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
+    *READ_FILES,
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
     "special_tokens_map.json",
     "added_tokens.json",
 )
@@ -92,6 +94,23 @@ class Source:
             fill(data.data, 0, on_chunk)
         return data.view(DTYPES[tensor.dtype]).reshape(tensor.shape), digest.hexdigest()
 
+    def sha256(self, name: str, on_bytes: Callable[[int], None] = lambda _: None) -> str:
+        """The SHA-256 of a tensor's bytes, which are not kept.
+
+        Raises:
+            CheckpointError: as `read`.
+        """
+        tensor = self.tensors[name]
+        digest = hashlib.sha256()
+        buffer = memoryview(bytearray(min(CHUNK_BYTES, tensor.size)))
+        with self._opened(tensor) as fill:
+            for start in range(0, tensor.size, CHUNK_BYTES):
+                chunk = buffer[: tensor.size - start]
+                fill(chunk, start)
+                digest.update(chunk)
+                on_bytes(len(chunk))
+        return digest.hexdigest()
+
     def read_piece(self, name: str, cut: tuple[slice, ...]) -> np.ndarray:
         """What lies between the starts and stops of a slice for each axis of a tensor.
 
@@ -144,10 +163,30 @@ class Source:
                 f"{shard.path}: {tensor.name} cannot be read: {error.strerror}"
             ) from None
 
-    def fingerprint(self) -> str:
+    def sums(self, progress: Progress | None = None) -> dict[str, str]:
+        """The SHA-256 of every tensor's bytes, by name; see `convert.sums`.
+
+        Raises:
+            CheckpointError: if a file cannot be read or changes meanwhile.
+        """
+        return sums.of(self.shards, self.tensors, self.sha256, progress)
+
+    def fingerprint(self, progress: Progress | None = None) -> str:
+        """Checksum of the configuration and of every byte of the tensors.
+
+        That of a converted checkpoint, `Manifest.fingerprint`, is the same if dtypes were kept.
+
+        Raises:
+            CheckpointError: if a file cannot be read or changes meanwhile.
+        """
+        found = self.sums(progress)
+        rows = ((name, each.dtype, each.shape, found[name]) for name, each in self.tensors.items())
+        return fingerprint(file_sums(self.companions["config.json"]).sha256, rows)
+
+    def outline(self) -> str:
         """Checksum of the configuration, the headers and a sample of every tensor.
 
-        Two fine-tunes of one model differ in the samples only.
+        It tells most models apart without reading them; see `fingerprint`.
 
         Raises:
             CheckpointError: if a file cannot be read.

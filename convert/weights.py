@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import itertools
 import os
 import shutil
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from convert import names, pickled, publish, source
 from convert.team import ALONE, Team
 from qwen_jax import disk, params
 from qwen_jax import manifest as manifests
-from qwen_jax.manifest import DTYPES, CheckpointError, Manifest, Progress, Tensor
+from qwen_jax.manifest import DTYPES, CheckpointError, Manifest, Progress, Tensor, file_sums
 
 _LIBRARIES = ("qwen-jax", "jax", "orbax-checkpoint", "safetensors", "numpy")
 _SPARE_BYTES = 64 << 20  # of disk, for what Orbax keeps beside the arrays
@@ -119,31 +120,51 @@ def convert(
             src = stack.enter_context(pickled.as_safetensors(src, output))
         checked = source.check(src)
         publish.check_apart(checked.directory, output)
-        fingerprint = checked.fingerprint()
-
-        def same(directory: Path) -> bool:
-            there = manifests.read(directory / "manifest.json")
-            return there.source_sha256 == fingerprint and there.dtype == dtype
-
+        outline = checked.outline()
         staging = stack.enter_context(publish.Staging(output))
 
         def begin() -> bool:
             return staging.begin(
-                {"source": fingerprint, "dtype": dtype},
+                {"source": outline, "dtype": dtype},
                 overwrite=overwrite,
                 resume=resume,
-                same=same,
-                ours=params.is_converted,
+                same=lambda directory: _is_conversion(directory, checked, dtype, progress),
+                check_ours=_check_ours,
             )
 
         if team.shared(begin):
             return params.read_manifest(output)
         with publish.errors(output):
             _check_one_disk(staging.partial, team)
-            manifest = _write(checked, staging, dtype, fingerprint, progress, team)
+            manifest = _write(checked, staging, dtype, outline, progress, team)
         if team.is_first():
             staging.publish()
     return manifest
+
+
+def _is_conversion(
+    directory: Path, checked: source.Source, dtype: str, progress: Progress | None
+) -> bool:
+    """Whether a checkpoint is what a conversion would make; reads all of the source."""
+    there = manifests.read(directory / "manifest.json")
+    alike = (there.source_sha256, there.dtype) == (checked.outline(), dtype)
+    beside = {name: file for name, file in there.files.items() if not name.startswith("params/")}
+    return (
+        alike
+        and beside == {name: file_sums(path) for name, path in checked.companions.items()}
+        and {each.name: each.source_sha256 for each in there.tensors}
+        == {name: checked.sums(progress)[name] for name in checked.tensors}
+    )
+
+
+def _check_ours(directory: Path) -> None:
+    """Refuse a directory that holds what no conversion wrote.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    files = manifests.read(directory / "manifest.json").files
+    publish.check_written(directory, files, "manifest.json", by_name="params/")
 
 
 def _check_one_disk(directory: Path, team: Team) -> None:
@@ -169,7 +190,7 @@ def _write(
     checked: source.Source,
     staging: publish.Staging,
     dtype: str,
-    fingerprint: str,
+    outline: str,
     progress: Progress | None,
     team: Team,
 ) -> Manifest:
@@ -180,7 +201,7 @@ def _write(
         versions={name: importlib.metadata.version(name) for name in _LIBRARIES},
         dtype=dtype,
         num_parameters=0,
-        source_sha256=fingerprint,
+        source_sha256=outline,
         tensors=(),
         aliases=checked.aliases,
         dropped=checked.dropped,
@@ -192,25 +213,28 @@ def _write(
     )
     grouped = _by_part(checked)
     own = team.dealt(list(grouped))
-    done = {part: _recorded(staging.directory, records / f"{part}.json") for part in own}
+    sizes = {part: sum(checked.tensors[e.name].size for e in grouped[part]) for part in own}
+    on_bytes = _counter(progress, sum(sizes.values()))
+    done = {
+        part: _recorded(
+            staging.directory, records / f"{part}.json", checked, grouped[part], dtype, on_bytes
+        )
+        for part in own
+    }
     there = team.gathered([part for part, record in done.items() if record])
     if team.is_first():
         kept = {part for parts in there for part in parts}
         _clean(staging.directory, kept)
         _check_space(checked, staging.directory, dtype, [p for p in grouped if p not in kept])
     team.await_all()
-    sizes = {part: sum(checked.tensors[e.name].size for e in grouped[part]) for part in own}
-    on_bytes = _counter(progress, sum(sizes.values()))
     for part, record in done.items():
         if record is None:
             entries = grouped[part]
             record = _write_part(checked, staging.directory, part, entries, dtype, whole, on_bytes)
             disk.write(records / f"{part}.json", record.encode())
-        else:
-            on_bytes(sizes[part])
     team.await_all()
     if team.is_first():
-        parts = [manifests.read(records / f"{part}.json") for part in grouped]
+        parts = [manifests.read(records / f"{part}.json", record=True) for part in grouped]
         _write_manifest(checked, staging.directory, whole, parts)
     team.await_all()
     manifest = params.read_manifest(staging.directory)
@@ -257,36 +281,64 @@ def _write_part(
         kept = found if dtype == "keep" else dtype
         if kept != found:
             raw = raw.astype(DTYPES[kept])
-        tensors.append(
-            Tensor(
-                name=entry.name,
-                part=part,
-                path=entry.path,
-                shape=entry.shape,
-                dtype=kept,
-                source_shape=entry.source_shape,
-                source_dtype=found,
-                transposed=entry.transposed,
-                sha256=source_sha256 if kept == found else manifests.array_sha256(raw),
-                source_sha256=source_sha256,
-            )
-        )
+        sha256 = source_sha256 if kept == found else manifests.array_sha256(raw)
+        tensors.append(_tensor(entry, found, kept, sha256, source_sha256))
         leaves[entry.path] = entry.to_ours(raw)
         del raw
     files = params.save_part(directory, part, leaves)
     return dataclasses.replace(whole, tensors=tuple(tensors), files=files, shards=())
 
 
-def _recorded(directory: Path, record: Path) -> Manifest | None:
-    """The record of a part whose files are as they were written; else None."""
+def _tensor(entry: names.Entry, found: str, kept: str, sha256: str, source_sha256: str) -> Tensor:
+    """A tensor for the manifest: of the dtype `found`, stored as `kept`."""
+    return Tensor(
+        name=entry.name,
+        part=entry.part,
+        path=entry.path,
+        shape=entry.shape,
+        dtype=kept,
+        source_shape=entry.source_shape,
+        source_dtype=found,
+        transposed=entry.transposed,
+        sha256=sha256,
+        source_sha256=source_sha256,
+    )
+
+
+def _recorded(
+    directory: Path,
+    path: Path,
+    checked: source.Source,
+    entries: list[names.Entry],
+    dtype: str,
+    on_bytes: Callable[[int], None],
+) -> Manifest | None:
+    """The record of a part whose files are as they were written; else None.
+
+    Raises:
+        CheckpointError: if the source has other bytes than when it was written.
+    """
     try:
-        manifest = manifests.read(record)
-        for name, expected in manifest.files.items():
+        record = manifests.read(path, record=True)
+        for name, expected in record.files.items():
             if manifests.file_sums(directory / name) != expected:
                 return None
     except (CheckpointError, OSError):
         return None
-    return manifest
+    for entry, there in itertools.zip_longest(entries, record.tensors):
+        if entry is None or there is None:
+            return None
+        found = checked.tensors[entry.name].dtype
+        kept = found if dtype == "keep" else dtype
+        if there != _tensor(entry, found, kept, there.sha256, there.source_sha256):
+            return None
+    for there in record.tensors:
+        if checked.sha256(there.name, on_bytes) != there.source_sha256:
+            raise CheckpointError(
+                f"{directory.parent} was made from another source, whose {there.name} differs: "
+                "start again with --overwrite"
+            )
+    return record
 
 
 def _clean(directory: Path, keep: set[str]) -> None:

@@ -1,17 +1,22 @@
 """Files that are there whole or not at all, and stay when the machine fails."""
 
 import os
+import secrets
 from pathlib import Path
 
 
 def write(path: Path, content: str | bytes) -> None:
     """Puts a file in place of what was there; it is on the disk when this returns.
 
+    It is written beside it first, as `NAME.partial`, or under a name with eight more hexadecimal
+    digits if that exists.
+
     Raises:
         OSError: if it cannot be written; what was there stays.
     """
     partial = path.with_name(f"{path.name}.partial")
-    partial.unlink(missing_ok=True)
+    if os.path.lexists(partial):
+        partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with partial.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)

@@ -40,13 +40,6 @@ from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
 from qwen_jax.config import ConfigError
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-
 
 @expand_on_hosts
 @profiled
@@ -348,7 +341,9 @@ def _settings(opened: Model, reader: Reader, kept: sessions.Kept | None) -> dict
 
 def _fingerprint(directory: Path) -> str:
     """Checksum of a model and its tokenizer, the same before and after conversion."""
-    files = sessions.tokenizer_fingerprint(directory, _TOKENIZER_FILES)
+    files = sessions.tokenizer_fingerprint(
+        directory, (*sessions.TOKENIZER_FILES, "generation_config.json")
+    )
     both = sessions.weights_fingerprint(directory) + files
     return hashlib.sha256(both.encode()).hexdigest()[:16]
 

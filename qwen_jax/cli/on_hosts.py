@@ -11,15 +11,9 @@ import typer
 
 from qwen_jax import hosts
 from qwen_jax.cli.flags import adding, expand, option
+from qwen_jax.manifest import READ_FILES, file_sums
 
-_FILES = (
-    "config.json",
-    "generation_config.json",
-    "sparse_attention_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "manifest.json",
-)
+_FILES = (*READ_FILES, "manifest.json")
 _PACKAGES = ("qwen_jax", "pallas_kernels", "convert")
 _MODELS = ("model", "src", "path")  # arguments that name one
 _OWN = ("coordinator", "process_id")  # flags that differ between processes
@@ -62,7 +56,7 @@ def expand_on_hosts(verb: Callable, *, devices: bool = True) -> Callable:
         )
         hosts.start(
             place,
-            lambda: facts(verb.__name__, {"hosts": host_flags, **given}),
+            lambda: facts(verb.__name__, {"hosts": host_flags, **given}, whole=devices),
             heartbeat=host_flags.heartbeat,
             timeout=host_flags.init_timeout,
             devices=devices,
@@ -72,7 +66,7 @@ def expand_on_hosts(verb: Callable, *, devices: bool = True) -> Callable:
     return expand(started)
 
 
-def facts(verb: str, given: Mapping[str, Any]) -> dict[str, str]:
+def facts(verb: str, given: Mapping[str, Any], *, whole: bool = True) -> dict[str, str]:
     """What must be the same in all processes of a job, by names that users know.
 
     Paths may differ. Of a model and of budgets the content counts; other files are read by
@@ -80,12 +74,18 @@ def facts(verb: str, given: Mapping[str, Any]) -> dict[str, str]:
 
     Args:
         given: the verb's arguments, single or in dataclasses.
+        whole: every byte of weights counts; else headers and samples of those that are not
+            converted, for verbs that read them on one file system.
 
     Raises:
         FileNotFoundError: if there is no such file.
         CheckpointError: if the weights are damaged.
         ConfigError: if config.json cannot be used.
     """
+    from convert import source
+    from qwen_jax import params
+    from qwen_jax.cli import sessions
+
     found = {
         "the code of qwen-jax": _code(),
         "the version of jax": importlib.metadata.version("jax"),
@@ -104,21 +104,13 @@ def facts(verb: str, given: Mapping[str, Any]) -> dict[str, str]:
                 found[flag] = str(each)
     model = next((given[name] for name in _MODELS if given.get(name) is not None), None)
     if model is not None:
+        found |= {
+            name: file_sums(model / name).sha256[:16] for name in _FILES if (model / name).is_file()
+        }
         unread = bool(given.get("random_weights") or given.get("allow_pickle_weights"))
-        found |= _checkpoint(model, weights=not unread)
-    return found
-
-
-def _checkpoint(model: Path, *, weights: bool) -> dict[str, str]:
-    """The content of a model, by file; of weights that are not converted, samples."""
-    from convert import source
-    from qwen_jax import params
-
-    found = {
-        name: _digest((model / name).read_bytes()) for name in _FILES if (model / name).is_file()
-    }
-    if weights and not params.is_converted(model) and model.is_dir():
-        found["the weights"] = source.check(model).fingerprint()[:16]
+        if not unread and not params.is_converted(model) and model.is_dir():
+            known = sessions.weights_fingerprint(model) if whole else source.check(model).outline()
+            found["the weights"] = known[:16]
     return found
 
 

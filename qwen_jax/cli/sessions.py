@@ -14,6 +14,7 @@ from qwen_jax.cli import placement
 from qwen_jax.cli.flags import Model, note, option
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Sparseness
+from qwen_jax.manifest import READ_FILES
 from qwen_jax.session import Identity, Session, SessionError
 from qwen_jax.tokenizer import Tokenizer
 
@@ -21,7 +22,8 @@ Kv = Annotated[
     Path | None,
     option("A KV session made by `prefill`, which the prompt goes on after.", metavar="DIR"),
 ]
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+TOKENIZER_FILES = tuple(name for name in READ_FILES if name.startswith(("tokenizer", "chat")))
+_SAID_BYTES = 1e9  # of weights that take seconds to read
 
 
 def identity(opened: Model, tokens: tuple[int, ...], *, is_chat: bool) -> Identity:
@@ -132,7 +134,7 @@ def open_kept(opened: Model, directory: Path, *, chat: bool = False) -> Kept:
     return Kept(directory=directory, session=found, tokens=tokens)
 
 
-def tokenizer_fingerprint(directory: Path, names: tuple[str, ...] = _TOKENIZER_FILES) -> str:
+def tokenizer_fingerprint(directory: Path, names: tuple[str, ...] = TOKENIZER_FILES) -> str:
     """Checksum of the files that make tokens of a text."""
     digest = hashlib.sha256()
     for name in names:
@@ -142,7 +144,9 @@ def tokenizer_fingerprint(directory: Path, names: tuple[str, ...] = _TOKENIZER_F
 
 
 def weights_fingerprint(directory: Path) -> str:
-    """Fingerprint of a model's weights, the same before and after conversion.
+    """Fingerprint of every byte of a model's weights, the same before and after conversion.
+
+    Those of a Hugging Face directory are read once, see `convert.sums`.
 
     Raises:
         CheckpointError: if they are missing or damaged.
@@ -151,8 +155,16 @@ def weights_fingerprint(directory: Path) -> str:
     from qwen_jax import params
 
     if params.is_converted(directory):
-        return params.read_manifest(directory).source_sha256
-    return source.check(directory).fingerprint()
+        return params.read_manifest(directory).fingerprint
+    said = False
+
+    def progress(_: int, total: int) -> None:
+        nonlocal said
+        if not said and total > _SAID_BYTES:
+            note(f"reading {total / 1e9:.1f} GB of weights once, for their checksums")
+        said = True
+
+    return source.check(directory).fingerprint(progress)
 
 
 def _identity(opened: Model, *, num_tokens: int, tokens_sha256: str, is_chat: bool) -> Identity:

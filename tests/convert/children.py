@@ -119,7 +119,7 @@ def stage(output, text, *, exchange=True, overwrite=True):
             overwrite=overwrite,
             resume=True,
             same=lambda path: read(path) == text,
-            ours=lambda path: bool(read(path)),
+            check_ours=read,
         )
         if there:
             return

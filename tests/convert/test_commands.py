@@ -81,7 +81,8 @@ def test_what_is_in_the_way_is_said_with_the_way_out(tmp_path):
     assert "--overwrite" in refusal("convert", tmp_path / "tuned", tmp_path / "ours", "--resume")
     assert invoke("convert", tmp_path / "tuned", tmp_path / "ours", "--overwrite").exit_code == 0
     (tmp_path / "next.partial" / "checkpoint").mkdir(parents=True)
-    state = {"work": {"source": "other", "dtype": "keep"}, "replace": False}
+    work = {"source": "other", "dtype": "keep"}
+    state = {"format": "qwen-jax staging 1", "work": work, "replace": False}
     (tmp_path / "next.partial" / "state.json").write_text(json.dumps(state))
     text = refusal("convert", tmp_path / "hf", tmp_path / "next")
     assert "--resume" in text
@@ -130,7 +131,7 @@ def test_two_runs_do_not_write_one_output(tmp_path):
     from convert import publish
 
     with publish.Staging(tmp_path / "ours") as staging:
-        staging.begin({}, overwrite=False, resume=False, same=lambda _: False, ours=lambda _: False)
+        staging.begin({}, overwrite=False, resume=False, same=lambda _: False, check_ours=print)
         text = refusal("convert", tmp_path / "hf", tmp_path / "ours", "--resume")
         assert "another process is writing" in text
 

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from children import run
 from safetensors.numpy import load_file, save_file
 
 from convert import weights
-from convert.export import export
+from convert.export import RECORD, export
 from qwen_jax import params
 from qwen_jax.config import model_config
 from qwen_jax.manifest import CheckpointError
@@ -27,7 +28,15 @@ CASES = {
 
 
 def contents(directory) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+    """The files but the record of an export, which must have the sums of all others."""
+    found = {path.name: path.read_bytes() for path in directory.iterdir()}
+    if RECORD in found:
+        record = json.loads(found.pop(RECORD))["files"]
+        assert record == {
+            name: {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            for name, data in found.items()
+        }
+    return found
 
 
 @pytest.mark.parametrize("case", CASES)
