@@ -68,8 +68,13 @@ def generations(backend: str) -> dict[str, str]:
     return {name: row["device_kinds"][0] for name, row in _table(_path(backend)).items()}
 
 
+def tables() -> Path:
+    """The directory whose tables are used."""
+    return Path(os.environ.get(VARIABLE) or PACKAGED)
+
+
 def _path(backend: str) -> Path:
-    return Path(os.environ.get(VARIABLE) or PACKAGED) / f"{backend}.json"
+    return tables() / f"{backend}.json"
 
 
 @functools.cache

@@ -1,0 +1,515 @@
+"""Check: a backend compared with the truth on this device, at the shapes that a model has.
+
+Nothing but this tells whether a kernel that compiles also computes the right numbers on a device
+that nobody has tried. It takes seconds and a small cache: pages are repeated along a context.
+
+Each program is compared twice. A short context of two pages, with borders of chunks inside tiles,
+is compared with `reference`; a long one, with the model's own chunks, with `xla`. Either truth is
+computed in float32 with exact products, a kv head at a time, on the same values.
+
+Keys near the borders of chunks and pages, at the beginning and at the end weigh most, so that a
+single pair in the wrong view or behind the wrong mask changes an output by several per cent. What
+must not be read is NaN: rows past the end, other pages and the other layer of the cache.
+
+    for result in check(Shape.of(MODELS["7B"], dtype="bfloat16")):
+        print(result)
+"""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from pallas_kernels import backend
+from pallas_kernels.cases import Model
+from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.plan import ABSENT, SparsePlan
+from pallas_kernels.programs import PLAN, PROGRAMS, VOTERS
+from pallas_kernels.shard import Shard
+from pallas_kernels.tiles import Tiles, of_page, tables
+
+LIMIT = {"float32": 1e-4, "bfloat16": 2e-2}
+"""Largest error of a row relative to its norm, and of a log-sum-exp as it is.
+
+The tests of the kernels allow 2e-6 and 2e-2 of the largest magnitude, twice what was measured
+(tests/tolerances.py, tests/kernels/test_mosaic_tpu_prefill.py). Rows are stricter in bfloat16;
+in float32 there is room for sums in another order, but none for products of 16 or 19 bits, which
+are wrong by 3e-4 and more. The mistakes of tests/kernels/test_check.py are wrong by 4e-2 or more.
+"""
+LAYER = 1
+NEAR = 4
+"""Tokens around a border whose keys weigh most."""
+QUIET, FILLING = -2.0, -8.0
+"""Added to the logits of other keys, and of pages that are repeated far from any border."""
+FILLERS = 3
+ROWS, SHORT_ROWS = 320, 40
+"""Queries of a slice: of two tiles or more of every kernel, and of the short context."""
+COLUMNS = 300
+"""That a head reads at most by a plan: no whole number of registers."""
+PAGES = 12
+"""Of a context of up to so many every page has keys of its own."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """What one device has of a model's attention.
+
+    Attributes:
+        num_heads: query heads.
+        page: tokens of a page, of which each of `parts` devices holds as many.
+        dtype: of queries, keys and values.
+        geometry: DCA sizes, or None for one window.
+        plan: tiles of sparse prefill.
+        far: compare at the borders of these chunks, however far away, not of smaller ones; it
+            takes the time of a few slices at such a place, for `xla` too.
+        rows: queries of a slice.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page: int
+    dtype: str
+    geometry: ChunkGeometry | None
+    parts: int = 1
+    plan: Tiles = PLAN
+    far: bool = True
+    rows: int = ROWS
+
+    @classmethod
+    def of(cls, model: Model, *, dtype: str, **more: Any) -> "Shape":
+        """A published model on one device."""
+        sizes = {
+            "num_heads": model.num_heads,
+            "num_kv_heads": model.num_kv_heads,
+            "head_dim": model.head_dim,
+            "page": 1024,
+            "geometry": model.geometry,
+        }
+        return cls(dtype=dtype, **sizes | more)
+
+    def soon(self) -> "Shape":
+        """The same heads in smaller pages, chunks and slices: for a CPU."""
+        page = min(self.page, 128 * self.parts)
+        rows = min(self.rows, 96)
+        return dataclasses.replace(self, page=page, rows=rows, far=False)
+
+
+Verdict = Literal["agrees", "differs", "fails", "refuses"]
+"""Of a backend: `fails` where it raises any error but `Unsupported`, with which it `refuses`."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """How a program of a backend compares with the truth.
+
+    Attributes:
+        program: one of `PROGRAMS`.
+        context: tokens of the sequence.
+        truth: backend that it was compared with.
+        error: largest error of a row, relative to its norm; None if it is not finite or unknown.
+        lse_error: of a log-sum-exp; None also for selection, which has none.
+        limit: of both.
+        reason: why it does not agree, in one line; "" if it does.
+    """
+
+    program: str
+    backend: str
+    context: int
+    truth: str
+    verdict: Verdict
+    error: float | None
+    lse_error: float | None
+    limit: float
+    reason: str = ""
+
+    def __str__(self) -> str:
+        what = f"{self.program} by {self.backend}, {self.context:,} tokens"
+        return f"{what}: {self.verdict}{f', {self.reason}' if self.reason else ''}"
+
+
+class Place(NamedTuple):
+    """A context in which a shape is compared.
+
+    Attributes:
+        borders: positions around which keys weigh most.
+        rows: queries of a slice.
+    """
+
+    context: int
+    geometry: ChunkGeometry | None
+    borders: tuple[int, ...]
+    rows: int
+    truth: str
+
+
+def check(
+    shape: Shape,
+    choice: backend.Choice = None,
+    *,
+    programs: tuple[str, ...] = tuple(PROGRAMS),
+    device: Any = None,
+) -> Iterator[Result]:
+    """Compares programs of the backends that are chosen, one result for each context.
+
+    Args:
+        device: jax's; default: the first one of this process.
+
+    Raises:
+        Unsupported: if a backend does not run there.
+    """
+    device = device or jax.local_devices()[0]
+    chosen = backend.choose(
+        device.platform,
+        choice,
+        kind=device.device_kind,
+        head_dim=shape.head_dim,
+        dtype=shape.dtype,
+    )
+    for place in places(shape):
+        for name in programs:
+            who = getattr(chosen, PROGRAMS[name])
+            truth = "reference" if who == "xla" and not shape.far else place.truth
+            yield _compared(name, shape, place._replace(truth=truth), who, device)
+
+
+def places(shape: Shape) -> tuple[Place, Place]:
+    """The short and the long context of a shape."""
+    page, given = shape.page, shape.geometry
+
+    def chunks(length: int) -> ChunkGeometry:
+        local = max(length // 4, 1)
+        return ChunkGeometry(length + local, local)
+
+    short = None if given is None else chunks(page // 2 + 3)
+    long = given
+    if given is not None and not shape.far and given.chunk_len > 3 * page:
+        long = chunks(2 * page + page // 2 + 3)
+
+    def place(geometry, borders, context: int, rows: int, truth: str) -> Place:
+        inside = sorted({0, *(each for each in borders if each < context), context})
+        return Place(context, geometry, tuple(inside), min(rows, context), truth)
+
+    c = page // 2 + 3 if short is None else short.chunk_len
+    first = place(short, (c, page, 2 * c), 2 * page - page // 4, SHORT_ROWS, "reference")
+    c = 2 * page if long is None else long.chunk_len
+    end = max(2 * c + 3 * page // 2, 13 * page // 2) + 5
+    return first, place(long, (page, c, 2 * c), end, shape.rows, "xla")
+
+
+class Inputs(NamedTuple):
+    """Arguments of an operation, in numpy or on a device.
+
+    Attributes:
+        queries: [views, ..., N, H].
+        cache: keys [2, K, pages, part, H], and values if the operation reads them.
+        rest: what follows the cache, from the layer on.
+        plan: of sparse prefill; None for other programs.
+    """
+
+    queries: Any
+    cache: tuple[Any, ...]
+    rest: tuple[Any, ...]
+    plan: SparsePlan | None
+    shard: Shard
+
+
+class Errors(NamedTuple):
+    """The largest errors of a result: of a row, relative to its norm, and of a log-sum-exp.
+
+    `lse` is None where there is none. Either is NaN or infinite where a number is that should not
+    be, or none that should.
+    """
+
+    row: float
+    lse: float | None
+
+    def within(self, limit: float) -> bool:
+        return self.row <= limit and (self.lse is None or self.lse <= limit)
+
+    def and_(self, other: "Errors") -> "Errors":
+        """The larger ones, NaN being the largest."""
+        lse = None if self.lse is None or other.lse is None else np.maximum(self.lse, other.lse)
+        return Errors(float(np.maximum(self.row, other.row)), None if lse is None else float(lse))
+
+    def __str__(self) -> str:
+        said = f"a row is wrong by {self.row:.2g} of its norm"
+        return said if self.lse is None else f"{said}, a log-sum-exp by {self.lse:.2g}"
+
+
+def _compared(name: str, shape: Shape, place: Place, who: str, device: Any) -> Result:
+    """A program on all inputs of a place: the largest errors, or what went wrong first."""
+    limit = LIMIT[shape.dtype]
+    worst = Errors(0.0, None if name == "selection" else 0.0)
+    verdict, reason = "agrees", ""
+    try:
+        run = compiled(name, who, place.geometry, device.platform)
+        for said, length, args in inputs(name, shape, place):
+            args = jax.device_put(args, device)
+            errors = _errors(name, jax.device_get(run(args)), _truth(name, place, args), length)
+            worst = worst.and_(errors)
+            if not errors.within(limit):
+                verdict, reason = "differs", f"{errors} {said}, where {limit:g} is allowed"
+                break
+    except backend.Unsupported as error:
+        verdict, reason = "refuses", str(error)
+    except Exception as error:  # whatever a compiler or a driver raises is a verdict
+        first = (str(error).splitlines() or [""])[0]
+        verdict, reason = "fails", f"{type(error).__name__}: {' '.join(first.split())}"[:300]
+    known = verdict in ("agrees", "differs")
+    return Result(
+        program=name,
+        backend=who,
+        context=place.context,
+        truth=place.truth,
+        verdict=verdict,
+        error=_finite(worst.row) if known else None,
+        lse_error=_finite(worst.lse) if known else None,
+        limit=limit,
+        reason=reason,
+    )
+
+
+def _finite(figure: float | None) -> float | None:
+    return figure if figure is not None and np.isfinite(figure) else None
+
+
+@functools.cache
+def compiled(
+    name: str, who: str, geometry: ChunkGeometry | None, platform: str
+) -> Callable[[Inputs], tuple[Array, Array]]:
+    """A program of a backend as a function of its `inputs`, compiled as an engine would."""
+
+    def run(args: Inputs):
+        return _call(name, who, geometry, args)
+
+    return jax.jit(run, compiler_options=backend.compiler_options(platform))
+
+
+def _call(name: str, who: str, geometry: ChunkGeometry | None, args: Inputs):
+    more = {} if args.plan is None else {"plan": args.plan}
+    given = args.queries, *args.cache, *args.rest
+    return backend.call(PROGRAMS[name], who, *given, geometry=geometry, shard=args.shard, **more)
+
+
+def _truth(name: str, place: Place, args: Inputs) -> list[np.ndarray]:
+    """What a program should find, in float32: a kv head at a time, which takes less memory."""
+    run = _exact(name, place.truth, place.geometry)
+    heads = [jax.device_get(run(args, np.int32(head))) for head in range(args.cache[0].shape[1])]
+    axes = (0, 0) if name == "selection" else (-2, -1)
+    parts = zip(*heads, strict=True)
+    return [np.concatenate(part, axis) for part, axis in zip(parts, axes, strict=True)]
+
+
+@functools.cache
+def _exact(name: str, who: str, geometry: ChunkGeometry | None) -> Callable:
+    """A program of one kv head with exact products."""
+
+    def run(args: Inputs, head):
+        kv_heads, num_heads = args.cache[0].shape[1], args.queries.shape[-2]
+        group = num_heads // kv_heads
+
+        def own(x, axis: int):
+            return jax.lax.dynamic_slice_in_dim(x, head * group, group, axis)
+
+        queries = own(args.queries, args.queries.ndim - 2).astype("float32")
+        cache = [jax.lax.dynamic_slice_in_dim(x, head, 1, 1).astype("float32") for x in args.cache]
+        plan = args.plan
+        if plan is not None:
+            plan = dataclasses.replace(
+                plan, blocks=own(plan.blocks, 0), columns=own(plan.columns, 0)
+            )
+        alone = args._replace(queries=queries, cache=tuple(cache), plan=plan)
+        with jax.default_matmul_precision("highest"):
+            return _call(name, who, geometry, alone)
+
+    return jax.jit(run)
+
+
+def _errors(name: str, found, truth, length: int) -> Errors:
+    """The largest errors of the rows that count.
+
+    Args:
+        length: queries of the slice; those after them are padding, which must be finite.
+    """
+    if name == "selection":
+        return Errors(max(map(_row_error, found, truth)), None)
+    (out, lse), (right, right_lse) = found, truth
+    if name != "decode":
+        if not np.isfinite(out[length:].astype(np.float32)).all():
+            return Errors(np.nan, 0.0)
+        out, lse, right, right_lse = (x[:length] for x in (out, lse, right, right_lse))
+    with np.errstate(invalid="ignore"):
+        apart = np.where(lse == right_lse, 0.0, np.abs(lse.astype(np.float64) - right_lse))
+    return Errors(_row_error(out, right), float(apart.max()))
+
+
+def _row_error(found: np.ndarray, truth: np.ndarray) -> float:
+    """The largest error of a row relative to its norm; infinite where one of zeros is none."""
+    norm = np.linalg.norm(truth, axis=-1)
+    error = np.linalg.norm(found.astype(np.float32) - truth, axis=-1)
+    empty = np.where(error == 0, 0.0, np.inf)
+    return float(np.where(norm > 0, error / np.where(norm > 0, norm, 1.0), empty).max())
+
+
+def inputs(name: str, shape: Shape, place: Place) -> Iterator[tuple[str, int, Inputs]]:
+    """Inputs of a program: what they are, how many queries count, and the arrays, in numpy."""
+    draw = _Draw(name, shape, place)
+    if name == "decode":
+        after = {each - back for each in place.borders for back in (0, 1)}
+        positions = sorted(each for each in after if 0 <= each < place.context)
+        yield (
+            f"in sequences of up to {place.context:,} tokens",
+            len(positions),
+            draw.sequences(positions),
+        )
+        return
+    rows = draw.rows
+    spans = [(0, rows), (place.context - 3, 3)]
+    spans += [(max(each - rows // 2, 0), rows - 5) for each in place.borders[1:-1]]
+    for start, most in spans:
+        length = max(min(most, place.context - start), 1)
+        yield f"in {length} queries from {start:,} on", length, draw.slice(name, start, length)
+
+
+class _Draw:
+    """Random values of a place: one cache, and slices or sequences that read it.
+
+    Attributes:
+        rows: queries of a slice.
+    """
+
+    def __init__(self, name: str, shape: Shape, place: Place):
+        self._rng = np.random.default_rng(0)
+        self._shape, self._place = shape, place
+        self.rows = place.rows
+        if name == "sparse prefill" and place.rows > SHORT_ROWS:  # more than a tile
+            self.rows = min(max(place.rows, shape.plan.q + shape.plan.q // 8), place.context)
+        # Shards vote together, which takes all of them: there the part of one is the whole page.
+        parts = 1 if name == "selection" else shape.parts
+        self._part = shape.page // shape.parts
+        self._page = self._part * parts
+        self._shard = Shard(jnp.int32(parts - 1), self._part, parts)
+        count = -(-place.context // self._page)
+        near = {
+            page
+            for each in place.borders
+            for page in range(
+                max(each - self.rows, 0) // self._page, (each + self.rows) // self._page + 1
+            )
+        }
+        self._real = np.array([page for page in range(count) if count <= PAGES or page in near])
+        # Nobody reads page 0. Of every other sequence the first page is another one, so that
+        # their keys differ.
+        places = self._rng.permutation(np.arange(1, len(self._real) + FILLERS + 2))
+        places = places.astype(np.int32)
+        self._first, pages = places[FILLERS], places[FILLERS + 1 :]
+        self._table = places[np.arange(count) % FILLERS]
+        self._table[self._real] = pages
+        bias = np.full((len(places) + 1, self._part), FILLING, np.float32)
+        bias[pages] = self._bias(self._positions(self._real))
+        bias[self._first] = bias[self._table[0]]
+        size = 2, shape.num_kv_heads, *bias.shape, shape.head_dim
+        keys, values = self._rng.standard_normal(size, np.float32)
+        keys[..., 0] = bias
+        self._cache = np.full((2, *size), np.nan, shape.dtype)
+        self._cache[:, LAYER] = keys, values
+        self._cache[..., 0, :, :] = np.nan
+
+    def slice(self, name: str, start: int, length: int) -> Inputs:
+        """A slice of one sequence, which ends with it."""
+        voters = min(self.rows, VOTERS) if name == "selection" else self.rows
+        queries = self._queries(voters)
+        if name == "selection":
+            queries[:, : max(voters - length, 0)] = 1e3  # rows before the slice
+        else:
+            queries[:, length:] = 1e3  # padding
+        (keys, values), table = self._until(start + length)
+        return Inputs(
+            queries,
+            (keys,) if name == "selection" else (keys, values),
+            (np.int32(LAYER), table, np.int32(start), np.int32(length)),
+            self._plan(start, length) if name == "sparse prefill" else None,
+            self._shard,
+        )
+
+    def sequences(self, positions: list[int]) -> Inputs:
+        """Sequences whose newest token is at these positions, and one in between without any."""
+        cache, table = self._until(self._place.context)
+        tables = np.zeros((len(positions) + 1, len(table)), np.int32)
+        idle = len(tables) // 2
+        at = np.insert(np.array(positions, np.int32), idle, -1)
+        for i, position in enumerate(at):
+            own = np.arange(len(table)) * self._page <= position
+            tables[i] = np.where(own, table, 0)
+            if i % 2 and position >= 0:
+                tables[i, 0] = self._first
+        rest = np.int32(LAYER), tables, at[:, None]
+        return Inputs(self._queries(len(at), 1), tuple(cache), rest, None, self._shard)
+
+    def _queries(self, *size: int) -> np.ndarray:
+        """Multiplied by the softmax scale; the first number of each is 1 and takes up the bias."""
+        views, H = 1 if self._place.geometry is None else 3, self._shape.head_dim
+        drawn = self._rng.standard_normal((views, *size, self._shape.num_heads, H), np.float32)
+        drawn *= H**-0.5
+        drawn[..., 0] = 1
+        return drawn.astype(self._shape.dtype)
+
+    def _positions(self, pages: np.ndarray) -> np.ndarray:
+        """Of the keys of some pages of the sequence that lie here [pages, part]."""
+        first = pages[:, None] * self._page + int(self._shard.index) * self._part
+        return first + np.arange(self._part)
+
+    def _bias(self, positions: np.ndarray) -> np.ndarray:
+        away = np.abs(positions[..., None] - np.array(self._place.borders)).min(-1)
+        return np.where(away <= NEAR, 0, QUIET)
+
+    def _until(self, end: int) -> tuple[np.ndarray, np.ndarray]:
+        """Cache and page table of a sequence of so many tokens, after which there is NaN."""
+        last = (end - 1) // self._page
+        cache = self._cache.copy()
+        after = self._positions(np.array([last]))[0] >= end
+        cache[:, :, :, self._table[last], after] = np.nan
+        return cache, np.where(np.arange(len(self._table)) <= last, self._table, 0)
+
+    def _plan(self, start: int, length: int) -> SparsePlan:
+        """Random blocks and columns; the first head has columns alone, the last of many nothing."""
+        shape, shard = self._shape, self._shard
+        k, q = of_page(self._part, shape.plan.k), min(self.rows, shape.plan.q)
+        page = np.arange(len(self._table) * self._part // k) * k // self._part
+        first = shard.position(np.arange(len(page)) * k)
+        tile = np.arange(-(-self.rows // q))
+        final = np.minimum(start + (tile + 1) * q, start + length) - 1
+        share = np.where(np.isin(page, self._real), 0.5, 0.05)
+        reads = self._rng.random((shape.num_heads, len(tile), len(first))) < share
+        reads &= (first <= final[:, None]) & (tile * q < length)[:, None]
+        reads[0] = False
+        keys = (self._real[:, None] * self._part + np.arange(self._part)).reshape(-1)
+        keys = keys[keys < shard.before(start + length)]
+        columns = np.full((shape.num_heads, COLUMNS), ABSENT, np.int32)
+        count = min(COLUMNS - 7, len(keys) // 2)
+        for head in columns:
+            head[:count] = np.sort(self._rng.choice(keys, count, replace=False))
+        if shape.num_heads > 2:
+            reads[-1], columns[-1] = False, ABSENT
+        reads = np.pad(reads, ((0, 0), (0, 0), (0, -len(page) % 32)))
+        packed = np.packbits(reads, -1, bitorder="little").view("<u4")
+        return SparsePlan(jnp.asarray(packed), jnp.asarray(columns), Tiles(q, k))
+
+
+def source() -> str:
+    """A digest of every file that these kernels are made of, tables of tile sizes too."""
+    digest = hashlib.sha256()
+    for folder in sorted({Path(__file__).parent, tables()}):
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".py", ".json") and path.is_file():
+                content = path.read_bytes()
+                digest.update(f"{path.relative_to(folder)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
