@@ -14,7 +14,6 @@ Parts are what fits in memory at once: loading a model needs its parameters and 
 import ctypes
 import functools
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from orbax.checkpoint import v1 as ocp
 
 from qwen_jax import hosts, sharding, store
 from qwen_jax import manifest as manifests
 from qwen_jax.config import ModelConfig, model_config
 from qwen_jax.manifest import DTYPES, CheckpointError, File, Manifest, Progress, Tensor
 from qwen_jax.model import Qwen2
+from qwen_jax.reading import shown
 
 
 def abstract(config: ModelConfig, dtype=jnp.bfloat16) -> dict:
@@ -190,19 +189,16 @@ def save_part(
     """
     directory = Path(directory).resolve()
     folder = directory / "params" / part
-    with store.errors(f"{folder} cannot be written"):
-        for rest in (folder, *folder.parent.glob(f"{part}.*")):
-            if rest.exists():
-                shutil.rmtree(rest)
+    with store.errors(f"{shown(folder)} cannot be written"):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        ocp.save(str(folder), nest(leaves))
+    store.save(folder, nest(leaves), alone=True)
     target = {path: np.empty(array.shape, array.dtype) for path, array in leaves.items()}
     back = _restore(directory, part, target)
     for path, array in leaves.items():
         same = np.array_equal(manifests.array_bytes(array), manifests.array_bytes(back[path]))
         if not same:
-            raise CheckpointError(f"{folder}: {'.'.join(path)} reads back different")
-    with store.errors(f"{folder} cannot be written"):
+            raise CheckpointError(f"{shown(folder)}: {'.'.join(path)} reads back different")
+    with store.errors(f"{shown(folder)} cannot be written"):
         return store.flush(folder, directory)
 
 

@@ -1,39 +1,74 @@
 """Arrays on disk, as Orbax checkpoints: its settings here, and its errors as sentences."""
 
+import asyncio
 import contextlib
+import glob
 import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from qwen_jax import disk, hosts
 from qwen_jax.manifest import CheckpointError, File, file_sums
+from qwen_jax.reading import printable, shown
 
 _CHUNK_BYTES = 64 << 20  # the least that a device reads at once
 
 
-def save(folder: Path, arrays: dict[str, jax.Array]) -> None:
+def save(folder: Path, arrays: dict[str, Any], *, alone: bool = False) -> None:
     """Writes arrays into a folder of their own; of several processes each writes what it holds.
 
-    What an interrupted attempt has left there is removed first.
+    What an interrupted attempt has left there is removed first. What was written is found again
+    before this returns, see `check`.
+
+    Args:
+        arrays: nested dicts of arrays of jax or numpy.
+        alone: this process writes a folder of which the others know nothing.
 
     Raises:
-        CheckpointError: if they cannot be written.
+        CheckpointError: if they cannot be written or found again.
     """
 
     def clear() -> None:
-        for rest in (folder, *folder.parent.glob(f"{folder.name}.*")):
+        for rest in (folder, *folder.parent.glob(f"{glob.escape(folder.name)}.*")):
             if rest.exists():
                 shutil.rmtree(rest)
 
-    with errors(f"{folder} cannot be written"):
-        hosts.shared(clear)
+    with errors(f"{shown(folder)} cannot be written"):
+        clear() if alone else hosts.shared(clear)
         ocp.save(str(folder), arrays)
+    check(folder, arrays)
+
+
+def check(folder: Path, expected: dict[str, Any]) -> None:
+    """Refuses a folder that holds other arrays, or none that can be found; no number is read.
+
+    Args:
+        expected: nested dicts of what has a shape and a dtype.
+
+    Raises:
+        CheckpointError: naming the first array that differs.
+    """
+    with errors(f"{shown(folder)} cannot be read"):
+        found = dict(_arrays(ocp.metadata(str(folder)).metadata))
+    for name, leaf in _arrays(expected):
+        if name not in found:
+            raise CheckpointError(f"{shown(folder)} holds no array {name} that can be read")
+        there, shape = found.pop(name), tuple(leaf.shape)
+        if tuple(there.shape) != shape or there.dtype != leaf.dtype:
+            raise CheckpointError(
+                f"{shown(folder)}: {name} is {there.dtype}{tuple(there.shape)} instead of "
+                f"{leaf.dtype}{shape}"
+            )
+    for name in found:
+        raise CheckpointError(f"{shown(folder)} holds an unknown array {printable(name)}")
 
 
 def load(folder: Path, target: dict[str, Any]) -> dict[str, Any]:
@@ -46,17 +81,15 @@ def load(folder: Path, target: dict[str, Any]) -> dict[str, Any]:
     Raises:
         CheckpointError: if they cannot be read, or are others.
     """
-    with errors(f"{folder} cannot be read"):
-        found: dict[str, Any] = ocp.load(str(folder), target)
-    expected = jax.tree_util.tree_leaves_with_path(target)
-    for (path, leaf), actual in zip(expected, jax.tree.leaves(found), strict=True):
-        if actual.shape != leaf.shape or actual.dtype != leaf.dtype:
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            raise CheckpointError(
-                f"{folder}: {name} is {actual.dtype}{actual.shape} instead of "
-                f"{leaf.dtype}{leaf.shape}"
-            )
-    return found
+    check(folder, target)
+    with errors(f"{shown(folder)} cannot be read"):
+        return ocp.load(str(folder), target)
+
+
+def _arrays(tree: Any) -> Iterator[tuple[str, Any]]:
+    """The arrays in a tree, by the keys that lead to them."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
 
 
 def flush(folder: Path, root: Path) -> dict[str, File]:
@@ -72,8 +105,10 @@ def flush(folder: Path, root: Path) -> dict[str, File]:
 
 
 @contextlib.contextmanager
-def errors(doing: str):
+def errors(doing: str) -> Iterator[None]:
     """Storage options of our files; errors become a `CheckpointError`, without Orbax's log of them.
+
+    What Orbax has begun has ended when this returns, also after an error.
 
     Raises:
         CheckpointError: with `doing`, then the operating system's reason where there is one.
@@ -81,22 +116,59 @@ def errors(doing: str):
     context = ocp.Context()
     context.array.saving.use_compression = False  # floats do not shrink, but take thrice as long
     context.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+    context.file.path_class = _Path
     logger = logging.getLogger("absl")
     level = logger.level
+    policy = asyncio.get_event_loop_policy()
     logger.setLevel(logging.CRITICAL)
+    asyncio.set_event_loop_policy(_Policy())
     try:
         with context:
             yield
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except Exception as error:  # Orbax raises Exception itself too
         if isinstance(error, RuntimeError):
             hosts.await_verdict()  # another process may have died, for which Orbax waits
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        if code:
-            reason = os.strerror(int(code[1]))
-        elif isinstance(error, OSError) and error.strerror:
-            reason = error.strerror
-        else:
-            reason = str(error).partition("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{doing}: {reason}") from None
+        raise CheckpointError(f"{doing}: {_reason(error)}") from None
     finally:
+        asyncio.set_event_loop_policy(policy)
         logger.setLevel(level)
+
+
+def _reason(error: BaseException) -> str:
+    """The operating system's reason for an error or for what caused it, else its first line."""
+    cause: BaseException | None = error
+    while cause is not None:
+        code = re.search(r"os_error_code='(\d+)'", str(cause))
+        if code:
+            return os.strerror(int(code[1]))
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__
+    return printable(str(error).partition("\n")[0]) or type(error).__name__
+
+
+class _Path(type(epath.Path("/"))):
+    """A path whose own characters are no pattern: Orbax's looks for `[`, `*` and `?` in it too."""
+
+    def glob(self, pattern: str) -> Iterator["_Path"]:
+        return (self / name for name in glob.glob(pattern, root_dir=self))
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    """An event loop that closes when all that was begun in it has ended.
+
+    Orbax closes its loops at the first error, under the reads and writes beside it. TensorStore
+    then finds no loop to report them to, and prints a traceback for each.
+    """
+
+    def close(self) -> None:
+        if self.is_closed():
+            return
+        if tasks := asyncio.all_tasks(self):
+            self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self.run_until_complete(self.shutdown_default_executor())
+        super().close()
+
+
+class _Policy(asyncio.DefaultEventLoopPolicy):
+    _loop_factory = _Loop
