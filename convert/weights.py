@@ -13,7 +13,7 @@ from typing import Any
 
 from convert import names, pickled, publish, source
 from convert.team import ALONE, Team
-from qwen_jax import disk, params
+from qwen_jax import disk, params, store
 from qwen_jax import manifest as manifests
 from qwen_jax.manifest import DTYPES, CheckpointError, Manifest, Progress, Tensor, file_sums
 
@@ -120,6 +120,7 @@ def convert(
             src = stack.enter_context(pickled.as_safetensors(src, output))
         checked = source.check(src)
         publish.check_apart(checked.directory, output)
+        store.check_path(output)
         outline = checked.outline()
         staging = stack.enter_context(publish.Staging(output))
 

@@ -29,6 +29,7 @@ from typing import Any, TypeVar
 
 from qwen_jax import rendezvous
 from qwen_jax.config import ConfigError
+from qwen_jax.reading import shown
 from qwen_jax.rendezvous import Place
 
 T = TypeVar("T")
@@ -470,4 +471,4 @@ def _exit(job: _Job, code: int) -> None:
 
 
 def _say(text: str) -> None:
-    os.write(2, f"{' '.join(text.split())}\n".encode(errors="replace"))
+    os.write(2, f"{shown(text)}\n".encode(errors="replace"))

@@ -36,6 +36,7 @@ import numpy as np
 from qwen_jax import disk, hosts, manifest
 from qwen_jax.config import ConfigError
 from qwen_jax.manifest import DTYPES, CheckpointError, File, file_sums
+from qwen_jax.reading import JSON_BYTES, read_bytes, reason, shown
 
 FORMAT = "qwen-jax session 1"
 _MANIFEST, _TOKENS, _LOCK = "session.json", "tokens", "lock"
@@ -167,15 +168,12 @@ def read(directory: Path) -> Session:
         SessionError: if there is none, or it is damaged or of another format.
     """
     path = directory / _MANIFEST
-    try:
-        content = _read(path)
-    except (FileNotFoundError, NotADirectoryError):
+    if _is_missing(path):
         raise SessionError(
-            f"{directory} is not a KV session, it has no {_MANIFEST}: make one with "
+            f"{shown(directory)} is not a KV session, it has no {_MANIFEST}: make one with "
             "`qwen-jax prefill --out`"
-        ) from None
-    except OSError as error:
-        raise SessionError(f"{path} cannot be read: {error.strerror}") from None
+        )
+    content = _read(path, limit=JSON_BYTES)
     try:
         return manifest.unseal(path, content, FORMAT, _decoded, _AGAIN)
     except CheckpointError as error:
@@ -213,14 +211,11 @@ def read_tokens(directory: Path, session: Session) -> tuple[int, ...]:
         SessionError: if the file is missing or damaged.
     """
     path = directory / _TOKENS
-    identity = session.identity
-    try:
-        size = path.stat().st_size
-        data = _read(path) if size == 4 * identity.num_tokens else b""
-    except OSError as error:
-        raise SessionError(f"{path} cannot be read: {error.strerror}; {_AGAIN}") from None
-    if hashlib.sha256(data).hexdigest() != identity.tokens_sha256:
-        raise SessionError(f"{path} is damaged: its SHA-256 is not that of {_MANIFEST}; {_AGAIN}")
+    data = _read(path, limit=4 * _MOST_TOKENS)
+    if hashlib.sha256(data).hexdigest() != session.identity.tokens_sha256:
+        raise SessionError(
+            f"{shown(path)} is damaged: its SHA-256 is not that of {_MANIFEST}; {_AGAIN}"
+        )
     return tuple(np.frombuffer(data, "<i4").tolist())
 
 
@@ -250,9 +245,12 @@ def check(
         folder = directory / window.name
         for path in (folder, *sorted(folder.rglob("*"))):
             if path.is_symlink():
-                raise SessionError(f"{path} is a link, a session holds its files itself: {_AGAIN}")
-            if path.is_file() and path.relative_to(directory).as_posix() not in listed:
-                raise SessionError(f"{path} is not in {_MANIFEST}: remove it")
+                raise SessionError(
+                    f"{shown(path)} is a link, a session holds its files itself: {_AGAIN}"
+                )
+            named = path.relative_to(directory).as_posix() in listed
+            if not named and path.exists() and not path.is_dir():
+                raise SessionError(f"{shown(path)} is not in {_MANIFEST}: remove it")
     for name, file in listed.items():
         path = directory / name
         size = path.stat().st_size if path.is_file() else None
@@ -266,10 +264,10 @@ def check(
         try:
             same = file_sums(path, on_bytes) == listed[name]
         except OSError as error:
-            raise SessionError(f"{path} cannot be read: {error.strerror}") from None
+            raise SessionError(f"{shown(path)} cannot be read: {reason(error)}") from None
         if not same:
             raise SessionError(
-                f"{path} is damaged: its SHA-256 is not that of {_MANIFEST}; {_AGAIN}"
+                f"{shown(path)} is damaged: its SHA-256 is not that of {_MANIFEST}; {_AGAIN}"
             )
 
     with ThreadPoolExecutor(_READERS) as pool:
@@ -277,6 +275,36 @@ def check(
             pass
     if share:
         hosts.await_all()
+
+
+def check_arrays(directory: Path, session: Session) -> None:
+    """Finds the arrays of every window in its files; no number is read.
+
+    Raises:
+        SessionError: naming the first window whose arrays cannot be found, or are others.
+    """
+    import jax
+
+    from qwen_jax import store
+
+    layers, heads, head_dim = session.identity.shape
+    for window in session.windows:
+        shape = layers, window.size, heads, head_dim
+        array = jax.ShapeDtypeStruct(shape, DTYPES[session.identity.dtype])
+        with _sentences():
+            store.check((directory / window.name).absolute(), {"keys": array, "values": array})
+
+
+def stamp(directory: Path, session: Session) -> tuple[tuple[int, ...] | None, ...]:
+    """What changes when one of a session's files is written or replaced: compare two."""
+    found = []
+    for name in (_MANIFEST, _TOKENS, *(name for each in session.windows for name in each.files)):
+        try:
+            status = (directory / name).stat()
+            found.append((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+        except OSError:
+            found.append(None)
+    return tuple(found)
 
 
 def load(directory: Path, session: Session, window: Window, target):
@@ -301,11 +329,9 @@ def load(directory: Path, session: Session, window: Window, target):
             f"the model takes {target.dtype}{target.shape}"
         )
     abstract = jax.ShapeDtypeStruct(shape, dtype, sharding=target.sharding)
-    folder = (directory / window.name).resolve()
-    try:
+    folder = (directory / window.name).absolute()
+    with _sentences():
         found = store.load(folder, {"keys": abstract, "values": abstract})
-    except CheckpointError as error:
-        raise SessionError(str(error)) from None
     return found["keys"], found["values"]
 
 
@@ -346,9 +372,12 @@ class Writer:
 
         def begin() -> str:
             """What tells others whether they see the same session."""
-            with _writing(directory):
+            from qwen_jax import store
+
+            with _writing(directory), _sentences():
+                store.check_path(directory)
                 self._refuse_foreign()
-                directory.mkdir(exist_ok=True)
+                directory.mkdir(parents=True, exist_ok=True)
                 self._take_lock()
                 there = self._there(identity, overwrite)
                 if there is None:
@@ -395,7 +424,7 @@ class Writer:
 
         before = self.session
         name = f"window_{len(before.windows):06d}"
-        folder = self.directory.resolve() / name
+        folder = self.directory.absolute() / name
         try:
             store.save(folder, {"keys": keys, "values": values})
             files = hosts.shared(lambda: _sums(self.directory, folder))
@@ -447,8 +476,10 @@ class Writer:
 
     def _is_session(self) -> bool:
         """Whether there is a manifest of ours, be it damaged."""
-        with contextlib.suppress(FileNotFoundError):
-            return b'"format": "qwen-jax session' in _read(self.directory / _MANIFEST)
+        if not _is_missing(self.directory / _MANIFEST):
+            return b'"format": "qwen-jax session' in _read(
+                self.directory / _MANIFEST, limit=JSON_BYTES
+            )
         return False
 
     def _there(self, identity: Identity, overwrite: bool) -> Session | None:
@@ -498,8 +529,17 @@ def _writing(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        path = error.filename or directory
-        raise SessionError(f"{path} cannot be written: {error.strerror}") from None
+        path = shown(error.filename or directory)
+        raise SessionError(f"{path} cannot be written: {reason(error)}") from None
+
+
+@contextlib.contextmanager
+def _sentences() -> Iterator[None]:
+    """Turns what the store complains about into a complaint about a session."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise SessionError(str(error)) from None
 
 
 def check_shared(directory: Path, session: Session) -> None:
@@ -585,11 +625,22 @@ def _sums(directory: Path, folder: Path) -> dict[str, dict[str, Any]]:
     return {name: dataclasses.asdict(file) for name, file in files.items()}
 
 
-def _read(path: Path) -> bytes:
-    """The content of a file of a session, which is no link to somewhere else, and no pipe."""
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise SessionError(f"{path} is not a regular file: remove it")
-    return path.read_bytes()
+def _read(path: Path, *, limit: int) -> bytes:
+    """The content of a file of a session, which is no link to somewhere else."""
+    if path.is_symlink():
+        raise SessionError(f"{shown(path)} is a link, not a regular file: remove it")
+    return read_bytes(path, limit=limit, error=SessionError)
+
+
+def _is_missing(path: Path) -> bool:
+    """Whether there is nothing of this name, or no such directory."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _remove(path: Path) -> None:

@@ -20,6 +20,22 @@ from qwen_jax.manifest import CheckpointError, File, file_sums
 from qwen_jax.reading import printable, shown
 
 _CHUNK_BYTES = 64 << 20  # the least that a device reads at once
+_REMOTE = re.compile(r"/(gs|s3|az|hf)/|.*gs:/")  # what Orbax takes for a bucket
+
+
+def check_path(folder: Path) -> None:
+    """Refuses a directory in which no arrays can be kept, before anything is computed for them.
+
+    Raises:
+        CheckpointError: if Orbax would look for it elsewhere, or cannot name it.
+    """
+    path = str(folder.absolute())
+    if _REMOTE.match(f"{path}/"):
+        raise CheckpointError(f"{shown(folder)} reads as a path of remote storage: name another")
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(f"{shown(folder)} is not UTF-8: name another directory") from None
 
 
 def save(folder: Path, arrays: dict[str, Any], *, alone: bool = False) -> None:
@@ -168,6 +184,9 @@ class _Loop(asyncio.SelectorEventLoop):
             self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         self.run_until_complete(self.shutdown_default_executor())
         super().close()
+
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        """Says nothing of what fails beside the first error, which Orbax raises."""
 
 
 class _Policy(asyncio.DefaultEventLoopPolicy):

@@ -1,8 +1,10 @@
 """Command line: a file per verb, thin."""
 
+import contextlib
 import importlib
 import importlib.metadata
 import io
+import os
 import re
 import sys
 import traceback
@@ -19,6 +21,7 @@ from qwen_jax.cli.documents import DocumentError
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import RequestError
 from qwen_jax.manifest import CheckpointError
+from qwen_jax.reading import FileError, reason, shown
 from qwen_jax.tokenizer import TokenizerError
 
 # Verb -> module, object in it, summary. Modules are imported when their verb is used:
@@ -79,8 +82,15 @@ VERBS = {
     ),
 }
 # What a user can put right; anything else is a bug and shows its traceback.
-_FAULTS = (ConfigError, CheckpointError, DocumentError, RequestError, TokenizerError, Unsupported)
-_FILE_FAULTS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+_FAULTS = (
+    ConfigError,
+    CheckpointError,
+    DocumentError,
+    FileError,
+    RequestError,
+    TokenizerError,
+    Unsupported,
+)
 # Typer keeps a Click of its own; this is the base of its complaints about a command line.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 _PLAIN: dict[str, Any] = {
@@ -123,11 +133,17 @@ class _Verbs(typer.core.TyperGroup):
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line; returns its exit code, after at most one line about an error."""
-    for stream in (sys.stdout, sys.stderr):
+    streams = {sys.stdout, sys.stderr} - {None}
+    for stream in streams:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        code = _run(sys.argv[1:] if arguments is None else arguments)
+        try:
+            code = _run(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            lost = _flush(*streams, sys.stdout, sys.stderr)
+        if lost is not None and not code:
+            code = 1 if isinstance(lost, BrokenPipeError) else _complain(_fault(lost))
     except BaseException as error:
         if hosts.is_alone():
             raise
@@ -146,17 +162,17 @@ def _run(arguments: list[str]) -> int:
         return _usage(error)
     except _FAULTS as error:
         return _complain(str(error))
-    except _FILE_FAULTS as error:
-        if error.filename is None:
-            raise
-        return _complain(f"{error.filename}: {error.strerror}")
+    except OSError as error:
+        return _complain(_fault(error))
     except hosts.Preempted as error:
-        print(error, file=sys.stderr)
+        print(shown(error), file=sys.stderr)
         return hosts.PREEMPTED
     except (KeyboardInterrupt, typer.Abort):
         hosts.announce("it was interrupted", 130)
         return 130
     except RuntimeError as error:
+        if str(error).startswith("Symlink loop"):  # pathlib's word for ELOOP
+            return _complain(str(error))
         if "RESOURCE_EXHAUSTED" not in str(error):
             hosts.await_verdict()  # a process that dies takes a step of the others with it
         raise
@@ -202,7 +218,42 @@ def _usage(error: Any) -> int:
     return _complain(error.format_message().rstrip(".") + hint)
 
 
+def _fault(error: OSError) -> str:
+    """A complaint of the operating system, with the files it is about."""
+    if error.filename is None:
+        error = _flush(sys.stdout) or error
+    names = [name for name in (error.filename, error.filename2) if name is not None]
+    texts = [f"descriptor {name}" if isinstance(name, int) else os.fsdecode(name) for name in names]
+    return f"{' -> '.join(texts)}: {reason(error)}" if texts else reason(error)
+
+
+def _flush(*streams: Any) -> OSError | None:
+    """Writes out what streams hold back; those that cannot take it are silent from then on.
+
+    Python would flush them once more at its end, and print the failure beside the error's line.
+
+    Returns:
+        The first failure, with the name of its stream.
+    """
+    failed = None
+    for stream in streams:
+        if stream is None:
+            continue
+        try:
+            stream.flush()
+        except OSError as error:
+            error.filename = error.filename or stream.name
+            failed = failed or error
+            with contextlib.suppress(OSError):
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, stream.fileno())
+                os.close(null)
+    return failed
+
+
 def _complain(text: str) -> int:
+    text = shown(" ".join(text.splitlines()))
     hosts.announce(text, 2)
-    print("error:", " ".join(text.split()), file=sys.stderr)
+    with contextlib.suppress(OSError):  # then there is nobody to tell
+        print("error:", text, file=sys.stderr)
     return 2

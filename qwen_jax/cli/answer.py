@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Protocol, runtime_checkable
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 
 from qwen_jax import hosts
+from qwen_jax.cli.console import console
 from qwen_jax.cli.flags import note
 from qwen_jax.engine.request import Finish, Request, RequestError, Serving, Sparseness
 from qwen_jax.tokenizer import Stream
@@ -269,7 +269,7 @@ class _Bar:
             MofNCompleteColumn(),
             _Speed(),
             TimeRemainingColumn(),
-            console=Console(stderr=True),
+            console=console(stderr=True),
             transient=True,
         )
         self._task = self._bar.add_task("", total=total)

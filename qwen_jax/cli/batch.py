@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
@@ -27,6 +26,7 @@ from qwen_jax.batch.results import Results
 from qwen_jax.batch.run import Item, Totals
 from qwen_jax.cli import placement, sessions
 from qwen_jax.cli.answer import LINE_S, interrupts
+from qwen_jax.cli.console import console
 from qwen_jax.cli.flags import (
     AnswerFlags,
     Model,
@@ -367,7 +367,7 @@ def _shown(total: Totals, there: Totals) -> Iterator[Callable[[Totals], None]]:
     """A callback for what has been done: a bar on a terminal, a line now and then elsewhere."""
     if hosts.is_first() and sys.stderr.isatty():
         columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
-        with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+        with Bar(*columns, console=console(stderr=True), transient=True) as bar:
             task = bar.add_task("", total=total.work)
             yield lambda done: bar.update(
                 task,

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from qwen_jax.cli.console import console
 from qwen_jax.cli.eval import whole_number
 from qwen_jax.cli.flags import Json, ModelArgument, ModelFlags, open_model
 from qwen_jax.cli.on_hosts import expand_on_hosts
@@ -75,7 +75,7 @@ def bench(
             f"{each['tokens_per_s']:.1f}",
             f"{each['median_s']:.3f}",
         )
-    Console().print(table)
+    console().print(table)
 
 
 def run(

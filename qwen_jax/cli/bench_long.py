@@ -12,11 +12,11 @@ from typing import Annotated, Any
 import jax
 import numpy as np
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from qwen_jax import devices, published
 from qwen_jax.cli.answer import Answer, answer
+from qwen_jax.cli.console import console
 from qwen_jax.cli.eval import whole_number
 from qwen_jax.cli.flags import Json, Model, ModelFlags, note, open_model, option
 from qwen_jax.cli.on_hosts import expand_on_hosts
@@ -278,4 +278,4 @@ def _show(report: dict[str, Any], *, json: bool) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     for row in rows.items():
         table.add_row(*row)
-    Console().print(table)
+    console().print(table)

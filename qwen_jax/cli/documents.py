@@ -3,14 +3,15 @@
 import dataclasses
 import os
 import stat
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from rich.cells import cell_len
 
 from qwen_jax import hosts
+from qwen_jax.cli.console import console, shorten
+from qwen_jax.reading import shown
 
 _SNIFFED_BYTES = 8192
 _LARGEST_BYTES = 1 << 30
@@ -70,15 +71,16 @@ def joined(documents: Sequence[Document], question: str) -> str:
 
 def print_table(rows: Sequence[tuple[str, int]], total: int, limit: int) -> None:
     """A table of tokens on stderr: per file, together, and what fits."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("file", overflow="fold")
-    table.add_column("tokens", justify="right")
-    for name, count in rows:
-        table.add_row(Text(name), f"{count:,}")
-    table.add_row("with the question and the chat template", f"{total:,}")
-    table.add_row("fits, with the answer", f"{limit:,}")
-    if hosts.is_first():
-        Console(stderr=True).print(table)
+    if not hosts.is_first():
+        return
+    sums = [("with the question and the chat template", total), ("fits, with the answer", limit)]
+    counts = ["tokens", *(f"{count:,}" for _, count in [*rows, *sums])]
+    digits = max(map(len, counts))
+    room = console(stderr=True).width - digits - 2
+    names = ["file", *(shorten(shown(name), room) for name, _ in rows), *(text for text, _ in sums)]
+    width = min(room, max(map(cell_len, names)))
+    for name, count in zip(names, counts, strict=True):
+        print(f"{name}{' ' * (width - cell_len(name))}  {count:>{digits}}", file=sys.stderr)
 
 
 def _walk(root: Path, skipped: Callable[[str], None]) -> Iterator[Path]:

@@ -24,6 +24,7 @@ from qwen_jax.config import (
     sparse_config,
 )
 from qwen_jax.engine.request import RequestError, Sampling
+from qwen_jax.reading import shown
 from qwen_jax.tokenizer import Tokenizer
 
 ModelArgument = Annotated[
@@ -430,7 +431,7 @@ def open_model(directory: Path, flags: ModelFlags) -> Model:
 def note(text: str) -> None:
     """One line for the user, beside the output; of several processes the first says it."""
     if hosts.is_first():
-        print(text, file=sys.stderr, flush=True)
+        print(shown(text), file=sys.stderr, flush=True)
 
 
 def adding(verb: Callable, name: str, flags: type) -> Callable[[Callable], Callable]:

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 import jax
 import jax.numpy as jnp
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from pallas_kernels import backend
@@ -17,6 +16,7 @@ from pallas_kernels.backend import Unsupported
 from pallas_kernels.cases import SERVED, Served
 from pallas_kernels.programs import PROGRAMS, inputs, program
 from qwen_jax.cli import placement
+from qwen_jax.cli.console import console
 from qwen_jax.cli.flags import Json, option
 from qwen_jax.config import ConfigError
 
@@ -65,8 +65,8 @@ def kernels(
         print(json_format.dumps({"device": here._asdict(), "rows": rows, "kernels": preferences}))
         return
     print(f"{here.platform} ({here.kind}); {backend.choose(here.platform)}")
-    Console().print(table)
-    Console().print(table_of(preferences))
+    console().print(table)
+    console().print(table_of(preferences))
 
 
 def measure(names: list[str], backends: list[str], repeats: int) -> Iterator[dict[str, Any]]:

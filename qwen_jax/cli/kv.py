@@ -81,6 +81,8 @@ def inspect(directory: Directory, json_output: Json = False):
 @app.command("verify", help=_VERIFY_HELP)
 def verify(directory: Directory):
     """See `_VERIFY_HELP`."""
+    import jax
+
     found = session.read(directory)
     session.read_tokens(directory, found)
     done = 0
@@ -92,6 +94,8 @@ def verify(directory: Directory):
             progress(done, found.num_bytes)
 
         session.check(directory, found, on_bytes=on_bytes)
+    jax.config.update("jax_platforms", "cpu")  # other programs may use the accelerators
+    session.check_arrays(directory, found)
     if not found.is_complete:
         raise SessionError(
             f"{directory} is intact but not finished: {found.saved:,} of "

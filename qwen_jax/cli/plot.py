@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from qwen_jax.cli import documents
+from qwen_jax.cli.console import console
 from qwen_jax.cli.eval import whole_number
 from qwen_jax.cli.flags import ModelArgument, ModelFlags, expand, note, open_model, option
 from qwen_jax.cli.placement import one_device
@@ -109,7 +109,7 @@ def _deliver(panels: heatmap.Panels, out: Path | None, csv: Path | None) -> None
         plot.save_heat_maps(panels, out)
         note(f"wrote {out}")
     else:
-        terminal.show_heat_maps(panels, Console())
+        terminal.show_heat_maps(panels, console())
     if csv:
         heatmap.write_csv(panels, csv)
         note(f"wrote {csv}")
@@ -166,7 +166,7 @@ def plan(
         recall=recall / len(ids),
     )
     if out is None:
-        terminal.show_plan(picture, Console())
+        terminal.show_plan(picture, console())
     else:
         plot.save_plan(picture, out)
         note(f"wrote {out}")

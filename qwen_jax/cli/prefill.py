@@ -67,8 +67,6 @@ def prefill(
         raise ConfigError(f"--system contradicts {named[0]}, which is raw: leave it out")
     if not 1 <= save_every < 2**31:
         raise ConfigError(f"--save-every {save_every} must be at least 1")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(2, "there is no such directory", str(out.parent))
     began = time.monotonic()
     with interrupts(signal.SIGTERM) as stopped:
         opened = open_model(model, model_flags)

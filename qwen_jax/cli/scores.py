@@ -5,9 +5,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from qwen_jax.cli.console import console
 from qwen_jax.eval.score import Mean, Result, mean
 
 
@@ -48,7 +49,7 @@ def print_by_depth(results: list[Result]) -> None:
         row = [result for result in results if result.cell.length == length]
         at = [[result for result in row if result.cell.depth == depth] for depth in depths]
         table.add_row(f"{length:,}", *(_count(mean(group)) for group in (*at, row)))
-    Console().print(table)
+    console().print(table)
     _print_sparseness(results)
 
 
@@ -86,7 +87,7 @@ def print_by_variant(results: list[Result]) -> None:
                 for variant in variants
             ]
             table.add_row(f"{length:,}", "mean of tasks", "", *map(_percent, averages))
-    Console().print(table)
+    console().print(table)
     _print_sparseness(results)
 
 
@@ -95,7 +96,7 @@ def _print_sparseness(results: list[Result]) -> None:
     for variant in dict.fromkeys(result.variant for result in results):
         found = mean(result for result in results if result.variant == variant)
         if found.density is not None:
-            Console().print(
+            console().print(
                 f"{variant or 'prefill'}: {found.density:.1%} of the attention computed, "
                 f"{found.recall:.1%} of it found (means)"
             )
@@ -105,14 +106,14 @@ def _table(title: str) -> Table:
     return Table(title=title, title_justify="left", box=None, pad_edge=False)
 
 
-def _count(found: Mean) -> str:
+def _count(found: Mean) -> Text:
     return _colored(found.score, f"{found.total:g}/{found.asked}")
 
 
-def _percent(score: float) -> str:
+def _percent(score: float) -> Text:
     return _colored(score, f"{100 * score:.1f}")
 
 
-def _colored(score: float, text: str) -> str:
+def _colored(score: float, text: str) -> Text:
     color = "green" if score == 1 else "red" if score == 0 else "yellow"
-    return f"[{color}]{text}[/{color}]"
+    return Text(text, color)

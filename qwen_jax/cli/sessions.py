@@ -48,11 +48,13 @@ class Kept:
 
     Attributes:
         tokens: its prompt.
+        stamp: that of its files before they were checked; None if nobody else can write them.
     """
 
     directory: Path
     session: Session
     tokens: tuple[int, ...]
+    stamp: tuple | None = None
 
     @property
     def documents(self) -> list[tuple[str, int]]:
@@ -72,7 +74,7 @@ class Kept:
         """Puts it into an engine that has no other; says what that took.
 
         Raises:
-            SessionError: if its files cannot be read.
+            SessionError: if its files cannot be read, or are not those that were checked.
         """
         from qwen_jax.engine.engine import Piece
 
@@ -88,6 +90,11 @@ class Kept:
         ]
         tokens = self.tokens[: self.session.saved]
         engine.restore(tokens, pieces, None if figures is None else _sparseness(figures))
+        if self.stamp not in (None, session.stamp(self.directory, self.session)):
+            raise SessionError(
+                f"{self.directory} was changed while it was read: start again when no other "
+                "program writes it"
+            )
         size, seconds = self.session.num_bytes, time.monotonic() - began
         note(
             f"{self.directory}: {len(tokens):,} tokens from the disk, {size / 1e9:.3f} GB in "
@@ -129,9 +136,10 @@ def open_kept(opened: Model, directory: Path, *, chat: bool = False) -> Kept:
             "prefill with --file"
         )
     session.check_shared(directory, found)
+    stamp = session.stamp(directory, found)
     tokens = session.read_tokens(directory, found)
     session.check(directory, found)
-    return Kept(directory=directory, session=found, tokens=tokens)
+    return Kept(directory=directory, session=found, tokens=tokens, stamp=stamp)
 
 
 def tokenizer_fingerprint(directory: Path, names: tuple[str, ...] = TOKENIZER_FILES) -> str:

@@ -1,5 +1,6 @@
 """KV sessions: the answers of an undivided prompt, or a refusal; nothing is computed twice."""
 
+import dataclasses
 import errno
 import fcntl
 import io
@@ -259,21 +260,24 @@ SPOILED = {
     "an edited checksum": (lambda d: edit(d, '"sha256": "', '"sha256": "0'), "was edited"),
     "half a manifest": (lambda d: cut(d / "session.json"), "session.json is damaged"),
     "an empty manifest": (lambda d: (d / "session.json").write_text(""), "is damaged"),
-    "a manifest that is a pipe": (lambda d: pipe(d / "session.json"), "is not a regular file"),
-    "a manifest elsewhere": (lambda d: move(d / "session.json"), "is not a regular file"),
+    "a manifest that is a pipe": (lambda d: pipe(d / "session.json"), "a pipe, not a regular file"),
+    "a manifest elsewhere": (lambda d: move(d / "session.json"), "a link, not a regular file"),
     "another format": (
         lambda d: sign(d, lambda body: body.update(format="qwen-jax session 2")),
         "session.json is not of the format 'qwen-jax session 1': prefill again",
     ),
     "other tokens": (lambda d: flip(d / "tokens"), "tokens is damaged: its SHA-256"),
     "fewer tokens": (lambda d: cut(d / "tokens"), "tokens is damaged"),
-    "no tokens": (lambda d: (d / "tokens").unlink(), "tokens cannot be read: No such file"),
-    "tokens elsewhere": (lambda d: move(d / "tokens"), "tokens is not a regular file"),
+    "no tokens": (lambda d: (d / "tokens").unlink(), "tokens is missing"),
+    "tokens that are a pipe": (lambda d: pipe(d / "tokens"), "tokens is a pipe, not a regular"),
+    "tokens elsewhere": (lambda d: move(d / "tokens"), "tokens is a link, not a regular file"),
     "a flipped bit": (lambda d: flip(largest(d / DATA)), "its SHA-256 is not that of session.json"),
     "half a file": (lambda d: cut(largest(d / DATA)), "bytes instead of "),
     "a missing file": (lambda d: largest(d / DATA).unlink(), "is missing or not a file"),
     "a missing window": (lambda d: shutil.rmtree(d / DATA), "is missing or not a file"),
     "a file too many": (lambda d: (d / DATA / "x").write_text(""), "not in session.json: remove"),
+    "a pipe too many": (lambda d: os.mkfifo(d / DATA / "x"), "not in session.json: remove"),
+    "a file that is a pipe": (lambda d: pipe(largest(d / DATA)), "is missing or not a file"),
     "a file elsewhere": (lambda d: move(largest(d / DATA)), "is a link, a session holds"),
     "a folder elsewhere": (lambda d: move(largest(d / DATA).parent), "is a link, a session holds"),
     "a window elsewhere": (lambda d: move(d / DATA), "is a link, a session holds"),
@@ -445,10 +449,69 @@ def test_arrays_of_another_shape_are_refused(tiny, kept, run):
     store.save((directory / window.name).resolve(), {"keys": whole, "values": whole})
     files = session._sums(directory, directory / window.name)
     sign(directory, lambda body: body["windows"][0].update(files=files))
+    for command in ["kv", "verify", directory], ["ask", tiny, "Why?", "--kv", directory]:
+        line = error(run(*command))
+        assert f"{directory / window.name}: keys is float32(2, 2048, 2, 8) instead of" in line
+
+
+@pytest.mark.usefixtures("asked")
+def test_arrays_that_nobody_can_find_are_not_intact(tiny, kept, run):
+    directory = kept("dense")
+    window = session.read(directory).windows[0]
+    for path in (directory / window.name / "state").glob("*.ocdbt"):
+        path.write_bytes(b"")
+    files = session._sums(directory, directory / window.name)
+    sign(directory, lambda body: body["windows"][0].update(files=files))
+    for command in ["kv", "verify", directory], ["ask", tiny, "Why?", "--kv", directory]:
+        assert f"{directory / window.name} holds no array keys" in error(run(*command))
+
+
+@pytest.mark.usefixtures("asked")
+@pytest.mark.parametrize("name", ["kv[v2]", "k*v?", "{a}", "%41", "a\nb", "x/y/kv"])
+def test_a_session_can_have_any_name(name, prefill, tiny, made, tmp_path, run):
+    directory = tmp_path / "[new]" / name / "kv"
+    assert prefill("--out", directory)[0] == 0
     assert run("kv", "verify", directory)[0] == 0
-    code, _, err = run("ask", tiny, "Why?", "--kv", directory)
-    assert code == 2
-    assert str(directory / window.name) in err.splitlines()[-1]
+    assert content(directory) == content(made / "dense")
+    whole = run("ask", tiny, "Why?", "--kv", made / "dense", *GREEDY)
+    assert run("ask", tiny, "Why?", "--kv", directory, *GREEDY)[:2] == whole[:2]
+
+
+@pytest.mark.usefixtures("asked")
+def test_what_cannot_be_found_again_is_not_called_saved(prefill, tmp_path, monkeypatch):
+    saved = store.ocp.save
+    monkeypatch.setattr(store.ocp, "save", lambda path, _: saved(path, {"keys": jnp.ones(2)}))
+    line = error(prefill())
+    assert "window_000000: keys is float32(2,) instead of float32(2, 1024, 2, 8)" in line
+    assert "0 tokens are saved, the same command goes on there" in line
+    assert session.read(tmp_path / "kv").windows == ()
+
+
+@pytest.mark.usefixtures("asked")
+@pytest.mark.parametrize("change", ["begun anew", "another directory", "a file", "removed"])
+def test_a_session_that_changes_while_it_is_read_is_not_used(
+    change, tiny, kept, made, monkeypatch, run
+):
+    directory, load = kept("dense"), session.load
+
+    def changed(*arguments):
+        found = load(*arguments)
+        if change == "begun anew":
+            blank = dataclasses.replace(arguments[1], windows=())
+            disk.write(directory / "session.json", blank.encode())
+        elif change == "a file":
+            path = largest(directory / DATA)
+            path.write_bytes(path.read_bytes())
+        elif directory.exists():
+            directory.rename(directory.with_name("old"))
+            if change == "another directory":
+                shutil.copytree(made / "dense", directory)
+        return found
+
+    monkeypatch.setattr(session, "load", changed)
+    line = error(run("ask", tiny, "Why?", "--kv", directory))
+    if change in ("begun anew", "a file"):
+        assert f"{directory} was changed while it was read" in line
 
 
 class Killed(BaseException):
@@ -729,8 +792,10 @@ def test_windows_that_a_device_does_not_hold_are_refused_before_weights_are_read
         (["--file", "T", "--prompt-file", "T"], "not --file and --prompt-file"),
         (["--prompt-file", "T", "--system", "x"], "--system contradicts --prompt-file"),
         (["--file", "T", "--save-every", 0], "--save-every 0 must be at least 1"),
-        (["--file", "T", "--out", "no/kv"], "no: there is no such directory"),
         (["--file", "T", "--out", "T"], "T cannot be written: "),
+        (["--file", "T", "--out", "T/kv"], "T/kv cannot be written: Not a directory"),
+        (["--file", "T", "--out", "gs:/kv"], "gs:/kv reads as a path of remote storage"),
+        (["--file", "T", "--out", os.fsdecode(b"\xff")], "\\udcff is not UTF-8: name another"),
         (["--file", "T", "--max-len", 100], "do not fit into the 100 that --max-len says"),
         (["--file", "nowhere"], "nowhere: No such file"),
     ],
