@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint._src import asyncio_utils
 
 from qwen_jax import disk, hosts
 from qwen_jax.manifest import CheckpointError, File, file_sums
@@ -136,8 +137,10 @@ def errors(doing: str) -> Iterator[None]:
     logger = logging.getLogger("absl")
     level = logger.level
     policy = asyncio.get_event_loop_policy()
+    inner = getattr(asyncio_utils, "uvloop", None)
     logger.setLevel(logging.CRITICAL)
     asyncio.set_event_loop_policy(_Policy())
+    asyncio_utils.uvloop = asyncio  # what makes Orbax's loops inside loops
     try:
         with context:
             yield
@@ -146,6 +149,7 @@ def errors(doing: str) -> Iterator[None]:
             hosts.await_verdict()  # another process may have died, for which Orbax waits
         raise CheckpointError(f"{doing}: {_reason(error)}") from None
     finally:
+        asyncio_utils.uvloop = inner
         asyncio.set_event_loop_policy(policy)
         logger.setLevel(level)
 
