@@ -1,8 +1,38 @@
 """Files that are there whole or not at all, and stay when the machine fails."""
 
+import contextlib
 import os
 import secrets
+import stat
+from collections.abc import Iterator
 from pathlib import Path
+
+from qwen_jax.reading import FileError, kind_of, shown
+
+
+def prepare(path: Path, error: type[ValueError] = FileError) -> None:
+    """Refuses before the work what could not be written after it; makes the directories above.
+
+    Args:
+        error: raised instead of `FileError`.
+
+    Raises:
+        FileError: if there is a directory, a pipe or a device of that name.
+        OSError: if a directory cannot be made or nothing can be written there.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as found:
+        raise NotADirectoryError(20, "it is not a directory", found.filename) from None
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    if not stat.S_ISREG(mode):
+        raise error(f"{shown(path)} is {kind_of(mode)}: name a file to write")
+    place = path if path.exists() else path.parent
+    if not os.access(place, os.W_OK):
+        raise PermissionError(13, "it cannot be written", str(place))
 
 
 def write(path: Path, content: str | bytes) -> None:
@@ -17,22 +47,36 @@ def write(path: Path, content: str | bytes) -> None:
     partial = path.with_name(f"{path.name}.partial")
     if os.path.lexists(partial):
         partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with partial.open("xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
+    with naming(path):
+        try:
+            with partial.open("xb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
     sync(path.parent)
 
 
 def sync(path: Path) -> None:
     """Flushes a file, or the entries of a directory, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    with naming(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives an OSError the name of the file that it is about, which those of open files lack."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise

@@ -1,5 +1,6 @@
 """Files of results, one JSON object a line, that survive whatever ends the run."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -10,6 +11,7 @@ from typing import Any
 
 from qwen_jax import disk
 from qwen_jax.config import ConfigError
+from qwen_jax.reading import reason, shown
 
 _CHUNK_BYTES = 1 << 20
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -40,10 +42,11 @@ class Journal:
         """Open or create the file and lock it.
 
         Raises:
-            JournalError: if another process has it, or its disk cannot lock.
+            JournalError: if another process has it, its disk cannot lock, or it is no file.
             OSError: if it cannot be opened.
         """
         self.path = path
+        disk.prepare(path, JournalError)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             self._lock()
@@ -71,19 +74,20 @@ class Journal:
     def repair(self) -> None:
         """Cuts off what follows the last end of a line: half a line of a run that was killed."""
         end = self._size
-        while end:
-            start = max(0, end - _CHUNK_BYTES)
-            newline = os.pread(self._file, end - start, start).rfind(b"\n")
-            if newline >= 0:
-                end = start + newline + 1
-                break
-            end = start
-        os.ftruncate(self._file, end)
+        with disk.naming(self.path):
+            while end:
+                start = max(0, end - _CHUNK_BYTES)
+                newline = os.pread(self._file, end - start, start).rfind(b"\n")
+                if newline >= 0:
+                    end = start + newline + 1
+                    break
+                end = start
+            os.ftruncate(self._file, end)
         self._size = end
 
     def lines(self) -> Iterator[bytes]:
         """The lines in the file, without their ends."""
-        with self.path.open("rb") as file:
+        with disk.naming(self.path), self.path.open("rb") as file:
             for line in file:
                 yield line.rstrip(b"\n")
 
@@ -94,7 +98,8 @@ class Journal:
             wait: until they are on disk; else they outlive this process, not the machine.
 
         Raises:
-            JournalError: if the disk is full or fails; the file is as it was before.
+            JournalError: if the disk is full or fails; the file is as it was before, or ends with
+                half a line if the disk does not even take that back.
         """
         data = memoryview(b"".join(json.dumps(record).encode() + b"\n" for record in records))
         done = 0
@@ -105,10 +110,11 @@ class Journal:
             if wait:
                 os.fsync(self._file)
         except OSError as error:
-            os.ftruncate(self._file, self._size)
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._size)
             way_out = "free space" if error.errno in _FULL else "see to the disk"
             raise JournalError(
-                f"{self.path}: {error.strerror}: what is in the file is whole; {way_out} and "
+                f"{shown(self.path)}: {reason(error)}: what is in the file is whole; {way_out} and "
                 "start again, finished results are not computed anew"
             ) from None
         self._size += len(data)
@@ -118,11 +124,13 @@ class Journal:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise JournalError(
-                f"{self.path} is being written by another run: wait for it or name another file"
+                f"{shown(self.path)} is being written by another run: wait for it or name another "
+                "file"
             ) from None
         except OSError as error:
             raise JournalError(
-                f"{self.path} cannot be locked ({error.strerror}): name a file on another disk"
+                f"{shown(self.path)} cannot be locked ({reason(error)}): name a file on another "
+                "disk"
             ) from None
 
 
@@ -135,4 +143,4 @@ def write(path: Path, value: Mapping[str, Any]) -> None:
     try:
         disk.write(path, json.dumps(value, indent=1) + "\n")
     except OSError as error:
-        raise JournalError(f"{path}: {error.strerror}") from None
+        raise JournalError(f"{shown(path)}: {reason(error)}") from None

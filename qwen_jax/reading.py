@@ -72,7 +72,7 @@ def read_bytes(
         try:
             status = os.fstat(descriptor)
             if not (stat.S_ISREG(status.st_mode) or (piped and stat.S_ISFIFO(status.st_mode))):
-                raise error(f"{name} is {_kind(status.st_mode)}, not a regular file")
+                raise error(f"{name} is {kind_of(status.st_mode)}, not a regular file")
             if status.st_size > limit:
                 raise error(f"{name} has {status.st_size:,} bytes, more than the {limit:,} allowed")
             data = bytearray()
@@ -212,8 +212,10 @@ def reason(error: BaseException) -> str:
     return printable(error)
 
 
-def _kind(mode: int) -> str:
+def kind_of(mode: int) -> str:
+    """What a file of this mode is, in words."""
     kinds = {
+        stat.S_IFREG: "a regular file",
         stat.S_IFDIR: "a directory",
         stat.S_IFIFO: "a pipe",
         stat.S_IFSOCK: "a socket",

@@ -42,7 +42,7 @@ FORMAT = "qwen-jax session 1"
 _MANIFEST, _TOKENS, _LOCK = "session.json", "tokens", "lock"
 _WINDOW = re.compile(r"window_\d{6}")
 _INSIDE = re.compile(r"window_\d{6}(/[\w.-]+)+")
-_PARTIAL = re.compile(rf"({_MANIFEST}|{_TOKENS})\.partial")
+_PARTIAL = re.compile(rf"({_MANIFEST}|{_TOKENS})(\.[0-9a-f]{{8}})?\.partial")
 _OURS = re.compile(
     rf"{_MANIFEST}|{_TOKENS}|{_LOCK}|{_PARTIAL.pattern}|{_WINDOW.pattern}(\.orbax-[\w.-]+)?"
 )

@@ -1,6 +1,8 @@
 """Results of a batch: records in OpenAI's format, in a file that a new run continues."""
 
+import contextlib
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +12,9 @@ from qwen_jax import journal
 from qwen_jax.batch.fields import Asked
 from qwen_jax.batch.lines import BatchError, Line, LineError
 from qwen_jax.journal import Journal, JournalError, changes
+from qwen_jax.reading import FileError, parse_json, read_object, shown
 
+FORMAT = "qwen-jax batch 1"
 Record = dict[str, Any]
 
 
@@ -90,19 +94,27 @@ class Results:
             OSError: if it cannot be opened.
         """
         meta = path.with_name(f"{path.name}.meta")
+        settings = {"format": FORMAT, **settings}
+        before = _settings(meta) if os.path.lexists(meta) else {}
+        if before is None:
+            raise JournalError(
+                f"{shown(meta)} is damaged or not of a batch: move it, or name another output than "
+                f"{shown(path)}"
+            )
         self.num_errors = 0
         self._ids: dict[tuple[str, str], str] = {}
         self._journal = Journal(path)
         try:
-            if not self._journal.is_empty and not meta.exists():
+            if not self._journal.is_empty and not before:
                 raise JournalError(
-                    f"{path} is not the output of a batch, {meta} is missing: name another file"
+                    f"{shown(path)} is not the output of a batch, {shown(meta)} is missing: name "
+                    "another file"
                 )
             self._journal.repair()
             if self._journal.is_empty:
                 journal.write(meta, settings)
             else:
-                _check(path, meta, settings)
+                _check(path, before, settings)
             self._read()
         except BaseException:
             self._journal.close()
@@ -128,8 +140,8 @@ class Results:
             return False
         if self._ids[name] != line.id:
             raise BatchError(
-                f"{self._journal.path} holds a result of custom_id {line.custom_id!r}, but line "
-                f"{line.number} of the input asks something else than then: give it another "
+                f"{shown(self._journal.path)} holds a result of custom_id {line.custom_id!r}, but "
+                f"line {line.number} of the input asks something else than then: give it another "
                 "custom_id or name another output"
             )
         return True
@@ -148,16 +160,16 @@ class Results:
         path = self._journal.path
         for number, line in enumerate(self._journal.lines(), start=1):
             try:
-                record = json.loads(line)
+                record = parse_json(line)
                 twice = _name(record["custom_id"], record["id"]) in self._ids
                 self._remember(record)
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise JournalError(
-                    f"{path}: line {number} is not a result: repair it or name another file"
+                    f"{shown(path)}: line {number} is not a result: repair it or name another file"
                 ) from None
             if twice:
                 raise JournalError(
-                    f"{path}: line {number} is a second result of custom_id "
+                    f"{shown(path)}: line {number} is a second result of custom_id "
                     f"{record['custom_id']!r}: remove one or name another file"
                 )
 
@@ -171,14 +183,18 @@ def _name(custom_id: str | None, number: str) -> tuple[str, str]:
     return ("id", number) if custom_id is None else ("custom_id", custom_id)
 
 
-def _check(path: Path, meta: Path, settings: Mapping[str, Any]) -> None:
-    try:
-        before = json.loads(meta.read_bytes())
-        differ = changes(before, json.loads(json.dumps(settings)))
-    except (ValueError, AttributeError, TypeError):
-        raise JournalError(f"{meta} is damaged: name another output than {path}") from None
+def _check(path: Path, before: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    differ = changes(before, json.loads(json.dumps(settings)))
     if differ:
         raise JournalError(
-            f"{path} holds results of other settings ({differ}): run with those or name "
+            f"{shown(path)} holds results of other settings ({differ}): run with those or name "
             "another file"
         )
+
+
+def _settings(meta: Path) -> dict[str, Any] | None:
+    """What was written beside results; None if it is something else."""
+    with contextlib.suppress(FileError):
+        found = read_object(meta)
+        return found if found.get("format") == FORMAT else None
+    return None

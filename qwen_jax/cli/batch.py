@@ -17,7 +17,7 @@ import typer
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from qwen_jax import hosts
+from qwen_jax import disk, hosts
 from qwen_jax.batch import everywhere
 from qwen_jax.batch import run as batches
 from qwen_jax.batch.fields import Asked, Defaults, Reader
@@ -39,6 +39,7 @@ from qwen_jax.cli.flags import (
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
 from qwen_jax.config import ConfigError
+from qwen_jax.reading import shown
 
 
 @expand_on_hosts
@@ -105,7 +106,8 @@ def batch(
 
         def scan() -> dict[str, int]:
             assert source is not None
-            _check_output(requests, results)
+            if not dry_run:
+                _check_output(requests, results)
             return dataclasses.asdict(_scan(source, reader, stopped, show=dry_run))
 
         total = _Total(**hosts.shared(scan))
@@ -163,10 +165,7 @@ def _reader(opened: Model, flags: AnswerFlags, kept: sessions.Kept | None) -> Re
 
 def _check_output(requests: Path, results: Path) -> None:
     """Refuses before the work what would fail after it."""
-    if results.is_dir():
-        raise IsADirectoryError(21, "is a directory; give a file to write", str(results))
-    if not results.parent.is_dir():
-        raise FileNotFoundError(2, "there is no such directory", str(results.parent))
+    disk.prepare(results)
     if results.exists() and os.path.samefile(requests, results):
         raise ConfigError(f"{results} is the file of the requests: name another output")
 
@@ -198,7 +197,7 @@ def _scan(
             total.refused += 1
             row = f"{'error':>10}  {'':>10}  {line.custom_id or '(none)'}: {asked}"
         if show:
-            print(f"{line.number:>8,}  {' '.join(row.splitlines())}")
+            print(f"{line.number:>8,}  {shown(row)}")
     if not total.lines and not stopped():
         raise ConfigError(f"{source.path} has no lines: give at least one request")
     return total

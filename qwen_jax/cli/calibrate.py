@@ -75,9 +75,9 @@ def calibrate(
     if samples < 1:
         raise ConfigError(f"--samples {samples} must be at least 1")
     opened.check_fits(sizes[-1])
-    _check_writable(out)
+    disk.prepare(out)
     report = report or out.with_suffix(".report.json")
-    _check_writable(report)
+    disk.prepare(report)
     if out == report:
         raise ConfigError(f"--out and --report are one file, {out}: give two")
     vertical, slash = calibration.budgets_up_to(sizes[-1])
@@ -195,13 +195,6 @@ def _print(budgets: calibration.Budgets, speedup: dict[str, float] | None = None
             f"{length:,} tokens: recall {recall.mean():.3f} ({recall.min():.3f} in the worst "
             f"head), {density.mean():.1%} of the attention computed{predicted}"
         )
-
-
-def _check_writable(path: Path) -> None:
-    if path.is_dir():
-        raise ConfigError(f"{path} is a directory: give the name of a file")
-    if not path.parent.is_dir():
-        raise ConfigError(f"{path}: there is no directory {path.parent}")
 
 
 def _slices(opened: Model) -> tuple[int, ...]:

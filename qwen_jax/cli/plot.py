@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from qwen_jax import disk
 from qwen_jax.cli import documents
 from qwen_jax.cli.console import console
 from qwen_jax.cli.eval import whole_number
@@ -135,6 +136,8 @@ def plan(
         ConfigError: if the model has no budgets, or a flag cannot be used.
         DocumentError: if a named path holds no text.
     """
+    if out is not None:
+        disk.prepare(out)
     mesh = one_device(model_flags.mesh, "plans are made")
     opened = open_model(model, dataclasses.replace(model_flags, sparse="on", mesh=mesh))
     ids = tuple(

@@ -12,7 +12,7 @@ from typing import Annotated
 import numpy as np
 from jaxtyping import Float32
 
-from qwen_jax import hosts
+from qwen_jax import disk, hosts
 from qwen_jax.cli import tokens as token_file
 from qwen_jax.cli.answer import prefill_progress
 from qwen_jax.cli.flags import ModelArgument, ModelFlags, note, open_model, option
@@ -95,17 +95,12 @@ def _counted(blocks, update):
 
 def _check_output(path: Path, size: int) -> None:
     """Refuses before the work what would fail after it."""
-    if path.is_dir():
-        raise IsADirectoryError(21, "is a directory; give a file to write", str(path))
-    if not path.parent.is_dir():
-        raise FileNotFoundError(2, "there is no such directory", str(path.parent))
+    disk.prepare(path)
     free = shutil.disk_usage(path.parent).free
     if size > free:
         raise ConfigError(
             f"{path} would take {size:,} bytes, {free:,} are free: ask for fewer with --last"
         )
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(13, "cannot be written to", str(path.parent))
 
 
 def _umask() -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
+from qwen_jax import disk
 from qwen_jax.config import ConfigError
 
 
@@ -64,6 +65,7 @@ class Panels:
 
 def write_csv(panels: Panels, path: Path) -> None:
     """One line a cell, map after map; the value of a cell that was not measured is empty."""
+    disk.prepare(path)
     first = panels.maps[0]
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qwen_jax import disk
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Sparseness
 from qwen_jax.eval.score import Result
@@ -38,6 +39,7 @@ class Log:
         """
         self.path = path
         self.results: dict[tuple[str | None, Cell], Result] = {}
+        disk.prepare(path, LogError)
         data = path.read_bytes() if path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         lines = whole.splitlines()

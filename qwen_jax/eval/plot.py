@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from qwen_jax import disk
 from qwen_jax.eval.heatmap import HeatMap, Panels, PlotError
 from qwen_jax.eval.plan_picture import BLOCKS, COLUMNS, PlanPicture, colours, rasterise
 
@@ -181,6 +182,7 @@ def _matplotlib(path: Path) -> Any:
 
 
 def _save(figure: Any, path: Path) -> None:
+    disk.prepare(path)
     with warnings.catch_warnings():
         # A name in letters that the font lacks is drawn as boxes; the figures are what counts.
         warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)

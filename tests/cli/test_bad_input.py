@@ -91,15 +91,15 @@ MISTAKES = {
         "calibrate MODEL --data D --lengths 2 --samples 0",
         "--samples 0 must be at least 1",
     ),
-    "no directory for budgets": (
+    "a file above budgets": (
         ("D", "abc"),
-        "calibrate MODEL --data D --lengths 2 --out no/b.json",
-        "no/b.json: there is no directory no",
+        "calibrate MODEL --data D --lengths 2 --out D/b.json",
+        "error: D: it is not a directory",
     ),
-    "no directory for a report": (
+    "a file above a report": (
         ("D", "abc"),
-        "calibrate MODEL --data D --lengths 2 --report no/r.json",
-        "no/r.json: there is no directory no",
+        "calibrate MODEL --data D --lengths 2 --report D/b/r.json",
+        "error: D/b: Not a directory",
     ),
     "budgets to a directory": (
         ("D", "abc"),
@@ -179,8 +179,17 @@ MISTAKES = {
     "a directory of requests": (None, "batch MODEL EMPTY O", "EMPTY is not a regular file"),
     "blank requests": (("I", "\n\n"), "batch MODEL I O", "I has no lines"),
     "results over requests": (("I", "{}"), "batch MODEL I I", "I is the file of the requests"),
-    "results to a directory": (("I", "{}"), "batch MODEL I EMPTY", "EMPTY: is a directory"),
-    "results to nowhere": (("I", "{}"), "batch MODEL I no/O", "no: there is no such directory"),
+    "results to a directory": (
+        ("I", "{}"),
+        "batch MODEL I EMPTY",
+        "EMPTY is a directory: name a file to write",
+    ),
+    "results below a file": (("I", "{}"), "batch MODEL I I/O", "error: I: "),
+    "results to a device": (
+        ("I", "{}"),
+        "batch MODEL I /dev/full",
+        "/dev/full is a device: name a file to write",
+    ),
     "results to another file": (
         ("MODEL/I", "{}"),
         "batch MODEL MODEL/I MODEL/config.json",
@@ -242,7 +251,8 @@ MISTAKES = {
         "score MODEL --tokens T --out O.npz --last 4",
         "--last 4 must be from 1 to 3",
     ),
-    "no output directory": (("T", "1"), "score MODEL --tokens T --out no/O.npz", "no such dir"),
+    "output below a file": (("T", "1"), "score MODEL --tokens T --out T/O.npz", "T: it is not a d"),
+    "output to a device": (("T", "1"), "score MODEL --tokens T --out /dev/full", "is a device"),
     "output is a directory": (("T", "1"), "score MODEL --tokens T --out EMPTY", "is a directory"),
     "no such document": (None, "ask MODEL Q --file nothing", "nothing: No such file"),
     "a binary document": (("D", b"GIF\0\1"), "ask MODEL Q --file D", "it is binary"),
