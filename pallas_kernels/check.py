@@ -249,20 +249,22 @@ def _compared(name: str, shape: Shape, place: Place, who: str, device: Any) -> R
     limit = LIMIT[shape.dtype]
     worst = Errors(0.0, None if name == "selection" else 0.0)
     verdict, reason = "agrees", ""
-    try:
-        run = compiled(name, who, place.geometry, device.platform)
-        for said, length, args in inputs(name, shape, place):
-            args = jax.device_put(args, device)
-            errors = _errors(name, jax.device_get(run(args)), _truth(name, place, args), length)
-            worst = worst.and_(errors)
-            if not errors.within(limit):
-                verdict, reason = "differs", f"{errors} {said}, where {limit:g} is allowed"
-                break
-    except backend.Unsupported as error:
-        verdict, reason = "refuses", str(error)
-    except Exception as error:  # whatever a compiler or a driver raises is a verdict
-        first = (str(error).splitlines() or [""])[0]
-        verdict, reason = "fails", f"{type(error).__name__}: {' '.join(first.split())}"[:300]
+    run = compiled(name, who, place.geometry, device.platform)
+    for said, length, args in inputs(name, shape, place):
+        args = jax.device_put(args, device)
+        try:
+            found = jax.device_get(run(args))
+        except backend.Unsupported as error:
+            verdict, reason = "refuses", str(error)
+            break
+        except Exception as error:  # whatever a compiler or a driver raises is a verdict
+            verdict, reason = "fails", _in_a_line(error)
+            break
+        errors = _errors(name, found, _truth(name, place, args), length)
+        worst = worst.and_(errors)
+        if not errors.within(limit):
+            verdict, reason = "differs", f"{errors} {said}, where {limit:g} is allowed"
+            break
     known = verdict in ("agrees", "differs")
     return Result(
         program=name,
@@ -277,11 +279,17 @@ def _compared(name: str, shape: Shape, place: Place, who: str, device: Any) -> R
     )
 
 
+def _in_a_line(error: Exception) -> str:
+    """Type, first line and last line, for between them there is a stack."""
+    lines = [line for line in map(str.split, str(error).splitlines()) if line]
+    said = [" ".join(line)[:300] for line in (lines[:1] + lines[1:][-1:])]
+    return ": ".join([type(error).__name__, *said])
+
+
 def _finite(figure: float | None) -> float | None:
     return figure if figure is not None and np.isfinite(figure) else None
 
 
-@functools.cache
 def compiled(
     name: str, who: str, geometry: ChunkGeometry | None, platform: str
 ) -> Callable[[Inputs], tuple[Array, Array]]:
@@ -340,7 +348,7 @@ def _errors(name: str, found, truth, length: int) -> Errors:
         length: queries of the slice; those after them are padding, which must be finite.
     """
     if name == "selection":
-        return Errors(max(map(_row_error, found, truth)), None)
+        return Errors(float(np.max([*map(_row_error, found, truth)])), None)
     (out, lse), (right, right_lse) = found, truth
     if name != "decode":
         if not np.isfinite(out[length:].astype(np.float32)).all():
@@ -396,7 +404,7 @@ class _Draw:
         parts = 1 if name == "selection" else shape.parts
         self._part = shape.page // shape.parts
         self._page = self._part * parts
-        self._shard = Shard(jnp.int32(parts - 1), self._part, parts)
+        self._shard = Shard(parts - 1, self._part, parts)
         count = -(-place.context // self._page)
         near = {
             page
@@ -437,7 +445,7 @@ class _Draw:
             (keys,) if name == "selection" else (keys, values),
             (np.int32(LAYER), table, np.int32(start), np.int32(length)),
             self._plan(start, length) if name == "sparse prefill" else None,
-            self._shard,
+            self._on_device(),
         )
 
     def sequences(self, positions: list[int]) -> Inputs:
@@ -452,7 +460,11 @@ class _Draw:
             if i % 2 and position >= 0:
                 tables[i, 0] = self._first
         rest = np.int32(LAYER), tables, at[:, None]
-        return Inputs(self._queries(len(at), 1), tuple(cache), rest, None, self._shard)
+        return Inputs(self._queries(len(at), 1), tuple(cache), rest, None, self._on_device())
+
+    def _on_device(self) -> Shard:
+        """Which shard it is is not known when a program is compiled."""
+        return dataclasses.replace(self._shard, index=jnp.int32(self._shard.index))
 
     def _queries(self, *size: int) -> np.ndarray:
         """Multiplied by the softmax scale; the first number of each is 1 and takes up the bias."""
@@ -492,7 +504,7 @@ class _Draw:
         reads &= (first <= final[:, None]) & (tile * q < length)[:, None]
         reads[0] = False
         keys = (self._real[:, None] * self._part + np.arange(self._part)).reshape(-1)
-        keys = keys[keys < shard.before(start + length)]
+        keys = keys[keys < shard.before(np.int64(start + length))]
         columns = np.full((shape.num_heads, COLUMNS), ABSENT, np.int32)
         count = min(COLUMNS - 7, len(keys) // 2)
         for head in columns:

@@ -18,6 +18,8 @@ PROGRAMS = {
     "selection": "select",
 }
 """The operation that each program runs."""
+DENSE = "prefill", "decode"
+"""Programs that run where nothing is prefilled by a plan."""
 VOTERS = 64  # queries that select
 PLAN = Tiles(q=1024, k=128)  # of sparse prefill
 

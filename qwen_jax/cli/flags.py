@@ -342,8 +342,10 @@ class Model:
             CheckpointError: if the weights are missing, damaged or do not fit.
             ConfigError: if the devices cannot do what the flags ask.
         """
+        import jax
+
         from qwen_jax.cli import profile
-        from qwen_jax.engine.engine import EngineConfig
+        from qwen_jax.engine.engine import EngineConfig, kernels
         from qwen_jax.engine.replicas import build
 
         mesh = placement.mesh(self.config, self.flags.mesh)
@@ -363,6 +365,8 @@ class Model:
             held=held,
         )
         placement.check_memory(self.config, settings, name, mesh, window=window)
+        device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
+        kernels(self.config, settings, device=device, dtype=name, mesh=mesh)  # before the weights
         engine = build(self.config, self.weights() if weights is None else weights, settings)
         note(f"{engine.describe()}; {name}: {why}; {self._attention()}")
         profile.watch(engine)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,8 +12,10 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float32
 
 from pallas_kernels import backend
+from pallas_kernels.check import Shape
 from pallas_kernels.plan import SparsePlan
-from qwen_jax import hosts, sparse
+from pallas_kernels.programs import DENSE, PROGRAMS
+from qwen_jax import first_contact, hosts, sparse
 from qwen_jax.attention import LEFT_OUT
 from qwen_jax.config import ConfigError, ModelConfig, SparseConfig
 from qwen_jax.engine import batch
@@ -151,22 +154,17 @@ class Engine:
                 f"vocab_limit={config.vocab_limit} exceeds the {model.vocab_size} tokens "
                 "of the model: is this its tokenizer?"
             )
+        dtype = str(jax.tree.leaves(weights)[0].dtype)
+        self._backend, self._page = kernels(
+            model, config, device=self._device, dtype=dtype, mesh=self._mesh
+        )
         self._attended = {
             "kind": self._device.device_kind,
             "head_dim": model.head_dim,
-            "dtype": str(jax.tree.leaves(weights)[0].dtype),
+            "dtype": dtype,
         }
-        try:
-            self._backend = backend.choose(self._device.platform, config.backend, **self._attended)
-        except backend.Unsupported as error:
-            raise ConfigError(f"backend={config.backend!r}: {error}") from None
-        if not config.attention:
-            self._backend = self._backend._replace(prefill=LEFT_OUT, decode=LEFT_OUT)
         platform, geometry = self._device.platform, model.dual_chunk
         seq = 1 if self._mesh is None else self._mesh.shape["seq"]
-        self._page = config.page or default_page(platform, geometry, parts=seq)
-        if self._page % seq:
-            raise ConfigError(f"page={self._page} must be a multiple of seq={seq} of the mesh")
         self._slices = config.slices or default_slices(
             platform, geometry, sparse=config.sparse is not None, parts=seq
         )
@@ -665,6 +663,59 @@ class Engine:
         )
         self._scheduler.finish(sequence)
         return event
+
+
+def kernels(
+    model: ModelConfig, config: EngineConfig, *, device: Any, dtype: str, mesh: Mesh | None
+) -> tuple[backend.Backends, int]:
+    """The backends of an engine and the tokens of its pages; needs no weights.
+
+    Kernels that have never met such a device are compared with the truth first
+    (`first_contact.ensure`).
+
+    Args:
+        device: of jax; one of those that it runs on.
+        dtype: of weights and cache.
+
+    Raises:
+        ConfigError: if there are none, or if they differ from the truth.
+        Unsupported: if a kernel that was never tried here cannot take the model's shapes.
+    """
+    platform = device.platform
+    try:
+        chosen = backend.choose(
+            platform,
+            config.backend,
+            kind=device.device_kind,
+            head_dim=model.head_dim,
+            dtype=dtype,
+        )
+    except backend.Unsupported as error:
+        raise ConfigError(f"backend={config.backend!r}: {error}") from None
+    if not config.attention:
+        chosen = chosen._replace(prefill=LEFT_OUT, decode=LEFT_OUT)
+    seq, tensor = (1, 1) if mesh is None else (mesh.shape["seq"], mesh.shape["tensor"])
+    page = config.page or default_page(platform, model.dual_chunk, parts=seq)
+    if page % seq:
+        raise ConfigError(f"page={page} must be a multiple of seq={seq} of the mesh")
+    programs = [name for name in PROGRAMS if config.sparse is not None or name in DENSE]
+    shape = Shape(
+        num_heads=model.num_heads // tensor,
+        num_kv_heads=model.num_kv_heads // tensor,
+        head_dim=model.head_dim,
+        page=page,
+        dtype=dtype,
+        geometry=model.dual_chunk,
+        parts=seq,
+        plan=sparse.tiles_on(platform),
+    )
+    mine = [device] if mesh is None else mesh.local_devices
+    first_contact.ensure(
+        shape if platform != "cpu" else shape.soon(),
+        {name: getattr(chosen, PROGRAMS[name]) for name in programs},
+        next((each for each in mine if each.process_index == jax.process_index()), device),
+    )
+    return chosen, page
 
 
 def _mesh_of(weights) -> Mesh | None:
