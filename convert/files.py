@@ -109,7 +109,7 @@ def read_index(root: Path, name: str, pattern: re.Pattern) -> dict[str, str]:
     if not isinstance(index.get("metadata", {}), dict):
         raise CheckpointError(f"{shown(path)}: metadata must be an object")
     for tensor, file in files.items():
-        if not isinstance(file, str) or not pattern.fullmatch(file):
+        if not isinstance(file, str) or len(file) > 255 or not pattern.fullmatch(file):
             raise CheckpointError(
                 f"{shown(path)}: {printable(tensor)} is in {printable(file)}, which is no file name"
             )
@@ -123,30 +123,38 @@ def read_shards(root: Path, files: Iterable[str]) -> dict[str, Shard]:
         CheckpointError: naming the file, and the tensor if there is one; also if all headers
             together are longer than `HEADER_BYTES`.
     """
-    shards, left = {}, HEADER_BYTES
-    for file in files:
-        shards[file] = _read_shard(root, file, left)
-        left -= len(shards[file].header)
-    return shards
+    paths = {file: regular_file(root, file) for file in files}
+    lengths = {file: _header_length(root / file, path) for file, path in paths.items()}
+    if sum(lengths.values()) > HEADER_BYTES:
+        longest = max(lengths, key=lambda file: lengths[file])
+        raise CheckpointError(
+            f"{shown(root / longest)}: its header takes {lengths[longest]:,} bytes, and those of "
+            f"all {len(lengths)} files may have {HEADER_BYTES:,} together"
+        )
+    return {file: _read_shard(root / file, path, lengths[file]) for file, path in paths.items()}
 
 
-def _read_shard(root: Path, file: str, limit: int) -> Shard:
-    path = root / file
+def _header_length(path: Path, target: Path) -> int:
+    """Bytes of the header of a file, before it is read."""
+    try:
+        with open_file(target) as opened:
+            size = os.fstat(opened.fileno()).st_size
+            length = int.from_bytes(opened.read(8), "little")
+    except OSError as error:
+        raise CheckpointError(f"{shown(path)} cannot be read: {reading.reason(error)}") from None
+    if size < 8 or length > size - 8:
+        raise CheckpointError(
+            f"{shown(path)} is cut short or no safetensors file: its header takes {length} bytes"
+        )
+    return length
+
+
+def _read_shard(path: Path, target: Path, length: int) -> Shard:
     name = shown(path)
-    target = regular_file(root, file)
     try:
         with open_file(target) as opened:
             state = file_state(opened.fileno())
-            length = int.from_bytes(opened.read(8), "little")
-            if state[1] < 8 or length > state[1] - 8:
-                raise CheckpointError(
-                    f"{name} is cut short or no safetensors file: its header takes {length} bytes"
-                )
-            if length > limit:
-                raise CheckpointError(
-                    f"{name}: its header takes {length:,} bytes, and those of all files may have "
-                    f"{HEADER_BYTES:,} together"
-                )
+            opened.seek(8)
             header = opened.read(length)
         with safe_open(target, framework="numpy") as checked:
             slices = {name: checked.get_slice(name) for name in checked.keys()}  # noqa: SIM118
@@ -170,7 +178,7 @@ def _read_shard(root: Path, file: str, limit: int) -> Shard:
     tensors = (
         Tensor(
             name=tensor,
-            shard=file,
+            shard=path.name,
             dtype=SAFETENSORS_DTYPES.get(dtype, dtype),
             shape=shape,
             start=8 + length + begin,
@@ -179,7 +187,7 @@ def _read_shard(root: Path, file: str, limit: int) -> Shard:
         for tensor, (dtype, shape, begin, end) in rows.items()
     )
     return Shard(
-        file=file,
+        file=path.name,
         path=target,
         state=state,
         header=header,

@@ -219,7 +219,7 @@ def check(directory: str | os.PathLike) -> Source:
         qwen_jax.config.ConfigError: if config.json cannot be used.
     """
     directory = locate.checkpoint(directory)
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise CheckpointError(f"{shown(directory)} is not a directory")
     root = directory.resolve()
     companions = {

@@ -90,7 +90,7 @@ def parts(tree: Mapping[str, Any]) -> dict[str, dict]:
 
 def is_converted(directory: str | os.PathLike) -> bool:
     """Whether a directory is a converted checkpoint, damaged or not."""
-    return (Path(directory) / "manifest.json").is_file()
+    return os.path.isfile(Path(directory) / "manifest.json")
 
 
 def read_manifest(directory: str | os.PathLike) -> Manifest:

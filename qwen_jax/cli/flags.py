@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -404,9 +405,9 @@ def open_model(directory: Path, flags: ModelFlags) -> Model:
         FileNotFoundError, NotADirectoryError: if there is no such directory.
         ConfigError: if a file or a flag cannot be used, or flags contradict each other.
     """
-    if not directory.exists():
+    if not os.path.exists(directory):
         raise FileNotFoundError(2, "there is no such model; give a local directory", str(directory))
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         locate.checkpoint(directory)
         raise NotADirectoryError(20, "is a file; give the directory that holds it", str(directory))
     directory = locate.checkpoint(directory)
