@@ -3,11 +3,10 @@
 import collections
 import dataclasses
 import os
-from pathlib import Path
 from typing import Any
 
 from convert import source
-from qwen_jax import params
+from qwen_jax import locate, params
 from qwen_jax.config import model_config, sparse_config
 from qwen_jax.manifest import DTYPES
 
@@ -22,7 +21,7 @@ def describe(directory: str | os.PathLike) -> dict[str, Any]:
         CheckpointError: if a header or the manifest is damaged.
         qwen_jax.config.ConfigError: if config.json cannot be used.
     """
-    directory = Path(directory)
+    directory = locate.checkpoint(directory)
     if params.is_converted(directory):
         kind = "converted"
         manifest = params.verify(directory)
@@ -56,12 +55,12 @@ def describe(directory: str | os.PathLike) -> dict[str, Any]:
     sizes: dict[str, int] = collections.Counter()
     for tensor in tensors:
         sizes[tensor["dtype"]] += tensor["bytes"]
-    fields = {name: getattr(config, name) for name in config.__slots__}
+    fields = dataclasses.asdict(config)
     dual_chunk = fields.pop("dual_chunk")
     return {
         "kind": kind,
         "config": fields,
-        "dual_chunk": dual_chunk and dataclasses.asdict(dual_chunk),
+        "dual_chunk": dual_chunk,
         "sparse_budgets": sparse_config(directory, config) is not None,
         "num_parameters": sum(size // DTYPES[dtype].itemsize for dtype, size in sizes.items()),
         "bytes": dict(sizes),

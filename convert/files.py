@@ -1,21 +1,23 @@
 """Files that nobody vouches for: which may be opened, and what their headers say."""
 
 import dataclasses
-import json
 import os
 import re
 import stat
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from convert import names
-from qwen_jax.manifest import CheckpointError
+from qwen_jax import reading
+from qwen_jax.manifest import SAFETENSORS_DTYPES, CheckpointError
+from qwen_jax.reading import printable, shown
 
 CHUNK_BYTES = 16 << 20  # read at once
-
-_DTYPES = {"BF16": "bfloat16", "F32": "float32"}
-_JSON_BYTES = 16 << 20  # 100 times the header of the largest model; Python needs 30 times as much
+HEADER_BYTES = 8 << 20
+"""Most that an index, or the headers of all files, may have: 50 times those of 80 layers."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +25,7 @@ class Tensor:
     """Where a tensor lies.
 
     Attributes:
-        dtype: "bfloat16" or "float32".
+        dtype: one of `manifest.DTYPES`; another one for a tensor that is dropped.
         start: of its bytes in the file.
     """
 
@@ -66,15 +68,17 @@ def regular_file(root: Path, name: str) -> Path:
         target = path.resolve(strict=True)
         mode = os.lstat(target).st_mode
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except (OSError, RuntimeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+        raise CheckpointError(f"{shown(path)} is missing") from None
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle
+        raise CheckpointError(f"{shown(path)} cannot be read: {reading.reason(error)}") from None
     repository = root.parent.parent
     snapshot = root.parent.name == "snapshots" and repository.name.startswith("models--")
     if target.parent != root and not (snapshot and target.parent == repository / "blobs"):
-        raise CheckpointError(f"{path} is a link to {target}: copy the file into the directory")
+        raise CheckpointError(
+            f"{shown(path)} is a link to {shown(target)}: copy the file into the directory"
+        )
     if not stat.S_ISREG(mode):
-        raise CheckpointError(f"{path} is not a regular file")
+        raise CheckpointError(f"{shown(path)} is not a regular file")
     return target
 
 
@@ -97,93 +101,130 @@ def read_index(root: Path, name: str, pattern: re.Pattern) -> dict[str, str]:
         CheckpointError: if it is malformed or a file name could lead out of the directory.
     """
     path = root / name
-    target = regular_file(root, name)
-    if target.stat().st_size > _JSON_BYTES:
-        raise CheckpointError(f"{path} is longer than {_JSON_BYTES} bytes")
-    try:
-        with open_file(target) as file:
-            index = json.loads(file.read().decode("utf-8"), object_pairs_hook=_unique)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not valid JSON: {printable(error)}") from None
-    files = index.get("weight_map") if isinstance(index, dict) else None
+    regular_file(root, name)
+    index = reading.read_object(path, limit=HEADER_BYTES, error=CheckpointError)
+    files = index.get("weight_map")
     if not isinstance(files, dict) or not files:
-        raise CheckpointError(f"{path} has no weight_map")
+        raise CheckpointError(f"{shown(path)} has no weight_map")
+    if not isinstance(index.get("metadata", {}), dict):
+        raise CheckpointError(f"{shown(path)}: metadata must be an object")
     for tensor, file in files.items():
-        if not isinstance(file, str) or not pattern.fullmatch(file):
+        if not isinstance(file, str) or len(file) > 255 or not pattern.fullmatch(file):
             raise CheckpointError(
-                f"{path}: {printable(tensor)} is in {printable(file)}, which is no file name"
+                f"{shown(path)}: {printable(tensor)} is in {printable(file)}, which is no file name"
             )
     return files
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key appears twice")
-    return found
-
-
-def read_shard(root: Path, file: str) -> Shard:
-    """A file whose header safetensors and this module read alike.
+def read_shards(root: Path, files: Iterable[str]) -> dict[str, Shard]:
+    """Files whose headers safetensors and this module read alike, by name.
 
     Raises:
-        CheckpointError: naming the file, and the tensor if there is one.
+        CheckpointError: naming the file, and the tensor if there is one; also if all headers
+            together are longer than `HEADER_BYTES`.
     """
-    path = root / file
-    target = regular_file(root, file)
+    paths = {file: regular_file(root, file) for file in files}
+    lengths = {file: _header_length(root / file, path) for file, path in paths.items()}
+    if sum(lengths.values()) > HEADER_BYTES:
+        longest = max(lengths, key=lambda file: lengths[file])
+        raise CheckpointError(
+            f"{shown(root / longest)}: its header takes {lengths[longest]:,} bytes, and those of "
+            f"all {len(lengths)} files may have {HEADER_BYTES:,} together"
+        )
+    return {file: _read_shard(root / file, path, lengths[file]) for file, path in paths.items()}
+
+
+def _header_length(path: Path, target: Path) -> int:
+    """Bytes of the header of a file, before it is read."""
+    try:
+        with open_file(target) as opened:
+            size = os.fstat(opened.fileno()).st_size
+            length = int.from_bytes(opened.read(8), "little")
+    except OSError as error:
+        raise CheckpointError(f"{shown(path)} cannot be read: {reading.reason(error)}") from None
+    if size < 8 or length > size - 8:
+        raise CheckpointError(
+            f"{shown(path)} is cut short or no safetensors file: its header takes {length} bytes"
+        )
+    return length
+
+
+def _read_shard(path: Path, target: Path, length: int) -> Shard:
+    name = shown(path)
     try:
         with open_file(target) as opened:
             state = file_state(opened.fileno())
-            length = int.from_bytes(opened.read(8), "little")
-            if state[1] < 8 or length > min(state[1] - 8, _JSON_BYTES):
-                raise CheckpointError(
-                    f"{path} is cut short or no safetensors file: its header takes {length} bytes"
-                )
+            opened.seek(8)
             header = opened.read(length)
         with safe_open(target, framework="numpy") as checked:
             slices = {name: checked.get_slice(name) for name in checked.keys()}  # noqa: SIM118
             seen = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise CheckpointError(f"{name} cannot be read: {reading.reason(error)}") from None
     except SafetensorError as error:
-        raise CheckpointError(f"{path} is no valid safetensors file: {printable(error)}") from None
+        raise CheckpointError(f"{name} is no valid safetensors file: {printable(error)}") from None
     try:
-        body = json.loads(header.decode("utf-8"), object_pairs_hook=_unique)
-        body.pop("__metadata__", None)
-        rows = {
-            name: (row["dtype"], tuple(row["shape"]), *row["data_offsets"])
-            for name, row in body.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} has a malformed header: {printable(error)}") from None
-    if {name: row[:2] for name, row in rows.items()} != seen:
-        raise CheckpointError(f"{path} has an ambiguous header")
-    for name, (dtype, *_) in rows.items():
-        if dtype not in _DTYPES and not names.DROPPED.fullmatch(name):
+        rows = _rows(reading.parse_json(header))
+    except ValueError as error:
+        raise CheckpointError(f"{name} has a malformed header: {error}") from None
+    if {tensor: (dtype, shape) for tensor, (dtype, shape, *_) in rows.items()} != seen:
+        raise CheckpointError(f"{name} has an ambiguous header")
+    for tensor, (dtype, *_) in rows.items():
+        if dtype not in SAFETENSORS_DTYPES and not names.DROPPED.fullmatch(tensor):
             raise CheckpointError(
-                f"{path}: {printable(name)} is of type {printable(dtype)}: "
-                "only BF16 and F32 weights can be used"
+                f"{name}: {printable(tensor)} is of type {printable(dtype)}: "
+                f"only {', '.join(SAFETENSORS_DTYPES)} weights can be used"
             )
     tensors = (
         Tensor(
-            name=name,
-            shard=file,
-            dtype=_DTYPES.get(str(dtype), str(dtype)),
+            name=tensor,
+            shard=path.name,
+            dtype=SAFETENSORS_DTYPES.get(dtype, dtype),
             shape=shape,
             start=8 + length + begin,
             size=end - begin,
         )
-        for name, (dtype, shape, begin, end) in rows.items()
+        for tensor, (dtype, shape, begin, end) in rows.items()
     )
     return Shard(
-        file=file,
+        file=path.name,
         path=target,
         state=state,
         header=header,
         tensors=tuple(sorted(tensors, key=lambda tensor: tensor.start)),
     )
+
+
+def _rows(header: Any) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    """Dtype, shape, start and end of each tensor of a header.
+
+    Raises:
+        ValueError: naming the first field that is malformed.
+    """
+    rows = {}
+    if not isinstance(header, dict):
+        raise ValueError("it must be an object")
+    for name, row in header.items():
+        if name == "__metadata__":
+            continue
+        found = reading.check_fields(printable(name), row, _ROW, ValueError)
+        dtype, shape, ends = (found[field] for field in _ROW)
+        if not isinstance(dtype, str):
+            raise ValueError(f"{printable(name)}: dtype must be a text")
+        if not _are_sizes(shape) or not _are_sizes(ends) or len(ends) != 2:
+            raise ValueError(
+                f"{printable(name)}: shape and data_offsets must be lists of whole numbers, "
+                "two of them offsets"
+            )
+        rows[name] = dtype, tuple(shape), *ends
+    return rows
+
+
+_ROW = ("dtype", "shape", "data_offsets")
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)
 
 
 def same_bytes(shards: dict[str, Shard], one: Tensor, other: Tensor) -> bool:
@@ -199,11 +240,7 @@ def same_bytes(shards: dict[str, Shard], one: Tensor, other: Tensor) -> bool:
                 if a.read(count) != b.read(count):
                     return False
     except OSError as error:
-        raise CheckpointError(f"{one.shard}: {one.name} cannot be read: {error.strerror}") from None
+        raise CheckpointError(
+            f"{one.shard}: {printable(one.name)} cannot be read: {reading.reason(error)}"
+        ) from None
     return True
-
-
-def printable(text: object) -> str:
-    """Text from a file that nobody checked, fit for one line of a terminal."""
-    text = str(text)
-    return (text if text.isprintable() else repr(text))[:200]

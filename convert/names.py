@@ -12,7 +12,7 @@ from qwen_jax.manifest import transpose
 
 # Buffers that old files carry; they follow from config.json.
 DROPPED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-# Tied models may repeat the embedding under this name.
+# Tied models may repeat the embedding under the first name, or keep it under that one alone.
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -64,8 +64,12 @@ class Entry:
         return found.reshape(shape)[tuple(rest)]
 
 
-def table(config: ModelConfig) -> dict[str, Entry]:
-    """Every tensor of a model by its Hugging Face name, in the order of our parts."""
+def table(config: ModelConfig, embedding: str = EMBEDDING) -> dict[str, Entry]:
+    """Every tensor of a model by its Hugging Face name, in the order of our parts.
+
+    Args:
+        embedding: the tensor that holds the embedding; a tied model may keep it as `HEAD`.
+    """
     D, F, V = config.embed_dim, config.mlp_dim, config.vocab_size
     N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
     block = {
@@ -83,7 +87,7 @@ def table(config: ModelConfig) -> dict[str, Entry]:
         "mlp.down_proj.weight": ("mlp.down.kernel", (D, F), (F, D)),
     }
     rows: list[tuple[str, str, str, tuple[int, ...], tuple[int, ...]]] = [
-        (EMBEDDING, "embed", "embed.embedding", (V, D), (V, D))
+        (embedding, "embed", "embed.embedding", (V, D), (V, D))
     ]
     for layer in range(config.num_layers):
         rows.extend(

@@ -18,13 +18,13 @@ from convert.files import (
     Tensor,
     file_state,
     open_file,
-    printable,
     read_index,
-    read_shard,
+    read_shards,
     regular_file,
     same_bytes,
 )
 from convert.team import ALONE, Team
+from qwen_jax import locate
 from qwen_jax.config import ModelConfig, model_config
 from qwen_jax.manifest import (
     DTYPES,
@@ -34,6 +34,7 @@ from qwen_jax.manifest import (
     file_sums,
     fingerprint,
 )
+from qwen_jax.reading import printable, reason, shown
 
 INDEX = "model.safetensors.index.json"
 # What ships with the weights and is copied byte for byte.
@@ -141,7 +142,9 @@ class Source:
         try:
             with open_file(shard.path) as file:
                 if file_state(file.fileno()) != shard.state:
-                    raise CheckpointError(f"{shard.path} changed while it was read: start again")
+                    raise CheckpointError(
+                        f"{shown(shard.path)} changed while it was read: start again"
+                    )
 
                 def fill(
                     buffer: memoryview,
@@ -153,14 +156,16 @@ class Source:
                     while done < len(buffer):
                         count = file.readinto(buffer[done : done + CHUNK_BYTES])
                         if not count:
-                            raise CheckpointError(f"{shard.path} ends within {tensor.name}")
+                            raise CheckpointError(
+                                f"{shown(shard.path)} ends within {printable(tensor.name)}"
+                            )
                         on_chunk(buffer[done : done + count])
                         done += count
 
                 yield fill
         except OSError as error:
             raise CheckpointError(
-                f"{shard.path}: {tensor.name} cannot be read: {error.strerror}"
+                f"{shown(shard.path)}: {printable(tensor.name)} cannot be read: {reason(error)}"
             ) from None
 
     def sums(self, progress: Progress | None = None) -> dict[str, str]:
@@ -200,7 +205,9 @@ class Source:
                         file.seek(tensor.start + max(0, tensor.size - _SAMPLE_BYTES) // 2)
                         digest.update(file.read(min(tensor.size, _SAMPLE_BYTES)))
             except OSError as error:
-                raise CheckpointError(f"{shard.path} cannot be read: {error.strerror}") from None
+                raise CheckpointError(
+                    f"{shown(shard.path)} cannot be read: {reason(error)}"
+                ) from None
         return digest.hexdigest()
 
 
@@ -211,24 +218,29 @@ def check(directory: str | os.PathLike) -> Source:
         CheckpointError: naming every file and tensor that is wrong.
         qwen_jax.config.ConfigError: if config.json cannot be used.
     """
-    if not Path(directory).is_dir():
-        raise CheckpointError(f"{directory} is not a directory")
-    root = Path(directory).resolve()
+    directory = locate.checkpoint(directory)
+    if not os.path.isdir(directory):
+        raise CheckpointError(f"{shown(directory)} is not a directory")
+    root = directory.resolve()
     companions = {
         name: regular_file(root, name) for name in COMPANIONS if os.path.lexists(root / name)
     }
     config = model_config(root)
     files = _shard_files(root)
-    shards = {file: read_shard(root, file) for file in sorted(set(files.values()))}
-    if INDEX in os.listdir(root):
+    shards = read_shards(root, sorted(set(files.values())) or ["model.safetensors"])
+    if files:
         companions[INDEX] = regular_file(root, INDEX)
-    if not files:
-        shards = {"model.safetensors": read_shard(root, "model.safetensors")}
     problems = _index_problems(files, shards) if files else []
     found = {tensor.name: tensor for shard in shards.values() for tensor in shard.tensors}
-    table = names.table(config)
+    if config.num_layers > len(found):
+        raise CheckpointError(
+            f"{shown(directory)}: config.json says num_hidden_layers={config.num_layers}, and "
+            f"the files hold {len(found)} tensors"
+        )
     aliases = {}
-    if config.tie_embeddings and names.HEAD in found and names.EMBEDDING in found:
+    head_only = config.tie_embeddings and names.HEAD in found and names.EMBEDDING not in found
+    table = names.table(config, names.HEAD if head_only else names.EMBEDDING)
+    if config.tie_embeddings and names.HEAD in found and not head_only:
         if not same_bytes(shards, found[names.HEAD], found[names.EMBEDDING]):
             problems.append(
                 f"{names.HEAD} differs from {names.EMBEDDING} although config.json ties them"
@@ -246,9 +258,9 @@ def check(directory: str | os.PathLike) -> Source:
                 f"config.json asks for {list(table[name].source_shape)}"
             )
     if problems:
-        shown = "; ".join(problems[:5])
+        first = "; ".join(problems[:5])
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise CheckpointError(f"{directory}: {shown}{more}")
+        raise CheckpointError(f"{shown(directory)}: {first}{more}")
     return Source(
         directory=root,
         config=config,
@@ -288,7 +300,8 @@ def verify_blobs(checked: Source, progress: Progress | None = None, *, team: Tea
     for shard in own:
         if file_sums(shard.path, on_bytes).sha256 != shard.path.name:
             raise CheckpointError(
-                f"{checked.directory / shard.file} is damaged: its SHA-256 is not its blob's name"
+                f"{shown(checked.directory / shard.file)} is damaged: "
+                "its SHA-256 is not its blob's name"
             )
     team.await_all()
     return len(known)
@@ -304,24 +317,29 @@ def _shard_files(root: Path) -> dict[str, str]:
     if os.path.lexists(root / INDEX):
         files = read_index(root, INDEX, _SHARD_NAME)
         if single and "model.safetensors" not in files.values():
-            raise CheckpointError(f"{root} has both {INDEX} and model.safetensors: remove one")
+            raise CheckpointError(
+                f"{shown(root)} has both {INDEX} and model.safetensors: remove one"
+            )
         return files
     if single:
         return {}
     if any(root.glob("*.safetensors")):
-        raise CheckpointError(f"{root / INDEX} is missing: copy it with the shards")
+        raise CheckpointError(f"{shown(root / INDEX)} is missing: copy it with the shards")
     if any(root.glob("*.bin")):
         raise CheckpointError(
-            f"{root} has weights in .bin files only, which can run code: get the model in "
+            f"{shown(root)} has weights in .bin files only, which can run code: get the model in "
             "safetensors, or convert with --allow-pickle-weights"
         )
-    raise CheckpointError(f"{root} has no model.safetensors and no {INDEX}")
+    raise CheckpointError(f"{shown(root)} has no model.safetensors and no {INDEX}")
 
 
 def _index_problems(files: dict[str, str], shards: dict[str, Shard]) -> list[str]:
     problems = []
+    listing: dict[str, set[str]] = {file: set() for file in shards}
+    for tensor, file in files.items():
+        listing[file].add(tensor)
     for file, shard in shards.items():
-        listed = {tensor for tensor, where in files.items() if where == file}
+        listed = listing[file]
         stored = {tensor.name for tensor in shard.tensors}
         problems += [
             f"{file} lacks {printable(name)}, which the index puts there"

@@ -17,6 +17,8 @@ from convert import export as exports
 from convert import source, weights
 from convert.team import ALONE, Team
 from convert.terminal import show, shown
+from qwen_jax import locate
+from qwen_jax.config import notes
 from qwen_jax.manifest import DTYPES, Progress
 
 
@@ -68,6 +70,7 @@ def convert_with(team: Team) -> Callable[..., None]:
         stored = {"keep": "keep", "f32": "float32", "bf16": "bfloat16"}[dtype]
         if dry_run:
             checked = source.check(src)
+            _say_notes(src, team)
             sizes = [
                 tensor.size
                 if dtype == "keep"
@@ -97,6 +100,7 @@ def convert_with(team: Team) -> Callable[..., None]:
                 progress=progress,
                 team=team,
             )
+        _say_notes(src, team)
         show(
             [
                 ("checkpoint", str(dst)),
@@ -127,6 +131,13 @@ def export(
         differences = exports.export(src, dst, overwrite=overwrite, progress=progress)
     same = "every byte as in the source"
     show([("checkpoint", str(dst)), ("contents", "; ".join(differences) or same)])
+
+
+def _say_notes(src: Path, team: Team) -> None:
+    """Print what of a checkpoint is left unread."""
+    if team.is_first():
+        for sentence in notes(locate.checkpoint(src)):
+            print(sentence, file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 
 from convert import names, pickled, publish, source
 from convert.team import ALONE, Team
-from qwen_jax import disk, params, store
+from qwen_jax import disk, locate, params, store
 from qwen_jax import manifest as manifests
 from qwen_jax.manifest import DTYPES, CheckpointError, Manifest, Progress, Tensor, file_sums
 
@@ -107,10 +107,11 @@ def convert(
         CheckpointError: if the source is damaged or `dst` cannot be written.
         qwen_jax.config.ConfigError: if config.json cannot be used.
     """
-    if dtype not in ("keep", *DTYPES):
+    if dtype not in ("keep", "bfloat16", "float32"):
         raise ValueError(f"{dtype=} must be 'keep', 'bfloat16' or 'float32'")
     output = Path(dst).resolve()
     with contextlib.ExitStack() as stack:
+        src = locate.checkpoint(src)
         if allow_pickle and pickled.only(src):
             if not team.is_alone():
                 raise CheckpointError(

@@ -1,16 +1,40 @@
 """What ships with the weights: ModelConfig, SparseConfig, GenerationConfig, and their files."""
 
 import dataclasses
-import json
 import math
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pallas_kernels.geometry import ChunkGeometry
+from qwen_jax import hf_fields, reading
+from qwen_jax.reading import shown
 
 
 class ConfigError(ValueError):
     """A configuration file or flag that cannot be used; the text names it and the way out."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Yarn:
+    """Rotary frequencies stretched over a longer context (YaRN, arXiv:2309.00071).
+
+    Attributes:
+        factor: by which low frequencies are divided.
+        original_len: training length, in tokens.
+        attention_factor: of the cosines and sines; its square scales the logits.
+        beta_fast: turns within `original_len` from which a frequency is left as it is.
+        beta_slow: turns up to which it is divided; between both it is mixed.
+        truncate: round the bounds of the mixture to whole dimensions.
+    """
+
+    factor: float
+    original_len: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +43,8 @@ class ModelConfig:
 
     Attributes:
         max_len: longest sequence the checkpoint declares, in tokens.
-        weights_dtype: "bfloat16" or "float32", as stored.
+        weights_dtype: "bfloat16", "float16" or "float32", as stored.
+        yarn: stretched rotary frequencies, or None.
         dual_chunk: DCA sizes, or None for a model that attends over one window.
         original_len: training length of the attention temperature, in tokens;
             0 switches the temperature off (arXiv:2501.15383, equation 1).
@@ -37,6 +62,7 @@ class ModelConfig:
     tie_embeddings: bool
     max_len: int
     weights_dtype: str = "bfloat16"
+    yarn: Yarn | None = None
     dual_chunk: ChunkGeometry | None = None
     original_len: int = 0
 
@@ -51,6 +77,16 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"{self.head_dim=} must be even: rotary positions turn pairs")
+        if self.yarn is not None and self.dual_chunk is not None:
+            raise ConfigError(
+                "YaRN (rope_scaling) and Dual Chunk Attention both stretch positions: take one, "
+                "by removing a field of config.json or with --dca off"
+            )
+
+    @property
+    def compute_dtype(self) -> str:
+        """Dtype of weights and cache on accelerators: "bfloat16" or "float32"."""
+        return "float32" if self.weights_dtype == "float32" else "bfloat16"
 
     @property
     def kv_elements_per_token(self) -> int:
@@ -102,41 +138,28 @@ class GenerationConfig:
     repetition_penalty: float = 1.0
 
 
-# Fields of config.json that carry no information for inference.
-_IGNORED = frozenset(
-    "_name_or_path architectures attention_dropout bos_token_id chunk_size_feed_forward "
-    "initializer_range max_window_layers pad_token_id sliding_window "
-    "transformers_version use_cache eos_token_id problem_type id2label label2id "
-    "is_encoder_decoder output_attentions output_hidden_states return_dict".split()
-)
-_REQUIRED = (
-    "hidden_size intermediate_size max_position_embeddings num_attention_heads "
-    "num_hidden_layers num_key_value_heads rms_norm_eps vocab_size".split()
-)
-_OPTIONAL = frozenset(
-    "model_type hidden_act head_dim rope_theta rope_scaling rope_parameters tie_word_embeddings "
-    "torch_dtype dtype layer_types use_sliding_window dual_chunk_attention_config".split()
-)
-_DUAL_CHUNK = frozenset(
-    "chunk_size local_size original_max_position_embeddings sparse_attention_config "
-    "sparse_attention_enabled sparse_attention_threshold sparse_attention_last_q".split()
-)
+# Bytes of a JSON file of a checkpoint; inline budgets of 48 layers with 40 heads take 100 kB.
+_JSON_BYTES = 8 << 20
+
+# What other values of `model_type` mean.
+_OTHER_MODELS = {
+    "qwen2_vl": "reads pictures",
+    "qwen2_5_vl": "reads pictures",
+    "qwen2_audio": "reads sound",
+    "qwen2_5_omni": "reads sound and pictures",
+    "qwen2_moe": "is a mixture of experts",
+    "qwen3": "normalizes queries and keys",
+    "qwen3_moe": "is a mixture of experts",
+}
 
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file.
 
     Raises:
-        ConfigError: if it is missing, not UTF-8 or not JSON.
+        ConfigError: if it is missing, no regular file or not valid JSON.
     """
-    try:
-        return json.loads(path.read_bytes().decode("utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    return reading.read_json(path, limit=_JSON_BYTES, error=ConfigError)
 
 
 def model_config(directory: Path) -> ModelConfig:
@@ -147,146 +170,68 @@ def model_config(directory: Path) -> ModelConfig:
             contradictory or asks for something this package does not compute.
     """
     path = Path(directory) / "config.json"
-    raw = read_json(path)
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold a JSON object, got {type(raw).__name__}")
-    return _Fields(path, raw).model()
+    found = _fields(path)
+    missing = [field for field in _REQUIRED if field not in found]
+    if missing:
+        raise ConfigError(f"{shown(path)} lacks {', '.join(missing)}")
+    dtypes = {found[field] for field in ("torch_dtype", "dtype") if field in found}
+    if len(dtypes) > 1:
+        raise ConfigError(f"{shown(path)}: torch_dtype and dtype disagree: {sorted(dtypes)}")
+    num_layers, num_heads = found["num_hidden_layers"], found["num_attention_heads"]
+    embed_dim, max_len = found["hidden_size"], found["max_position_embeddings"]
+    if "layer_types" in found and len(found["layer_types"]) != num_layers:
+        raise ConfigError(
+            f"{shown(path)}: layer_types has {len(found['layer_types'])} entries for "
+            f"num_hidden_layers={num_layers}"
+        )
+    if "head_dim" not in found and embed_dim % num_heads:
+        raise ConfigError(
+            f"{shown(path)}: hidden_size={embed_dim} must be a multiple of "
+            f"num_attention_heads={num_heads}"
+        )
+    _check_tokens(path, found, found["vocab_size"])
+    rope_theta, yarn = _rope(path, found)
+    geometry, original_len = _dual_chunk(path, found)
+    try:
+        return ModelConfig(
+            num_layers=num_layers,
+            vocab_size=found["vocab_size"],
+            embed_dim=embed_dim,
+            mlp_dim=found["intermediate_size"],
+            num_heads=num_heads,
+            num_kv_heads=found["num_key_value_heads"],
+            head_dim=found.get("head_dim", embed_dim // num_heads),
+            rope_theta=rope_theta,
+            norm_eps=float(found["rms_norm_eps"]),
+            tie_embeddings=found.get("tie_word_embeddings", False),
+            max_len=max(max_len, int(yarn.factor * yarn.original_len)) if yarn else max_len,
+            weights_dtype=dtypes.pop() if dtypes else "bfloat16",
+            yarn=yarn,
+            dual_chunk=geometry,
+            original_len=original_len,
+        )
+    except ConfigError as error:
+        raise ConfigError(f"{shown(path)}: {error}") from None
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Fields:
-    """A config.json whose fields are checked as they are taken."""
+def notes(directory: Path) -> list[str]:
+    """Sentences for the user about fields that are left unread, a file each.
 
-    path: Path
-    raw: dict[str, Any]
-
-    def fail(self, field: str, why: str) -> ConfigError:
-        return ConfigError(f"{self.path}: {field}={self.raw.get(field)!r} {why}")
-
-    def number(self, field: str, kind: type, default: Any = None) -> Any:
-        value = self.raw.get(field)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, kind)):
-            raise self.fail(field, f"must be of type {kind.__name__}")
-        if not 0 < value < 2**31:
-            raise self.fail(field, "must lie in (0, 2^31)")
-        return kind(value)
-
-    def model(self) -> ModelConfig:
-        raw = self.raw
-        if raw.get("model_type") != "qwen2":
-            raise self.fail("model_type", "is not 'qwen2', the only architecture built here")
-        missing = [field for field in _REQUIRED if raw.get(field) is None]
-        if missing:
-            raise ConfigError(f"{self.path} lacks {', '.join(missing)}")
-        unknown = sorted(raw.keys() - _IGNORED - _OPTIONAL - set(_REQUIRED))
-        if unknown:
-            raise ConfigError(
-                f"{self.path} has fields this package does not know: {', '.join(unknown)}; "
-                "remove them if they do not change the model"
-            )
-        if raw.get("hidden_act", "silu") != "silu":
-            raise self.fail("hidden_act", "must be 'silu'")
-        if raw.get("use_sliding_window"):
-            raise self.fail("use_sliding_window", "is not supported: set it to false")
-        if any(kind != "full_attention" for kind in raw.get("layer_types") or ()):
-            raise self.fail("layer_types", "must all be 'full_attention'")
-        tied = raw.get("tie_word_embeddings", False)
-        if not isinstance(tied, bool):
-            raise self.fail("tie_word_embeddings", "must be true or false")
-        embed_dim = self.number("hidden_size", int)
-        num_heads = self.number("num_attention_heads", int)
-        if raw.get("head_dim") is None and embed_dim % num_heads:
-            raise self.fail("hidden_size", f"must be a multiple of num_attention_heads={num_heads}")
-        geometry, original_len = self.dual_chunk()
-        try:
-            return ModelConfig(
-                num_layers=self.number("num_hidden_layers", int),
-                vocab_size=self.number("vocab_size", int),
-                embed_dim=embed_dim,
-                mlp_dim=self.number("intermediate_size", int),
-                num_heads=num_heads,
-                num_kv_heads=self.number("num_key_value_heads", int),
-                head_dim=self.number("head_dim", int, embed_dim // num_heads),
-                rope_theta=self.rope_theta(),
-                norm_eps=self.number("rms_norm_eps", float),
-                tie_embeddings=tied,
-                max_len=self.number("max_position_embeddings", int),
-                weights_dtype=self.weights_dtype(),
-                dual_chunk=geometry,
-                original_len=original_len,
-            )
-        except ConfigError as error:
-            raise ConfigError(f"{self.path}: {error}") from None
-
-    def rope_theta(self) -> float:
-        parameters = self.raw.get("rope_parameters") or {}
-        scaling = self.raw.get("rope_scaling") or {}
-        for field, value in (("rope_parameters", parameters), ("rope_scaling", scaling)):
-            if not isinstance(value, dict):
-                raise self.fail(field, "must be an object or null")
-            kind = value.get("rope_type", value.get("type", "default"))
-            if kind != "default" or value.keys() - {"rope_type", "type", "rope_theta"}:
-                raise self.fail(
-                    field, "scales positions, which is not supported: remove it and use Dual Chunk"
-                )
-        thetas = {
-            value["rope_theta"]
-            for value in (parameters, scaling, self.raw)
-            if value.get("rope_theta") is not None
-        }
-        if len(thetas) > 1:
-            raise ConfigError(f"{self.path} gives rope_theta twice, as {sorted(thetas)}")
-        if not thetas:
-            raise ConfigError(f"{self.path} lacks rope_theta")
-        return _Fields(self.path, {"rope_theta": thetas.pop()}).number("rope_theta", float)
-
-    def weights_dtype(self) -> str:
-        dtypes = {self.raw[field] for field in ("torch_dtype", "dtype") if self.raw.get(field)}
-        if len(dtypes) > 1:
-            raise ConfigError(f"{self.path}: torch_dtype and dtype disagree: {sorted(dtypes)}")
-        dtype = dtypes.pop() if dtypes else "bfloat16"
-        if dtype not in ("bfloat16", "float32"):
-            raise ConfigError(f"{self.path}: dtype={dtype!r} must be 'bfloat16' or 'float32'")
-        return dtype
-
-    def dual_chunk(self) -> tuple[ChunkGeometry | None, int]:
-        raw = self.raw.get("dual_chunk_attention_config")
-        if raw is None:
-            return None, 0
-        if not isinstance(raw, dict):
-            raise self.fail("dual_chunk_attention_config", "must be an object or null")
-        unknown = sorted(raw.keys() - _DUAL_CHUNK)
-        if unknown:
-            raise ConfigError(
-                f"{self.path}: dual_chunk_attention_config has unknown fields {', '.join(unknown)}"
-            )
-        inner = _Fields(self.path, raw)
-        original_len = raw.get("original_max_position_embeddings", 0)
-        if isinstance(original_len, bool) or not isinstance(original_len, int) or original_len < 0:
-            raise inner.fail("original_max_position_embeddings", "must be an integer >= 0")
-        try:
-            geometry = ChunkGeometry(
-                inner.number("chunk_size", int, 8192), inner.number("local_size", int, 1024)
-            )
-        except ConfigError:
-            raise
-        except ValueError as error:
-            raise ConfigError(f"{self.path}: dual_chunk_attention_config: {error}") from None
-        inner.sparse()
-        return geometry, original_len
-
-    def sparse(self) -> tuple[int, int, bool]:
-        """Threshold, queries that vote and whether sparse prefill is enabled."""
-        enabled = self.raw.get("sparse_attention_enabled")
-        if enabled is not None and not isinstance(enabled, bool):
-            raise self.fail("sparse_attention_enabled", "must be true or false")
-        threshold = self.raw.get("sparse_attention_threshold")
-        threshold = 32768 if threshold is None else threshold
-        if type(threshold) is not int or threshold < 0:
-            raise self.fail("sparse_attention_threshold", "must be an integer >= 0")
-        last_q = self.number("sparse_attention_last_q", int, 64)
-        return threshold, last_q, enabled is not False
+    Raises:
+        ConfigError: if a file cannot be used.
+    """
+    directory = Path(directory)
+    files = {"config.json": (_fields(directory / "config.json"), hf_fields.MODEL)}
+    files["generation_config.json"] = _generation(directory), hf_fields.GENERATION
+    found = {
+        name: reading.printable(", ".join(hf_fields.left_unread(fields, rules)))
+        for name, (fields, rules) in files.items()
+    }
+    return [
+        f"{name}: left unread, as they change no logits: {unread}"
+        for name, unread in found.items()
+        if unread
+    ]
 
 
 def sparse_config(
@@ -302,19 +247,26 @@ def sparse_config(
     Raises:
         ConfigError: if the budgets do not fit the model or are malformed.
     """
-    directory = Path(directory)
-    main, path = directory / "config.json", directory / "sparse_attention_config.json"
-    fields = _Fields(main, read_json(main).get("dual_chunk_attention_config") or {})
-    threshold, last_q, enabled = fields.sparse()
+    main = Path(directory) / "config.json"
+    path = Path(directory) / "sparse_attention_config.json"
+    fields = _dual_chunk_fields(main, _fields(main)) or {}
+    threshold = fields.get("sparse_attention_threshold", 32768)
+    last_q = fields.get("sparse_attention_last_q", 64)
+    inline = fields.get("sparse_attention_config")
+    side = read_json(path) if file is None and os.path.lexists(path) else None
     if file is not None:
-        vertical, slash = head_budgets(read_json(file), file, model.num_layers, model.num_heads)
-        return SparseConfig(vertical=vertical, slash=slash, threshold=threshold, last_q=last_q)
-    side = read_json(path) if path.exists() else None
-    inline = fields.raw.get("sparse_attention_config")
-    if side is not None and inline is not None and side != inline:
-        raise ConfigError(f"{path} contradicts sparse_attention_config in config.json: remove one")
-    layers, where = (inline, f"{main}: sparse_attention_config") if side is None else (side, path)
-    if layers is None or not enabled:
+        layers, where = read_json(file), shown(file)
+    elif side is not None and inline is not None and side != inline:
+        raise ConfigError(
+            f"{shown(path)} contradicts sparse_attention_config in config.json: remove one"
+        )
+    elif not fields.get("sparse_attention_enabled", True):
+        return None
+    elif side is not None:
+        layers, where = side, shown(path)
+    elif inline is not None:
+        layers, where = inline, f"{shown(main)}: sparse_attention_config"
+    else:
         return None
     vertical, slash = head_budgets(layers, where, model.num_layers, model.num_heads)
     return SparseConfig(vertical=vertical, slash=slash, threshold=threshold, last_q=last_q)
@@ -327,7 +279,7 @@ def last_q(directory: Path) -> int:
         ConfigError: if the file is missing or malformed.
     """
     path = Path(directory) / "config.json"
-    return _Fields(path, read_json(path).get("dual_chunk_attention_config") or {}).sparse()[1]
+    return (_dual_chunk_fields(path, _fields(path)) or {}).get("sparse_attention_last_q", 64)
 
 
 def head_budgets(
@@ -347,25 +299,20 @@ def head_budgets(
     """
     if not isinstance(layers, list) or len(layers) != num_layers:
         raise ConfigError(f"{where} must hold a list of {num_layers} layers")
+    heads = [str(head) for head in range(num_heads)]
     vertical, slash = [], []
     for number, layer in enumerate(layers):
-        heads = [str(head) for head in range(num_heads)]
-        if not isinstance(layer, dict) or sorted(layer) != sorted(heads):
+        if not isinstance(layer, dict) or layer.keys() != set(heads):
             raise ConfigError(f"{where}: layer {number} must have heads 0 to {num_heads - 1}")
-        rows = [layer[head] for head in heads]
-        for head, row in zip(heads, rows, strict=True):
-            if (
-                not isinstance(row, list)
-                or len(row) < 3
-                or row[0] != "vertical_and_slash"
-                or not all(type(size) is int and 0 < size < 2**31 for size in row[1:3])
-            ):
+        for head, row in layer.items():
+            if not _is_budget(row):
                 raise ConfigError(
                     f"{where}: layer {number} head {head} must be "
-                    f'["vertical_and_slash", vertical, slash, score], got {row!r}'
+                    '["vertical_and_slash", vertical, slash, score], got '
+                    f"{reading.printable(repr(row), 80)}"
                 )
-        vertical.append(tuple(row[1] for row in rows))
-        slash.append(tuple(row[2] for row in rows))
+        vertical.append(tuple(layer[head][1] for head in heads))
+        slash.append(tuple(layer[head][2] for head in heads))
     return tuple(vertical), tuple(slash)
 
 
@@ -375,36 +322,158 @@ def generation_config(directory: Path) -> GenerationConfig:
     A checkpoint without the file gets greedy defaults and config.json's eos id.
 
     Raises:
-        ConfigError: if a value is malformed or out of range.
+        ConfigError: if a value is malformed or out of range, or a field is unknown or asks for
+            a way of sampling that is not built here.
     """
     directory = Path(directory)
-    path = directory / "generation_config.json"
-    raw = read_json(path) if path.exists() else {}
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must hold a JSON object, got {type(raw).__name__}")
-    eos: list[int] = []
-    for source in (raw, read_json(directory / "config.json")):
-        value = source.get("eos_token_id")
-        ids = value if isinstance(value, list) else [] if value is None else [value]
-        if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
-            raise ConfigError(f"{path}: eos_token_id={value!r} must be token ids")
-        eos.extend(token for token in ids if token not in eos)
-    ranges = {
-        "temperature": (1.0, 0.0, 1e4),
-        "top_k": (0, 0, 2**31),
-        "top_p": (1.0, 0.0, 1.0),
-        "min_p": (0.0, 0.0, 1.0),
-        "repetition_penalty": (1.0, 1e-4, 1e4),
-    }
-    values = {}
-    for field, (default, low, high) in ranges.items():
-        value = raw.get(field)
-        value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ConfigError(f"{path}: {field}={value!r} must be a number")
-        if not low <= value <= high:
-            raise ConfigError(f"{path}: {field}={value!r} must lie in [{low}, {high}]")
-        values[field] = type(default)(value)
+    found, model = _generation(directory), _fields(directory / "config.json")
+    if "vocab_size" in model:
+        _check_tokens(directory / "generation_config.json", found, model["vocab_size"])
+    eos = (_listed(fields.get("eos_token_id", [])) for fields in (found, model))
     return GenerationConfig(
-        eos_ids=tuple(eos), do_sample=bool(raw.get("do_sample", False)), **values
+        eos_ids=tuple(dict.fromkeys(token for ids in eos for token in ids)),
+        do_sample=found.get("do_sample", False),
+        temperature=float(found.get("temperature", 1.0)),
+        top_k=found.get("top_k", 0),
+        top_p=float(found.get("top_p", 1.0)),
+        min_p=float(found.get("min_p", 0.0)),
+        repetition_penalty=float(found.get("repetition_penalty", 1.0)),
+    )
+
+
+_REQUIRED = (
+    "hidden_size intermediate_size max_position_embeddings num_attention_heads "
+    "num_hidden_layers num_key_value_heads rms_norm_eps vocab_size".split()
+)
+
+
+def _fields(path: Path) -> dict[str, Any]:
+    """What a config.json says, each field by its rule.
+
+    Raises:
+        ConfigError: also if it is the configuration of another kind of model.
+    """
+    raw = reading.read_object(path, limit=_JSON_BYTES, error=ConfigError)
+    kind = raw.pop("model_type", None)
+    if kind != "qwen2":
+        meaning = _OTHER_MODELS.get(kind) if isinstance(kind, str) else None
+        must = "is not 'qwen2', the only architecture built here (Qwen2 and Qwen2.5, dense, text)"
+        must = f"{must}: that one {meaning}" if meaning else must
+        raise hf_fields.refusal(shown(path), "model_type", kind, must, ConfigError)
+    return hf_fields.checked(shown(path), raw, hf_fields.MODEL, ConfigError)
+
+
+def _generation(directory: Path) -> dict[str, Any]:
+    path = directory / "generation_config.json"
+    if not os.path.lexists(path):
+        return {}
+    raw = reading.read_object(path, limit=_JSON_BYTES, error=ConfigError)
+    return hf_fields.checked(shown(path), raw, hf_fields.GENERATION, ConfigError)
+
+
+def _check_tokens(path: Path, found: Mapping[str, Any], vocab_size: int) -> None:
+    for field in ("eos_token_id", "bos_token_id", "pad_token_id"):
+        value = found.get(field, [])
+        if any(token >= vocab_size for token in _listed(value)):
+            must = f"must be under vocab_size={vocab_size}"
+            raise hf_fields.refusal(shown(path), field, value, must, ConfigError)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _rope(path: Path, found: Mapping[str, Any]) -> tuple[float, Yarn | None]:
+    """Base and scaling of rotary positions, in either spelling.
+
+    Raises:
+        ConfigError: if they contradict each other, or another kind of scaling is asked for.
+    """
+    given = {}
+    for field in ("rope_scaling", "rope_parameters"):
+        raw = found.get(field) or {}
+        kind = raw.get("rope_type") or raw.get("type") or "default"
+        where = f"{shown(path)}: {field}"
+        if kind not in ("default", "yarn"):
+            raise ConfigError(
+                f"{where} is of type {reading.printable(repr(kind), 80)}: only 'yarn' and "
+                "'default' are built here; remove it, and for long texts use Dual Chunk"
+            )
+        rules = hf_fields.YARN if kind == "yarn" else hf_fields.ROPE
+        fields = hf_fields.checked(where, raw, rules, ConfigError)
+        if fields.pop("type", kind) != fields.pop("rope_type", kind):
+            raise ConfigError(f"{where}: type and rope_type disagree")
+        if raw:
+            given[field] = {"kind": kind, **fields}
+    thetas = {fields["rope_theta"] for fields in (found, *given.values()) if "rope_theta" in fields}
+    if len(thetas) > 1:
+        raise ConfigError(f"{shown(path)} gives rope_theta twice, as {sorted(thetas)}")
+    theta = float(thetas.pop()) if thetas else 10000.0  # as transformers
+    stretched = [
+        {name: fields[name] for name in fields.keys() - {"rope_theta", "partial_rotary_factor"}}
+        for fields in given.values()
+    ]
+    if len(stretched) > 1 and stretched[0] != stretched[1]:
+        raise ConfigError(f"{shown(path)}: rope_scaling contradicts rope_parameters: remove one")
+    if not stretched or stretched[0]["kind"] == "default":
+        return theta, None
+    where = f"{shown(path)}: {next(iter(given))}"
+    return theta, _yarn(where, stretched[0], found["max_position_embeddings"])
+
+
+def _yarn(where: str, fields: Mapping[str, Any], max_len: int) -> Yarn:
+    """YaRN's numbers, with the defaults of transformers."""
+    if "factor" not in fields:
+        raise ConfigError(f"{where} lacks factor")
+    factor = float(fields["factor"])
+    original_len = fields.get("original_max_position_embeddings", max_len)
+    if factor * original_len >= 2**31:
+        raise ConfigError(f"{where}: factor={factor:g} times {original_len:,} tokens is over 2^31")
+    fast, slow = float(fields.get("beta_fast", 32)), float(fields.get("beta_slow", 1))
+    if fast < slow:
+        raise ConfigError(f"{where}: beta_fast={fast:g} must be at least beta_slow={slow:g}")
+
+    def attention(scale: int | float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0
+
+    one, other = fields.get("mscale"), fields.get("mscale_all_dim")
+    default = attention(one) / attention(other) if one and other else attention(1.0)
+    return Yarn(
+        factor=factor,
+        original_len=original_len,
+        attention_factor=float(fields.get("attention_factor", default)),
+        beta_fast=fast,
+        beta_slow=slow,
+        truncate=fields.get("truncate", True),
+    )
+
+
+def _dual_chunk_fields(path: Path, found: Mapping[str, Any]) -> dict[str, Any] | None:
+    raw = found.get("dual_chunk_attention_config")
+    if raw is None:
+        return None
+    where = f"{shown(path)}: dual_chunk_attention_config"
+    return hf_fields.checked(where, raw, hf_fields.DUAL_CHUNK, ConfigError)
+
+
+def _dual_chunk(path: Path, found: Mapping[str, Any]) -> tuple[ChunkGeometry | None, int]:
+    """Sizes of DCA, and the training length of its temperature."""
+    fields = _dual_chunk_fields(path, found)
+    if fields is None:
+        return None, 0
+    try:
+        geometry = ChunkGeometry(fields.get("chunk_size", 8192), fields.get("local_size", 1024))
+    except ValueError as error:
+        raise ConfigError(f"{shown(path)}: dual_chunk_attention_config: {error}") from None
+    return geometry, fields.get("original_max_position_embeddings", 0)
+
+
+def _is_budget(row: Any) -> bool:
+    """Whether a row of a budgets file has the published form."""
+    return (
+        isinstance(row, list)
+        and len(row) in (3, 4)
+        and row[0] == "vertical_and_slash"
+        and all(type(size) is int and 0 < size < 2**31 for size in row[1:3])
+        and all(type(score) in (int, float) for score in row[3:])
     )

@@ -19,8 +19,12 @@ from qwen_jax.reading import printable, shown
 from qwen_jax.schema import SchemaError
 
 FORMAT = "qwen-jax checkpoint 1"
-DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
-SAFETENSORS_DTYPES = {"BF16": "bfloat16", "F32": "float32"}
+DTYPES = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float32": np.dtype(np.float32),
+}
+SAFETENSORS_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """Names of dtypes in headers of safetensors, and ours."""
 READ_FILES = (
     "config.json",

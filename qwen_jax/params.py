@@ -89,7 +89,7 @@ def parts(tree: Mapping[str, Any]) -> dict[str, dict]:
 
 def is_converted(directory: str | os.PathLike) -> bool:
     """Whether a directory is a converted checkpoint, damaged or not."""
-    return (Path(directory) / "manifest.json").is_file()
+    return os.path.isfile(Path(directory) / "manifest.json")
 
 
 def read_manifest(directory: str | os.PathLike) -> Manifest:
@@ -322,9 +322,8 @@ class Stack:
 
 
 def stored_dtype(dtypes: Iterable[str]) -> np.dtype:
-    """The dtype that holds tensors of all of these: their own, or float32 if they differ."""
-    found = set(dtypes)
-    return DTYPES[found.pop()] if len(found) == 1 else DTYPES["float32"]
+    """The dtype that holds tensors of all of these: bfloat16 for that alone, else float32."""
+    return DTYPES["bfloat16" if set(dtypes) == {"bfloat16"} else "float32"]
 
 
 _check = verify  # the name is an argument of `load`

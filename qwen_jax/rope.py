@@ -5,6 +5,7 @@ weights were trained on those, and no on-device sine. So a table of every rotary
 is built once in numpy and indexed by position modulo the chunk length.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from qwen_jax.config import ModelConfig
+from qwen_jax.config import ModelConfig, Yarn
 
 
 class Rotary(NamedTuple):
@@ -45,8 +46,31 @@ def table(config: ModelConfig, max_len: int) -> Table:
     exponent = np.arange(0, config.head_dim, 2).astype(np.float32) / np.float32(config.head_dim)
     power = np.float64(config.rope_theta) ** exponent.astype(np.float64)
     frequency = np.float32(1) / power.astype(np.float32)
+    scale = np.float32(1)
+    if config.yarn is not None:
+        frequency = _stretched(config, config.yarn, power.astype(np.float32))
+        scale = np.float32(config.yarn.attention_factor)
     angle = np.arange(rows, dtype=np.float32)[:, None] * frequency
-    return Table(jnp.asarray(np.concatenate([np.cos(angle), np.sin(angle)], axis=1)))
+    return Table(jnp.asarray(np.concatenate([np.cos(angle), np.sin(angle)], axis=1) * scale))
+
+
+def _stretched(config: ModelConfig, yarn: Yarn, power: np.ndarray) -> np.ndarray:
+    """Frequencies of YaRN: low ones divided by its factor, high ones as they are."""
+
+    def dimension(turns: float) -> float:
+        """Pair of dimensions that turns so often within the training length."""
+        wavelength = yarn.original_len / (turns * 2 * math.pi)
+        return config.head_dim * math.log(wavelength) / (2 * math.log(config.rope_theta))
+
+    low, high = dimension(yarn.beta_fast), dimension(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, config.head_dim - 1)
+    width = high - low or 0.001
+    ramp = (np.arange(len(power), dtype=np.float32) - np.float32(low)) / np.float32(width)
+    kept = np.float32(1) - ramp.clip(0, 1)
+    one, factor = np.float32(1), np.float32(yarn.factor)
+    return one / (factor * power) * (one - kept) + one / power * kept
 
 
 def rotate(x: Float[Array, "*#B heads H"], rotary: Rotary) -> Float[Array, "... heads H"]:

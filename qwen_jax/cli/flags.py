@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal, overload
 import typer
 
 from pallas_kernels.geometry import ChunkGeometry
-from qwen_jax import hosts
+from qwen_jax import hosts, locate
 from qwen_jax.cli import placement
 from qwen_jax.config import (
     ConfigError,
@@ -21,6 +22,7 @@ from qwen_jax.config import (
     SparseConfig,
     generation_config,
     model_config,
+    notes,
     sparse_config,
 )
 from qwen_jax.engine.request import RequestError, Sampling
@@ -376,17 +378,22 @@ class Model:
         """Dtype of weights and cache on the devices of this machine, and the reason."""
         import jax
 
-        name = {"f32": "float32", "bf16": "bfloat16", None: self.config.weights_dtype}[
-            self.flags.dtype
-        ]
-        why = f"--dtype {self.flags.dtype}" if self.flags.dtype else "as stored"
-        if self.flags.dtype is None and jax.default_backend() == "cpu" and name != "float32":
-            name, why = "float32", f"stored as {name}; CPUs are faster in float32 (--dtype bf16)"
-        return name, why
+        stored, name = self.config.weights_dtype, self.config.compute_dtype
+        if self.flags.dtype is not None:
+            name = {"f32": "float32", "bf16": "bfloat16"}[self.flags.dtype]
+            return name, f"--dtype {self.flags.dtype}"
+        if jax.default_backend() == "cpu" and stored != "float32":
+            return "float32", f"stored as {stored}; CPUs are faster in float32 (--dtype bf16)"
+        if name != stored:
+            return name, f"stored as {stored}, which is rounded (--dtype f32 keeps it)"
+        return name, "as stored"
 
     def _attention(self) -> str:
         geometry, original = self.config.dual_chunk, self.config.original_len
         text = "plain RoPE"
+        if self.config.yarn is not None:
+            yarn = self.config.yarn
+            text = f"YaRN factor {yarn.factor:g} over {yarn.original_len:,} tokens"
         if geometry is not None:
             temperature = f"temperature from {original}" if original else "no temperature"
             text = f"DCA chunk {geometry.chunk_size}, local {geometry.local_size}, {temperature}"
@@ -403,10 +410,12 @@ def open_model(directory: Path, flags: ModelFlags) -> Model:
         FileNotFoundError, NotADirectoryError: if there is no such directory.
         ConfigError: if a file or a flag cannot be used, or flags contradict each other.
     """
-    if not directory.exists():
+    if not os.path.exists(directory):
         raise FileNotFoundError(2, "there is no such model; give a local directory", str(directory))
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
+        locate.checkpoint(directory)
         raise NotADirectoryError(20, "is a file; give the directory that holds it", str(directory))
+    directory = locate.checkpoint(directory)
     for name in ("slice", "max_len", "dca_chunk", "dca_local", "dca_original"):
         value, least = getattr(flags, name), 0 if name == "dca_original" else 1
         if value is not None and not least <= value < 2**31:
@@ -416,6 +425,8 @@ def open_model(directory: Path, flags: ModelFlags) -> Model:
     if flags.least_recall is not None and not 0 < flags.least_recall <= 1:
         raise ConfigError(f"--least-recall {flags.least_recall} must be over 0 and at most 1")
     config = _with_dual_chunk(model_config(directory), flags)
+    for sentence in notes(directory):
+        note(sentence)
     max_len = flags.max_len or config.max_len
     if max_len > config.max_len and config.dual_chunk is None:
         note(

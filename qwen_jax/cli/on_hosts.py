@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qwen_jax import hosts
+from qwen_jax import hosts, locate
 from qwen_jax.cli.flags import adding, expand, option
 from qwen_jax.manifest import READ_FILES, file_sums
 
@@ -104,6 +104,7 @@ def facts(verb: str, given: Mapping[str, Any], *, whole: bool = True) -> dict[st
                 found[flag] = str(each)
     model = next((given[name] for name in _MODELS if given.get(name) is not None), None)
     if model is not None:
+        model = locate.checkpoint(model)
         found |= {
             name: file_sums(model / name).sha256[:16] for name in _FILES if (model / name).is_file()
         }

@@ -201,7 +201,7 @@ def _compiled(
 def _precision(dtype: str | None, device: devices.Device, config: ModelConfig) -> str:
     if dtype is not None:
         return {"f32": "float32", "bf16": "bfloat16"}[dtype]
-    return "float32" if device.platform == "cpu" else config.weights_dtype
+    return "float32" if device.platform == "cpu" else config.compute_dtype
 
 
 def _reason(config: ModelConfig, count: int) -> str:

@@ -56,7 +56,11 @@ MISTAKES = {
         "generate MODEL --prompt x --sparse-config B",
         "B: layer 0 must have heads 0 to 3",
     ),
-    "a directory of budgets": (None, "ask MODEL Q --sparse-config EMPTY", "EMPTY cannot be read"),
+    "a directory of budgets": (
+        None,
+        "ask MODEL Q --sparse-config EMPTY",
+        "EMPTY is a directory, not a regular file",
+    ),
     "no text to calibrate on": (None, "calibrate MODEL", "Missing option '--data'"),
     "too little text": (
         ("D", "abc"),

@@ -8,7 +8,11 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
+DTYPES = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float32": np.dtype(np.float32),
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -239,7 +239,7 @@ HOSTILE = {
     "shard of another model": (of_another_model, "config.json asks for"),
     "tensor twice": (with_a_twin, "against the index"),
     "empty index": (text(INDEX, "{}"), "no weight_map"),
-    "index of no object": (text(INDEX, "[1]"), "no weight_map"),
+    "index of no object": (text(INDEX, "[1]"), "must hold a JSON object, got a list"),
     "index twice": (text(INDEX, '{"weight_map": {"a": "b", "a": "c"}}'), "twice"),
     "deep index": (text(INDEX, "[" * 100_000), "not valid JSON"),
     "index not text": (
@@ -248,7 +248,7 @@ HOSTILE = {
     ),
     "endless index": (
         lambda directory: os.truncate(directory / INDEX, 1 << 40),
-        "is longer than",
+        "more than the 8,388,608 allowed",
     ),
     "a hundred thousand entries": (
         lambda directory: edit_index(

@@ -12,7 +12,7 @@ from checkpoints import Tiny, assert_trees_equal, expected_tree, write_shards
 from children import run
 from safetensors.numpy import load_file, save_file
 
-from convert import weights
+from convert import source, weights
 from convert.export import RECORD, export
 from qwen_jax import params
 from qwen_jax.config import model_config
@@ -131,6 +131,53 @@ def test_tensors_of_mixed_dtypes_are_kept_and_load_as_the_wider(tmp_path):
         assert_trees_equal(weights.load(directory), expected_tree(tiny, wide))
     export(tmp_path / "ours", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(tmp_path / "hf")
+
+
+@pytest.mark.parametrize(("tied", "shards"), [(False, 1), (True, 2)])
+def test_half_precision_is_kept_as_it_is_and_computed_in_wider_or_rounded_numbers(
+    tied, shards, tmp_path
+):
+    tiny = Tiny(dtype="float16", tied=tied, shards=shards)
+    tensors = tiny.write(tmp_path / "hf")
+    wide = {name: tensor.astype(np.float32) for name, tensor in tensors.items()}
+    rounded = {name: round_to_bfloat16(tensor) for name, tensor in wide.items()}
+    manifest = weights.convert(tmp_path / "hf", tmp_path / "ours")
+    assert {tensor.dtype for tensor in manifest.tensors} == {"float16"}
+    params.verify(tmp_path / "ours", full=True)
+    for directory in (tmp_path / "hf", tmp_path / "ours"):
+        assert_trees_equal(weights.load(directory), expected_tree(tiny, wide))
+        low = weights.load(directory, dtype=jnp.bfloat16)
+        assert_trees_equal(low, expected_tree(tiny, rounded))
+    assert export(tmp_path / "ours", tmp_path / "back") == ()
+    assert contents(tmp_path / "back") == contents(tmp_path / "hf")
+    for dtype, expected in (("float32", wide), ("bfloat16", rounded)):
+        weights.convert(tmp_path / "hf", tmp_path / dtype, dtype=dtype)
+        assert_trees_equal(weights.load(tmp_path / dtype), expected_tree(tiny, expected))
+    with pytest.raises(ValueError, match="must be 'keep', 'bfloat16' or 'float32'"):
+        weights.convert(tmp_path / "hf", tmp_path / "half", dtype="float16")
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_tied_model_may_keep_its_embedding_as_the_head_alone(shards, tmp_path):
+    tiny = Tiny(tied=True, dtype="bfloat16")
+    tensors = tiny.write(tmp_path / "hf")
+    expected = expected_tree(tiny, tensors)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    write_shards(tmp_path / "hf", tensors, shards)
+    assert_trees_equal(weights.load(tmp_path / "hf"), expected)
+    weights.convert(tmp_path / "hf", tmp_path / "ours")
+    assert_trees_equal(weights.load(tmp_path / "ours"), expected)
+    params.verify(tmp_path / "ours", full=True)
+    assert export(tmp_path / "ours", tmp_path / "back") == ()
+    assert contents(tmp_path / "back") == contents(tmp_path / "hf")
+    weights.convert(tmp_path / "hf", tmp_path / "wide", dtype="float32")
+    export(tmp_path / "wide", tmp_path / "again")
+    assert source.check(tmp_path / "again").tensors.keys() == tensors.keys()
+    raw = {**tiny.config(), "tie_word_embeddings": False}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=r"model\.embed_tokens\.weight is missing"):
+        weights.load(tmp_path / "hf")
 
 
 def test_a_tied_head_that_repeats_the_embedding_is_accepted_and_any_other_refused(tmp_path):

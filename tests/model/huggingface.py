@@ -1,5 +1,6 @@
 """The same model in transformers: parameter trees as PyTorch modules, logits and greedy answers."""
 
+import dataclasses
 import itertools
 
 import goldens
@@ -24,7 +25,7 @@ def build(config: ModelConfig, weights: dict) -> Qwen2ForCausalLM:
             head_dim=config.head_dim,
             max_position_embeddings=config.max_len,
             rms_norm_eps=config.norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+            rope_parameters=rope_parameters(config),
             tie_word_embeddings=config.tie_embeddings,
             attn_implementation="eager",
         )
@@ -37,6 +38,16 @@ def build(config: ModelConfig, weights: dict) -> Qwen2ForCausalLM:
     assert not unexpected
     assert missing == (["lm_head.weight"] if config.tie_embeddings else [])
     return model.float().eval()
+
+
+def rope_parameters(config: ModelConfig) -> dict:
+    """The configuration of rotary positions, in the spelling of transformers 5."""
+    base = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.yarn is None:
+        return base
+    yarn = dataclasses.asdict(config.yarn)
+    original = yarn.pop("original_len")
+    return {**base, **yarn, "rope_type": "yarn", "original_max_position_embeddings": original}
 
 
 @torch.no_grad()

@@ -1,10 +1,18 @@
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from pallas_kernels.geometry import ChunkGeometry
-from qwen_jax.config import ConfigError, generation_config, model_config, sparse_config
+from qwen_jax.config import (
+    ConfigError,
+    GenerationConfig,
+    generation_config,
+    model_config,
+    notes,
+    sparse_config,
+)
 
 SEVEN_BILLION = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -36,6 +44,10 @@ SEVEN_BILLION = {
     "use_sliding_window": False,
     "vocab_size": 152064,
 }
+
+
+# As the cards of Qwen2.5 prescribe it for texts of over 32,768 tokens.
+YARN = {"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}
 
 
 def write(directory, name="config.json", **changes):
@@ -80,47 +92,92 @@ def test_dual_chunk_sizes_have_defaults(tmp_path):
     [
         ({"model_type": "llama"}, "model_type='llama' is not 'qwen2'"),
         ({"hidden_size": ...}, "lacks hidden_size"),
-        ({"rope_theta": ...}, "lacks rope_theta"),
         ({"num_experts": 8}, "does not know: num_experts"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' must be 'silu'"),
         ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling=.* scales positions"),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling is of type 'linear'"),
+        ({"rope_parameters": {"rope_type": ["yarn"]}}, r"is of type \"\['yarn'\]\"|type \['yarn'"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling lacks factor"),
+        ({"rope_scaling": {**YARN, "factor": 0.5}}, "factor=0.5 must be a number from 1 to 1024"),
+        ({"rope_scaling": {**YARN, "mrope_section": [1]}}, "does not know: mrope_section"),
+        ({"rope_scaling": {**YARN, "rope_type": "default"}}, "does not know: factor"),
+        ({"rope_scaling": {"type": "default", "rope_type": "yarn", "factor": 2}}, "disagree"),
+        ({"rope_scaling": {**YARN, "beta_fast": 1, "beta_slow": 2}}, "beta_fast=1 must be at leas"),
+        ({"rope_scaling": {**YARN, "truncate": 1}}, "truncate=1 must be true or false"),
+        ({"rope_scaling": {**YARN, "partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5 is"),
+        (
+            {"rope_scaling": {**YARN, "original_max_position_embeddings": 2**30}},
+            r"factor=4 times 1,073,741,824 tokens is over 2\^31",
+        ),
+        (
+            {"rope_scaling": YARN, "rope_parameters": {**YARN, "factor": 2.0}},
+            "rope_scaling contradicts rope_parameters",
+        ),
+        ({"rope_scaling": YARN}, "YaRN .* and Dual Chunk Attention both stretch positions"),
+        ({"rope_theta": 1}, "rope_theta=1 must be a number over 1 and at most 1e"),
         ({"rope_parameters": {"rope_theta": 1e6}}, "gives rope_theta twice"),
-        ({"torch_dtype": "float16"}, "dtype='float16' must be"),
+        ({"torch_dtype": "float8_e4m3fn"}, "dtype='float8_e4m3fn' must be"),
+        ({"torch_dtype": ["float32"]}, r"dtype=\['float32'\] must be"),
         ({"dtype": "float32"}, "torch_dtype and dtype disagree"),
         ({"num_key_value_heads": 3}, "must be a multiple"),
         ({"hidden_size": 3585}, "hidden_size=3585 must be a multiple"),
         ({"head_dim": 127}, "must be even"),
-        ({"vocab_size": "152064"}, "vocab_size='152064' must be of type int"),
-        ({"vocab_size": True}, "vocab_size=True must be of type int"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers=0 must lie in"),
-        ({"intermediate_size": 2**40}, "must lie in"),
+        ({"vocab_size": "152064"}, "vocab_size='152064' must be an integer"),
+        ({"vocab_size": True}, "vocab_size=True must be an integer"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0 must be an integer from 1 to 1024"),
+        ({"num_hidden_layers": 1_000_000}, "num_hidden_layers=1000000 must be an integer from 1"),
+        ({"num_hidden_layers": 28.0}, "num_hidden_layers=28.0 must be an integer from 1"),
+        ({"num_attention_heads": 2**31}, "num_attention_heads=2147483648 must be an integer"),
+        ({"intermediate_size": 2**40}, "intermediate_size=1099511627776 must be an integer from"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps=0 must be a number over 0"),
         ({"tie_word_embeddings": "no"}, "must be true or false"),
-        ({"layer_types": ["sliding_attention"]}, "must all be 'full_attention'"),
+        ({"layer_types": ["sliding_attention"]}, "must be a list of 'full_attention'"),
+        ({"layer_types": "full_attention"}, "must be a list of 'full_attention'"),
+        ({"layer_types": ["full_attention"] * 27}, "layer_types has 27 entries for num_hidden_lay"),
+        ({"layer_types": []}, "layer_types has 0 entries"),
+        ({"architectures": ["Qwen2ForSequenceClassification"]}, r'must be \["Qwen2ForCausalLM"\]'),
+        ({"model_type": "qwen2_5_vl"}, "that one reads pictures"),
+        ({"model_type": ["qwen2"]}, r"model_type=\['qwen2'\] is not 'qwen2'"),
+        ({"use_mrope": True}, "use_mrope=True is not supported: remove it, or set it to false"),
+        ({"attention_bias": False}, "attention_bias=False is not supported: .* set it to true"),
+        ({"is_causal": False}, "is_causal=False is not supported"),
+        ({"pretraining_tp": 2}, "pretraining_tp=2 is not supported: remove it, or set it to 1"),
+        ({"pretraining_tp": True}, "pretraining_tp=True is not supported"),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads={'0': .1.} is not supported"),
+        ({"quantization_config": {"quant_method": "awq"}}, "says that the weights are quantized"),
+        ({"quantization": {"bits": 4}}, "says that the weights are quantized"),
+        ({"temperature": 0.7}, "temperature=0.7 belongs into generation_config.json"),
+        ({"num_beams": 4}, "num_beams=4 is not supported"),
+        ({"eos_token_id": 502.5}, "eos_token_id=502.5 must be token ids"),
+        ({"eos_token_id": -5}, "eos_token_id=-5 must be token ids"),
+        ({"eos_token_id": True}, "eos_token_id=True must be token ids"),
+        ({"eos_token_id": [0, 152064]}, "eos_token_id=.0, 152064. must be under vocab_size=152064"),
+        ({"pad_token_id": 152064}, "pad_token_id=152064 must be under vocab_size"),
+        ({"bos_token_id": "1"}, "bos_token_id='1' must be token ids"),
         ({"dual_chunk_attention_config": [1]}, "must be an object or null"),
-        ({"dual_chunk_attention_config": {"chunk": 1}}, "unknown fields chunk"),
+        ({"dual_chunk_attention_config": {"chunk": 1}}, "does not know: chunk"),
         (
             {"dual_chunk_attention_config": {"chunk_size": 8, "local_size": 8}},
             r"local_size must be in \(0, chunk_size\)",
         ),
         (
             {"dual_chunk_attention_config": {"original_max_position_embeddings": -1}},
-            "must be an integer >= 0",
+            "must be an integer from 0",
         ),
         *(
             ({"dual_chunk_attention_config": {f"sparse_attention_{field}": value}}, said)
             for field, value, said in (
                 ("enabled", 1, "sparse_attention_enabled=1 must be true or false"),
                 ("enabled", "true", "sparse_attention_enabled='true' must be"),
-                ("threshold", -1, "sparse_attention_threshold=-1 must be an integer >= 0"),
+                ("threshold", -1, "sparse_attention_threshold=-1 must be an integer from 0"),
                 ("threshold", True, "sparse_attention_threshold=True must be an integer"),
                 ("threshold", "32768", "sparse_attention_threshold='32768' must be"),
                 ("threshold", 32768.5, "sparse_attention_threshold=32768.5 must be"),
-                ("last_q", 0, "sparse_attention_last_q=0 must lie in"),
-                ("last_q", -64, "sparse_attention_last_q=-64 must lie in"),
-                ("last_q", False, "sparse_attention_last_q=False must be of type int"),
-                ("last_q", [64], r"sparse_attention_last_q=\[64\] must be of type int"),
-                ("last_q", 64.0, "sparse_attention_last_q=64.0 must be of type int"),
+                ("last_q", 0, "sparse_attention_last_q=0 must be an integer from 1"),
+                ("last_q", -64, "sparse_attention_last_q=-64 must be an integer from 1"),
+                ("last_q", False, "sparse_attention_last_q=False must be an integer"),
+                ("last_q", [64], r"sparse_attention_last_q=\[64\] must be an integer"),
+                ("last_q", 64.0, "sparse_attention_last_q=64.0 must be an integer"),
             )
         ),
     ],
@@ -128,10 +185,95 @@ def test_dual_chunk_sizes_have_defaults(tmp_path):
 def test_what_cannot_be_used_is_named(tmp_path, changes, said):
     with pytest.raises(ConfigError, match=said) as caught:
         model_config(write(tmp_path, **changes))
-    assert "config.json" in str(caught.value)
+    assert str(caught.value).count(str(tmp_path / "config.json")) == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b"[" * 100000])
+def test_what_changes_no_number_is_left_unread_and_said_once(tmp_path):
+    left = {
+        "_attn_implementation_autoset": True,
+        "_attn_implementation": "eager",
+        "unsloth_version": "2025.1.1",
+        "unsloth_fixed": True,
+        "torchscript": False,
+        "auto_map": {"AutoModelForCausalLM": "modeling.Qwen2ForCausalLM"},
+    }
+    off = {
+        "use_mrope": False,
+        "quantization_config": None,
+        "attention_bias": True,
+        "pruned_heads": {},
+        "temperature": 1.0,
+        "top_k": 50,
+        "num_beams": 1,
+        "num_beam_groups": 1,
+        "output_scores": None,
+        "layer_types": None,
+    }
+    plain = model_config(write(tmp_path))
+    assert notes(tmp_path) == []
+    assert model_config(write(tmp_path, **left, **off)) == plain
+    (note,) = notes(tmp_path)
+    assert note == f"config.json: left unread, as they change no logits: {', '.join(left)}"
+    write(tmp_path, "generation_config.json", eos_token_id=3, max_new_tokens=2048, num_beams=1)
+    assert notes(tmp_path) == [
+        note,
+        "generation_config.json: left unread, as they change no logits: max_new_tokens",
+    ]
+
+
+def test_every_default_of_transformers_is_accepted(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    shape = {
+        name: value
+        for name, value in SEVEN_BILLION.items()
+        if name not in ("dual_chunk_attention_config", "torch_dtype", "architectures")
+    }
+    config = transformers.Qwen2Config(**shape)
+    (tmp_path / "config.json").write_text(config.to_json_string(use_diff=False))
+    assert model_config(tmp_path).rope_theta == 1e7
+    defaults = transformers.GenerationConfig()
+    given = defaults.to_dict() | transformers.GenerationConfig._get_default_generation_params()
+    given["top_k"] = 50
+    (tmp_path / "generation_config.json").write_text(json.dumps(given))
+    assert generation_config(tmp_path) == GenerationConfig(eos_ids=(151645,), top_k=50)
+    # As versions before 5 wrote them into config.json.
+    old = config.to_dict() | transformers.GenerationConfig._get_default_generation_params()
+    (tmp_path / "config.json").write_text(json.dumps(old))
+    assert model_config(tmp_path).rope_theta == 1e7
+
+
+def test_a_missing_base_of_rotary_positions_is_that_of_transformers(tmp_path):
+    assert model_config(write(tmp_path, rope_theta=...)).rope_theta == 10000.0
+
+
+@pytest.mark.parametrize("kind", ["type", "rope_type"])
+@pytest.mark.parametrize("field", ["rope_scaling", "rope_parameters"])
+def test_yarn_is_read_in_both_spellings(tmp_path, field, kind):
+    scaling = {kind: "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    plain = {"dual_chunk_attention_config": ..., "max_position_embeddings": 32768}
+    config = model_config(write(tmp_path, **{field: scaling}, **plain))
+    assert config.yarn is not None
+    assert (config.yarn.factor, config.yarn.original_len) == (4.0, 32768)
+    assert config.yarn.attention_factor == pytest.approx(1.1386294)
+    assert (config.max_len, config.rope_theta) == (131072, 1e7)
+    with pytest.raises(ConfigError, match=r"YaRN .* and Dual Chunk Attention both stretch"):
+        dataclasses.replace(config, dual_chunk=ChunkGeometry(64, 16))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"\xff\xfe",
+        b"[]",
+        b"[" * 100000,
+        b'{"model_type": "qwen2", "model_type": "qwen2"}',
+        b'{"rms_norm_eps": NaN}',
+        b'{"rope_theta": 1' + b"0" * 5000 + b"}",
+        b'{"id2label": ' + b'{"a": ' * 200 + b"1" + b"}" * 201,
+    ],
+)
 def test_damaged_json_is_one_clear_error(tmp_path, content):
     (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ConfigError, match=r"config\.json"):
@@ -160,17 +302,43 @@ def test_generation_config_stops_at_every_end_token(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"temperature": -1}, "temperature=-1 must lie in"),
+        ({"temperature": -1}, "temperature=-1 must be a number from 0 to 10000"),
         ({"top_p": "x"}, "top_p='x' must be a number"),
         ({"eos_token_id": ["a"]}, "eos_token_id"),
-        ({"repetition_penalty": 0}, "repetition_penalty=0 must lie in"),
+        ({"eos_token_id": 502.5}, "eos_token_id=502.5 must be token ids"),
+        ({"eos_token_id": [-5]}, "eos_token_id=.-5. must be token ids"),
+        ({"eos_token_id": [[1]]}, "eos_token_id=..1.. must be token ids"),
+        ({"eos_token_id": 152064}, "eos_token_id=152064 must be under vocab_size=152064"),
+        ({"repetition_penalty": 0}, "repetition_penalty=0 must be a number from 0.0001"),
+        ({"do_sample": "false"}, "do_sample='false' must be true or false"),
+        ({"do_sample": 0}, "do_sample=0 must be true or false"),
+        ({"top_k": 20.5}, "top_k=20.5 must be an integer from 0"),
+        ({"top_k": True}, "top_k=True must be an integer from 0"),
+        ({"top_q": 0.5}, "does not know: top_q"),
+        ({"num_beams": 4}, "num_beams=4 is not supported: remove it, or set it to 1"),
+        ({"suppress_tokens": [5]}, "suppress_tokens=.5. is not supported"),
+        ({"stop_strings": ["\n"]}, "stop_strings=.* is not supported"),
+        ({"no_repeat_ngram_size": 3}, "no_repeat_ngram_size=3 is not supported"),
+        ({"forced_eos_token_id": 2}, "forced_eos_token_id=2 is not supported: remove it"),
+        ({"max_new_tokens": "many"}, "max_new_tokens='many' must be an integer"),
     ],
 )
 def test_generation_config_out_of_range_is_named(tmp_path, changes, said):
     write(tmp_path)
     write(tmp_path, "generation_config.json", **changes)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=said) as caught:
         generation_config(tmp_path)
+    assert str(caught.value).count(str(tmp_path / "generation_config.json")) == 1
+
+
+def test_a_link_that_leads_nowhere_is_no_missing_file(tmp_path):
+    write(tmp_path)
+    for name in ("generation_config.json", "sparse_attention_config.json"):
+        (tmp_path / name).symlink_to("../../blobs/not-downloaded")
+    with pytest.raises(ConfigError, match=r"generation_config\.json is missing"):
+        generation_config(tmp_path)
+    with pytest.raises(ConfigError, match=r"sparse_attention_config\.json is missing"):
+        sparse_config(tmp_path, model_config(tmp_path))
 
 
 def budgets(layers=28, heads=28):
@@ -271,6 +439,8 @@ def one_wrong(row):
                 ["vertical_and_slash", 1000, -1, 0.9],
                 ["vertical_and_slash", 0, 6096, 0.9],
                 ["vertical_and_slash", 1000, 2**31, 0.9],
+                ["vertical_and_slash", 1000, 6096, "0.9"],
+                ["vertical_and_slash", 1000, 6096, 0.9, 1],
             )
         ),
     ],

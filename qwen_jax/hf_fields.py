@@ -1,0 +1,270 @@
+"""Fields of Hugging Face's JSON files: what each may hold, and which of them are not read.
+
+A field that is null counts as absent, as in transformers.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qwen_jax.reading import printable
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rule:
+    """Values that a field may have.
+
+    Attributes:
+        must: ends the sentence `field=value ...` about any other value.
+        read: False for a field that changes no number and is left unread.
+        usual: published checkpoints have it, so nobody needs to hear that it is left unread.
+    """
+
+    fits: Callable[[Any], bool]
+    must: str
+    read: bool = True
+    usual: bool = False
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def integer(low: int, high: int = 2**31 - 1) -> Rule:
+    """Whole numbers, both ends included."""
+    return Rule(
+        lambda value: type(value) is int and low <= value <= high,
+        f"must be an integer from {low} to {high}",
+    )
+
+
+def number(low: int | float, high: int | float, *, over: bool = False) -> Rule:
+    """Numbers, both ends included.
+
+    Args:
+        over: leave out `low` itself.
+    """
+    return Rule(
+        lambda value: _is_number(value) and low <= value <= high and not (over and value == low),
+        f"must be a number {f'over {low:g} and at most' if over else f'from {low:g} to'} {high:g}",
+    )
+
+
+def only(value: Any, must: str) -> Rule:
+    """One value, whose type counts, but for 1 and 1.0."""
+    return Rule(
+        lambda found: found == value and isinstance(found, bool) == isinstance(value, bool), must
+    )
+
+
+def off(value: Any) -> Rule:
+    """One value, which switches something off that is not built here."""
+    return only(value, f"is not supported: remove it, or set it to {_json(value)}")
+
+
+def _json(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def unread(rule: Rule | None = None, *, usual: bool = False) -> Rule:
+    """What changes no number; of any value without a rule."""
+    fits, must = (rule.fits, rule.must) if rule else (lambda _: True, "")
+    return Rule(fits, must, read=False, usual=usual)
+
+
+TRUTH = Rule(lambda value: isinstance(value, bool), "must be true or false")
+TEXT = Rule(lambda value: isinstance(value, str), "must be a text")
+OBJECT = Rule(lambda value: isinstance(value, dict), "must be an object or null")
+_COUNT = integer(0)
+_TOKEN = integer(0)
+_TOKENS = Rule(
+    lambda value: all(map(_TOKEN.fits, value if isinstance(value, list) else [value])),
+    "must be token ids, whole numbers from 0",
+)
+_NULL = Rule(lambda _: False, "is not supported: remove it")
+_QUANTIZED = Rule(
+    lambda value: value == {},
+    "says that the weights are quantized (AWQ, GPTQ, bitsandbytes, FP8, MLX), which is not "
+    "supported: get the checkpoint in BF16, F16 or F32",
+)
+
+
+def _rules(rule: Rule, names: str) -> dict[str, Rule]:
+    return dict.fromkeys(names.split(), rule)
+
+
+_NOT_SAMPLED = {
+    # Searches, filters and penalties that transformers has beside those built here.
+    **_rules(off(1), "num_beams num_beam_groups num_return_sequences typical_p guidance_scale"),
+    **_rules(off(1), "encoder_repetition_penalty"),
+    **_rules(off(0), "min_length min_new_tokens no_repeat_ngram_size epsilon_cutoff eta_cutoff"),
+    **_rules(off(0), "encoder_no_repeat_ngram_size diversity_penalty penalty_alpha"),
+    **_rules(off([]), "stop_strings suppress_tokens begin_suppress_tokens bad_words_ids"),
+    **_rules(off([]), "force_words_ids constraints sequence_bias"),
+    **_rules(off(False), "token_healing"),
+    **_rules(_NULL, "forced_bos_token_id forced_eos_token_id exponential_decay_length_penalty"),
+    **_rules(_NULL, "watermarking_config dola_layers top_h max_time"),
+    # Lengths, for which there are flags, what is returned beside answers, and ways to be faster.
+    **_rules(unread(_COUNT), "max_length max_new_tokens"),
+    **_rules(unread(TRUTH), "output_scores output_logits output_attentions output_hidden_states"),
+    **_rules(unread(TRUTH), "return_dict_in_generate use_cache low_memory is_assistant use_mtp"),
+    **_rules(unread(TRUTH), "remove_invalid_values renormalize_logits disable_compile"),
+    **_rules(unread(), "early_stopping length_penalty cache_implementation cache_config"),
+    **_rules(unread(), "max_cache_len prefill_chunk_size compile_config speculation_type"),
+    **_rules(unread(), "continuous_batching_config num_assistant_tokens assistant_early_exit"),
+    **_rules(unread(), "num_assistant_tokens_schedule assistant_confidence_threshold"),
+    **_rules(unread(), "assistant_lookbehind target_lookbehind assistant_ensemble_weight"),
+    **_rules(unread(), "prompt_lookup_num_tokens max_matching_ngram_size"),
+}
+
+GENERATION = {
+    "eos_token_id": _TOKENS,
+    "do_sample": TRUTH,
+    "temperature": number(0, 1e4),
+    "top_k": _COUNT,
+    "top_p": number(0, 1),
+    "min_p": number(0, 1),
+    "repetition_penalty": number(1e-4, 1e4),
+    **_rules(unread(_TOKENS, usual=True), "bos_token_id pad_token_id"),
+    **_rules(unread(TEXT, usual=True), "transformers_version"),
+    **_rules(unread(), "_from_model_config decoder_start_token_id chat_format max_window_size"),
+    **_NOT_SAMPLED,
+}
+"""generation_config.json."""
+
+_elsewhere = "belongs into generation_config.json: move it there"
+
+MODEL = {
+    "architectures": Rule(
+        lambda value: isinstance(value, list) and "Qwen2ForCausalLM" in value,
+        'must be ["Qwen2ForCausalLM"], the only architecture built here',
+    ),
+    "num_hidden_layers": integer(1, 1024),
+    "vocab_size": integer(1, 2**24),
+    "hidden_size": integer(1, 2**20),
+    "intermediate_size": integer(1, 2**24),
+    "num_attention_heads": integer(1, 4096),
+    "num_key_value_heads": integer(1, 4096),
+    "head_dim": integer(1, 2**16),
+    "max_position_embeddings": integer(1),
+    "rms_norm_eps": number(0, 1, over=True),
+    "rope_theta": number(1, 1e15, over=True),
+    "rope_scaling": OBJECT,
+    "rope_parameters": OBJECT,
+    "tie_word_embeddings": TRUTH,
+    **_rules(
+        Rule(
+            lambda value: value in ("bfloat16", "float16", "float32"),
+            "must be 'bfloat16', 'float16' or 'float32'",
+        ),
+        "torch_dtype dtype",
+    ),
+    "layer_types": Rule(
+        lambda value: isinstance(value, list) and all(kind == "full_attention" for kind in value),
+        "must be a list of 'full_attention'",
+    ),
+    "dual_chunk_attention_config": OBJECT,
+    "hidden_act": only("silu", "must be 'silu'"),
+    "use_sliding_window": off(False),
+    "eos_token_id": _TOKENS,
+    # What other models of the same code have, which a checkpoint may also switch off by name.
+    **_rules(off(False), "use_mrope use_dynamic_ntk use_logn_attn mlp_bias qk_norm use_qk_norm"),
+    **_rules(off(False), "is_encoder_decoder tie_encoder_decoder add_cross_attention"),
+    **_rules(off(True), "attention_bias qkv_bias is_causal"),
+    **_rules(off(1), "partial_rotary_factor rotary_pct pretraining_tp"),
+    **_rules(off(0), "chunk_size_feed_forward"),
+    **_rules(off({}), "pruned_heads"),
+    **_rules(_NULL, "cross_attention_hidden_size"),
+    **_rules(_QUANTIZED, "quantization_config quantization compression_config"),
+    # Defaults of generation that old versions of transformers keep here.
+    **_NOT_SAMPLED,
+    "do_sample": only(False, _elsewhere),
+    "top_k": only(50, _elsewhere),
+    **_rules(only(1, _elsewhere), "temperature top_p repetition_penalty"),
+    "min_p": only(0, _elsewhere),
+    # What changes no number.
+    **_rules(unread(_TOKENS, usual=True), "bos_token_id pad_token_id"),
+    **_rules(unread(number(0, 1), usual=True), "attention_dropout initializer_range"),
+    **_rules(unread(_COUNT, usual=True), "max_window_layers sliding_window"),
+    **_rules(unread(TRUTH, usual=True), "use_cache output_attentions output_hidden_states"),
+    **_rules(unread(TRUTH, usual=True), "return_dict"),
+    **_rules(unread(TEXT, usual=True), "transformers_version _name_or_path problem_type"),
+    **_rules(unread(usual=True), "id2label label2id num_labels"),
+    **_rules(unread(), "unsloth_version unsloth_fixed unsloth_tiled_mlp model_name"),
+    **_rules(unread(), "_attn_implementation _attn_implementation_autoset attn_implementation"),
+    **_rules(unread(), "_attn_implementation_internal _experts_implementation_internal"),
+    **_rules(unread(), "_flash_attn_2_enabled use_flash_attention_2 use_flash_attn _commit_hash"),
+    **_rules(unread(), "auto_map custom_pipelines custom_object_save name_or_path"),
+    **_rules(unread(), "torchscript use_bfloat16 tf_legacy_loss bf16 fp16 fp32 is_decoder"),
+    **_rules(unread(), "gradient_checkpointing neftune_noise_alpha"),
+    **_rules(unread(), "finetuning_task task_specific_params tokenizer_class prefix"),
+    **_rules(unread(), "model_max_length tokenizer_model_max_length tokenizer_padding_side"),
+    **_rules(unread(), "sep_token_id decoder_start_token_id keys_to_ignore_at_inference"),
+    **_rules(unread(), "trl_version peft_version axolotl_version transformers.js_config"),
+}
+"""config.json, but for `model_type`."""
+
+DUAL_CHUNK = {
+    "chunk_size": integer(1),
+    "local_size": integer(1),
+    "original_max_position_embeddings": integer(0),
+    "sparse_attention_config": Rule(lambda _: True, ""),
+    "sparse_attention_enabled": TRUTH,
+    "sparse_attention_threshold": integer(0),
+    "sparse_attention_last_q": integer(1),
+}
+"""The object `dual_chunk_attention_config` of config.json."""
+
+ROPE = {
+    "rope_type": TEXT,
+    "type": TEXT,
+    "rope_theta": MODEL["rope_theta"],
+    "partial_rotary_factor": off(1),
+}
+"""The objects `rope_scaling` and `rope_parameters` of config.json, for any type."""
+
+YARN = ROPE | {
+    "factor": number(1, 1024),
+    "original_max_position_embeddings": integer(1),
+    "attention_factor": number(0, 100, over=True),
+    "beta_fast": number(0, 1e6, over=True),
+    "beta_slow": number(0, 1e6, over=True),
+    "mscale": number(0, 100),
+    "mscale_all_dim": number(0, 100),
+    "truncate": TRUTH,
+}
+"""The same for YaRN (arXiv:2309.00071)."""
+
+
+def checked(
+    where: str, raw: Mapping[str, Any], rules: Mapping[str, Rule], error: type[ValueError]
+) -> dict[str, Any]:
+    """The fields of an object that are there and not null.
+
+    Args:
+        where: names the object in errors: a file, or a field of one.
+
+    Raises:
+        ValueError: of the type `error`, naming a field that is unknown or has a wrong value.
+    """
+    unknown = sorted(raw.keys() - rules.keys())
+    if unknown:
+        raise error(
+            f"{where} has fields this package does not know: {printable(', '.join(unknown))}; "
+            "remove them if they do not change the model"
+        )
+    found = {name: value for name, value in raw.items() if value is not None}
+    for name, value in found.items():
+        if not rules[name].fits(value):
+            raise refusal(where, name, value, rules[name].must, error)
+    return found
+
+
+def refusal(where: str, name: str, value: Any, must: str, error: type[ValueError]) -> ValueError:
+    """The error about the value of a field."""
+    return error(f"{where}: {name}={printable(repr(value), 80)} {must}")
+
+
+def left_unread(found: Mapping[str, Any], rules: Mapping[str, Rule]) -> list[str]:
+    """Fields that are there, are not read and that published checkpoints do not have."""
+    return [name for name in found if not rules[name].read and not rules[name].usual]
