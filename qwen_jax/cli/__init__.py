@@ -3,18 +3,17 @@
 import importlib
 import importlib.metadata
 import io
-import re
+import os
 import sys
 import traceback
-from inspect import getdoc
 from typing import Annotated, Any
 
 import typer
-import typer.core
 import typer.main
 
 from pallas_kernels.backend import Unsupported
-from qwen_jax import hosts
+from qwen_jax import hosts, reading, verbosity
+from qwen_jax.cli import command, flags
 from qwen_jax.cli.documents import DocumentError
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import RequestError
@@ -81,17 +80,9 @@ VERBS = {
 # What a user can put right; anything else is a bug and shows its traceback.
 _FAULTS = (ConfigError, CheckpointError, DocumentError, RequestError, TokenizerError, Unsupported)
 _FILE_FAULTS = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-# Typer keeps a Click of its own; this is the base of its complaints about a command line.
-_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-_PLAIN: dict[str, Any] = {
-    "add_completion": False,
-    "rich_markup_mode": None,
-    "pretty_exceptions_enable": False,
-    "context_settings": {"help_option_names": ["-h", "--help"]},
-}
 
 
-class _Verbs(typer.core.TyperGroup):
+class _Verbs(command.Group):
     """The verbs, each imported when it is used."""
 
     def list_commands(self, ctx):
@@ -101,6 +92,10 @@ class _Verbs(typer.core.TyperGroup):
         name = " ".join(args[:2])
         if len(args) > 1 and name in VERBS:
             return name, self.get_command(ctx, name), args[2:]
+        longer = [verb for verb in VERBS if verb.startswith(f"{args[0]} ")]
+        hint = flags.did_you_mean(name, longer) if len(args) > 1 else ""
+        if hint and not args[1].startswith("-") and not os.path.exists(args[1]):
+            ctx.fail(f"No such command '{reading.printable(name)}'{hint}")
         return super().resolve_command(ctx, args)
 
     def get_command(self, ctx, cmd_name):
@@ -108,17 +103,12 @@ class _Verbs(typer.core.TyperGroup):
             return None
         module, name, _ = VERBS[cmd_name]
         verb = getattr(importlib.import_module(f"qwen_jax.cli.{module}"), name)
-        if not isinstance(verb, typer.Typer):
-            app = typer.Typer(**_PLAIN)
-            app.command(help=_help(verb))(verb)
-            verb = app
-        command = typer.main.get_command(verb)
-        command.name = cmd_name
-        return command
+        if isinstance(verb, typer.Typer):
+            return typer.main.get_command(verb)
+        return command.command(cmd_name, verb)
 
-    def format_commands(self, ctx, formatter):
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, summary) for name, (_, _, summary) in VERBS.items()])
+    def summaries(self):
+        return [(name, summary) for name, (_, _, summary) in VERBS.items()]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -138,11 +128,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    app = typer.Typer(name="qwen-jax", cls=_Verbs, **_PLAIN)
-    app.callback(help=_help(_root))(_root)
+    verbosity.choose(verbosity.Level.SHORT)
+    app = typer.Typer(name="qwen-jax", cls=_Verbs, **command.PLAIN)
+    app.callback(help=command.teach(_root))(_root)
     try:
         return app(arguments or ["--help"], prog_name="qwen-jax", standalone_mode=False) or 0
-    except _UsageError as error:
+    except command.UsageError as error:
         return _usage(error)
     except _FAULTS as error:
         return _complain(str(error))
@@ -187,22 +178,16 @@ def _root(
     del version  # its callback has acted on it
 
 
-def _help(verb: Any) -> str:
-    """A docstring as help: without the sections for readers of code, examples as they are."""
-    text = re.split(r"\n\n(?:Args|Raises|Returns):\n", getdoc(verb) or "")[0]
-    return re.sub(r"(?m)^(?=Examples:$)", "\b\n", text)
-
-
 def _usage(error: Any) -> int:
     """Complains about a command line and says where to look."""
     if type(error).__name__ == "NoArgsIsHelpError":
         print(error.format_message())
         return 2
     hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-    return _complain(error.format_message().rstrip(".") + hint)
+    return _complain(command.complaint(error) + hint)
 
 
 def _complain(text: str) -> int:
     hosts.announce(text, 2)
-    print("error:", " ".join(text.split()), file=sys.stderr)
+    print("error:", reading.printable(" ".join(text.split()), 8192), file=sys.stderr)
     return 2
