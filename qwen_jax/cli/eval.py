@@ -15,6 +15,7 @@ from qwen_jax.cli.flags import (
     ModelArgument,
     ModelFlags,
     Within,
+    check_number,
     not_one_of,
     open_model,
     option,
@@ -229,9 +230,11 @@ def whole_number(text: str) -> int:
 
 def _fraction(text: str) -> float:
     try:
-        return float(text)
+        depth = float(text)
     except ValueError:
-        raise ConfigError(f"depth {text!r} must be a number from 0 to 1") from None
+        raise ConfigError(f"--depths {text!r} must be a number from 0 to 1") from None
+    check_number("--depths", depth, [Within(0, 1)])
+    return depth
 
 
 def split(flag: str, text: str) -> list[str]:

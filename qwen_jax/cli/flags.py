@@ -88,6 +88,9 @@ def option(text: str, *names: str, metavar: str | None = None) -> Any:
     return typer.Option(*names, help=text, metavar=metavar, show_default=False)
 
 
+System = Annotated[str | None, option("System text instead of the checkpoint's own."), MAY_BE_EMPTY]
+
+
 def not_one_of(flag: str, word: str, known: Iterable[str]) -> str:
     """A complaint about a word that is none of those which are known, and what it may have been."""
     shown = reading.printable(word, 60)
