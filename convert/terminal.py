@@ -16,7 +16,9 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 
 from convert.team import ALONE, Team
+from qwen_jax import verbosity
 from qwen_jax.manifest import Progress
+from qwen_jax.verbosity import Level
 
 _LINE_EVERY_S = 10.0
 
@@ -24,7 +26,7 @@ _LINE_EVERY_S = 10.0
 @contextlib.contextmanager
 def shown(label: str, *, team: Team = ALONE) -> Iterator[Progress]:
     """A callback for bytes done and in all, which writes to stderr in the first process."""
-    if not team.is_first():
+    if not team.is_first() or verbosity.get() is Level.NONE:
         yield lambda done, total: None
         return
     console = Console(stderr=True)

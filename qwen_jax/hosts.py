@@ -27,7 +27,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from qwen_jax import rendezvous
+from qwen_jax import rendezvous, verbosity
 from qwen_jax.config import ConfigError
 from qwen_jax.reading import shown
 from qwen_jax.rendezvous import Place
@@ -176,7 +176,8 @@ def start(
         return
     _job = _Job(place=place, heartbeat=heartbeat)
     _redirect()
-    _say(f"process {place.process} of {place.count}, {_where(place)}")
+    if verbosity.get() is not verbosity.Level.NONE:
+        _say(f"process {place.process} of {place.count}, {_where(place)}")
     try:
         found = dict(facts())
     except Exception as error:

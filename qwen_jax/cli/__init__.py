@@ -5,23 +5,21 @@ import importlib
 import importlib.metadata
 import io
 import os
-import re
 import sys
 import traceback
-from inspect import getdoc
 from typing import Annotated, Any
 
 import typer
-import typer.core
 import typer.main
 
 from pallas_kernels.backend import Unsupported
-from qwen_jax import hosts
+from qwen_jax import hosts, verbosity
+from qwen_jax.cli import command, flags
 from qwen_jax.cli.documents import DocumentError
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import RequestError
 from qwen_jax.manifest import CheckpointError
-from qwen_jax.reading import FileError, reason, shown
+from qwen_jax.reading import FileError, printable, reason, shown
 from qwen_jax.tokenizer import TokenizerError
 
 # Verb -> module, object in it, summary. Modules are imported when their verb is used:
@@ -91,17 +89,9 @@ _FAULTS = (
     TokenizerError,
     Unsupported,
 )
-# Typer keeps a Click of its own; this is the base of its complaints about a command line.
-_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-_PLAIN: dict[str, Any] = {
-    "add_completion": False,
-    "rich_markup_mode": None,
-    "pretty_exceptions_enable": False,
-    "context_settings": {"help_option_names": ["-h", "--help"]},
-}
 
 
-class _Verbs(typer.core.TyperGroup):
+class _Verbs(command.Group):
     """The verbs, each imported when it is used."""
 
     def list_commands(self, ctx):
@@ -111,6 +101,10 @@ class _Verbs(typer.core.TyperGroup):
         name = " ".join(args[:2])
         if len(args) > 1 and name in VERBS:
             return name, self.get_command(ctx, name), args[2:]
+        longer = [verb for verb in VERBS if verb.startswith(f"{args[0]} ")]
+        hint = flags.did_you_mean(name, longer) if len(args) > 1 else ""
+        if hint and not args[1].startswith("-") and not os.path.exists(args[1]):
+            ctx.fail(f"No such command '{printable(name)}'{hint}")
         return super().resolve_command(ctx, args)
 
     def get_command(self, ctx, cmd_name):
@@ -118,17 +112,12 @@ class _Verbs(typer.core.TyperGroup):
             return None
         module, name, _ = VERBS[cmd_name]
         verb = getattr(importlib.import_module(f"qwen_jax.cli.{module}"), name)
-        if not isinstance(verb, typer.Typer):
-            app = typer.Typer(**_PLAIN)
-            app.command(help=_help(verb))(verb)
-            verb = app
-        command = typer.main.get_command(verb)
-        command.name = cmd_name
-        return command
+        if isinstance(verb, typer.Typer):
+            return typer.main.get_command(verb)
+        return command.command(cmd_name, verb)
 
-    def format_commands(self, ctx, formatter):
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, summary) for name, (_, _, summary) in VERBS.items()])
+    def summaries(self):
+        return [(name, summary) for name, (_, _, summary) in VERBS.items()]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -154,11 +143,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    app = typer.Typer(name="qwen-jax", cls=_Verbs, **_PLAIN)
-    app.callback(help=_help(_root))(_root)
+    verbosity.choose(verbosity.Level.SHORT)
+    app = typer.Typer(name="qwen-jax", cls=_Verbs, **command.PLAIN)
+    app.callback(help=command.teach(_root))(_root)
     try:
         return app(arguments or ["--help"], prog_name="qwen-jax", standalone_mode=False) or 0
-    except _UsageError as error:
+    except command.UsageError as error:
         return _usage(error)
     except _FAULTS as error:
         return _complain(str(error))
@@ -203,19 +193,13 @@ def _root(
     del version  # its callback has acted on it
 
 
-def _help(verb: Any) -> str:
-    """A docstring as help: without the sections for readers of code, examples as they are."""
-    text = re.split(r"\n\n(?:Args|Raises|Returns):\n", getdoc(verb) or "")[0]
-    return re.sub(r"(?m)^(?=Examples:$)", "\b\n", text)
-
-
 def _usage(error: Any) -> int:
     """Complains about a command line and says where to look."""
     if type(error).__name__ == "NoArgsIsHelpError":
         print(error.format_message())
         return 2
     hint = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-    return _complain(error.format_message().rstrip(".") + hint)
+    return _complain(command.complaint(error) + hint)
 
 
 def _fault(error: OSError) -> str:

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from qwen_jax import hosts
 from qwen_jax.cli.console import console
-from qwen_jax.cli.flags import note
+from qwen_jax.cli.flags import note, says
 from qwen_jax.engine.request import Finish, Request, RequestError, Serving, Sparseness
 from qwen_jax.tokenizer import Stream
 
@@ -227,9 +227,7 @@ def prefill_progress(total: int) -> Progress:
 
     Of several processes process 0 shows it.
     """
-    if not hosts.is_first():
-        return Lines(total)
-    return _Bar(total) if sys.stderr.isatty() else Lines(total)
+    return _Bar(total) if says() and sys.stderr.isatty() else Lines(total)
 
 
 class Lines:

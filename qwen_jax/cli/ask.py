@@ -12,6 +12,7 @@ from qwen_jax.cli.flags import (
     AnswerFlags,
     ModelArgument,
     ModelFlags,
+    System,
     note,
     open_model,
     option,
@@ -38,7 +39,7 @@ def ask(
         list[Path] | None,
         option("A text file or a directory; may be given repeatedly.", metavar="PATH"),
     ] = None,
-    system: Annotated[str | None, option("System text instead of the checkpoint's own.")] = None,
+    system: System = None,
     kv: sessions.Kv = None,
 ):
     """Answer a question about text files.

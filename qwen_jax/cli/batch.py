@@ -35,6 +35,7 @@ from qwen_jax.cli.flags import (
     note,
     open_model,
     option,
+    says,
 )
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
@@ -364,7 +365,7 @@ def _leave(number: int) -> None:
 @contextlib.contextmanager
 def _shown(total: Totals, there: Totals) -> Iterator[Callable[[Totals], None]]:
     """A callback for what has been done: a bar on a terminal, a line now and then elsewhere."""
-    if hosts.is_first() and sys.stderr.isatty():
+    if says() and sys.stderr.isatty():
         columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
         with Bar(*columns, console=console(stderr=True), transient=True) as bar:
             task = bar.add_task("", total=total.work)

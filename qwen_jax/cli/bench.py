@@ -12,10 +12,9 @@ from rich.table import Table
 
 from qwen_jax.cli.console import console
 from qwen_jax.cli.eval import whole_number
-from qwen_jax.cli.flags import Json, ModelArgument, ModelFlags, open_model
+from qwen_jax.cli.flags import Json, ModelArgument, ModelFlags, Within, open_model
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
-from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Request
 
 
@@ -28,26 +27,20 @@ def bench(
         str, typer.Option(help="Prompt lengths in tokens; 1k is 1000, 1K is 1024.")
     ] = "2K,4K",
     new_tokens: Annotated[
-        int, typer.Option(help="Tokens decoded after the first of these lengths.")
+        int, typer.Option(help="Tokens decoded after the first of these lengths."), Within(2)
     ] = 128,
-    repeats: Annotated[int, typer.Option(help="Runs of each; the median counts.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Runs of each; the median counts."), Within(1)] = 3,
     json: Json = False,
 ):
-    r"""Measure prefill and decode on prompts of random tokens.
+    """Measure prefill and decode on prompts of random tokens.
 
     Compilation is not counted: each program runs once before it is timed.
 
-    \b
-    Example:
-      qwen-jax bench ckpt/7b-1m --lengths 32K,128K --repeats 5
+    Examples:
+        qwen-jax bench ckpt/7b-1m --lengths 32K,128K --repeats 5
     """
     opened = open_model(model, model_flags)
     sizes = [whole_number(text) for text in lengths.split(",")]
-    if new_tokens < 2 or repeats < 1:
-        raise ConfigError(
-            "--new-tokens must be at least 2 and --repeats at least 1, "
-            f"got {new_tokens} and {repeats}"
-        )
     opened.check_fits(max(sizes), new_tokens)
     engine = opened.engine(max(sizes) + new_tokens)
     rng = np.random.default_rng(0)

@@ -18,7 +18,7 @@ from qwen_jax import devices, published
 from qwen_jax.cli.answer import Answer, answer
 from qwen_jax.cli.console import console
 from qwen_jax.cli.eval import whole_number
-from qwen_jax.cli.flags import Json, Model, ModelFlags, note, open_model, option
+from qwen_jax.cli.flags import Json, Model, ModelFlags, Within, not_one_of, note, open_model, option
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
 from qwen_jax.config import ConfigError
@@ -37,7 +37,7 @@ _Random = Annotated[
     bool, option("Make weights up; MODEL needs no more than a config.json.", "--random-weights")
 ]
 _Tokens = Annotated[str, typer.Option(help="Length of the prompt; 1k is 1000, 1K is 1024.")]
-_Repeats = Annotated[int, typer.Option(help="Runs, of which the median counts.")]
+_Repeats = Annotated[int, typer.Option(help="Runs, of which the median counts."), Within(1)]
 _Split = Annotated[
     bool, typer.Option(help="Also say what the time goes into, by runs that leave parts out.")
 ]
@@ -80,7 +80,7 @@ def decode(
     config: _Config = None,
     random_weights: _Random = False,
     tokens: _Tokens = "32K",
-    new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 128,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it."), Within(2)] = 128,
     repeats: _Repeats = 1,
     split: _Split = True,
     json: Json = False,
@@ -93,8 +93,6 @@ def decode(
     Examples:
         qwen-jax bench decode --config 14b-1m --random-weights --tokens 128K --new-tokens 64
     """
-    if new_tokens < 2:
-        raise ConfigError(f"--new-tokens {new_tokens} must be at least 2")
     with _opened(model, config, random_weights, model_flags) as opened:
         report = measure(
             opened, whole_number(tokens), new_tokens, repeats, random=random_weights, split=split
@@ -111,12 +109,7 @@ def measure(
 
     Args:
         split: also what the time goes into (`parts`).
-
-    Raises:
-        ConfigError: if a number is out of range.
     """
-    if repeats < 1:
-        raise ConfigError(f"--repeats {repeats} must be at least 1")
     weights = opened.weights(random=random)
     engine = opened.engine(tokens + new_tokens, weights=weights)
     described = engine.describe()
@@ -248,7 +241,7 @@ def _opened(
         yield open_model(model, flags)
         return
     if config not in _NAMES:
-        raise ConfigError(f"--config {config}: there are {', '.join(_NAMES)}")
+        raise ConfigError(not_one_of("--config", str(config), _NAMES))
     if not random:
         raise ConfigError(f"--config {config} has no weights: add --random-weights, or give MODEL")
     with tempfile.TemporaryDirectory() as scratch:

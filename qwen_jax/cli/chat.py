@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
 
 from qwen_jax.cli import documents, placement, sessions
 from qwen_jax.cli.answer import Answer, Engine, answer, write
@@ -16,10 +15,10 @@ from qwen_jax.cli.flags import (
     AnswerFlags,
     ModelArgument,
     ModelFlags,
+    System,
     expand,
     note,
     open_model,
-    option,
 )
 from qwen_jax.cli.profile import profiled
 from qwen_jax.config import ConfigError
@@ -45,7 +44,7 @@ def chat(
     model: ModelArgument,
     model_flags: ModelFlags,
     answer_flags: AnswerFlags,
-    system: Annotated[str | None, option("System text instead of the checkpoint's own.")] = None,
+    system: System = None,
     kv: sessions.Kv = None,
 ):
     """Talk to a model.

@@ -8,9 +8,18 @@ from typing import Annotated
 import typer
 
 from qwen_jax import hosts
-from qwen_jax.cli import documents, evaluate, scores, variants
+from qwen_jax.cli import command, documents, evaluate, scores, variants
 from qwen_jax.cli.documents import DocumentError
-from qwen_jax.cli.flags import Json, ModelArgument, ModelFlags, open_model, option
+from qwen_jax.cli.flags import (
+    Json,
+    ModelArgument,
+    ModelFlags,
+    Within,
+    check_number,
+    not_one_of,
+    open_model,
+    option,
+)
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
 from qwen_jax.config import ConfigError
@@ -18,12 +27,7 @@ from qwen_jax.eval import catalog
 from qwen_jax.eval.log import Log
 from qwen_jax.eval.tasks import Cell
 
-app = typer.Typer(
-    help="Measure what a model still finds in long texts.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-)
+app = command.App("Measure what a model still finds in long texts.")
 
 _COMMON_HELP = """
 Each length is that of the whole prompt, exactly. Answers are greedy. With --out every
@@ -31,46 +35,6 @@ answer is kept as it comes, and the same command goes on where it was stopped.
 --compare rope,dca,sparse asks the same without Dual Chunk Attention, with it, and with
 sparse prefill too, and shows them side by side.
 """
-_PASSKEY_HELP = f"""Hide five digits in filler and ask for them, over lengths and depths.
-
-Answers are right if they contain the digits.
-{_COMMON_HELP}
-\b
-Examples:
-  qwen-jax eval passkey ckpt/7b-1m --lengths 32k,128k,512k --depths 0.1,0.5,0.9
-  qwen-jax eval passkey demo --lengths 8k,12k --samples 3 --dca off --out off.jsonl
-"""
-_NIAH_HELP = f"""Hide a sentence in prose and ask for the number in it, over lengths and depths.
-
-The prose is made up, no sentence twice, or that of --text. Answers are right if they
-contain the number.
-{_COMMON_HELP}
-\b
-Examples:
-  qwen-jax eval niah ckpt/7b-1m --lengths 128k,1m --compare rope,dca,sparse --out niah.jsonl
-  qwen-jax eval niah demo --lengths 4k --text book.txt
-"""
-_RULER_HELP = f"""Ask tasks of RULER: needles, chains of variables, common words.
-
-\b
-niah_single      a number in prose, at each of --depths
-niah_multikey    a number among three that belong to other words
-niah_multivalue  four numbers of one word
-vt               the variables that hold a value, each set to the one before
-cwe              the ten most common words of a list
-
-An answer scores the share of the expected numbers, names or words that it contains.
-{_COMMON_HELP}
-\b
-Examples:
-  qwen-jax eval ruler ckpt/7b-1m --lengths 32k,128k --samples 10 --out ruler.jsonl
-  qwen-jax eval ruler demo --lengths 4k,8k --tasks vt,cwe --compare rope,dca
-"""
-
-
-@app.callback()
-def _callback():
-    """Measure what a model still finds in long texts."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +47,10 @@ class GridFlags:
     depths: Annotated[
         str, typer.Option(help="Where the needle lies, from 0 (first) to 1 (last).")
     ] = "0.1,0.5,0.9"
-    samples: Annotated[int, typer.Option(help="Questions per length, task and depth.")] = 1
-    seed: Annotated[int, typer.Option(help="The same seed gives the same prompts.")] = 0
+    samples: Annotated[
+        int, typer.Option(help="Questions per length, task and depth."), Within(1)
+    ] = 1
+    seed: Annotated[int, typer.Option(help="The same seed gives the same prompts."), Within(0)] = 0
     compare: Annotated[
         str | None, option("Ways to run the model, of rope, dca and sparse.", metavar="NAMES")
     ] = None
@@ -143,7 +109,17 @@ class TextFlags:
 @expand_on_hosts
 @profiled
 def passkey(model: ModelArgument, model_flags: ModelFlags, grid_flags: GridFlags):
-    """See `_PASSKEY_HELP`; raises as `_run` does."""
+    """Hide five digits in filler and ask for them, over lengths and depths.
+
+    Answers are right if they contain the digits.
+
+    Examples:
+        qwen-jax eval passkey ckpt/7b-1m --lengths 32k,128k,512k --depths 0.1,0.5,0.9
+        qwen-jax eval passkey demo --lengths 8k,12k --samples 3 --dca off --out off.jsonl
+
+    Raises:
+        ConfigError, DocumentError, RequestError: see `_run`.
+    """
     _run("passkey", list(catalog.FAMILIES["passkey"]), model, model_flags, grid_flags)
 
 
@@ -152,7 +128,18 @@ def passkey(model: ModelArgument, model_flags: ModelFlags, grid_flags: GridFlags
 def niah(
     model: ModelArgument, model_flags: ModelFlags, grid_flags: GridFlags, text_flags: TextFlags
 ):
-    """See `_NIAH_HELP`; raises as `_run` does."""
+    """Hide a sentence in prose and ask for the number in it, over lengths and depths.
+
+    The prose is made up, no sentence twice, or that of --text. Answers are right if they
+    contain the number.
+
+    Examples:
+        qwen-jax eval niah ckpt/7b-1m --lengths 128k,1m --compare rope,dca,sparse --out niah.jsonl
+        qwen-jax eval niah demo --lengths 4k --text book.txt
+
+    Raises:
+        ConfigError, DocumentError, RequestError: see `_run`.
+    """
     _run("niah", list(catalog.FAMILIES["niah"]), model, model_flags, grid_flags, text_flags)
 
 
@@ -165,18 +152,34 @@ def ruler(
     text_flags: TextFlags,
     tasks: Annotated[str | None, option("Which tasks; all of them.", metavar="NAMES")] = None,
 ):
-    """See `_RULER_HELP`; raises as `_run` does."""
+    """Ask tasks of RULER: needles, chains of variables, common words.
+
+        niah_single      a number in prose, at each of --depths
+        niah_multikey    a number among three that belong to other words
+        niah_multivalue  four numbers of one word
+        vt               the variables that hold a value, each set to the one before
+        cwe              the ten most common words of a list
+
+    An answer scores the share of the expected numbers, names or words that it contains.
+
+    Examples:
+        qwen-jax eval ruler ckpt/7b-1m --lengths 32k,128k --samples 10 --out ruler.jsonl
+        qwen-jax eval ruler demo --lengths 4k,8k --tasks vt,cwe --compare rope,dca
+
+    Raises:
+        ConfigError, DocumentError, RequestError: see `_run`.
+    """
     known = list(catalog.FAMILIES["ruler"])
     chosen = known if tasks is None else split("--tasks", tasks)
     for task in chosen:
         if task not in known:
-            raise ConfigError(f"--tasks {task!r} is not one of {', '.join(known)}")
+            raise ConfigError(not_one_of("--tasks", task, known))
     _run("ruler", chosen, model, model_flags, grid_flags, text_flags)
 
 
-app.command("passkey", help=_PASSKEY_HELP)(passkey)
-app.command("niah", help=_NIAH_HELP)(niah)
-app.command("ruler", help=_RULER_HELP)(ruler)
+app.verb("passkey", _COMMON_HELP)(passkey)
+app.verb("niah", _COMMON_HELP)(niah)
+app.verb("ruler", _COMMON_HELP)(ruler)
 
 
 def _run(
@@ -227,9 +230,11 @@ def whole_number(text: str) -> int:
 
 def _fraction(text: str) -> float:
     try:
-        return float(text)
+        depth = float(text)
     except ValueError:
-        raise ConfigError(f"depth {text!r} must be a number from 0 to 1") from None
+        raise ConfigError(f"--depths {text!r} must be a number from 0 to 1") from None
+    check_number("--depths", depth, [Within(0, 1)])
+    return depth
 
 
 def split(flag: str, text: str) -> list[str]:

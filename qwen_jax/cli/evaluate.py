@@ -1,11 +1,13 @@
 """Questions of `eval` asked of one model in one way or several, those that are not answered yet."""
 
+import contextlib
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from qwen_jax import hosts
+from qwen_jax.cli.answer import prefill_progress
 from qwen_jax.cli.flags import Model, note
 from qwen_jax.eval import score, text
 from qwen_jax.eval.catalog import FAMILIES, KINDS
@@ -59,13 +61,31 @@ def results(
         for name in models
         if (unanswered := [cell for cell in cells if (name, cell) not in answered])
     }
-    weights = next(iter(models.values())).weights() if missing else None
+    if not missing:
+        return list(found.values())
+    weights = next(iter(models.values())).weights()
     longest = max(map(_room, cells))
-    for name, unanswered in missing.items():
-        for result in _ask(models[name], name, unanswered, material, longest, weights):
-            found[name, result.cell] = result
-            if log:
-                log.add(result)
+    tokens, read = sum(cell.length for each in missing.values() for cell in each), 0
+    with contextlib.closing(prefill_progress(tokens)) as progress:
+
+        def on_tokens(of_this: int) -> None:
+            progress.update(read + of_this)
+
+        for name, unanswered in missing.items():
+            answers = _ask(
+                models[name],
+                name,
+                unanswered,
+                material,
+                longest,
+                weights,
+                on_tokens,
+            )
+            for result in answers:
+                read += result.cell.length
+                found[name, result.cell] = result
+                if log:
+                    log.add(result)
     return [found[key] for key in asked if key in found]
 
 
@@ -87,7 +107,13 @@ def material(opened: Model, cells: list[Cell], *, seed: int, given: str | None) 
 
 
 def _ask(
-    opened: Model, name: str | None, cells: list[Cell], material: Material, length: int, weights
+    opened: Model,
+    name: str | None,
+    cells: list[Cell],
+    material: Material,
+    length: int,
+    weights,
+    on_tokens: Callable[[int], None],
 ) -> Iterator[Result]:
     """The result of each cell; the engine lives only as long as this does."""
     tokenizer = opened.tokenizer()
@@ -99,6 +125,7 @@ def _ask(
         lambda cell: KINDS[cell.task].build(material, cell),
         eos_ids=opened.end_ids(tokenizer, chat=True),
         variant=name,
+        on_tokens=on_tokens,
     )
     for number, result in enumerate(results, start=1):
         now = time.monotonic()

@@ -1,19 +1,22 @@
 """Flags that several verbs share, and the one way in which a verb opens a model."""
 
+import copy
 import dataclasses
+import difflib
 import functools
 import hashlib
 import inspect
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, overload
+from typing import Annotated, Any, ClassVar, Literal, cast, overload
 
 import typer
 
 from pallas_kernels.geometry import ChunkGeometry
-from qwen_jax import hosts, locate
+from qwen_jax import hosts, locate, reading, verbosity
 from qwen_jax.cli import placement
 from qwen_jax.config import (
     ConfigError,
@@ -25,9 +28,9 @@ from qwen_jax.config import (
     notes,
     sparse_config,
 )
-from qwen_jax.engine.request import RequestError, Sampling
-from qwen_jax.reading import shown
+from qwen_jax.engine.request import LIMITS, RequestError, Sampling
 from qwen_jax.tokenizer import Tokenizer
+from qwen_jax.verbosity import Level
 
 ModelArgument = Annotated[
     Path,
@@ -37,7 +40,49 @@ ModelArgument = Annotated[
         show_default=False,
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print JSON on stdout.", rich_help_panel="Output")
+]
+MAY_BE_EMPTY = "may be empty"
+"""Beside a flag in `Annotated`: its text may be; that of all others may not."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Within:
+    """Range of a number, beside its flag in `Annotated`; integers have at most 32 bits anyway.
+
+    Attributes:
+        least: smallest that is allowed.
+        most: largest that is allowed.
+        over: smallest that is not, instead of `least`.
+        under: largest that is not, instead of `most`.
+    """
+
+    least: int | float | None = None
+    most: int | float | None = None
+    over: int | float | None = None
+    under: int | float | None = None
+
+    def __contains__(self, value: int | float) -> bool:
+        return (
+            math.isfinite(value)
+            and (self.least is None or self.least <= value)
+            and (self.most is None or value <= self.most)
+            and (self.over is None or self.over < value)
+            and (self.under is None or value < self.under)
+        )
+
+    def __str__(self) -> str:
+        if self.least is not None and self.most is not None:
+            return f"from {self.least} to {self.most}"
+        ends: dict[str, int | float | None] = {
+            "at least": self.least,
+            "over": self.over,
+            "at most": self.most,
+            "under": self.under,
+        }
+        said = [f"{word} {end}" for word, end in ends.items() if end is not None]
+        return " and ".join(said) or "a finite number"
 
 
 def option(text: str, *names: str, metavar: str | None = None) -> Any:
@@ -45,29 +90,82 @@ def option(text: str, *names: str, metavar: str | None = None) -> Any:
     return typer.Option(*names, help=text, metavar=metavar, show_default=False)
 
 
+System = Annotated[str | None, option("System text instead of the checkpoint's own."), MAY_BE_EMPTY]
+
+
+def not_one_of(flag: str, word: str, known: Iterable[str]) -> str:
+    """A complaint about a word that is none of those which are known, and what it may have been."""
+    shown = reading.printable(word, 60)
+    return f"{flag} '{shown}' is not one of {', '.join(known)}{did_you_mean(word, known)}"
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a complaint about an unknown word: the known one that it resembles, if any."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def check_number(flag: str, value: object, metadata: Iterable[object]) -> None:
+    """Refuses a number that is not within its range.
+
+    Args:
+        value: of the flag; what is no number, or a list of them, has no range.
+        metadata: what its `Annotated` has beside the type.
+
+    Raises:
+        ConfigError: naming the flag, the value and the range.
+    """
+    within = next((mark for mark in metadata if isinstance(mark, Within)), Within())
+    for each in value if isinstance(value, list | tuple) else [value]:
+        if type(each) is int and abs(each) >= 2**31 and within.most is None:
+            raise ConfigError(f"{flag} {reading.printable(each, 40)} must be under {2**31:,}")
+        if type(each) in (int, float) and cast(float, each) not in within:
+            raise ConfigError(f"{flag} {reading.printable(each, 40)} must be {within}")
+
+
+def check_numbers(flags: Any) -> None:
+    """Refuses a dataclass of flags with a number that is not within its range.
+
+    Raises:
+        ConfigError: see `check_number`.
+    """
+    for field in dataclasses.fields(flags):
+        marks = getattr(field.type, "__metadata__", ())
+        check_number(_spelled(field.name), getattr(flags, field.name), marks)
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFlags:
     """Flags of every verb that runs a model; None means the checkpoint's own value."""
+
+    section: ClassVar[str] = "Model"
+    others: ClassVar[dict[str, str]] = {
+        "Attention": "dca dca_chunk dca_local dca_original sparse sparse_config least_recall "
+        "dense_tail vllm_parity backend",
+        "Devices": "mesh",
+    }
 
     dtype: Annotated[
         Literal["f32", "bf16"] | None,
         option("Precision of weights and cache; the checkpoint's own, on a CPU f32."),
     ] = None
     slice: Annotated[
-        int | None, option("Prompt tokens computed at a time; more is faster and takes memory.")
+        int | None,
+        option("Prompt tokens computed at a time; more is faster and takes memory."),
+        Within(1),
     ] = None
     dca: Annotated[
         Literal["auto", "on", "off"],
         typer.Option(help="Dual Chunk Attention; auto follows config.json."),
     ] = "auto"
     dca_chunk: Annotated[
-        int | None, option("Largest relative position the model may see, in tokens.")
+        int | None, option("Largest relative position the model may see, in tokens."), Within(1)
     ] = None
     dca_local: Annotated[
-        int | None, option("Tokens around chunk borders seen at their true distance.")
+        int | None, option("Tokens around chunk borders seen at their true distance."), Within(1)
     ] = None
     dca_original: Annotated[
-        int | None, option("Training length of the attention temperature; 0 for none.")
+        int | None, option("Training length of the attention temperature; 0 for none."), Within(0)
     ] = None
     sparse: Annotated[
         Literal["auto", "on", "off"],
@@ -82,16 +180,19 @@ class ModelFlags:
     least_recall: Annotated[
         float | None,
         option("Where a head would find less than this share of a slice's attention, it is dense."),
+        Within(over=0, most=1),
     ] = None
     dense_tail: Annotated[
         int,
         typer.Option(
             help="Tokens at a prompt's end that sparse prefill computes densely; vLLM has 0."
         ),
+        Within(0),
     ] = 64
     max_len: Annotated[
         int | None,
         option("Longest prompt and answer together, in tokens; what config.json declares."),
+        Within(1),
     ] = None
     vllm_parity: Annotated[
         bool,
@@ -118,22 +219,36 @@ class ModelFlags:
 class AnswerFlags:
     """Flags of every verb that writes an answer; None means generation_config.json's value."""
 
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 512
+    section: ClassVar[str] = "Answer"
+
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens."), Within(1)] = 512
     greedy: Annotated[bool, option("Always take the most likely token.", "--greedy")] = False
     temperature: Annotated[
-        float | None, option("Above 1 is more varied, below 1 less, 0 is greedy.")
+        float | None,
+        option("Above 1 is more varied, below 1 less, 0 is greedy."),
+        Within(0, LIMITS["temperature"][1]),
     ] = None
-    top_k: Annotated[int | None, option("Choose among this many tokens; 0 for all.")] = None
+    top_k: Annotated[
+        int | None, option("Choose among this many tokens; 0 for all."), Within(*LIMITS["top_k"])
+    ] = None
     top_p: Annotated[
-        float | None, option("Choose among the likeliest tokens of this total probability.")
+        float | None,
+        option("Choose among the likeliest tokens of this total probability."),
+        Within(*LIMITS["top_p"]),
     ] = None
     min_p: Annotated[
-        float | None, option("Choose among tokens this probable compared with the likeliest.")
+        float | None,
+        option("Choose among tokens this probable compared with the likeliest."),
+        Within(*LIMITS["min_p"]),
     ] = None
     repetition_penalty: Annotated[
-        float | None, option("Above 1 makes tokens that were seen less likely.")
+        float | None,
+        option("Above 1 makes tokens that were seen less likely."),
+        Within(*LIMITS["repetition_penalty"]),
     ] = None
-    seed: Annotated[int, typer.Option(help="The same seed gives the same answer.")] = 0
+    seed: Annotated[
+        int, typer.Option(help="The same seed gives the same answer."), Within(*LIMITS["seed"])
+    ] = 0
     stop: Annotated[
         list[str] | None,
         option("End the answer before this text; may be given repeatedly.", metavar="TEXT"),
@@ -370,7 +485,8 @@ class Model:
         device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
         kernels(self.config, settings, device=device, dtype=name, mesh=mesh)  # before the weights
         engine = build(self.config, self.weights() if weights is None else weights, settings)
-        note(f"{engine.describe()}; {name}: {why}; {self._attention()}")
+        note(engine.summary())
+        note(f"{engine.describe()}; {name}: {why}; {self._attention()}", Level.DETAIL)
         profile.watch(engine)
         return engine
 
@@ -416,14 +532,7 @@ def open_model(directory: Path, flags: ModelFlags) -> Model:
         locate.checkpoint(directory)
         raise NotADirectoryError(20, "is a file; give the directory that holds it", str(directory))
     directory = locate.checkpoint(directory)
-    for name in ("slice", "max_len", "dca_chunk", "dca_local", "dca_original"):
-        value, least = getattr(flags, name), 0 if name == "dca_original" else 1
-        if value is not None and not least <= value < 2**31:
-            raise ConfigError(f"{_spelled(name)} {value} must be at least {least}")
-    if not 0 <= flags.dense_tail < 2**31:
-        raise ConfigError(f"--dense-tail {flags.dense_tail} must be at least 0")
-    if flags.least_recall is not None and not 0 < flags.least_recall <= 1:
-        raise ConfigError(f"--least-recall {flags.least_recall} must be over 0 and at most 1")
+    check_numbers(flags)
     config = _with_dual_chunk(model_config(directory), flags)
     for sentence in notes(directory):
         note(sentence)
@@ -443,10 +552,15 @@ def open_model(directory: Path, flags: ModelFlags) -> Model:
     )
 
 
-def note(text: str) -> None:
-    """One line for the user, beside the output; of several processes the first says it."""
-    if hosts.is_first():
-        print(shown(text), file=sys.stderr, flush=True)
+def says(level: Level = Level.SHORT) -> bool:
+    """Whether this process says notes of a level: of several processes the first does."""
+    return level <= verbosity.get() and hosts.is_first()
+
+
+def note(text: str, level: Level = Level.SHORT) -> None:
+    """One line for the user, beside the output."""
+    if says(level):
+        print(reading.shown(text), file=sys.stderr, flush=True)
 
 
 def adding(verb: Callable, name: str, flags: type) -> Callable[[Callable], Callable]:
@@ -479,7 +593,7 @@ def expand(verb: Callable) -> Callable:
                 field.name,
                 inspect.Parameter.KEYWORD_ONLY,
                 default=field.default,
-                annotation=field.type,
+                annotation=_in_section(field, parameter.annotation),
             )
             for field in dataclasses.fields(parameter.annotation)
         )
@@ -495,6 +609,21 @@ def expand(verb: Callable) -> Callable:
     setattr(expanded, "__signature__", inspect.Signature(parameters))  # noqa: B010
     expanded.__annotations__ = {each.name: each.annotation for each in parameters}
     return expanded
+
+
+def _in_section(field: dataclasses.Field, flags: Any) -> Any:
+    """The annotation of a flag, which names its section of the help.
+
+    That is `others` of its class where it lists the flag, else `section`, if the class has one.
+    """
+    section = getattr(flags, "section", None)
+    for other, names in getattr(flags, "others", {}).items():
+        section = other if field.name in names.split() else section
+    hint: Any = field.type
+    base, info, *marks = hint.__origin__, *hint.__metadata__
+    placed = copy.copy(info)
+    placed.rich_help_panel = info.rich_help_panel or section
+    return Annotated[(base, placed, *marks)]
 
 
 def _with_dual_chunk(config: ModelConfig, flags: ModelFlags) -> ModelConfig:

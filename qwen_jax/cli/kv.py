@@ -9,32 +9,12 @@ import typer
 
 from convert.terminal import show, shown
 from qwen_jax import session
+from qwen_jax.cli import command
 from qwen_jax.cli.flags import Json
 from qwen_jax.session import Session, SessionError
 
-app = typer.Typer(
-    help="Look at what `prefill` keeps.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-)
+app = command.App("Look at what `prefill` keeps.")
 
-_INSPECT_HELP = """Say what a KV session holds and with what it can be used.
-
-Reads session.json alone; `kv verify` reads the rest.
-
-\b
-Examples:
-  qwen-jax kv inspect kv/book
-"""
-_VERIFY_HELP = """Check every byte of a KV session against its checksums.
-
-`ask --kv` and others do the same before they use one.
-
-\b
-Examples:
-  qwen-jax kv verify kv/book
-"""
 Directory = Annotated[
     Path,
     typer.Argument(
@@ -43,9 +23,15 @@ Directory = Annotated[
 ]
 
 
-@app.command("inspect", help=_INSPECT_HELP)
+@app.verb("inspect")
 def inspect(directory: Directory, json_output: Json = False):
-    """See `_INSPECT_HELP`."""
+    """Say what a KV session holds and with what it can be used.
+
+    Reads session.json alone; `kv verify` reads the rest.
+
+    Examples:
+        qwen-jax kv inspect kv/book
+    """
     found = session.read(directory)
     identity = found.identity
     if json_output:
@@ -78,9 +64,15 @@ def inspect(directory: Directory, json_output: Json = False):
     show(list(rows.items()))
 
 
-@app.command("verify", help=_VERIFY_HELP)
+@app.verb("verify")
 def verify(directory: Directory):
-    """See `_VERIFY_HELP`."""
+    """Check every byte of a KV session against its checksums.
+
+    `ask --kv` and others do the same before they use one.
+
+    Examples:
+        qwen-jax kv verify kv/book
+    """
     import jax
 
     found = session.read(directory)

@@ -5,12 +5,12 @@ import hashlib
 import importlib.metadata
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 
 from qwen_jax import hosts, locate
-from qwen_jax.cli.flags import adding, expand, option
+from qwen_jax.cli.flags import Within, adding, expand, option
 from qwen_jax.manifest import READ_FILES, file_sums
 
 _FILES = (*READ_FILES, "manifest.json")
@@ -23,19 +23,21 @@ _OWN = ("coordinator", "process_id")  # flags that differ between processes
 class HostFlags:
     """Flags of every verb that runs on several hosts; None means what the environment says."""
 
+    section: ClassVar[str] = "Hosts"
+
     coordinator: Annotated[
         str | None,
         option("Where process 0 listens for the others of a job.", metavar="HOST:PORT"),
     ] = None
     num_processes: Annotated[
-        int | None, option("Processes of the job, each of which runs this command.")
+        int | None, option("Processes of the job, each of which runs this command."), Within(1)
     ] = None
-    process_id: Annotated[int | None, option("Number of this process, from 0.")] = None
+    process_id: Annotated[int | None, option("Number of this process, from 0."), Within(0)] = None
     heartbeat: Annotated[
-        int, typer.Option(help="Seconds after which a silent process is taken for dead.")
+        int, typer.Option(help="Seconds after which a silent process is taken for dead."), Within(1)
     ] = 15
     init_timeout: Annotated[
-        int, typer.Option(help="Seconds to wait for all processes of a job.")
+        int, typer.Option(help="Seconds to wait for all processes of a job."), Within(1)
     ] = 300
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from qwen_jax import disk
-from qwen_jax.cli import documents
+from qwen_jax.cli import command, documents
 from qwen_jax.cli.console import console
 from qwen_jax.cli.eval import whole_number
 from qwen_jax.cli.flags import ModelArgument, ModelFlags, expand, note, open_model, option
@@ -16,12 +16,7 @@ from qwen_jax.engine.engine import Engine
 from qwen_jax.eval import heatmap, plot, sources, terminal
 from qwen_jax.eval.plan_picture import PlanPicture
 
-app = typer.Typer(
-    help="Draw what `eval` and `calibrate` found.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-)
+app = command.App("Draw what `eval` and `calibrate` found.")
 
 Out = Annotated[
     Path | None,
@@ -31,44 +26,8 @@ Csv = Annotated[
     Path | None, option("A file for the numbers of the picture.", "--csv", metavar="FILE")
 ]
 
-_EVAL_HELP = """Draw the mean score by length and depth, from logs of `eval --out`.
 
-One map for each task and variant in each log; cells that were not asked stay empty.
-Without --out the maps are drawn in the terminal.
-
-\b
-Examples:
-  qwen-jax plot eval dca.jsonl
-  qwen-jax plot eval dca.jsonl rope.jsonl --out needles.png --csv needles.csv
-"""
-_RECALL_HELP = """Draw attention recall and kept density by layer and head.
-
-REPORT is what `calibrate` writes. Without --out the maps are drawn in the terminal.
-
-\b
-Examples:
-  qwen-jax plot recall report.json
-  qwen-jax plot recall report.json --length 16K --out recall.png
-"""
-
-
-_PLAN_HELP = """Draw which keys one head reads of a text in sparse prefill.
-
-Queries go down, keys to the right; the text is prefilled for it. Without --out the
-picture is drawn in the terminal.
-
-\b
-Examples:
-  qwen-jax plot plan ckpt/7b-1m --file book.txt --layer 3 --head 5 --out plan.png
-"""
-
-
-@app.callback()
-def _callback():
-    """Draw what `eval` and `calibrate` found."""
-
-
-@app.command("eval", help=_EVAL_HELP)
+@app.verb("eval")
 def scores(
     logs: Annotated[
         list[Path],
@@ -77,7 +36,14 @@ def scores(
     out: Out = None,
     csv: Csv = None,
 ):
-    """See `_EVAL_HELP`.
+    """Draw the mean score by length and depth, from logs of `eval --out`.
+
+    One map for each task and variant in each log; cells that were not asked stay empty.
+    Without --out the maps are drawn in the terminal.
+
+    Examples:
+        qwen-jax plot eval dca.jsonl
+        qwen-jax plot eval dca.jsonl rope.jsonl --out needles.png --csv needles.csv
 
     Raises:
         PlotError: if a log or `out` cannot be used.
@@ -85,7 +51,7 @@ def scores(
     _deliver(sources.scores(logs), out, csv)
 
 
-@app.command("recall", help=_RECALL_HELP)
+@app.verb("recall")
 def recall(
     report: Annotated[
         Path, typer.Argument(metavar="REPORT", help="What `calibrate` wrote.", show_default=False)
@@ -97,7 +63,13 @@ def recall(
     out: Out = None,
     csv: Csv = None,
 ):
-    """See `_RECALL_HELP`.
+    """Draw attention recall and kept density by layer and head.
+
+    REPORT is what `calibrate` writes. Without --out the maps are drawn in the terminal.
+
+    Examples:
+        qwen-jax plot recall report.json
+        qwen-jax plot recall report.json --length 16K --out recall.png
 
     Raises:
         ConfigError: if the report, `length` or `out` cannot be used.
@@ -130,7 +102,13 @@ def plan(
     ] = None,
     out: Out = None,
 ):
-    """See `_PLAN_HELP`.
+    """Draw which keys one head reads of a text in sparse prefill.
+
+    Queries go down, keys to the right; the text is prefilled for it. Without --out the
+    picture is drawn in the terminal.
+
+    Examples:
+        qwen-jax plot plan ckpt/7b-1m --file book.txt --layer 3 --head 5 --out plan.png
 
     Raises:
         ConfigError: if the model has no budgets, or a flag cannot be used.
@@ -175,4 +153,4 @@ def plan(
         note(f"wrote {out}")
 
 
-app.command("plan", help=_PLAN_HELP)(plan)
+app.verb("plan")(plan)

@@ -15,7 +15,15 @@ from qwen_jax.cli import documents, sessions
 from qwen_jax.cli import tokens as token_file
 from qwen_jax.cli.answer import interrupts, prefill_progress
 from qwen_jax.cli.ask import read_files
-from qwen_jax.cli.flags import Model, ModelArgument, ModelFlags, note, open_model, option
+from qwen_jax.cli.flags import (
+    Model,
+    ModelArgument,
+    ModelFlags,
+    System,
+    note,
+    open_model,
+    option,
+)
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
 from qwen_jax.config import ConfigError
@@ -35,7 +43,7 @@ def prefill(
         list[Path] | None,
         option("A text file or a directory; may be given repeatedly.", metavar="PATH"),
     ] = None,
-    system: Annotated[str | None, option("System text instead of the checkpoint's own.")] = None,
+    system: System = None,
     prompt_file: Annotated[Path | None, option("A UTF-8 file of raw text, for `generate`.")] = None,
     tokens: Annotated[
         Path | None, option("A file of token ids, for `generate`: a JSON list, or integers.")

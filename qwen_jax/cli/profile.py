@@ -21,7 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from qwen_jax import devices, hosts
 from qwen_jax.cli.flags import adding, note, option
@@ -43,6 +43,8 @@ class ProfileError(ConfigError):
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileFlags:
     """Flags of every verb that can be profiled."""
+
+    section: ClassVar[str] = "Profile"
 
     profile: Annotated[
         Path | None,

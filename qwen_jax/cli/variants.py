@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from qwen_jax.cli.flags import Model
+from qwen_jax.cli.flags import Model, not_one_of
 from qwen_jax.config import ConfigError
 
 NAMES = ("rope", "dca", "sparse")
@@ -21,7 +21,7 @@ def models(opened: Model, names: list[str]) -> dict[str | None, Model]:
         return {None: opened}
     for name in names:
         if name not in NAMES:
-            raise ConfigError(f"--compare {name!r} is not one of {', '.join(NAMES)}")
+            raise ConfigError(not_one_of("--compare", name, NAMES))
     if len(set(names)) != len(names):
         raise ConfigError(f"--compare {','.join(names)} names one twice")
     for flag, value in (("--dca", opened.flags.dca), ("--sparse", opened.flags.sparse)):

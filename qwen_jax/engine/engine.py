@@ -239,6 +239,14 @@ class Engine:
         """Programs compiled so far: no more than the slices and a few, whatever is asked."""
         return self._runner.num_compilations
 
+    def summary(self) -> str:
+        """One short line: devices, kernels and dtype; why better kernels are not used."""
+        kernels = self._backend.prefill if len(set(self._backend)) == 1 else self._backend
+        return (
+            f"{self._device.device_kind}, {self._devices()}; {kernels} kernels{self._why_not()}; "
+            f"{self._runner.cache_dtype}"
+        )
+
     def describe(self) -> str:
         """One line on what runs where and how."""
         slices = "/".join(map(str, self._slices))

@@ -116,6 +116,10 @@ class Replicas:
         """Programs compiled so far, each replica's its own."""
         return sum(each.engine.num_compilations for each in self._replicas)
 
+    def summary(self) -> str:
+        """One short line, as of `Engine`."""
+        return f"{len(self._replicas)} replicas, each {self._replicas[0].engine.summary()}"
+
     def describe(self) -> str:
         """One line on what runs where and how."""
         return f"{len(self._replicas)} replicas, each {self._replicas[0].engine.describe()}"

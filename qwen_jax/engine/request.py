@@ -7,6 +7,17 @@ from typing import Literal, Protocol, runtime_checkable
 Finish = Literal["stop", "length", "cancelled", "error"]
 
 
+LIMITS: dict[str, tuple[int | float, int | float]] = {
+    "temperature": (1e-5, 1e5),
+    "top_k": (0, 2**31 - 1),
+    "top_p": (0.0, 1.0),
+    "min_p": (0.0, 1.0),
+    "repetition_penalty": (1e-4, 1e4),
+    "seed": (0, 2**32 - 1),
+}
+"""Ranges of the fields of `Sampling`; a temperature may also be 0."""
+
+
 class RequestError(ValueError):
     """A request that cannot be served; the text names the field and the way out."""
 
@@ -29,13 +40,13 @@ def check_ids(field: str, ids, vocab_size: int) -> None:
             )
 
 
-def _check_number(field: str, value, low: float, high: float, hint: str = "") -> None:
+def _check_number(field: str, value, low: int | float, high: int | float, hint: str = "") -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or not low <= value <= high:
         raise RequestError(f"{field}={value!r} must be a number from {low} to {high}{hint}")
 
 
-def _check_integer(field: str, value, low: int, high: int) -> None:
+def _check_integer(field: str, value, low: int | float, high: int | float) -> None:
     if type(value) is not int or not low <= value <= high:
         raise RequestError(f"{field}={value!r} must be an integer from {low} to {high}")
 
@@ -68,12 +79,12 @@ class Sampling:
 
     def __post_init__(self):
         if self.temperature != 0:
-            _check_number("temperature", self.temperature, 1e-5, 1e5, hint=", or 0 for greedy")
-        _check_integer("top_k", self.top_k, 0, 2**31 - 1)
-        _check_number("top_p", self.top_p, 0.0, 1.0)
-        _check_number("min_p", self.min_p, 0.0, 1.0)
-        _check_number("repetition_penalty", self.repetition_penalty, 1e-4, 1e4)
-        _check_integer("seed", self.seed, 0, 2**32 - 1)
+            low, high = LIMITS["temperature"]
+            _check_number("temperature", self.temperature, low, high, hint=", or 0 for greedy")
+        for field in ("top_p", "min_p", "repetition_penalty"):
+            _check_number(field, getattr(self, field), *LIMITS[field])
+        for field in ("top_k", "seed"):
+            _check_integer(field, getattr(self, field), *LIMITS[field])
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

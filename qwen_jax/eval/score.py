@@ -64,8 +64,12 @@ def run(
     *,
     eos_ids: tuple[int, ...],
     variant: str | None = None,
+    on_tokens: Callable[[int], None] = lambda read: None,
 ) -> Iterator[Result]:
     """The result of each cell, one cell at a time.
+
+    Args:
+        on_tokens: called after each step with the tokens read of the cell's prompt.
 
     Raises:
         RequestError: if a prompt does not fit the engine.
@@ -75,7 +79,7 @@ def run(
         request = Request(
             prompt=task.prompt, max_new_tokens=KINDS[cell.task].max_new_tokens, eos_ids=eos_ids
         )
-        ids, sparse = _answer(engine, request)
+        ids, sparse = _answer(engine, request, on_tokens)
         yield Result(
             cell=cell,
             variant=variant,
@@ -85,7 +89,9 @@ def run(
         )
 
 
-def _answer(engine: Engine | Replicas, request: Request) -> tuple[list[int], Sparseness | None]:
+def _answer(
+    engine: Engine | Replicas, request: Request, on_tokens: Callable[[int], None]
+) -> tuple[list[int], Sparseness | None]:
     engine.add(request)
     ids: list[int] = []
     sparse = None
@@ -95,6 +101,7 @@ def _answer(engine: Engine | Replicas, request: Request) -> tuple[list[int], Spa
                 raise RequestError(event.error)
             ids.extend(event.tokens)
             sparse = event.sparse
+            on_tokens(event.prefilled)
     return ids, sparse
 
 

@@ -28,9 +28,13 @@ MISTAKES = {
     "a negative slice": (None, "generate MODEL --prompt x --slice -1", "--slice -1 must be"),
     "no prompt": (None, "generate MODEL", "give one of --prompt"),
     "two prompts": (None, "generate MODEL --prompt x --tokens T", "--prompt and --tokens"),
-    "an empty prompt": (None, ["generate", "MODEL", "--prompt", ""], "--prompt is empty"),
+    "an empty prompt": (None, ["generate", "MODEL", "--prompt", ""], "--prompt must not be empty"),
     "an empty question": (None, ["ask", "MODEL", " "], "the question is empty"),
-    "no answer wanted": (None, "generate MODEL --prompt x --max-new-tokens 0", "max_new_tokens=0"),
+    "no answer wanted": (
+        None,
+        "generate MODEL --prompt x --max-new-tokens 0",
+        "--max-new-tokens 0 must be",
+    ),
     "too long a prompt": (
         None,
         ["ask", "MODEL", TOO_LONG],

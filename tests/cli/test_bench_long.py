@@ -106,7 +106,7 @@ def test_published_models_have_no_weights(run, monkeypatch):
     assert "--config 7b-1m has no weights: add --random-weights" in err
     code, _, err = run(*named, "8b")
     assert code == 2
-    assert "--config 8b: there are 7b-1m, 14b-1m" in err
+    assert "--config '8b' is not one of 7b-1m, 14b-1m" in err
     for both in ((), (".", "--config", "7b-1m")):
         code, _, err = run("bench", "decode", *both)
         assert code == 2

@@ -31,7 +31,7 @@ def test_every_plot_teaches_with_an_example(run):
     for picture in ("eval", "recall", "plan"):
         code, out, err = run("plot", picture, "--help")
         assert (code, err) == (0, "")
-        assert f"\n  Examples:\n    qwen-jax plot {picture} " in out
+        assert f"\n  Examples:\n      qwen-jax plot {picture} " in out
 
 
 @pytest.mark.parametrize("verb", [*ANSWERING, "calibrate", "plot plan"])

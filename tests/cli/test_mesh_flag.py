@@ -25,8 +25,8 @@ def use_meshes(directory):
     found = {}
     # The first makes the devices of this process.
     for mesh, devices in {
-        "data=2,tensor=2": "2 replicas, each cpu (cpu), 2 devices as tensor=2; ",
-        None: "cpu (cpu), 1 device; ",
+        "data=2,tensor=2": "2 replicas, each cpu, 2 devices as tensor=2; ",
+        None: "cpu, 1 device; ",
     }.items():
         flag = [] if mesh is None else ["--mesh", mesh]
         code, out, err = run("generate", directory, *PROMPT, *flag)
