@@ -71,6 +71,7 @@ def chat(
     if kv is not None:
         sessions.refuse_text({"--system": system})
         kept = sessions.open_kept(opened, kv, chat=True)
+    opening = list(kept.tokens) if kept else tokenizer.open_chat(system)
     held = len(kept.tokens) if kept else 0
     room = model_flags.max_len or min(opened.max_len, held + _LEN)
     opened.check_fits(held + 1)
@@ -86,7 +87,7 @@ def chat(
         eos_ids=opened.end_ids(tokenizer, chat=True),
         max_new_tokens=answer_flags.max_new_tokens,
         room=room,
-        system=tokenizer.default_system() if system is None else system,
+        opening=opening,
         kept=kept,
     ).talk(_typed() if sys.stdin.isatty() else iter(sys.stdin))
 
@@ -108,7 +109,7 @@ class Conversation:
         eos_ids: tuple[int, ...],
         max_new_tokens: int,
         room: int,
-        system: str | None,
+        opening: list[int],
         kept: sessions.Kept | None = None,
     ):
         self._engine = engine
@@ -119,10 +120,7 @@ class Conversation:
         self._max_new_tokens = max_new_tokens
         self._room = room
         self._kept = kept
-        if kept is not None:
-            self._opening = list(kept.tokens)
-        else:
-            self._opening = [] if system is None else tokenizer.encode_turn("system", system)
+        self._opening = opening
         self._ids = self._opening
         self._files: list[Document] = []
         self._commands: dict[str, Callable[[str], None]] = {

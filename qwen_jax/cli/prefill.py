@@ -119,10 +119,8 @@ def _prompt(
     def read() -> tuple[list[tuple[str, int]], list[int]]:
         texts = read_files(file or (), tokenizer)
         text = documents.joined(list(texts), "")
-        opening = tokenizer.default_system() if system is None else system
-        ids = [] if opening is None else tokenizer.encode_turn("system", opening)
         rows = [(document.name, count) for document, count in texts.items()]
-        return rows, ids + tokenizer.open_turn("user", text)
+        return rows, tokenizer.open_chat(system) + tokenizer.open_turn("user", text)
 
     rows, ids = hosts.shared(read)
     return [(name, count) for name, count in rows], tuple(ids)

@@ -104,7 +104,7 @@ def test_a_mistake_does_not_end_the_conversation(fake, talk, tokenizer, line, fa
 
 def test_help_and_tokens_are_told(fake, talk, tokenizer):
     _, _, err = talk("/help", "/tokens")
-    opening = len(tokenizer.encode_turn("system", tokenizer.default_system()))
+    opening = len(tokenizer.open_chat())
     assert "/params [NAME VALUE]" in err
     assert f"{opening} tokens of 2,048" in err
 
