@@ -14,6 +14,8 @@ CPU_SECONDS = 10
 SPECIAL_NAMES = tuple(f"{name}_token" for name in "bos eos unk sep pad cls mask".split())
 """Names by which templates know special tokens."""
 
+_LISTS = ("additional_special_tokens", "extra_special_tokens")  # known to some versions only
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Chat:
@@ -45,7 +47,7 @@ def _examine(template: str, variables: tuple[tuple[str, str | None], ...]) -> Ch
     arguments = {
         "template": template,
         "variables": {name: value for name, value in variables if value is not None},
-        "unsaid": sorted(set(SPECIAL_NAMES).difference(name for name, _ in variables)),
+        "unsaid": sorted({*SPECIAL_NAMES, *_LISTS}.difference(name for name, _ in variables)),
     }
     try:
         said = limited.answer(

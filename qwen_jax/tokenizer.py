@@ -14,6 +14,9 @@ from qwen_jax.reading import printable, shown
 from qwen_jax.template_probe import EMPTY, GIVEN, NONE, ROLES, chatml, kind
 from qwen_jax.tokenizer_file import TokenizerError
 
+STOP_CHARS = 4096
+"""Characters of the longest stop string."""
+
 _WAYS_OUT = {
     GIVEN: "use `generate`",
     EMPTY: "give a system text that is not empty",
@@ -252,6 +255,21 @@ class Tokenizer:
             return content.encode("utf-8")
 
 
+def check_stop(text: str) -> None:
+    """Checks that a text may be looked for in answers.
+
+    Raises:
+        TokenizerError: if it is empty, has over `STOP_CHARS` characters, or a lone surrogate,
+            which no answer has.
+    """
+    if not 0 < len(text) <= STOP_CHARS:
+        raise TokenizerError(
+            f"a stop string has 1 to {STOP_CHARS:,} characters, this one has {len(text):,}"
+        )
+    if not text.isascii() and any("\ud800" <= each <= "\udfff" for each in text):
+        raise TokenizerError(f"the stop string {printable(text, 60)} is not valid Unicode")
+
+
 class Stream:
     """Text of ids as they come: never half a character, never the beginning of a stop string.
 
@@ -263,10 +281,10 @@ class Stream:
         """Begin an empty text.
 
         Raises:
-            TokenizerError: if a stop string is empty.
+            TokenizerError: if a stop string cannot be looked for.
         """
-        if not all(stop):
-            raise TokenizerError("a stop string must not be empty")
+        for each in stop:
+            check_stop(each)
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = tuple(stop)

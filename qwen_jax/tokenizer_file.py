@@ -87,7 +87,9 @@ def read(directory: Path) -> Files:
     if not os.path.lexists(path):
         raise TokenizerError(f"{shown(path)} is missing: text needs it, ids do not")
     raw = reading.read_object(path, error=TokenizerError)
-    names, template = _settings(directory)
+    settings = directory / "tokenizer_config.json"
+    config = _settings(settings)
+    template = _template(directory, settings, config)
     try:
         words = _check_model(raw.get("model"))
         _check_steps("normalizer", raw.get("normalizer"), NORMALIZERS)
@@ -96,6 +98,7 @@ def read(directory: Path) -> Files:
         added = _added(raw.get("added_tokens"))
     except TokenizerError as error:
         raise TokenizerError(f"{shown(path)}: {error}") from None
+    _compare_tokens(settings, config, added)
     _try_patterns(path, raw["pre_tokenizer"])
     control = frozenset(
         content
@@ -125,7 +128,7 @@ def read(directory: Path) -> Files:
         control=control,
         special=frozenset(content for content, token in added.items() if token["special"]),
         size=1 + max([*words.values(), *(token["id"] for token in added.values())]),
-        names=names,
+        names=_names(settings, config),
         template=template,
     )
 
@@ -264,18 +267,55 @@ def _added(tokens: Any) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _settings(directory: Path) -> tuple[dict[str, str | None], str | None]:
-    """Special tokens by name, and the chat template, which may have a file of its own."""
-    path = directory / "tokenizer_config.json"
-    config = reading.read_object(path, error=TokenizerError) if os.path.lexists(path) else {}
+def _settings(path: Path) -> dict[str, Any]:
+    """`tokenizer_config.json`, where there is one."""
+    return reading.read_object(path, error=TokenizerError) if os.path.lexists(path) else {}
+
+
+def _names(path: Path, config: dict[str, Any]) -> dict[str, str | None]:
+    """Special tokens by name."""
     names: dict[str, str | None] = {}
-    for name in SPECIAL_NAMES:
-        if name in config:
-            value = config[name]
-            content = value.get("content") if isinstance(value, dict) else value
+    for name, value in config.items():
+        content = value.get("content") if isinstance(value, dict) else value
+        if name in SPECIAL_NAMES:
             if not (isinstance(content, str) or (value is None and content is None)):
                 raise TokenizerError(f"{shown(path)}: {name} must be a text, got {_value(value)}")
             names[name] = content
+        elif name.endswith("_token") and isinstance(content, str):
+            names[name] = content  # a model's own, such as image_token
+    return names
+
+
+def _compare_tokens(path: Path, config: dict[str, Any], added: dict[str, dict[str, Any]]) -> None:
+    """Takes `special` of the added tokens from the settings, as transformers does.
+
+    Raises:
+        TokenizerError: if the settings say other tokens, or that they match otherwise.
+    """
+    decoder = config.get("added_tokens_decoder", {})
+    if not isinstance(decoder, dict) or len(decoder) > ADDED_TOKENS:
+        raise TokenizerError(
+            f"{shown(path)}: added_tokens_decoder must be an object of at most {ADDED_TOKENS:,}"
+        )
+    by_id = {str(token["id"]): token for token in added.values()}
+    for number, said in decoder.items():
+        said = said if isinstance(said, dict) else {"content": said}
+        known = by_id.get(number, {})
+        flags = dict.fromkeys(_FLAGS, False) | {"normalized": not said.get("special")} | said
+        differs = [name for name in ("content", *_FLAGS[:-1]) if flags.get(name) != known.get(name)]
+        if differs or not isinstance(flags["special"], bool):
+            raise TokenizerError(
+                f"{shown(path)}: added_tokens_decoder: token {printable(number, 30)} has another "
+                f"{differs[0] if known and differs else 'meaning'} than in tokenizer.json"
+            )
+        known["special"] = flags["special"]
+
+
+def _template(directory: Path, path: Path, config: dict[str, Any]) -> str | None:
+    """The chat template, which may have a file of its own, or a name among others."""
+    own = directory / "chat_template.jinja"
+    if os.path.lexists(own):
+        return reading.read_text(own, limit=TEMPLATE_BYTES, error=TokenizerError)
     template = config.get("chat_template")
     if isinstance(template, list):
         for entry in template:
@@ -284,12 +324,9 @@ def _settings(directory: Path) -> tuple[dict[str, str | None], str | None]:
         template = {entry["name"]: entry.get("template") for entry in template}.get("default")
     if template is not None and not isinstance(template, str):
         raise TokenizerError(f"{shown(path)}: chat_template is not text")
-    own = directory / "chat_template.jinja"
-    if os.path.lexists(own):
-        return names, reading.read_text(own, limit=TEMPLATE_BYTES, error=TokenizerError)
     if template is not None and len(template.encode()) > TEMPLATE_BYTES:
         raise TokenizerError(f"{shown(path)}: chat_template has over {TEMPLATE_BYTES:,} bytes")
-    return names, template
+    return template
 
 
 def _value(value: Any) -> str:

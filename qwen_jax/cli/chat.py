@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -28,6 +29,8 @@ from qwen_jax.tokenizer import Stream, Tokenizer, TokenizerError
 
 _LEN = 32768
 """Tokens that a conversation holds by default: its cache is allocated whole."""
+
+_HISTORY_BYTES = _LINE_CHARS = 1 << 26
 
 _HELP = """\
 /file PATH            put a text file or directory before your next message
@@ -89,7 +92,7 @@ def chat(
         room=room,
         opening=opening,
         kept=kept,
-    ).talk(_typed() if sys.stdin.isatty() else iter(sys.stdin))
+    ).talk(_typed() if sys.stdin.isatty() else _piped())
 
 
 class Conversation:
@@ -194,6 +197,8 @@ class Conversation:
     def _attach(self, argument: str) -> None:
         if not argument:
             raise ConfigError("/file needs a path")
+        if Path(argument) == documents.STDIN:
+            raise ConfigError("/file needs a path: standard input is the conversation itself")
         found = read_files([Path(argument).expanduser()], self._tokenizer)
         self._files += found
         rows = [(document.name, count) for document, count in found.items()]
@@ -233,18 +238,49 @@ class Conversation:
         note("a new conversation")
 
 
+def _piped() -> Iterator[str]:
+    """Lines of standard input.
+
+    Raises:
+        ConfigError: if a line has no end.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):  # what is not UTF-8 is refused as a message
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    while line := sys.stdin.readline(_LINE_CHARS):
+        if len(line) == _LINE_CHARS:
+            raise ConfigError(f"a line of standard input has over {_LINE_CHARS:,} characters")
+        yield line
+
+
 def _typed() -> Iterator[str]:
     """Lines as the user types them; Ctrl-C clears one, Ctrl-D ends them."""
     from prompt_toolkit import PromptSession
-    from prompt_toolkit.history import FileHistory
 
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    path = Path(base) / "qwen-jax" / "history"
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    session: PromptSession[str] = PromptSession(history=FileHistory(str(path)))
+    session: PromptSession[str] = PromptSession(history=_history())
     while True:
         with contextlib.suppress(KeyboardInterrupt):
             try:
                 yield session.prompt("> ")
             except EOFError:
                 return
+
+
+def _history():
+    """Lines typed before, in a file; in memory only where none can be kept."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    class History(FileHistory):
+        def store_string(self, string):
+            with contextlib.suppress(OSError):  # a disk that filled up
+                super().store_string(string)
+
+    try:
+        base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+        path = Path(base) / "qwen-jax" / "history"
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.touch(mode=0o600)
+        usable = path.is_file() and path.stat().st_size <= _HISTORY_BYTES
+        usable &= os.access(path, os.R_OK | os.W_OK)
+    except (OSError, RuntimeError, ValueError):  # RuntimeError: there is no home
+        usable = False
+    return History(str(path)) if usable else InMemoryHistory()

@@ -732,7 +732,7 @@ def test_windows_that_a_device_does_not_hold_are_refused_before_weights_are_read
         (["--file", "T", "--out", "no/kv"], "no: there is no such directory"),
         (["--file", "T", "--out", "T"], "T cannot be written: "),
         (["--file", "T", "--max-len", 100], "do not fit into the 100 that --max-len says"),
-        (["--file", "nowhere"], "nowhere: No such file"),
+        (["--file", "nowhere"], "nowhere is missing"),
     ],
 )
 @pytest.mark.usefixtures("nothing_allocated")

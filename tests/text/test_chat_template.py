@@ -17,6 +17,7 @@ SETTINGS = {
     "eos_token": "<|im_end|>",
     "pad_token": "<|endoftext|>",
     "bos_token": None,
+    "turn_token": "<|im_start|>",
 }
 SYSTEM, EMPTY = ({"role": "system", "content": text} for text in ("Be\nbrief. ", ""))
 USER, REPLY = {"role": "user", "content": " one\n"}, {"role": "assistant", "content": "e\u0301"}

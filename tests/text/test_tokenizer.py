@@ -334,6 +334,15 @@ def test_every_field_of_a_tokenizer_is_checked(small, tmp_path, field, value, fa
         ({"chat_template": [5]}, "entry without a name"),
         ({"chat_template": [{"name": "default", "template": 5}]}, "chat_template is not text"),
         ({"chat_template": "x" * 300_000}, "over 262,144 bytes"),
+        ({"added_tokens_decoder": []}, "added_tokens_decoder must be an object"),
+        ({"added_tokens_decoder": {"5": {"content": "x"}}}, "token 5 has another meaning"),
+        ({"added_tokens_decoder": {"271": {"content": "x"}}}, "another content"),
+        ({"added_tokens_decoder": {"271": {"content": "<|im_end|>"}}}, "another normalized"),
+        (
+            {"added_tokens_decoder": {"271": {"content": "<|im_end|>", "special": 1}}},
+            "token 271 has another meaning",
+        ),
+        ({"added_tokens_decoder": {"271": 5}}, "another content"),
     ],
 )
 def test_every_field_of_its_settings_is_checked(small, tmp_path, settings, fault):
@@ -341,6 +350,15 @@ def test_every_field_of_its_settings_is_checked(small, tmp_path, settings, fault
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(TokenizerError, match=fault):
         Tokenizer.load(tmp_path)
+
+
+def test_settings_decide_what_is_special(small, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((small / "tokenizer.json").read_bytes())
+    said = {"283": {"content": "<tool_call>", "special": True, "normalized": False}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": said}))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.decode([283, 284]) == "</tool_call>"
+    assert Tokenizer.load(small).decode([283, 284]) == "<tool_call></tool_call>"
 
 
 def test_a_vocabulary_that_spells_control_tokens_is_refused(small, tmp_path):
