@@ -4,7 +4,9 @@ import json
 import math
 import os
 import re
+import select
 import stat
+import time
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ JSON_BYTES = 64 << 20
 """Largest JSON file that is read; the largest tokenizer.json of a published model has 33 MB."""
 JSON_DEPTH = 100
 """Lists and objects that may lie in each other."""
+PIPE_SECONDS = 10.0
+"""How long a pipe may be without a writer."""
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -53,7 +57,8 @@ def read_bytes(
     """The content of a regular file.
 
     Nothing waits: pipes, sockets and devices are refused by their kind before they are read, and
-    files over the limit before memory is taken.
+    files over the limit before memory is taken. A pipe that may be read is waited for as long as
+    somebody writes into it, and `PIPE_SECONDS` until somebody does.
 
     Args:
         limit: bytes that it may have.
@@ -65,17 +70,18 @@ def read_bytes(
     """
     name = shown(path)
     try:
-        piped = pipes and stat.S_ISFIFO(os.stat(path).st_mode)
-        # A pipe is opened with patience, since its writer may come later; nothing else makes wait.
-        waiting = 0 if piped else os.O_NONBLOCK
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | waiting)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK)
         try:
             status = os.fstat(descriptor)
-            if not (stat.S_ISREG(status.st_mode) or (piped and stat.S_ISFIFO(status.st_mode))):
+            piped = pipes and stat.S_ISFIFO(status.st_mode)
+            if not (stat.S_ISREG(status.st_mode) or piped):
                 raise error(f"{name} is {kind_of(status.st_mode)}, not a regular file")
             if status.st_size > limit:
                 raise error(f"{name} has {status.st_size:,} bytes, more than the {limit:,} allowed")
-            data = bytearray()
+            begun = _begin_pipe(descriptor) if piped else b""
+            if begun is None:
+                raise error(f"{name} is a pipe into which nobody writes")
+            data = bytearray(begun)
             while part := os.read(descriptor, min(1 << 24, limit + 1 - len(data))):
                 data += part
                 if len(data) > limit:
@@ -210,6 +216,23 @@ def reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return printable(error.strerror)
     return printable(error)
+
+
+def _begin_pipe(pipe: int) -> bytes | None:
+    """What a pipe holds when it has a writer; None if it has none for `PIPE_SECONDS`."""
+    until = time.monotonic() + PIPE_SECONDS
+    poll = select.poll()
+    poll.register(pipe, select.POLLIN | select.POLLHUP)
+    while time.monotonic() < until:
+        ready = poll.poll(20)
+        try:
+            part = os.read(pipe, 1 << 16)
+        except BlockingIOError:  # somebody writes, but nothing yet
+            ready, part = True, b""
+        if ready or part:
+            os.set_blocking(pipe, True)
+            return part
+    return None
 
 
 def kind_of(mode: int) -> str:

@@ -1,98 +1,88 @@
-"""Text <-> ids: no control tokens from text, ChatML by pieces, streaming decode.
-
-One file over the usual length, because all of it is one promise: control tokens
-come from the renderer and text from text, in both directions.
-"""
+"""Text <-> ids: no control tokens from text, ChatML by pieces, streaming decode."""
 
 import codecs
 import dataclasses
-import json
-import re
+import functools
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
+from qwen_jax import tokenizer_file
+from qwen_jax.chat_template import Chat, examine
+from qwen_jax.reading import printable, shown
+from qwen_jax.template_probe import EMPTY, GIVEN, NONE, ROLES, chatml, kind
+from qwen_jax.tokenizer_file import TokenizerError
 
-class TokenizerError(ValueError):
-    """Text, a message or a tokenizer file that cannot be used, by name, and the way out."""
+STOP_CHARS = 4096
+"""Characters of the longest stop string."""
+
+_WAYS_OUT = {
+    GIVEN: "use `generate`",
+    EMPTY: "give a system text that is not empty",
+    NONE: "give a system text of your own",
+}
 
 
-ROLES = ("system", "user", "assistant")
-"""Roles that a message may have: they reach the prompt, so the set is closed."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Tokenizer:
     """A byte-level BPE tokenizer whose text never becomes a control token.
 
     Attributes:
         directory: where the files came from; named in errors.
-        model: encodes text. It was built without the added tokens, so no text
-            can match one.
+        model: encodes text. Added tokens that are ordinary words (part numbers, say) are found in
+            it, control tokens are not.
         added: ids of the added tokens (`<|im_end|>`, `<tool_call>`, ...) by content.
-        contents: the same, the other way round.
+        contents: content of those that are no words of the vocabulary, by id.
+        control_ids: ids among them that no text becomes: those of special tokens, of tokens that
+            the chat template names, and of Qwen's own.
         special: ids among them that decoding leaves out.
         size: one more than the largest id that means something; ids from here on
             are padding of the embedding.
-        eos: id that ends an answer, or None if the files name none.
+        names: special tokens by the names that templates know them by, as far as they are said.
         template: the checkpoint's chat template, or None.
+        turns_fault: why the library itself makes other ids of turns in ChatML, or None.
     """
 
     directory: Path
     model: tokenizers.Tokenizer
     added: Mapping[str, int]
     contents: Mapping[int, str]
+    control_ids: frozenset[int]
     special: frozenset[int]
     size: int
-    eos: int | None
+    names: Mapping[str, str | None]
     template: str | None
+    turns_fault: str | None = None
 
     @classmethod
     def load(cls, directory: Path | str) -> "Tokenizer":
         """The tokenizer of a Hugging Face directory or of a converted checkpoint.
 
         Raises:
-            TokenizerError: if `tokenizer.json` is missing or malformed, or is not byte-level.
+            TokenizerError: if `tokenizer.json` is missing or malformed, is not byte-level, or has
+                steps that may blow up a text.
         """
         directory = Path(directory)
-        path = directory / "tokenizer.json"
-        raw = _read_json(path)
-        added = raw.get("added_tokens") or []
-        try:
-            ids = {token["content"]: token["id"] for token in added}
-            special = frozenset(token["id"] for token in added if token["special"])
-            kind = raw["decoder"]["type"]
-        except (KeyError, TypeError) as error:
-            raise TokenizerError(f"{path} lacks {error} in added_tokens or decoder") from None
-        if kind != "ByteLevel":
-            raise TokenizerError(f"{path}: decoder {kind!r} is not 'ByteLevel', as Qwen2.5's is")
-        # Added tokens would match in text, truncation would drop some of it in silence.
-        raw |= {"added_tokens": [], "truncation": None, "padding": None}
-        try:
-            model = tokenizers.Tokenizer.from_str(json.dumps(raw))
-        except Exception as error:  # the library raises nothing narrower
-            raise TokenizerError(f"{path} is not a usable tokenizer: {error}") from None
-        settings = directory / "tokenizer_config.json"
-        config = _read_json(settings) if settings.exists() else {}
-        eos = config.get("eos_token")
-        return cls(
+        files = tokenizer_file.read(directory)
+        tokenizer = cls(
             directory=directory,
-            model=model,
-            added=ids,
-            contents={token: content for content, token in ids.items()},
-            special=special,
-            size=1 + max([*model.get_vocab().values(), *ids.values()], default=-1),
-            eos=ids.get(eos.get("content") if isinstance(eos, dict) else eos),
-            template=_template(directory, config),
+            model=files.model,
+            added=files.added,
+            contents=files.contents,
+            control_ids=frozenset(files.added[content] for content in files.control),
+            special=frozenset(files.added[content] for content in files.special),
+            size=files.size,
+            names=files.names,
+            template=files.template,
         )
+        # Before anybody encodes with it: the library's own ids need a switch that all share.
+        return dataclasses.replace(tokenizer, turns_fault=tokenizer._compare_turns())
 
     @property
-    def control_ids(self) -> frozenset[int]:
-        """Ids of all added tokens: none of them comes from text."""
-        return frozenset(self.contents)
+    def eos(self) -> int | None:
+        """Id that ends an answer, or None if the files name none."""
+        return self.added.get(self.names.get("eos_token") or "")
 
     def encode_text(self, text: str) -> list[int]:
         """Ids of `text`, never a control id: `<|im_end|>` in it is ten ordinary characters.
@@ -107,11 +97,13 @@ class Tokenizer:
                 f"character {error.start} of the text is the lone surrogate "
                 f"{text[error.start]!a}: it is not valid Unicode, remove it"
             ) from None
-        ids = self.model.encode(text, add_special_tokens=False).ids
+        path = shown(self.directory / "tokenizer.json")
+        encoded = tokenizer_file.guarded(path, self.model.encode, text, add_special_tokens=False)
+        ids = encoded.ids
         forged = self.control_ids.intersection(ids)
         if forged:
             raise TokenizerError(
-                f"{self.directory / 'tokenizer.json'} makes control token {min(forged)} out of "
+                f"{path} makes control token {min(forged)} out of "
                 "plain text: its vocabulary can be spelled, do not use it"
             )
         return ids
@@ -131,7 +123,7 @@ class Tokenizer:
             TokenizerError: if the role is unknown, or the checkpoint does not speak ChatML.
         """
         if role not in ROLES:
-            raise TokenizerError(f"role {role!r} is not one of {', '.join(ROLES)}")
+            raise TokenizerError(f"role {printable(repr(role))} is not one of {', '.join(ROLES)}")
         return [self.control("<|im_start|>"), *self.encode_text(f"{role}\n{content}")]
 
     def open_answer(self) -> list[int]:
@@ -161,57 +153,76 @@ class Tokenizer:
         for message in messages:
             if message.keys() != {"role", "content"}:
                 raise TokenizerError(f"a message has 'role' and 'content', got {sorted(message)}")
-        self.check_chatml()
-        opening = None if messages[0]["role"] == "system" else self.default_system()
-        ids = [] if opening is None else self.encode_turn("system", opening)
+        if messages[0]["role"] == "system":
+            ids, messages = self.open_chat(messages[0]["content"]), messages[1:]
+        else:
+            ids = self.open_chat()
         for message in messages:
             ids += self.encode_turn(message["role"], message["content"])
         return ids + self.open_answer() if add_generation_prompt else ids
 
-    def check_chatml(self) -> None:
-        """Checks that the checkpoint's chat template is plain ChatML.
+    def open_chat(self, system: str | None = None) -> list[int]:
+        """Ids of the turn that a conversation begins with, if any.
+
+        Args:
+            system: system text; None for the checkpoint's own.
 
         Raises:
-            TokenizerError: if there is no template, or one of another format.
+            TokenizerError: if the checkpoint's chat template would not give these ids.
         """
+        opening = "user" if system is None else "system"
+        self._check_kind(kind([{"role": opening, "content": system or ""}]))
+        text = self.chat.default if system is None else system
+        return [] if text is None else self.encode_turn("system", text)
+
+    def check_chatml(self) -> None:
+        """Checks that conversations, at least with a system text, are ChatML.
+
+        Raises:
+            TokenizerError: if there is no chat template, or one of another format.
+        """
+        self._check_kind(GIVEN)
+
+    def _check_kind(self, which: str) -> None:
         if self.template is None:
             raise TokenizerError(
-                f"{self.directory} has no chat template (chat_template.jinja, or chat_template in "
-                "tokenizer_config.json): it is a base model, use `generate`"
+                f"{shown(self.directory)} has no chat template (chat_template.jinja, or "
+                "chat_template in tokenizer_config.json): it is a base model, use `generate`"
             )
-        if "<|im_start|>" not in self.template or "<|im_end|>" not in self.template:
-            raise TokenizerError(
-                f"{self.directory}: the chat template is not ChatML (<|im_start|> ... <|im_end|>); "
-                "use `generate`"
-            )
-        for opening in re.finditer(r"<\|im_start\|>assistant(?:\n|\\n)", self.template):
-            text = self.template[opening.end() : opening.end() + 20]
-            if not text.startswith(("'", '"', "{")) and text:
+        for each in (GIVEN, which):
+            if each in self.chat.faults:
                 raise TokenizerError(
-                    f"{self.directory}: the chat template puts {text!r} into the model's mouth; "
-                    "only plain ChatML is supported, use `generate`"
+                    f"{shown(self.directory)}: the chat template is not plain ChatML: "
+                    f"{printable(self.chat.faults[each])}; {_WAYS_OUT[each]}"
                 )
 
-    def default_system(self) -> str | None:
-        """The system text that the chat template inserts, or None if it inserts none.
+    @functools.cached_property
+    def chat(self) -> Chat:
+        """How far the chat template gives the ids that are made here."""
+        chat = examine(self.template or "", self.names)
+        faults = dict(chat.faults)
+        if self.turns_fault is not None:
+            faults.setdefault(GIVEN, self.turns_fault)
+        for content, token in self.added.items():
+            if token in self.control_ids and content in (chat.default or ""):
+                faults[NONE] = f"its system text holds the control token {content}"
+        return Chat(chat.default, faults)
 
-        It is read off as a literal. Nothing is executed: a template is a program,
-        and checkpoints are downloaded.
-
-        Raises:
-            TokenizerError: if the text is not a plain literal.
-        """
-        for match in re.finditer(r"<\|im_start\|>system(?:\n|\\n)", self.template or ""):
-            literal = match.string[match.end() :].partition("<|im_end|>")[0]
-            if literal.startswith(("'", '"', "{")):
-                continue  # the conversation's own system text goes here
-            if not re.fullmatch(r"""(?:[^'"\\{]|\\[n'"\\]|\{(?![{%#]))*""", literal):
-                raise TokenizerError(
-                    f"{self.directory}: the default system text of the chat template is not a "
-                    f"plain literal ({literal[:40]!r}): give a system text of your own"
-                )
-            return re.sub(r"\\(.)", lambda escape: {"n": "\n"}.get(escape[1], escape[1]), literal)
-        return None
+    def _compare_turns(self) -> str | None:
+        """Why the library makes other ids of a conversation in ChatML, if it does."""
+        if not self.added.keys() >= {"<|im_start|>", "<|im_end|>"}:
+            return "the tokenizer has no added tokens <|im_start|> and <|im_end|>"
+        contents = ["x", " x ", "", "\n", "\u0301x\n"]
+        turns = [{"role": role, "content": each} for each in contents for role in ROLES]
+        try:
+            ids = [i for turn in turns for i in self.encode_turn(turn["role"], turn["content"])]
+            self.model.encode_special_tokens = False
+            found = self.model.encode(chatml(turns, None, False), add_special_tokens=False).ids
+        except TokenizerError as error:
+            return str(error)
+        finally:
+            self.model.encode_special_tokens = True
+        return None if found == ids else "added tokens take in text around or between its markers"
 
     def control(self, content: str) -> int:
         """Id of an added token.
@@ -220,7 +231,7 @@ class Tokenizer:
             TokenizerError: if the tokenizer has none of that name.
         """
         if content not in self.added:
-            path = self.directory / "tokenizer.json"
+            path = shown(self.directory / "tokenizer.json")
             raise TokenizerError(f"{path} has no added token {content}: it does not speak ChatML")
         return self.added[content]
 
@@ -232,16 +243,31 @@ class Tokenizer:
         """Bytes that a token adds to the text: none for special and unknown ids."""
         if token in self.special:
             return b""
-        content = self.contents.get(token)
-        if content is None:
-            content = self.model.id_to_token(token) if token >= 0 else None
+        if token in self.contents:
+            return self.contents[token].encode("utf-8")
+        content = self.model.id_to_token(token) if token >= 0 else None
         if content is None:
             return b""
-        alphabet = _byte_alphabet()
+        alphabet = tokenizer_file.byte_alphabet()
         try:
             return bytes([alphabet[character] for character in content])
-        except KeyError:  # an added token outside the byte alphabet stands for itself
+        except KeyError:  # no word of byte-level BPE: it stands for itself
             return content.encode("utf-8")
+
+
+def check_stop(text: str) -> None:
+    """Checks that a text may be looked for in answers.
+
+    Raises:
+        TokenizerError: if it is empty, has over `STOP_CHARS` characters, or a lone surrogate,
+            which no answer has.
+    """
+    if not 0 < len(text) <= STOP_CHARS:
+        raise TokenizerError(
+            f"a stop string has 1 to {STOP_CHARS:,} characters, this one has {len(text):,}"
+        )
+    if not text.isascii() and any("\ud800" <= each <= "\udfff" for each in text):
+        raise TokenizerError(f"the stop string {printable(text, 60)} is not valid Unicode")
 
 
 class Stream:
@@ -255,10 +281,10 @@ class Stream:
         """Begin an empty text.
 
         Raises:
-            TokenizerError: if a stop string is empty.
+            TokenizerError: if a stop string cannot be looked for.
         """
-        if not all(stop):
-            raise TokenizerError("a stop string must not be empty")
+        for each in stop:
+            check_stop(each)
         self.stopped = False
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
@@ -287,51 +313,7 @@ class Stream:
         return text[: len(text) - keep]
 
 
-def _template(directory: Path, config: dict[str, Any]) -> str | None:
-    """The chat template: its own file, else tokenizer_config.json, where it may have a name."""
-    path = directory / "chat_template.jinja"
-    if path.exists():
-        return _read_text(path)
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default")
-    if template is not None and not isinstance(template, str):
-        raise TokenizerError(f"{directory / 'tokenizer_config.json'}: chat_template is not text")
-    return template
-
-
 def _overlap(text: str, stop: str) -> int:
     """Length of the longest proper prefix of `stop` that ends `text`."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
-
-
-@lru_cache(maxsize=1)
-def _byte_alphabet() -> dict[str, int]:
-    """Characters by which byte-level BPE writes bytes (GPT-2's `bytes_to_unicode`)."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    alphabet = {chr(byte): byte for byte in printable}
-    return alphabet | {chr(256 + index): byte for index, byte in enumerate(others)}
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except FileNotFoundError:
-        raise TokenizerError(f"{path} is missing: text needs it, ids do not") from None
-    except OSError as error:
-        raise TokenizerError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise TokenizerError(f"{path} is not UTF-8: {error}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(_read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise TokenizerError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path} must hold a JSON object, got {type(value).__name__}")
-    return value

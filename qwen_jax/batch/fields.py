@@ -8,7 +8,7 @@ from typing import Any
 
 from qwen_jax.batch.lines import CHAT, Line, LineError
 from qwen_jax.engine.request import Request, RequestError, Sampling, check_ids
-from qwen_jax.tokenizer import Tokenizer, TokenizerError
+from qwen_jax.tokenizer import Tokenizer, TokenizerError, check_stop
 
 IGNORED = frozenset(
     "model user metadata store service_tier safety_identifier prompt_cache_key "
@@ -239,8 +239,10 @@ class _Body:
         if stop is None:
             return default
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not all(isinstance(each, str) and each for each in stop):
-            raise LineError("stop must hold texts that are not empty", param="stop")
+        if not all(isinstance(each, str) for each in stop):
+            raise LineError("stop must hold texts", param="stop")
+        for each in stop:
+            check_stop(each)
         return stop
 
     def check_rest(self) -> None:

@@ -1,5 +1,6 @@
 """ask: answer a question about text files."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -23,7 +24,20 @@ from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Request
 from qwen_jax.tokenizer import Stream, Tokenizer
 
-_SHOWN = 10  # lines on files that were skipped
+Files = Annotated[
+    list[Path] | None,
+    option(
+        "A text file, a directory, or - for standard input; may be given repeatedly.",
+        metavar="PATH",
+    ),
+]
+Exclude = Annotated[
+    list[str] | None,
+    option(
+        "Leave out what a pattern as in .gitignore names in directories; may be given repeatedly.",
+        metavar="GLOB",
+    ),
+]
 
 
 @expand_on_hosts
@@ -35,10 +49,8 @@ def ask(
     ],
     model_flags: ModelFlags,
     answer_flags: AnswerFlags,
-    file: Annotated[
-        list[Path] | None,
-        option("A text file or a directory; may be given repeatedly.", metavar="PATH"),
-    ] = None,
+    file: Files = None,
+    exclude: Exclude = None,
     system: System = None,
     kv: sessions.Kv = None,
 ):
@@ -46,9 +58,10 @@ def ask(
 
     The files come first, the question last, in one turn of ChatML; markers such
     as <|im_end|> in them are ordinary characters. Directories are read whole, in
-    order of their names, without hidden files, links and files that are no UTF-8
-    text. What does not fit is refused, never shortened. Files that `prefill` has read
-    are named by --kv instead, and read from its session.
+    order of their names, without hidden files, links, what .gitignore or --exclude
+    names, and files that are no UTF-8 text. What does not fit is refused, never
+    shortened. Files that `prefill` has read are named by --kv instead, and read from
+    its session.
 
     Examples:
         qwen-jax ask ckpt/7b-1m --file book.txt "Who is the narrator?"
@@ -65,11 +78,13 @@ def ask(
     tokenizer.check_chatml()
     kept = None
     if kv is not None:
-        sessions.refuse_text({"--file": file or None, "--system": system})
+        sessions.refuse_text(
+            {"--file": file or None, "--exclude": exclude or None, "--system": system}
+        )
         kept = sessions.open_kept(opened, kv, chat=True)
 
     def read() -> tuple[list[tuple[str, int]], list[int]]:
-        texts = read_files(file or (), tokenizer)
+        texts = read_files(file or (), tokenizer, exclude=exclude or ())
         messages = [{"role": "user", "content": documents.joined(list(texts), question)}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
@@ -105,17 +120,13 @@ def ask(
         raise KeyboardInterrupt
 
 
-def read_files(paths, tokenizer: Tokenizer) -> dict[documents.Document, int]:
+def read_files(
+    paths: Iterable[Path], tokenizer: Tokenizer, *, exclude: Sequence[str] = ()
+) -> dict[documents.Document, int]:
     """The documents that `paths` name, with their tokens; says what was skipped.
 
     Raises:
-        DocumentError: if a named path holds no text.
-        OSError: if a file cannot be read.
+        DocumentError: if a named path holds no text or cannot be read.
     """
-    skipped: list[str] = []
-    found = documents.read(paths, skipped=skipped.append)
-    for line in skipped[:_SHOWN]:
-        note(line)
-    if len(skipped) > _SHOWN:
-        note(f"skipped {len(skipped) - _SHOWN} more")
+    found = documents.read(paths, skipped=note, exclude=exclude)
     return {document: len(tokenizer.encode_text(document.text)) for document in found}

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ from qwen_jax.tokenizer import Stream, Tokenizer, TokenizerError
 
 _LEN = 32768
 """Tokens that a conversation holds by default: its cache is allocated whole."""
+
+_HISTORY_BYTES = _LINE_CHARS = 1 << 26
 
 _HELP = """\
 /file PATH            put a text file or directory before your next message
@@ -70,6 +73,7 @@ def chat(
     if kv is not None:
         sessions.refuse_text({"--system": system})
         kept = sessions.open_kept(opened, kv, chat=True)
+    opening = list(kept.tokens) if kept else tokenizer.open_chat(system)
     held = len(kept.tokens) if kept else 0
     room = model_flags.max_len or min(opened.max_len, held + _LEN)
     opened.check_fits(held + 1)
@@ -85,9 +89,9 @@ def chat(
         eos_ids=opened.end_ids(tokenizer, chat=True),
         max_new_tokens=answer_flags.max_new_tokens,
         room=room,
-        system=tokenizer.default_system() if system is None else system,
+        opening=opening,
         kept=kept,
-    ).talk(_typed() if sys.stdin.isatty() else iter(sys.stdin))
+    ).talk(_typed() if sys.stdin.isatty() else _piped())
 
 
 class Conversation:
@@ -107,7 +111,7 @@ class Conversation:
         eos_ids: tuple[int, ...],
         max_new_tokens: int,
         room: int,
-        system: str | None,
+        opening: list[int],
         kept: sessions.Kept | None = None,
     ):
         self._engine = engine
@@ -118,10 +122,7 @@ class Conversation:
         self._max_new_tokens = max_new_tokens
         self._room = room
         self._kept = kept
-        if kept is not None:
-            self._opening = list(kept.tokens)
-        else:
-            self._opening = [] if system is None else tokenizer.encode_turn("system", system)
+        self._opening = opening
         self._ids = self._opening
         self._files: list[Document] = []
         self._commands: dict[str, Callable[[str], None]] = {
@@ -195,6 +196,8 @@ class Conversation:
     def _attach(self, argument: str) -> None:
         if not argument:
             raise ConfigError("/file needs a path")
+        if Path(argument) == documents.STDIN:
+            raise ConfigError("/file needs a path: standard input is the conversation itself")
         found = read_files([Path(argument).expanduser()], self._tokenizer)
         self._files += found
         rows = [(document.name, count) for document, count in found.items()]
@@ -234,18 +237,49 @@ class Conversation:
         note("a new conversation")
 
 
+def _piped() -> Iterator[str]:
+    """Lines of standard input.
+
+    Raises:
+        ConfigError: if a line has no end.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):  # what is not UTF-8 is refused as a message
+        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
+    while line := sys.stdin.readline(_LINE_CHARS):
+        if len(line) == _LINE_CHARS:
+            raise ConfigError(f"a line of standard input has over {_LINE_CHARS:,} characters")
+        yield line
+
+
 def _typed() -> Iterator[str]:
     """Lines as the user types them; Ctrl-C clears one, Ctrl-D ends them."""
     from prompt_toolkit import PromptSession
-    from prompt_toolkit.history import FileHistory
 
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    path = Path(base) / "qwen-jax" / "history"
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    session: PromptSession[str] = PromptSession(history=FileHistory(str(path)))
+    session: PromptSession[str] = PromptSession(history=_history())
     while True:
         with contextlib.suppress(KeyboardInterrupt):
             try:
                 yield session.prompt("> ")
             except EOFError:
                 return
+
+
+def _history():
+    """Lines typed before, in a file; in memory only where none can be kept."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    class History(FileHistory):
+        def store_string(self, string):
+            with contextlib.suppress(OSError):  # a disk that filled up
+                super().store_string(string)
+
+    try:
+        base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+        path = Path(base) / "qwen-jax" / "history"
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.touch(mode=0o600)
+        usable = path.is_file() and path.stat().st_size <= _HISTORY_BYTES
+        usable &= os.access(path, os.R_OK | os.W_OK)
+    except (OSError, RuntimeError, ValueError):  # RuntimeError: there is no home
+        usable = False
+    return History(str(path)) if usable else InMemoryHistory()

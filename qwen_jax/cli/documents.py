@@ -1,5 +1,6 @@
 """Text files and directories, read whole or refused by name; never shortened."""
 
+import collections
 import dataclasses
 import os
 import stat
@@ -7,14 +8,39 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import pathspec
 from rich.cells import cell_len
 
-from qwen_jax import hosts
+from qwen_jax import hosts, reading
 from qwen_jax.cli.console import console, shorten
-from qwen_jax.reading import shown
+from qwen_jax.reading import printable, shown
 
+STDIN = Path("-")
+"""The name of standard input."""
+
+_LARGEST_BYTES = 1 << 28  # some sixty million tokens: more than any model reads
+_IGNORE_BYTES = 1 << 20
 _SNIFFED_BYTES = 8192
-_LARGEST_BYTES = 1 << 30
+_LISTED, _LARGEST_SHOWN = 10, 5  # skipped files: all of so few, else the largest
+
+# First bytes of what users take for text, and the way to its text.
+_FORMATS = (
+    (b"%PDF", "a PDF: take its text out, for example with pdftotext"),
+    (b"PK\x03\x04", "a zip archive: unpack it, and name the files"),
+    (b"PK\x05\x06", "an empty zip archive"),
+    (b"\x1f\x8b", "compressed: unpack it, for example with gunzip"),
+    (b"BZh", "compressed: unpack it, for example with bunzip2"),
+    (b"\xfd7zXZ", "compressed: unpack it, for example with unxz"),
+    (b"\x28\xb5\x2f\xfd", "compressed: unpack it, for example with unzstd"),
+    (b"\xd0\xcf\x11\xe0", "an old Office document: save it as text"),
+)
+_ZIPPED = (
+    (b"word/", "a Word document: save it as text, or convert it, for example with pandoc"),
+    (b"xl/", "an Excel document: save its sheets as CSV"),
+    (b"ppt/", "a PowerPoint document: save it as text"),
+    (b"application/epub+zip", "an EPUB: convert it, for example with pandoc"),
+    (b"application/vnd.oasis", "an OpenDocument: save it as text"),
+)
 
 
 class DocumentError(ValueError):
@@ -33,31 +59,51 @@ class Document:
     text: str
 
 
-def read(paths: Iterable[Path], *, skipped: Callable[[str], None]) -> list[Document]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Skipped:
+    path: Path
+    kind: str
+    reason: str
+
+
+def read(
+    paths: Iterable[Path], *, skipped: Callable[[str], None], exclude: Sequence[str] = ()
+) -> list[Document]:
     """The text files that `paths` name, directories whole and in order of their names.
 
-    Inside directories, hidden files and directories, links and files that are no
-    text are skipped, each with a word to `skipped`. A path given itself is never
-    skipped: it is read or refused.
+    Inside directories, hidden files and directories, links, what `.gitignore` or `exclude` name,
+    and files that are no text are skipped; `skipped` is told which, or of many the largest and
+    how many they are. A path given itself is never skipped: it is read or refused.
+
+    Args:
+        paths: `STDIN` among them is standard input.
+        exclude: patterns as in `.gitignore`, from each directory on.
 
     Raises:
-        DocumentError: if a named path holds no text.
-        OSError: if a file cannot be read.
+        DocumentError: if a named path holds no text or cannot be read.
     """
-    documents = []
+    paths = list(paths)
+    if paths.count(STDIN) > 1:
+        raise DocumentError("standard input (-) is given twice: it can be read once")
+    if exclude and not any(path.is_dir() for path in paths):
+        raise DocumentError("--exclude is for directories, and no --file names one: leave it out")
+    documents, left_out = [], []
     for path in paths:
         if not path.is_dir():
-            documents.append(Document(name=str(path), text=read_text(path)))
+            name = "standard input" if path == STDIN else str(path)
+            documents.append(Document(name=name, text=read_text(path)))
             continue
         found = []
-        for file in _walk(path, skipped):
+        for file in _walk(path, exclude, left_out.append):
             try:
                 found.append(Document(name=str(file), text=read_text(file)))
             except DocumentError as error:
-                skipped(f"skipped {error}")
+                left_out.append(_Skipped(file, "not text", str(error)))
         if not found:
-            raise DocumentError(f"{path} holds no text files")
+            raise DocumentError(f"{shown(path)} holds no text files")
         documents += found
+    for line in _told(left_out):
+        skipped(line)
     return documents
 
 
@@ -83,51 +129,168 @@ def print_table(rows: Sequence[tuple[str, int]], total: int, limit: int) -> None
         print(f"{name}{' ' * (width - cell_len(name))}  {count:>{digits}}", file=sys.stderr)
 
 
-def _walk(root: Path, skipped: Callable[[str], None]) -> Iterator[Path]:
+def _told(left_out: Sequence[_Skipped]) -> list[str]:
+    """Lines on what was skipped: all, or the largest of many, and how many of each kind."""
+    if len(left_out) <= _LISTED:
+        return [f"skipped {each.reason}" for each in left_out]
+    sizes = [_size(each.path) for each in left_out]
+    largest = sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True)[:_LARGEST_SHOWN]
+    lines = [f"skipped {left_out[i].reason} ({sizes[i]:,} bytes)" for i in largest]
+    kinds = collections.Counter(each.kind for each in left_out)
+    counted = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+    return [
+        *lines,
+        f"skipped {len(left_out):,} in all: {counted}; the files among them have "
+        f"{sum(sizes):,} bytes",
+    ]
+
+
+def _size(path: Path) -> int:
+    try:
+        status = path.lstat()
+    except OSError:
+        return 0
+    return status.st_size if stat.S_ISREG(status.st_mode) else 0
+
+
+def _walk(root: Path, exclude: Sequence[str], skip: Callable[[_Skipped], None]) -> Iterator[Path]:
     """Regular files below `root`, sorted; links are not followed, so there are no loops."""
 
     def fail(error: OSError):
-        raise error
+        raise DocumentError(f"{shown(error.filename)} cannot be read: {reading.reason(error)}")
 
+    excluded = _patterns("--exclude", exclude)
+    rules = _Rules(root)
     for folder, names, files in os.walk(root, onerror=fail):
-        hidden = [name for name in names if name.startswith(".")]
-        names[:] = sorted(set(names) - set(hidden))
-        for name in names:
-            if Path(folder, name).is_symlink():
-                skipped(f"skipped {Path(folder, name)}: it is a link")
-        for name in sorted(files):
-            path = Path(folder, name)
+        rules.enter(Path(folder))
+        kept = []
+        for name in sorted([*names, *files]):
+            path, is_folder = Path(folder, name), name in names
+            below = path.relative_to(root).as_posix() + "/" * is_folder
             if name.startswith("."):
-                hidden.append(name)
+                skip(_Skipped(path, "hidden", f"{shown(path)}: it is hidden"))
             elif path.is_symlink():
-                skipped(f"skipped {path}: it is a link")
+                skip(_Skipped(path, "links", f"{shown(path)}: it is a link"))
+            elif _verdict(excluded, below):
+                skip(_Skipped(path, "excluded", f"{shown(path)}: --exclude names it"))
+            elif rules.ignore(path, is_folder):
+                skip(_Skipped(path, "ignored", f"{shown(path)}: .gitignore names it"))
+            elif is_folder:
+                kept.append(name)
             elif not path.is_file():
-                skipped(f"skipped {path}: it is not a regular file")
+                skip(_Skipped(path, "not regular", f"{shown(path)}: it is not a regular file"))
             else:
                 yield path
-        if hidden:
-            skipped(f"skipped {', '.join(sorted(hidden))} in {folder}: hidden")
+        names[:] = kept
+
+
+class _Rules:
+    """What `.gitignore` files say: those in and below a directory, and above it in its repository.
+
+    As in git, the nearest file that knows a path decides, and nothing below an ignored directory
+    comes back.
+    """
+
+    def __init__(self, root: Path):
+        self._specs: dict[Path, pathspec.GitIgnoreSpec] = {}
+        above = root.absolute()
+        parents = list(above.parents)
+        repository = next((i for i, each in enumerate(parents) if (each / ".git").exists()), -1)
+        if not (above / ".git").exists():
+            for parent in parents[: repository + 1]:
+                self.enter(parent)
+        if self.ignore(above, True):  # it was named, so it is not ignored itself
+            self._specs.clear()
+
+    def enter(self, folder: Path) -> None:
+        """Reads the rules of a directory."""
+        path = folder / ".gitignore"
+        if path.is_file() and not path.is_symlink():
+            text = reading.read_text(path, limit=_IGNORE_BYTES, error=DocumentError)
+            self._specs[folder.absolute()] = _patterns(shown(path), text.splitlines())
+
+    def ignore(self, path: Path, is_folder: bool) -> bool:
+        path = path.absolute()
+        for folder in path.parents:
+            if folder in self._specs:
+                below = path.relative_to(folder).as_posix() + "/" * is_folder
+                verdict = _verdict(self._specs[folder], below)
+                if verdict is not None:
+                    return verdict
+        return False
+
+
+def _verdict(spec: pathspec.GitIgnoreSpec, path: str) -> bool | None:
+    """Whether the last pattern that matches a path, none of its parents, ignores it."""
+    for pattern in reversed(list(spec.patterns)):
+        expression = getattr(pattern, "regex", None)  # None for a comment
+        for match in expression.finditer(path) if expression else ():
+            # The group is a slash after what matched: before the end, that was a parent.
+            if not match.groupdict().get("ps_d") or match.end() == len(path):
+                return pattern.include
+    return None
+
+
+def _patterns(where: str, lines: Iterable[str]) -> pathspec.GitIgnoreSpec:
+    try:
+        return pathspec.GitIgnoreSpec.from_lines(lines)
+    except ValueError as error:
+        raise DocumentError(f"{where}: a pattern cannot be used: {printable(error)}") from None
 
 
 def read_text(path: Path) -> str:
-    """The text of one file.
+    """The text of one file or pipe, or of standard input.
 
     Raises:
-        DocumentError: if it is binary, not UTF-8, or no file.
-        OSError: if it cannot be read.
+        DocumentError: if it is binary, not UTF-8, no file, or cannot be read.
     """
-    status = path.stat()
-    if not (stat.S_ISREG(status.st_mode) or stat.S_ISFIFO(status.st_mode)):
-        raise DocumentError(f"{path}: it is not a regular file")
-    if status.st_size > _LARGEST_BYTES:
-        raise DocumentError(f"{path}: {status.st_size:,} bytes are more than any model reads")
-    data = path.read_bytes()
+    if path == STDIN:
+        name, data = "standard input", sys.stdin.buffer.read(_LARGEST_BYTES + 1)
+        if len(data) > _LARGEST_BYTES:
+            raise DocumentError(f"{name} has more than the {_LARGEST_BYTES:,} bytes allowed")
+    else:
+        name = shown(path)
+        data = reading.read_bytes(path, limit=_LARGEST_BYTES, error=DocumentError, pipes=True)
+    known = next((what for magic, what in _FORMATS if data.startswith(magic)), None)
+    if data.startswith(b"PK\x03\x04"):
+        known = next((what for mark, what in _ZIPPED if mark in data), known)
+    if known is not None:
+        raise DocumentError(f"{name}: it is {known}")
     zero = data.find(0, 0, _SNIFFED_BYTES)
-    if zero >= 0:
-        raise DocumentError(f"{path}: it is binary, not text (byte {zero} is zero)")
     try:
-        return data.decode("utf-8-sig")
+        if zero < 0:
+            return data.decode("utf-8-sig")
+        reason = f"it is binary, not text (byte {zero} is zero)"
     except UnicodeDecodeError as error:
-        raise DocumentError(
-            f"{path}: it is not UTF-8 (byte {error.start}); convert it, for example with iconv"
-        ) from None
+        reason = f"it is not UTF-8 (byte {error.start}); convert it, for example with iconv"
+    encoding = _wide_encoding(data)
+    if encoding is not None:
+        reason = f"it is {encoding}: convert it, for example with iconv -f {encoding} -t UTF-8"
+    raise DocumentError(f"{name}: {reason}")
+
+
+def _wide_encoding(data: bytes) -> str | None:
+    """The encoding of a text in UTF-16 or UTF-32, if it is one."""
+    marks = (
+        (b"\xff\xfe\0\0", "UTF-32"),
+        (b"\0\0\xfe\xff", "UTF-32"),
+        (b"\xff\xfe", "UTF-16"),
+        (b"\xfe\xff", "UTF-16"),
+    )
+    marked = next((name for mark, name in marks if data.startswith(mark)), None)
+    if marked or 0 not in data[:_SNIFFED_BYTES]:
+        return marked
+    for name, width in (("UTF-32LE", 4), ("UTF-32BE", 4), ("UTF-16LE", 2), ("UTF-16BE", 2)):
+        if len(data) % width:
+            continue
+        try:
+            # What is cut ends in half a character at worst, which the last two units hold.
+            text = data[:_SNIFFED_BYTES].decode(name, "strict")
+        except UnicodeDecodeError as error:
+            if len(data) <= _SNIFFED_BYTES or error.start < _SNIFFED_BYTES - 4:
+                continue
+            text = data[: error.start].decode(name)
+        usual = sum(each.isprintable() or each in "\n\r\t" for each in text)
+        if usual >= 0.95 * len(text) and any(each in " \r\n" or each.isalpha() for each in text):
+            return name
+    return None

@@ -29,7 +29,7 @@ from qwen_jax.config import (
     sparse_config,
 )
 from qwen_jax.engine.request import LIMITS, RequestError, Sampling
-from qwen_jax.tokenizer import Tokenizer
+from qwen_jax.tokenizer import Tokenizer, TokenizerError, check_stop
 from qwen_jax.verbosity import Level
 
 ModelArgument = Annotated[
@@ -293,10 +293,13 @@ class AnswerFlags:
         """The stop strings.
 
         Raises:
-            ConfigError: if one is empty.
+            ConfigError: if one cannot be looked for.
         """
-        if not all(self.stop or ()):
-            raise ConfigError("--stop must not be empty: every text begins with nothing")
+        for each in self.stop or ():
+            try:
+                check_stop(each)
+            except TokenizerError as error:
+                raise ConfigError(f"--stop: {error}") from None
         return tuple(self.stop or ())
 
 

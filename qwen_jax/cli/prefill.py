@@ -14,7 +14,7 @@ from qwen_jax import hosts
 from qwen_jax.cli import documents, sessions
 from qwen_jax.cli import tokens as token_file
 from qwen_jax.cli.answer import interrupts, prefill_progress
-from qwen_jax.cli.ask import read_files
+from qwen_jax.cli.ask import Exclude, Files, read_files
 from qwen_jax.cli.flags import (
     Model,
     ModelArgument,
@@ -39,10 +39,8 @@ def prefill(
     model: ModelArgument,
     model_flags: ModelFlags,
     out: Annotated[Path, option("Directory of the session.", metavar="DIR")],
-    file: Annotated[
-        list[Path] | None,
-        option("A text file or a directory; may be given repeatedly.", metavar="PATH"),
-    ] = None,
+    file: Files = None,
+    exclude: Exclude = None,
     system: System = None,
     prompt_file: Annotated[Path | None, option("A UTF-8 file of raw text, for `generate`.")] = None,
     tokens: Annotated[
@@ -73,12 +71,14 @@ def prefill(
         raise ConfigError(f"give one of {', '.join(given)}, not {' and '.join(named) or 'none'}")
     if system is not None and not file:
         raise ConfigError(f"--system contradicts {named[0]}, which is raw: leave it out")
+    if exclude and not file:
+        raise ConfigError(f"--exclude contradicts {named[0]}, which is raw: leave it out")
     if not 1 <= save_every < 2**31:
         raise ConfigError(f"--save-every {save_every} must be at least 1")
     began = time.monotonic()
     with interrupts(signal.SIGTERM) as stopped:
         opened = open_model(model, model_flags)
-        rows, ids = _prompt(opened, file, system, prompt_file, tokens)
+        rows, ids = _prompt(opened, file, exclude, system, prompt_file, tokens)
         if rows:
             documents.print_table(rows, len(ids), opened.max_len)
         opened.check_fits(len(ids))
@@ -107,6 +107,7 @@ def prefill(
 def _prompt(
     opened: Model,
     file: list[Path] | None,
+    exclude: list[str] | None,
     system: str | None,
     prompt_file: Path | None,
     tokens: Path | None,
@@ -123,12 +124,10 @@ def _prompt(
     tokenizer.check_chatml()
 
     def read() -> tuple[list[tuple[str, int]], list[int]]:
-        texts = read_files(file or (), tokenizer)
+        texts = read_files(file or (), tokenizer, exclude=exclude or ())
         text = documents.joined(list(texts), "")
-        opening = tokenizer.default_system() if system is None else system
-        ids = [] if opening is None else tokenizer.encode_turn("system", opening)
         rows = [(document.name, count) for document, count in texts.items()]
-        return rows, ids + tokenizer.open_turn("user", text)
+        return rows, tokenizer.open_chat(system) + tokenizer.open_turn("user", text)
 
     rows, ids = hosts.shared(read)
     return [(name, count) for name, count in rows], tuple(ids)

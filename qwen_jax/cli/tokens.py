@@ -1,37 +1,48 @@
 """Files of token ids: a JSON list, or integers between white space."""
 
-import json
+import re
 from pathlib import Path
 
+from qwen_jax import reading
 from qwen_jax.config import ConfigError
+from qwen_jax.reading import printable, shown
+
+_LARGEST_BYTES = 1 << 27  # over ten million ids
 
 
 def read(path: Path, vocab_size: int) -> tuple[int, ...]:
-    """The token ids in a file.
+    """The token ids in a file or pipe.
 
     Raises:
-        OSError: if it cannot be read.
-        ConfigError: naming the first item that is no id of the model's vocabulary.
+        ConfigError: if it cannot be read, or naming the first item that is no id of the model's
+            vocabulary.
     """
+    text = reading.read_text(path, limit=_LARGEST_BYTES, error=ConfigError, pipes=True)
     try:
-        text = path.read_bytes().decode("utf-8")
-        items = json.loads(text) if text.lstrip().startswith("[") else text.split()
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not text: byte {error.start} is not UTF-8") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path} begins like a JSON list but is none: {error}") from None
+        items = reading.parse_json(text) if text.lstrip().startswith("[") else _words(text)
+    except ValueError as error:
+        raise ConfigError(
+            f"{shown(path)} begins like a JSON list but is none: {printable(error)}"
+        ) from None
     if not items:
-        raise ConfigError(f"{path} is empty: give at least one token id")
+        raise ConfigError(f"{shown(path)} is empty: give at least one token id")
     return tuple(_id(path, index, item, vocab_size) for index, item in enumerate(items))
 
 
+def _words(text: str) -> list[int | str]:
+    return [int(word) if re.fullmatch("[0-9]{1,19}", word) else word for word in text.split()]
+
+
 def _id(path: Path, index: int, item: object, vocab_size: int) -> int:
-    number = item
-    if isinstance(item, str) and item.lstrip("-").isascii() and item.lstrip("-").isdigit():
-        number = int(item) if len(item) < 20 else -1
-    if type(number) is not int or not 0 <= number < vocab_size:
-        shown = repr(item) if len(repr(item)) <= 40 else f"{repr(item)[:40]}..."
+    if type(item) is not int or not 0 <= item < vocab_size:
         raise ConfigError(
-            f"{path}: item {index} is {shown}, not a token id from 0 to {vocab_size - 1}"
+            f"{shown(path)}: item {index} is {printable(_spelled(item), 40)}, not a token id from "
+            f"0 to {vocab_size - 1}"
         )
-    return number
+    return item
+
+
+def _spelled(item: object) -> str:
+    if isinstance(item, (dict, list)):
+        return reading.json_kind(item)
+    return repr(item[:60] if isinstance(item, str) else item)

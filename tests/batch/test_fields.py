@@ -148,7 +148,7 @@ REFUSED = {
         "max_tokens",
     ),
     "a limit of chat": (completion("a", max_completion_tokens=1), "is not supported", None),
-    "an empty stop": (chat("a", stop=[""]), "stop must hold texts", "stop"),
+    "an empty stop": (chat("a", stop=[""]), "a stop string has 1 to", None),
     "a number as stop": (chat("a", stop=5), "stop=5 must be a text or a list", "stop"),
     "many numbers as stop": (chat("a", stop=[5]), "stop must hold texts", "stop"),
     "ignore_eos": (chat("a", ignore_eos=1), "ignore_eos=1 must be true or false", "ignore_eos"),

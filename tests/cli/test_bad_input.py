@@ -2,7 +2,7 @@
 
 import errno
 import json
-from pathlib import Path
+import os
 
 import pytest
 
@@ -168,7 +168,11 @@ MISTAKES = {
         "weights and a cache of 2,000,000,000 tokens take 476.84 GiB on the device, which has",
     ),
     "a plan for no model": (None, "plan nowhere --topology cpu:8", "there is no such model"),
-    "an empty stop string": (None, ["ask", "MODEL", "Q", "--stop", ""], "--stop must not be empty"),
+    "an empty stop string": (
+        None,
+        ["ask", "MODEL", "Q", "--stop", ""],
+        "--stop: a stop string has 1 to 4,096",
+    ),
     "no such backend": (None, "generate MODEL --prompt x --backend cuda", "no backend 'cuda'"),
     "a kernel of another device": (
         None,
@@ -250,10 +254,31 @@ MISTAKES = {
     "a negative token": (("T", "[1, -2]"), "score MODEL --tokens T --out O.npz", "item 1 is -2"),
     "a token too large": (("T", "[1, 320]"), "score MODEL --tokens T --out O.npz", "0 to 319"),
     "a fractional token": (("T", "[1.5]"), "generate MODEL --tokens T", "item 0 is 1.5"),
+    "a minus too many": (("T", "1 --5"), "generate MODEL --tokens T", "item 1 is '--5'"),
+    "a truth value as a token": (("T", "[true]"), "generate MODEL --tokens T", "item 0 is True"),
+    "a text as a token": (("T", '["1"]'), "generate MODEL --tokens T", "item 0 is '1'"),
+    "a list as a token": (("T", "[[1], 2]"), "generate MODEL --tokens T", "item 0 is a list"),
+    "an object as a token": (("T", "[{}]"), "score MODEL --tokens T --out O.npz", "is an object"),
+    "null as a token": (("T", "[null]"), "generate MODEL --tokens T", "item 0 is None"),
+    "a huge token": (("T", "9" * 5000), "generate MODEL --tokens T", "item 0 is '9999"),
+    "a huge token in a list": (("T", f"[{'9' * 5000}]"), "generate MODEL --tokens T", "5,000 dig"),
+    "digits of another script": (("T", "1 ٣"), "generate MODEL --tokens T", "item 1 is '٣'"),
+    "an escape as a token": (("T", "\x1b[31m"), "generate MODEL --tokens T", "item 0 is '\\x1b"),
+    "deep lists of tokens": (("T", "[" * 10**5), "generate MODEL --tokens T", "nested over"),
+    "a device as tokens": (None, "generate MODEL --tokens /dev/zero", "is a device"),
+    "a device as prompt": (None, "generate MODEL --prompt-file /dev/zero", "is a device"),
+    "a device to score": (None, "score MODEL --tokens /dev/zero --out O.npz", "is a device"),
+    "a directory as prompt": (None, "generate MODEL --prompt-file EMPTY", "is a directory"),
+    "stdin twice": (None, "ask MODEL Q --file - --file -", "standard input (-) is given twice"),
+    "nothing to exclude from": (
+        ("D", "x"),
+        "ask MODEL Q --file D --exclude *.py",
+        "--exclude is for directories",
+    ),
     "a broken list": (("T", "[1, 2"), "generate MODEL --tokens T", "JSON list"),
     "no tokens": (("T", "[]"), "generate MODEL --tokens T", "is empty"),
-    "binary tokens": (("T", b"\xff\xfe"), "generate MODEL --tokens T", "is not text"),
-    "no token file": (None, "score MODEL --tokens nothing --out O.npz", "nothing: No such file"),
+    "binary tokens": (("T", b"\xff\xfe"), "generate MODEL --tokens T", "T is not UTF-8"),
+    "no token file": (None, "score MODEL --tokens nothing --out O.npz", "nothing is missing"),
     "more positions than tokens": (
         ("T", "1 2 3"),
         "score MODEL --tokens T --out O.npz --last 4",
@@ -262,7 +287,7 @@ MISTAKES = {
     "output below a file": (("T", "1"), "score MODEL --tokens T --out T/O.npz", "T: it is not a d"),
     "output to a device": (("T", "1"), "score MODEL --tokens T --out /dev/full", "is a device"),
     "output is a directory": (("T", "1"), "score MODEL --tokens T --out EMPTY", "is a directory"),
-    "no such document": (None, "ask MODEL Q --file nothing", "nothing: No such file"),
+    "no such document": (None, "ask MODEL Q --file nothing", "nothing is missing"),
     "a binary document": (("D", b"GIF\0\1"), "ask MODEL Q --file D", "it is binary"),
     "a document in Latin-1": (("D", b"caf\xe9"), "ask MODEL Q --file D", "it is not UTF-8"),
     "a directory without text": (None, "ask MODEL Q --file EMPTY", "holds no text files"),
@@ -348,13 +373,13 @@ def test_a_file_without_permission_is_named(model, tmp_path, monkeypatch, run):
     path = tmp_path / "secret.txt"
     path.write_text("x")
 
-    def refuse(self):
-        if self == path:
-            raise PermissionError(errno.EACCES, "Permission denied", str(self))
-        return read_bytes(self)
+    def refuse(name, *flags, **more):
+        if name == path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(name))
+        return open_file(name, *flags, **more)
 
-    read_bytes = Path.read_bytes
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    open_file = os.open
+    monkeypatch.setattr(os, "open", refuse)
     code, _, err = run("generate", model, "--prompt-file", path)
     assert code == 2
     assert err == f"error: {path}: Permission denied\n"

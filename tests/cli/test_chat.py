@@ -1,12 +1,15 @@
 """A conversation over stdin, and at a terminal that is a pipe."""
 
 import io
+import os
+from pathlib import Path
 
 import pytest
 from prompt_toolkit.application import create_app_session
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
+from qwen_jax.cli import chat
 from qwen_jax.tokenizer import Tokenizer
 
 
@@ -85,7 +88,7 @@ def test_params_are_shown_and_changed(fake, talk):
     [
         ("/frob", "there is no /frob"),
         ("/file", "/file needs a path"),
-        ("/file nowhere", "nowhere: No such file"),
+        ("/file nowhere", "nowhere is missing"),
         ("/params heat 3", "there is no parameter 'heat'"),
         ("/params top_k many", "top_k must be a number"),
         ("/params top_p 3", "top_p=3.0 must be"),
@@ -104,7 +107,7 @@ def test_a_mistake_does_not_end_the_conversation(fake, talk, tokenizer, line, fa
 
 def test_help_and_tokens_are_told(fake, talk, tokenizer):
     _, _, err = talk("/help", "/tokens")
-    opening = len(tokenizer.encode_turn("system", tokenizer.default_system()))
+    opening = len(tokenizer.open_chat())
     assert "/params [NAME VALUE]" in err
     assert f"{opening} tokens of 2,048" in err
 
@@ -141,3 +144,59 @@ def test_the_terminal_keeps_a_history(tiny, fake, monkeypatch, tmp_path, run):
     assert len(fake.requests) == 1
     assert "tokens of" in err
     assert "+One?" in (tmp_path / "qwen-jax" / "history").read_text()
+
+
+def _homeless():
+    raise RuntimeError("no home")
+
+
+@pytest.mark.parametrize("state", ["file/state", "state", "zero", "missing"])
+def test_without_a_place_for_a_history_there_is_none(tiny, fake, monkeypatch, tmp_path, run, state):
+    (tmp_path / "file").touch()
+    for name, kind in {"state": os.mkfifo, "zero": None}.items():
+        (tmp_path / name / "qwen-jax").mkdir(parents=True)
+        history = tmp_path / name / "qwen-jax" / "history"
+        kind(history) if kind else history.symlink_to("/dev/zero")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / state))
+    if state == "missing":
+        monkeypatch.delenv("XDG_STATE_HOME")
+        monkeypatch.setattr(Path, "home", _homeless)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        keys.send_text("One?\nTwo?\n\x04")
+        code, _, err = run("chat", tiny)
+    assert code == 0
+    assert len(fake.requests) == 2
+    assert "error" not in err
+
+
+def test_a_disk_that_fills_up_does_not_end_the_conversation(tiny, fake, monkeypatch, tmp_path, run):
+    def full(self, string):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setattr("prompt_toolkit.history.FileHistory.store_string", full)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        keys.send_text("One?\nTwo?\n\x04")
+        assert run("chat", tiny)[0] == 0
+    assert len(fake.requests) == 2
+
+
+def test_standard_input_that_is_no_text_is_refused(tiny, fake, monkeypatch, run):
+    lines = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n/file -\nWho?\n"), encoding="ascii")
+    monkeypatch.setattr("sys.stdin", lines)
+    code, _, err = run("chat", tiny)
+    assert code == 0
+    assert "error: character" in err
+    assert "standard input is the conversation itself" in err
+    assert len(fake.requests) == 1
+
+
+def test_a_line_without_an_end_is_refused(tiny, fake, monkeypatch, run):
+    monkeypatch.setattr(chat, "_LINE_CHARS", 1000)
+    with Path("/dev/zero").open() as endless:
+        monkeypatch.setattr("sys.stdin", endless)
+        code, _, err = run("chat", tiny)
+    assert code == 2
+    assert "a line of standard input has over 1,000 characters" in err

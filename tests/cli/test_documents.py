@@ -1,17 +1,24 @@
 """Reading files and directories: all of a text, or a refusal that names it."""
 
+import gzip
+import io
 import os
+import random
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
+from qwen_jax import reading
 from qwen_jax.cli import documents
 from qwen_jax.cli.documents import Document, DocumentError
 
 
-def read(*paths):
+def read(*paths, exclude=()):
     skipped: list[str] = []
-    found = documents.read(paths, skipped=skipped.append)
+    found = documents.read(paths, skipped=skipped.append, exclude=exclude)
     return [(os.path.basename(each.name), each.text) for each in found], skipped
 
 
@@ -59,7 +66,7 @@ def test_hidden_files_and_directories_are_skipped_with_a_word(tmp_path):
     (tmp_path / "a").write_text("a")
     found, skipped = read(tmp_path)
     assert found == [("a", "a")]
-    assert skipped == [f"skipped .env, .git in {tmp_path}: hidden"]
+    assert skipped == [f"skipped {tmp_path / name}: it is hidden" for name in (".env", ".git")]
     assert read(tmp_path / ".env")[0] == [(".env", "secret")]
 
 
@@ -89,9 +96,194 @@ def test_a_directory_without_text_is_refused(tmp_path):
         read(tmp_path)
 
 
-def test_devices_are_refused():
-    with pytest.raises(DocumentError, match="not a regular file"):
-        documents.read_text(Path("/dev/zero"))
+def test_what_has_no_end_is_refused(tmp_path):
+    link, sparse = tmp_path / "link", tmp_path / "sparse"
+    link.symlink_to("/dev/zero")
+    sparse.touch()
+    os.truncate(sparse, 1 << 40)
+    for path, fault in [("/dev/zero", "device"), (link, "device"), (sparse, "more than the")]:
+        with pytest.raises(DocumentError, match=fault):
+            documents.read_text(Path(path))
+
+
+def test_a_pipe_is_read_when_somebody_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "PIPE_SECONDS", 0.1)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(DocumentError, match="nobody writes"):
+        documents.read_text(pipe)
+    monkeypatch.setattr(reading, "PIPE_SECONDS", 60)
+    code = "import sys, time; f = open(sys.argv[1], 'w'); time.sleep(0.2); f.write('a' * 10**5)"
+    with subprocess.Popen([sys.executable, "-c", code, str(pipe)]) as writer:
+        assert documents.read_text(pipe) == "a" * 10**5
+    assert writer.returncode == 0
+    with subprocess.Popen(["sh", "-c", f": > '{pipe}'"]):
+        assert documents.read_text(pipe) == ""
+
+
+def test_standard_input_is_a_file_once(tmp_path, monkeypatch):
+    (tmp_path / "a").write_text("a")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("déjà".encode())))
+    assert read(tmp_path / "a", Path("-"))[0] == [("a", "a"), ("standard input", "déjà")]
+    with pytest.raises(DocumentError, match="given twice"):
+        read(Path("-"), tmp_path / "a", Path("-"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"%PDF-1.7")))
+    with pytest.raises(DocumentError, match="standard input: it is a PDF"):
+        read(Path("-"))
+    with Path("/dev/zero").open() as endless:
+        monkeypatch.setattr("sys.stdin", endless)
+        monkeypatch.setattr(documents, "_LARGEST_BYTES", 1000)
+        with pytest.raises(DocumentError, match="standard input has more than the 1,000 bytes"):
+            read(Path("-"))
+
+
+def zipped(**files):
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name.replace("__", "/"), content)
+    return data.getvalue()
+
+
+TEXT = "Some words, été.\nAnother line.\n" * 300
+CHINESE = "漢字仮名交じり文 テスト\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "way_out"),
+    [
+        (b"%PDF-1.7\n%\xe2\xe3", "pdftotext"),
+        (b"%PDF-1.4\nall of it ASCII", "pdftotext"),
+        (zipped(a="x"), "zip archive"),
+        (zipped(), "empty zip"),
+        (zipped(word__document="x"), "Word document"),
+        (zipped(xl__workbook="x"), "Excel document"),
+        (zipped(mimetype="application/epub+zip"), "EPUB"),
+        (gzip.compress(b"text"), "gunzip"),
+        (TEXT.encode("utf-16"), "iconv -f UTF-16 "),
+        (TEXT.encode("utf-32"), "iconv -f UTF-32 "),
+        (TEXT.encode("utf-16-le"), "iconv -f UTF-16LE "),
+        (TEXT.encode("utf-16-be"), "iconv -f UTF-16BE "),
+        (TEXT.encode("utf-32-le"), "iconv -f UTF-32LE "),
+        (TEXT.encode("utf-32-be"), "iconv -f UTF-32BE "),
+        (CHINESE.encode("utf-16-le"), "iconv -f UTF-16LE "),
+        ((CHINESE * 1000).encode("utf-16-be"), "iconv -f UTF-16BE "),
+        ("x".encode("utf-16-le"), "iconv -f UTF-16LE "),
+        (("🙂" * 4000).encode("utf-16-le"), "UTF-8"),
+        (random.Random(0).randbytes(30_000), "binary"),
+        (b"\0" * 3000, "binary"),
+        (bytes(range(256)) * 40, "binary"),
+        (b"text\0text", "binary"),
+        ("déjà vu".encode("latin-1"), "not UTF-8"),
+    ],
+)
+def test_what_users_take_for_text_is_named_with_the_way_out(tmp_path, content, way_out):
+    (tmp_path / "a").write_bytes(content)
+    with pytest.raises(DocumentError, match=way_out):
+        documents.read_text(tmp_path / "a")
+
+
+def make(root, *names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x")
+
+
+FILES = (
+    *("a.py", "b.log", "keep.log", "build/c.py", "src/d.py", "src/gen/e.py", "src/gen/deep/f.py"),
+    *("docs/build/g.md", "docs/h.tmp", "docs/i.md", "sub/keep.log", "sub/j [1].txt", "sub/ü.txt"),
+)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"": "*.log\n!keep.log\n"},
+        {"": "/build/\n"},
+        {"": "build\n"},
+        {"": "# comment\n\n src/\nsrc/gen/\n", "src": "!gen/\n"},
+        {"": "*.py\n", "src": "!d.py\n", "src/gen": "!*.py\n"},
+        {"": "src/**/f.py\n**/build\n", "sub": "j*\n"},
+        {"": "*\n!*.md\n!docs/\n", "docs": "h.tmp\n"},
+        {"": "j\\ \\[1\\].txt\nü.*\n*.lo[fg]\n"},
+        {"docs": "/build\n*.tmp\n"},
+        {"": "*\n!*/\n!*.py\n"},
+        {"": "**/gen/*\n!src/gen/deep/\n", "docs": "**\n"},
+        {"": "*.py\n!/src\nsub/*\n!sub/j*\n"},
+    ],
+)
+def test_gitignore_is_read_as_git_reads_it(tmp_path, rules):
+    make(tmp_path, *FILES)
+    for folder, text in rules.items():
+        (tmp_path / folder / ".gitignore").write_text(text)
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=tmp_path,
+        capture_output=True,
+        check=True,
+    )
+    expected = {name for name in listed.stdout.decode().split("\0") if name}
+    expected = {name for name in expected if not name.endswith(".gitignore")}
+    for root in (tmp_path, tmp_path / "docs", tmp_path / "src"):
+        below = {tmp_path / name for name in expected if (tmp_path / name).is_relative_to(root)}
+        try:
+            found = documents.read([root], skipped=lambda line: None)
+        except DocumentError:
+            found = []
+        if root == tmp_path or below:
+            assert {Path(each.name) for each in found} == below
+
+
+def test_a_directory_named_itself_is_not_ignored(tmp_path):
+    make(tmp_path, "build/a.txt")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".gitignore").write_text("build/\n")
+    assert read(tmp_path / "build")[0] == [("a.txt", "x")]
+    with pytest.raises(DocumentError, match="no text files"):
+        read(tmp_path)
+
+
+def test_rules_above_a_directory_count_in_a_repository_only(tmp_path):
+    make(tmp_path, "outer/inner/a.txt", "outer/inner/b.log")
+    (tmp_path / ".gitignore").write_text("*.txt\n")
+    (tmp_path / "outer" / ".gitignore").write_text("*.log\n")
+    assert len(read(tmp_path / "outer" / "inner")[0]) == 2
+    (tmp_path / "outer" / ".git").mkdir()
+    assert read(tmp_path / "outer" / "inner")[0] == [("a.txt", "x")]
+
+
+def test_patterns_exclude_in_each_directory(tmp_path):
+    make(tmp_path, *FILES)
+    found, skipped = read(tmp_path, exclude=["*.py", "docs/", "/sub/ü*"])
+    assert [name for name, _ in found] == ["b.log", "keep.log", "j [1].txt", "keep.log"]
+    assert f"skipped {tmp_path / 'docs'}: --exclude names it" in skipped
+    with pytest.raises(DocumentError, match="--exclude is for directories"):
+        read(tmp_path / "a.py", exclude=["*.py"])
+    with pytest.raises(DocumentError, match="a pattern cannot be used"):
+        read(tmp_path, exclude=["!"])
+
+
+def test_many_skipped_files_are_summed_up(tmp_path):
+    for number in range(300):
+        (tmp_path / f"{number}.bin").write_bytes(b"\0" * (number + 1))
+    make(tmp_path, "a.txt", ".hidden", "skip.me")
+    _, skipped = read(tmp_path, exclude=["skip.me"])
+    assert len(skipped) == 6
+    assert skipped[0].startswith(f"skipped {tmp_path / '299.bin'}: it is binary")
+    assert skipped[0].endswith("(300 bytes)")
+    assert skipped[-1] == (
+        "skipped 302 in all: 300 not text, 1 hidden, 1 excluded; the files among them have "
+        "45,152 bytes"
+    )
+
+
+def test_names_cannot_speak_to_the_terminal(tmp_path):
+    make(tmp_path, "a", "\x1b[31m\nred")
+    (tmp_path / "\x1b[31m\nred").write_bytes(b"\0")
+    _, (line,) = read(tmp_path)
+    assert line.isprintable()
 
 
 def test_a_byte_order_mark_is_not_text(tmp_path):

@@ -139,7 +139,7 @@ def test_sampling_flags_without_sense_are_refused(flags, fault):
 
 
 def test_an_empty_stop_string_is_refused():
-    with pytest.raises(ConfigError, match="--stop must not be empty"):
+    with pytest.raises(ConfigError, match="--stop: a stop string"):
         AnswerFlags(stop=["a", ""]).stops()
 
 

@@ -110,9 +110,10 @@ def test_special_tokens_are_silent_and_other_added_tokens_are_not(tokenizer):
         assert stream_all(tokenizer, [tokenizer.control(token)])[0] == token
 
 
-def test_an_empty_stop_string_is_refused(tokenizer):
-    with pytest.raises(TokenizerError, match="must not be empty"):
-        Stream(tokenizer, stop=["a", ""])
+@pytest.mark.parametrize("stop", ["", "a" * 4097, "a\udcff"])
+def test_a_stop_string_that_cannot_be_looked_for_is_refused(tokenizer, stop):
+    with pytest.raises(TokenizerError, match="stop string"):
+        Stream(tokenizer, stop=["a", stop])
 
 
 @pytest.mark.parametrize("sizes", [(1,), (2,), (9,)])

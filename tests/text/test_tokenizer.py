@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from vocabularies import NOT_SPECIAL, QWEN_TEMPLATE, SMOL_TEMPLATE, SPECIAL
 
+from qwen_jax import reading
 from qwen_jax.tokenizer import Tokenizer, TokenizerError
 
 TEXTS = [
@@ -60,7 +61,6 @@ def test_size_counts_text_and_control_ids_but_no_padding(tokenizer, oracle):
     assert tokenizer.eos == oracle.token_to_id("<|im_end|>")
 
 
-QWEN_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 WRAPPERS = [
     "{}",
     " {}",
@@ -160,49 +160,12 @@ def test_a_conversation_is_its_turns_one_after_another(tokenizer):
     assert whole == first + reply_ids + again
 
 
-@pytest.mark.parametrize(
-    ("template", "system"),
-    [
-        (QWEN_TEMPLATE, QWEN_SYSTEM),
-        (QWEN_TEMPLATE.replace("\\n", "\n"), QWEN_SYSTEM),
-        (SMOL_TEMPLATE, "You are a helpful AI assistant named SmolLM, trained by Hugging Face"),
-        ("<|im_start|>system\nTwo\nlines<|im_end|>\n<|im_start|>{{ role }}", "Two\nlines"),
-        (r"{{ '<|im_start|>system\nIt\'s\\me<|im_end|>\n' }}", r"It's\me"),
-        ("{{ '<|im_start|>' + role }}<|im_end|>", None),
-        ("<|im_start|>system\n{{ system }}<|im_end|>", None),
-    ],
-)  # fmt: skip
-def test_the_default_system_text_is_read_off_the_template(small, tmp_path, template, system):
-    assert write(small, tmp_path, template).default_system() == system
-
-
-@pytest.mark.parametrize(
-    ("template", "fault"),
-    [
-        ("{% for m in messages %}[INST] {{ m.content }} [/INST]{% endfor %}", "not ChatML"),
-        (QWEN_TEMPLATE.replace("assistant\\n'", "assistant\\n<think>\\n'"), "mouth"),
-        (None, "no chat template"),
-        ("<|im_start|>system\nsay {{ x }}<|im_end|>", "plain literal"),
-        ("{{ '<|im_start|>system\\nA' + x + '<|im_end|>' }}", "plain literal"),
-    ],
-)
-def test_other_templates_are_refused(small, tmp_path, template, fault):
-    tokenizer = write(small, tmp_path, template)
-    with pytest.raises(TokenizerError, match=fault):
-        tokenizer.encode_chat([{"role": "user", "content": "hello"}])
-
-
-def test_the_template_is_never_executed(small, tmp_path):
-    template = QWEN_TEMPLATE + "{% for i in range(10**12) %}{{ cycler.__init__ }}{% endfor %}"
-    assert write(small, tmp_path, template).encode_chat([{"role": "user", "content": "hello"}])
-
-
 def test_named_templates_use_the_default_one(small, tmp_path):
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": SMOL_TEMPLATE}]
     tokenizer = write(
         small, tmp_path, None, chat_template=named, eos_token={"content": "<|im_end|>"}
     )
-    assert tokenizer.default_system().endswith("Hugging Face")
+    assert tokenizer.chat.default.endswith("Hugging Face")
     assert tokenizer.eos == tokenizer.control("<|im_end|>")
 
 
@@ -263,12 +226,11 @@ def test_saved_truncation_and_templates_of_pairs_do_not_act(small, tmp_path):
     [
         (None, "is missing"),
         (b"{", "not valid JSON"),
-        (b"\xff\xfe", "not UTF-8"),
+        (b"\xff\xfe", "not valid JSON: byte 0 is not UTF-8"),
         (b"[]", "must hold a JSON object"),
-        (b'{"added_tokens": [{"id": 1}], "decoder": {"type": "ByteLevel"}}', "lacks 'content'"),
-        (b'{"added_tokens": []}', "lacks 'decoder'"),
-        (b'{"decoder": {"type": "WordPiece"}}', "is not 'ByteLevel'"),
-        (b'{"decoder": {"type": "ByteLevel"}, "model": {"type": "X"}}', "not a usable tokenizer"),
+        (b'{"model": 1, "model": 2}', "'model' is given twice"),
+        (b'{"added_tokens": []}', "model must be an object, got null"),
+        (b"\0" * (reading.JSON_BYTES + 1), "more than the"),
     ],
 )
 def test_a_bad_tokenizer_file_is_named(tmp_path, content, fault):
@@ -277,15 +239,134 @@ def test_a_bad_tokenizer_file_is_named(tmp_path, content, fault):
         path.write_bytes(content)
     with pytest.raises(TokenizerError, match=fault) as error:
         Tokenizer.load(tmp_path)
-    assert str(path) in str(error.value)
+    assert str(error.value).count(str(path)) == 1
 
 
-def test_a_vocabulary_that_spells_control_tokens_is_refused(tmp_path):
-    library = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({"<|im_end|>": 0}, unk_token="<|im_end|>")
-    )
-    library.decoder = tokenizers.decoders.ByteLevel()
-    library.add_special_tokens(["<|im_end|>"])
-    library.save(str(tmp_path / "tokenizer.json"))
+def token(number, content, **flags):
+    """An entry of `added_tokens`."""
+    names = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    return {"id": number, "content": content} | dict.fromkeys(names, False) | flags
+
+
+def split(pattern, **fields):
+    """A pre-tokenizer that splits by a regular expression."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    steps = [
+        {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        | fields,
+        byte_level | {"use_regex": False},
+    ]
+    return {"type": "Sequence", "pretokenizers": steps}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "fault"),
+    [
+        ("decoder", {"type": "WordPiece"}, "decoder of the type 'WordPiece'"),
+        ("decoder", None, "decoder must be an object"),
+        ("model", {"type": "WordLevel"}, "model of the type 'WordLevel'"),
+        ("model", {"type": "BPE", "vocab": []}, "model.vocab must be"),
+        ("model", {"type": "BPE", "vocab": {}}, "model.vocab must be"),
+        ("model", {"type": "BPE", "vocab": {"a": -1}}, "must have an id"),
+        ("model", {"type": "BPE", "vocab": {"a": 1.0}}, "must have an id"),
+        ("model", {"type": "BPE", "vocab": {"a": True}}, "must have an id"),
+        ("model", {"type": "BPE", "vocab": {"a": 2**40}}, "must have an id"),
+        ("model", {"type": "BPE", "vocab": {"a": 1, "b": 1}}, "one id to two words"),
+        ("model", {"type": "BPE", "vocab": {"a" * 5000: 0}}, "5,000 characters"),
+        ("model", {"type": "BPE", "vocab": {"a": 0}, "dropout": 0.1}, "dropout must be null"),
+        ("model", {"type": "BPE", "vocab": {"a": 0}, "merges": ["b c"]}, "not a usable tokenizer"),
+        ("normalizer", {"type": "Prepend", "prepend": "a" * 3_000_000}, "of the type 'Prepend'"),
+        (
+            "normalizer",
+            {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 99},
+            "'Rep",
+        ),
+        (
+            "normalizer",
+            {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Prepend"}]},
+            "of the type 'Prepend'",
+        ),
+        ("normalizer", {"type": "Sequence", "normalizers": [{"type": "NFKD"}] * 17}, "17 steps"),
+        ("normalizer", {"type": "Sequence", "normalizers": 1}, "needs a list of steps"),
+        ("normalizer", "NFC", "normalizer must be an object"),
+        ("normalizer", {"type": ["NFC"]}, "of the type"),
+        ("pre_tokenizer", None, "must end with ByteLevel"),
+        ("pre_tokenizer", {"type": "Metaspace"}, "of the type 'Metaspace'"),
+        ("pre_tokenizer", {"type": "Sequence", "pretokenizers": []}, "must end with ByteLevel"),
+        ("pre_tokenizer", split("(a+)+$"), "pattern"),
+        ("pre_tokenizer", split("a+b|a"), "pattern"),
+        ("pre_tokenizer", split("(a|b)*c|."), "pattern"),
+        ("pre_tokenizer", split("("), "pattern"),
+        ("pre_tokenizer", split(7), "pattern"),
+        ("added_tokens", {}, "must be a list"),
+        ("added_tokens", ["x"], r"added_tokens\[0\] must be an object"),
+        ("added_tokens", [{"id": 1}], r"added_tokens\[0\] lacks content"),
+        ("added_tokens", [token(269, "")], "content must be a text"),
+        ("added_tokens", [token(269, 5)], "content must be a text"),
+        ("added_tokens", [token(269, "x" * 5000)], "content must be a text"),
+        ("added_tokens", [token(-1, "x")], "id must be from 0"),
+        ("added_tokens", [token(269.0, "x")], "id must be from 0"),
+        ("added_tokens", [token(10**30, "x")], "id must be from 0"),
+        ("added_tokens", [token(300, "xyz")], "it must be 269"),
+        ("added_tokens", [token(269, "xy"), token(270, "xy")], "is there twice"),
+        ("added_tokens", [token(269, "xy"), token(269, "yz")], "one id to two"),
+        ("added_tokens", [token(269, "xy", special=1)], "special must be true or false"),
+        ("added_tokens", [token(269, "xy", more=1)], "unknown field more"),
+        ("added_tokens", [token(269, "xy")] * 70000, "at most 65,536"),
+    ],
+)
+def test_every_field_of_a_tokenizer_is_checked(small, tmp_path, field, value, fault):
+    files = json.loads((small / "tokenizer.json").read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(files | {field: value}))
+    with pytest.raises(TokenizerError, match=fault) as error:
+        Tokenizer.load(tmp_path)
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ([], "must hold a JSON object"),
+        ({"eos_token": 5}, "eos_token must be a text"),
+        ({"eos_token": {}}, "eos_token must be a text"),
+        ({"pad_token": {"content": ["x"]}}, "pad_token must be a text"),
+        ({"chat_template": 5}, "chat_template is not text"),
+        ({"chat_template": [5]}, "entry without a name"),
+        ({"chat_template": [{"name": "default", "template": 5}]}, "chat_template is not text"),
+        ({"chat_template": "x" * 300_000}, "over 262,144 bytes"),
+        ({"added_tokens_decoder": []}, "added_tokens_decoder must be an object"),
+        ({"added_tokens_decoder": {"5": {"content": "x"}}}, "token 5 has another meaning"),
+        ({"added_tokens_decoder": {"271": {"content": "x"}}}, "another content"),
+        ({"added_tokens_decoder": {"271": {"content": "<|im_end|>"}}}, "another normalized"),
+        (
+            {"added_tokens_decoder": {"271": {"content": "<|im_end|>", "special": 1}}},
+            "token 271 has another meaning",
+        ),
+        ({"added_tokens_decoder": {"271": 5}}, "another content"),
+    ],
+)
+def test_every_field_of_its_settings_is_checked(small, tmp_path, settings, fault):
+    (tmp_path / "tokenizer.json").write_bytes((small / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(TokenizerError, match=fault):
+        Tokenizer.load(tmp_path)
+
+
+def test_settings_decide_what_is_special(small, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes((small / "tokenizer.json").read_bytes())
+    said = {"283": {"content": "<tool_call>", "special": True, "normalized": False}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": said}))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.decode([283, 284]) == "</tool_call>"
+    assert Tokenizer.load(small).decode([283, 284]) == "<tool_call></tool_call>"
+
+
+def test_a_vocabulary_that_spells_control_tokens_is_refused(small, tmp_path):
+    files = json.loads((small / "tokenizer.json").read_text())
+    files["model"]["vocab"]["<|im_end|>"] = 269
+    files["added_tokens"] = [token(269, "<|im_end|>", special=True)]
+    files["model"]["ignore_merges"] = True
+    files["pre_tokenizer"]["pretokenizers"].pop(0)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(files))
     with pytest.raises(TokenizerError, match="can be spelled"):
-        Tokenizer.load(tmp_path).encode_text("anything")
+        Tokenizer.load(tmp_path).encode_text("<|im_end|>")
