@@ -1,7 +1,6 @@
 """Batches from end to end, on an engine whose answers are right only if its cache is."""
 
 import json
-import os
 import resource
 
 import numpy as np
@@ -231,25 +230,32 @@ def test_results_of_other_settings_are_refused_and_kept(tmp_path, tokenizer):
     run(source, tmp_path / "out", tokenizer, settings=SETTINGS | {"seed": 1})
 
 
+META = '{"format": "qwen-jax batch 1", "settings": {}}'
+
+
 @pytest.mark.parametrize(
     ("content", "meta", "message"),
     [
         (b"notes", None, "out is not the output of a batch, .*out.meta is missing"),
-        (b"{}\n", "{}", "line 1 is not a result"),
-        (b"\n", "{}", "line 1 is not a result"),
-        (b'{"id": "x", "custom_id": "x", "response": null}\n', "{}", "line 1 is not a result"),
-        (b"{}\n", "{", "out.meta is damaged"),
-        (b"{}\n", "[]", "out.meta is damaged"),
+        (b"{}\n", META, "line 1 is not a result, id is missing"),
+        (b"\n", META, "line 1 is not a result, Expecting value"),
+        (b'{"id": "x", "custom_id": "x"}\n', META, "line 1 is not a result, response is miss"),
+        (b"{}\n", "{", "out.meta is not valid JSON.*: name another output than"),
+        (b"{}\n", "[]", "out.meta must hold a JSON object, got a list: name another output"),
+        (b"{}\n", "{}", "out.meta does not belong to a batch, format is missing"),
+        (b"", "mine", "out.meta is not valid JSON"),
+        (b"", '{"seed": 1}', "out.meta does not belong to a batch"),
+        (None, '{"format": "mine"}', "out.meta does not belong to a batch"),
     ],
 )
 def test_a_file_that_is_none_of_ours_is_left_alone(content, meta, message, tmp_path):
-    (tmp_path / "out").write_bytes(content)
-    if meta is not None:
-        (tmp_path / "out.meta").write_text(meta)
+    given = {"out": content, "out.meta": None if meta is None else meta.encode()}
+    given = {name: data for name, data in given.items() if data is not None}
+    for name, data in given.items():
+        (tmp_path / name).write_bytes(data)
     with pytest.raises(JournalError, match=message):
         Results(tmp_path / "out", {})
-    assert (tmp_path / "out").read_bytes() == content
-    assert sorted(os.listdir(tmp_path)) == ["out"] + ["out.meta"] * (meta is not None)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == given
 
 
 def test_a_second_result_of_a_line_is_seen(tmp_path, tokenizer):
