@@ -1,7 +1,9 @@
 """Files that are there whole or not at all, and stay when the machine fails."""
 
+import errno
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -27,6 +29,21 @@ def write(path: Path, content: str | bytes) -> None:
         partial.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def check_ours(path: Path, is_ours: Callable[[Path], bool]) -> None:
+    """Refuses to replace a file that this program did not write.
+
+    Args:
+        is_ours: whether a regular file carries what this program marks such files with.
+
+    Raises:
+        FileExistsError: naming it and the way out.
+        OSError: if it cannot be read.
+    """
+    if os.path.lexists(path) and not (path.is_file() and is_ours(path)):
+        problem = "exists and was not written by this command: name another file, or remove it"
+        raise FileExistsError(errno.EEXIST, problem, str(path))
 
 
 def sync(path: Path) -> None:

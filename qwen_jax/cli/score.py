@@ -12,13 +12,15 @@ from typing import Annotated
 import numpy as np
 from jaxtyping import Float32
 
-from qwen_jax import hosts
+from qwen_jax import disk, hosts
 from qwen_jax.cli import tokens as token_file
 from qwen_jax.cli.answer import prefill_progress
 from qwen_jax.cli.flags import ModelArgument, ModelFlags, note, open_model, option
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
 from qwen_jax.config import ConfigError
+
+_COMMENT = b"qwen-jax score 1"  # of the archive
 
 
 @expand_on_hosts
@@ -66,7 +68,12 @@ def score(
 def write_npz(
     path: Path, blocks: Iterable[Float32[np.ndarray, "n V"]], shape: tuple[int, int]
 ) -> None:
-    """Writes blocks of rows as array `logits` of an .npz file, which appears when complete."""
+    """Writes blocks of rows as array `logits` of an .npz file, which appears when complete.
+
+    Raises:
+        FileExistsError: if there is a file that was not written here.
+        OSError: if it cannot be written.
+    """
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with (
@@ -74,11 +81,13 @@ def write_npz(
             zipfile.ZipFile(file, "w") as archive,
             archive.open("logits.npy", "w", force_zip64=True) as member,
         ):
+            archive.comment = _COMMENT
             header = {"descr": "<f4", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(member, header)
             for block in blocks:
                 member.write(np.ascontiguousarray(block, "<f4").data)
         os.chmod(name, 0o666 & ~_umask())
+        disk.check_ours(path, _is_ours)
         os.replace(name, path)
     except BaseException:
         os.unlink(name)
@@ -99,6 +108,7 @@ def _check_output(path: Path, size: int) -> None:
         raise IsADirectoryError(21, "is a directory; give a file to write", str(path))
     if not path.parent.is_dir():
         raise FileNotFoundError(2, "there is no such directory", str(path.parent))
+    disk.check_ours(path, _is_ours)
     free = shutil.disk_usage(path.parent).free
     if size > free:
         raise ConfigError(
@@ -106,6 +116,13 @@ def _check_output(path: Path, size: int) -> None:
         )
     if not os.access(path.parent, os.W_OK):
         raise PermissionError(13, "cannot be written to", str(path.parent))
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file ends in the comment of what `write_npz` writes."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - len(_COMMENT)))
+        return file.read() == _COMMENT
 
 
 def _umask() -> int:
