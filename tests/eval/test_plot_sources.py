@@ -176,7 +176,7 @@ def test_a_file_that_is_no_report_is_refused_by_name(tmp_path, changes, named):
     with pytest.raises(PlotError, match=named):
         sources.recall(path)
     path.write_text("{")
-    with pytest.raises(PlotError, match=r"report\.json: .*no report"):
+    with pytest.raises(PlotError, match=r"report\.json is not valid JSON: .*no report"):
         sources.recall(path)
 
 
