@@ -27,6 +27,9 @@ _VERTICAL = (64, 130, 250, 500, 1000, 2000, 3500, 5548, 8192, 12288, 16384, 2203
 _SLASH = (100, 200, 400, 800, 1600, 3200, 6096, 8144, 10192, 14288, 18340, 24528)
 
 
+REPORT_FORMAT = "qwen-jax calibration 1"
+
+
 class CalibrationError(ConfigError):
     """Budgets that cannot be found or kept; the text names the value and the way out."""
 
@@ -199,7 +202,7 @@ def report(
 ) -> dict[str, Any]:
     """All figures, for JSON: budgets, recall and density per head, predicted speed-up."""
     return {
-        "format": "qwen-jax calibration 1",
+        "format": REPORT_FORMAT,
         "model": model,
         "target_recall": target_recall,
         "margin": margin,

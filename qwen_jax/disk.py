@@ -1,10 +1,11 @@
 """Files that are there whole or not at all, and stay when the machine fails."""
 
 import contextlib
+import errno
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qwen_jax.reading import FileError, kind_of, shown
@@ -59,6 +60,21 @@ def write(path: Path, content: str | bytes) -> None:
                 partial.unlink()
             raise
     sync(path.parent)
+
+
+def check_ours(path: Path, is_ours: Callable[[Path], bool]) -> None:
+    """Refuses to replace a file that this program did not write.
+
+    Args:
+        is_ours: whether a regular file carries what this program marks such files with.
+
+    Raises:
+        FileExistsError: naming it and the way out.
+        OSError: if it cannot be read.
+    """
+    if os.path.lexists(path) and not (path.is_file() and is_ours(path)):
+        problem = "exists and was not written by this command: name another file, or remove it"
+        raise FileExistsError(errno.EEXIST, problem, str(path))
 
 
 def sync(path: Path) -> None:

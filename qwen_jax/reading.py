@@ -25,6 +25,18 @@ class FileError(ValueError):
     """A file that cannot be used; the text names it and the way out."""
 
 
+class RepeatedKey(ValueError):
+    """An object of JSON that has a key twice.
+
+    Attributes:
+        key: the first such key.
+    """
+
+    def __init__(self, key: str):
+        super().__init__(f"{printable(key, 60)!r} is given twice in one object")
+        self.key = key
+
+
 def printable(text: object, limit: int = 200) -> str:
     """Foreign text for one line of a terminal or a log.
 
@@ -153,6 +165,7 @@ def parse_json(data: bytes | str) -> Any:
     are refused. It takes time proportional to the data.
 
     Raises:
+        RepeatedKey: if an object has a key twice.
         ValueError: with a reason fit for one line.
     """
     try:
@@ -253,7 +266,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"{printable(twice, 60)!r} is given twice in one object")
+        raise RepeatedKey(twice)
     return value
 
 

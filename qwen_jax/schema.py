@@ -46,7 +46,7 @@ def whole(low: int, high: int) -> Check:
     return check
 
 
-def number(low: float, high: float) -> Check:
+def number(low: float | int, high: float | int) -> Check:
     """Accept finite numbers from `low` to `high`."""
 
     def check(where: str, value: Any) -> None:

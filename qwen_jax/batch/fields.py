@@ -6,8 +6,9 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from qwen_jax.batch.lines import CHAT, Line, LineError
+from qwen_jax.batch.lines import CHAT, Line, LineError, said
 from qwen_jax.engine.request import Request, RequestError, Sampling, check_ids
+from qwen_jax.reading import printable
 from qwen_jax.tokenizer import Tokenizer, TokenizerError, check_stop
 
 IGNORED = frozenset(
@@ -131,7 +132,7 @@ class Reader:
                 )
             request = Request(prompt=prompt, max_new_tokens=new, sampling=sampling, eos_ids=eos_ids)
         except (RequestError, TokenizerError) as error:
-            raise LineError(str(error)) from None
+            raise LineError(printable(error, 500)) from None
         return Asked(line=line, request=request, stop=stop)
 
     def _chat(self, body: "_Body") -> tuple[int, ...]:
@@ -154,7 +155,7 @@ class Reader:
         first, *rest = messages
         if first["role"] != "user":
             raise LineError(
-                f"messages[0].role={_shown(first['role'])} must be 'user': the KV session has its "
+                f"messages[0].role={said(first['role'])} must be 'user': the KV session has its "
                 "system text already, and ends where a question goes",
                 param="messages[0].role",
             )
@@ -196,7 +197,7 @@ class _Body:
             kinds = kind if isinstance(kind, tuple) else (kind,)
             names = {str: "a text", list: "a list", bool: "true or false"}
             raise LineError(
-                f"{name}={_shown(value)} must be {' or '.join(names[each] for each in kinds)}",
+                f"{name}={said(value)} must be {' or '.join(names[each] for each in kinds)}",
                 param=name,
             )
         return value
@@ -212,7 +213,7 @@ class _Body:
         for name, value in given.items():
             if type(value) is not int or not 1 <= value < 2**31:
                 raise LineError(
-                    f"{name}={_shown(value)} must be an integer of at least 1", param=name
+                    f"{name}={said(value)} must be an integer of at least 1", param=name
                 )
         return next(iter(given.values()), default)
 
@@ -222,7 +223,7 @@ class _Body:
             kinds = int if name in ("top_k", "seed") else (int, float)
             if isinstance(value, bool) or not isinstance(value, kinds):
                 kind = "an integer" if kinds is int else "a number"
-                raise LineError(f"{name}={_shown(value)} must be {kind}", param=name)
+                raise LineError(f"{name}={said(value)} must be {kind}", param=name)
         if "seed" not in given:
             given["seed"] = _seed(defaults.seed, self._line)
         if defaults.temperature == 0 and "temperature" not in given:
@@ -251,9 +252,10 @@ class _Body:
         for name, value in self._fields.items():
             if name in IGNORED or any(_same(value, each) for each in neutral.get(name, ())):
                 continue
-            instead = " or ".join(map(_shown, neutral.get(name, ())))
+            instead = " or ".join(map(said, neutral.get(name, ())))
+            name = printable(name)
             raise LineError(
-                f"{name}={_shown(value)} is not supported: leave it out"
+                f"{name}={said(value)} is not supported: leave it out"
                 f"{f' or give {instead}' if instead else ''}",
                 code="unsupported_field",
                 param=name,
@@ -270,19 +272,18 @@ def _message(where: str, message: Any) -> dict[str, str]:
         raise LineError(f"{where} must be an object with role and content", param=where)
     for name, value in message.items():
         if name not in ("role", "content") and value not in (None, []):
+            field = f"{where}.{printable(name)}"
             raise LineError(
-                f"{where}.{name} is not supported: leave it out",
-                code="unsupported_field",
-                param=f"{where}.{name}",
+                f"{field} is not supported: leave it out", code="unsupported_field", param=field
             )
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str):
-        raise LineError(f"{where}.role must be a text, got {_shown(role)}", param=f"{where}.role")
+        raise LineError(f"{where}.role must be a text, got {said(role)}", param=f"{where}.role")
     if isinstance(content, list):
         content = "".join(_parts(f"{where}.content", content))
     if not isinstance(content, str):
         raise LineError(
-            f"{where}.content must be a text or a list of parts, got {_shown(content)}",
+            f"{where}.content must be a text or a list of parts, got {said(content)}",
             param=f"{where}.content",
         )
     return {"role": role, "content": content}
@@ -308,8 +309,3 @@ def _seed(seed: int, line: Line) -> int:
 
 def _same(value: Any, other: Any) -> bool:
     return value == other and isinstance(value, bool) == isinstance(other, bool)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax.config import ConfigError
+from qwen_jax.reading import RepeatedKey, json_kind, parse_json, printable
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 URLS = (CHAT, COMPLETIONS)
@@ -141,67 +142,52 @@ def parse(number: int, raw: bytes) -> Line:
 
 def _decode(raw: bytes) -> tuple[Any, bytes]:
     """What a line says, and the same however it is spelled."""
+    param = None
     try:
-        value = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_distinct, parse_constant=_refuse_constant
-        )
+        value = parse_json(raw.decode("utf-8"))
         return value, json.dumps(value, sort_keys=True).encode()
     except UnicodeDecodeError as error:
-        raise LineError(
-            f"the line is not UTF-8 (byte {error.start})", code="invalid_json"
-        ) from None
-    except LineError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise LineError(f"the line is not valid JSON: {error}", code="invalid_json") from None
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise LineError(f"{twice!r} is given twice in one object", code="invalid_json", param=twice)
-    return value
-
-
-def _refuse_constant(name: str) -> Any:
-    raise LineError(f"the line is not valid JSON: {name} is no number of it", code="invalid_json")
+        fault = f"the line is not UTF-8 (byte {error.start})"
+    except RepeatedKey as error:
+        fault, param = str(error), printable(error.key)
+    except ValueError as error:
+        fault = f"the line is not valid JSON: {error}"
+    raise LineError(fault, code="invalid_json", param=param)
 
 
 def _checked(value: Any) -> tuple[str, Mapping[str, Any]]:
     """Url and body of a line that names itself, its method and its url rightly."""
     if not isinstance(value, dict):
-        raise LineError(f"the line is {_kind(value)}, not an object", code="invalid_json")
+        raise LineError(f"the line is {json_kind(value)}, not an object", code="invalid_json")
     name = value.get("custom_id")
     if not isinstance(name, str) or not name:
         raise LineError(
             "custom_id must be a text that is not empty: the answer is found by it",
             param="custom_id",
         )
-    unknown = sorted(value.keys() - set(_FIELDS))
+    unknown = value.keys() - set(_FIELDS)
     if unknown:
+        name = printable(min(unknown))
         raise LineError(
-            f"{unknown[0]!r} is no field of a batch line, which has {', '.join(_FIELDS)}",
-            param=unknown[0],
+            f"{name!r} is no field of a batch line, which has {', '.join(_FIELDS)}", param=name
         )
     if value.get("method") != "POST":
-        raise LineError(f"method must be 'POST', got {value.get('method')!r}", param="method")
+        raise LineError(f"method must be 'POST', got {said(value.get('method'))}", param="method")
     url, body = value.get("url"), value.get("body")
     if url not in URLS:
         raise LineError(
-            f"url must be {' or '.join(map(repr, URLS))}, got {url!r}",
+            f"url must be {' or '.join(map(repr, URLS))}, got {said(url)}",
             code="invalid_url",
             param="url",
         )
     if not isinstance(body, dict):
-        raise LineError(f"body must be an object, got {_kind(body)}", param="body")
+        raise LineError(f"body must be an object, got {json_kind(body)}", param="body")
     return url, body
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "a truth value"}
-    return "null" if value is None else names.get(type(value), "a number")
+def said(value: Any) -> str:
+    """A value of a line for an error, cut where it is long."""
+    return printable(repr(value), 41)
 
 
 def _too_long(number: int, raw: bytes, file) -> Line:

@@ -1,21 +1,33 @@
 """Results of a batch: records in OpenAI's format, in a file that a new run continues."""
 
-import contextlib
 import json
 import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen_jax import journal
+from qwen_jax import journal, reading, schema
 from qwen_jax.batch.fields import Asked
 from qwen_jax.batch.lines import BatchError, Line, LineError
 from qwen_jax.journal import Journal, JournalError, changes
-from qwen_jax.reading import FileError, parse_json, read_object, shown
+from qwen_jax.reading import shown
 
-FORMAT = "qwen-jax batch 1"
 Record = dict[str, Any]
+
+_FORMAT = "qwen-jax batch 1"
+_META = schema.fields(format=schema.one_of(_FORMAT), settings=schema.values(schema.anything))
+_RECORD = schema.fields(
+    id=schema.matching(re.compile("batch_req_[0-9a-f]{32}"), "the id of a batch line"),
+    custom_id=schema.maybe(schema.text),
+    response=schema.fields(
+        status_code=schema.whole(100, 599),
+        request_id=schema.text,
+        body=schema.values(schema.anything),
+    ),
+    error=schema.maybe(schema.anything),
+)
 
 
 def answered(
@@ -79,7 +91,7 @@ def _digest(line: Line) -> str:
 class Results:
     """The output file, one record for each line of the input, in the order of completion.
 
-    What the records depend on lies beside it, in `FILE.meta`.
+    What the records depend on lies beside it, in `FILE.meta`, which says that it is ours.
 
     Attributes:
         num_errors: records of lines that got no answer.
@@ -89,32 +101,26 @@ class Results:
         """Open or create the file, cut off half a line at its end, read what is there.
 
         Raises:
-            JournalError: if another run has it, or it holds something else or results of
-                other settings.
+            JournalError: if another run has it, or it or the file beside it holds something
+                else, or results of other settings.
             OSError: if it cannot be opened.
         """
         meta = path.with_name(f"{path.name}.meta")
-        settings = {"format": FORMAT, **settings}
-        before = _settings(meta) if os.path.lexists(meta) else {}
-        if before is None:
-            raise JournalError(
-                f"{shown(meta)} is damaged or not of a batch: move it, or name another output than "
-                f"{shown(path)}"
-            )
         self.num_errors = 0
         self._ids: dict[tuple[str, str], str] = {}
+        before = _read_meta(path, meta)  # first: nothing is made beside what is not ours
         self._journal = Journal(path)
         try:
-            if not self._journal.is_empty and not before:
+            if not self._journal.is_empty and before is None:
                 raise JournalError(
                     f"{shown(path)} is not the output of a batch, {shown(meta)} is missing: name "
                     "another file"
                 )
             self._journal.repair()
             if self._journal.is_empty:
-                journal.write(meta, settings)
+                journal.write(meta, {"format": _FORMAT, "settings": dict(settings)})
             else:
-                _check(path, before, settings)
+                _check(path, before or {}, settings)
             self._read()
         except BaseException:
             self._journal.close()
@@ -160,12 +166,14 @@ class Results:
         path = self._journal.path
         for number, line in enumerate(self._journal.lines(), start=1):
             try:
-                record = parse_json(line)
+                record = reading.parse_json(line)
+                _RECORD("", record)
                 twice = _name(record["custom_id"], record["id"]) in self._ids
                 self._remember(record)
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except ValueError as error:
                 raise JournalError(
-                    f"{shown(path)}: line {number} is not a result: repair it or name another file"
+                    f"{shown(path)}: line {number} is not a result, {error}: repair it "
+                    "or name another file"
                 ) from None
             if twice:
                 raise JournalError(
@@ -183,6 +191,27 @@ def _name(custom_id: str | None, number: str) -> tuple[str, str]:
     return ("id", number) if custom_id is None else ("custom_id", custom_id)
 
 
+def _read_meta(path: Path, meta: Path) -> dict[str, Any] | None:
+    """The settings in the file beside an output; None if there is none.
+
+    Raises:
+        JournalError: if it is not one of ours.
+    """
+    if not os.path.lexists(meta):
+        return None
+    try:
+        found = reading.read_object(meta, error=JournalError)
+        _META("", found)
+    except schema.SchemaError as error:
+        raise JournalError(
+            f"{shown(meta)} does not belong to a batch, {error}: name another output than "
+            f"{shown(path)}"
+        ) from None
+    except JournalError as error:
+        raise JournalError(f"{error}: name another output than {shown(path)}") from None
+    return found["settings"]
+
+
 def _check(path: Path, before: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     differ = changes(before, json.loads(json.dumps(settings)))
     if differ:
@@ -190,11 +219,3 @@ def _check(path: Path, before: Mapping[str, Any], settings: Mapping[str, Any]) -
             f"{shown(path)} holds results of other settings ({differ}): run with those or name "
             "another file"
         )
-
-
-def _settings(meta: Path) -> dict[str, Any] | None:
-    """What was written beside results; None if it is something else."""
-    with contextlib.suppress(FileError):
-        found = read_object(meta)
-        return found if found.get("format") == FORMAT else None
-    return None

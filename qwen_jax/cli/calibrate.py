@@ -1,8 +1,10 @@
 """calibrate: budgets of sparse prefill for a checkpoint, from texts."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import time
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +14,7 @@ import numpy as np
 import typer
 
 from qwen_jax import calibrate as calibration
-from qwen_jax import disk
+from qwen_jax import disk, reading
 from qwen_jax.cli import documents
 from qwen_jax.cli.answer import LINE_S
 from qwen_jax.cli.eval import split, whole_number
@@ -21,6 +23,7 @@ from qwen_jax.cli.placement import one_device
 from qwen_jax.config import ConfigError, last_q
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.scheduler import default_slices
+from qwen_jax.manifest import file_sums
 from qwen_jax.sparse import tiles_on
 from qwen_jax.survey import Grid
 
@@ -34,7 +37,8 @@ def calibrate(
         typer.Option(help="A text file or a directory; may be given repeatedly.", metavar="PATH"),
     ],
     out: Annotated[
-        Path, typer.Option(help="The budgets, for --sparse-config or beside a config.json.")
+        Path,
+        typer.Option(help="The budgets, for --sparse-config or a Hugging Face directory."),
     ] = Path("sparse_attention_config.json"),
     lengths: Annotated[
         str, typer.Option(help="Text lengths in tokens; 1k is 1000, 1K is 1024.")
@@ -75,9 +79,8 @@ def calibrate(
     if samples < 1:
         raise ConfigError(f"--samples {samples} must be at least 1")
     opened.check_fits(sizes[-1])
-    disk.prepare(out)
     report = report or out.with_suffix(".report.json")
-    disk.prepare(report)
+    _check_writable(out, report)
     if out == report:
         raise ConfigError(f"--out and --report are one file, {out}: give two")
     vertical, slash = calibration.budgets_up_to(sizes[-1])
@@ -97,8 +100,11 @@ def calibrate(
         target_recall=target_recall,
         margin=margin,
     )
+    content = json.dumps(calibration.file_content(budgets)) + "\n"
+    figures["budgets_sha256"] = hashlib.sha256(content.encode()).hexdigest()
+    _check_writable(out, report)
     disk.write(report, json.dumps(figures) + "\n")
-    disk.write(out, json.dumps(calibration.file_content(budgets)) + "\n")
+    disk.write(out, content)
     _print(budgets, figures["speedup"])
     if held_out:
         others = survey.samples(texts["--held-out"])
@@ -195,6 +201,20 @@ def _print(budgets: calibration.Budgets, speedup: dict[str, float] | None = None
             f"{length:,} tokens: recall {recall.mean():.3f} ({recall.min():.3f} in the worst "
             f"head), {density.mean():.1%} of the attention computed{predicted}"
         )
+
+
+def _check_writable(out: Path, report: Path) -> None:
+    """Refuses paths that cannot be written, and to replace what no calibration wrote."""
+    for path in (out, report):
+        disk.prepare(path)
+    found = {}
+    if os.path.lexists(report):
+        with contextlib.suppress(ValueError):
+            found = reading.read_object(report)
+    ours = found.get("format") == calibration.REPORT_FORMAT
+    disk.check_ours(report, lambda _: ours)
+    # Budgets are in a format that has no place for a mark: the report knows them.
+    disk.check_ours(out, lambda path: file_sums(path).sha256 == found.get("budgets_sha256"))
 
 
 def _slices(opened: Model) -> tuple[int, ...]:

@@ -20,6 +20,8 @@ from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
 from qwen_jax.config import ConfigError
 
+_COMMENT = b"qwen-jax score 1"  # of the archive
+
 
 @expand_on_hosts
 @profiled
@@ -66,7 +68,12 @@ def score(
 def write_npz(
     path: Path, blocks: Iterable[Float32[np.ndarray, "n V"]], shape: tuple[int, int]
 ) -> None:
-    """Writes blocks of rows as array `logits` of an .npz file, which appears when complete."""
+    """Writes blocks of rows as array `logits` of an .npz file, which appears when complete.
+
+    Raises:
+        FileExistsError: if there is a file that was not written here.
+        OSError: if it cannot be written.
+    """
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with (
@@ -74,11 +81,13 @@ def write_npz(
             zipfile.ZipFile(file, "w") as archive,
             archive.open("logits.npy", "w", force_zip64=True) as member,
         ):
+            archive.comment = _COMMENT
             header = {"descr": "<f4", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(member, header)
             for block in blocks:
                 member.write(np.ascontiguousarray(block, "<f4").data)
         os.chmod(name, 0o666 & ~_umask())
+        disk.check_ours(path, _is_ours)
         os.replace(name, path)
     except BaseException:
         os.unlink(name)
@@ -96,11 +105,19 @@ def _counted(blocks, update):
 def _check_output(path: Path, size: int) -> None:
     """Refuses before the work what would fail after it."""
     disk.prepare(path)
+    disk.check_ours(path, _is_ours)
     free = shutil.disk_usage(path.parent).free
     if size > free:
         raise ConfigError(
             f"{path} would take {size:,} bytes, {free:,} are free: ask for fewer with --last"
         )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file ends in the comment of what `write_npz` writes."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - len(_COMMENT)))
+        return file.read() == _COMMENT
 
 
 def _umask() -> int:

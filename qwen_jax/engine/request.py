@@ -1,7 +1,6 @@
 """Request, its sampling settings, its events, and the counters of one that runs."""
 
 import dataclasses
-import math
 from typing import Literal, Protocol, runtime_checkable
 
 Finish = Literal["stop", "length", "cancelled", "error"]
@@ -42,7 +41,7 @@ def check_ids(field: str, ids, vocab_size: int) -> None:
 
 def _check_number(field: str, value, low: int | float, high: int | float, hint: str = "") -> None:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high:
+    if not is_number or not low <= value <= high:  # NaN is in no range
         raise RequestError(f"{field}={value!r} must be a number from {low} to {high}{hint}")
 
 

@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -63,10 +64,25 @@ class Panels:
     across: int
 
 
+_CSV = re.compile(rb"map,(depth,tokens|layer,head),value\n")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a file begins as `write_csv` does."""
+    with path.open("rb") as file:
+        return _CSV.match(file.read(64)) is not None
+
+
 def write_csv(panels: Panels, path: Path) -> None:
-    """One line a cell, map after map; the value of a cell that was not measured is empty."""
+    """One line a cell, map after map; the value of a cell that was not measured is empty.
+
+    Raises:
+        FileExistsError: if there is a file that does not begin with the names of our columns.
+        OSError: if it cannot be written.
+    """
     disk.prepare(path)
     first = panels.maps[0]
+    disk.check_ours(path, _is_ours)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["map", first.rows.name, first.columns.name, "value"])

@@ -1,12 +1,12 @@
 """Results in a file, one JSON object a line, so that a run can be continued."""
 
 import dataclasses
-import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen_jax import disk
+from qwen_jax import disk, reading, schema
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Sparseness
 from qwen_jax.eval.score import Result
@@ -14,6 +14,28 @@ from qwen_jax.eval.tasks import Cell
 from qwen_jax.journal import Journal, changes
 
 _OPENING = b'{"settings"'
+_LOG_BYTES = 1 << 30
+_SETTINGS = schema.fields(settings=schema.values(schema.anything))
+_SHARE = schema.number(0, 1)
+_RESULT = schema.fields(
+    task=schema.text,
+    variant=schema.maybe(schema.text),
+    length=schema.whole(1, 1 << 40),
+    depth=schema.maybe(_SHARE),
+    sample=schema.whole(0, 1 << 40),
+    expected=schema.items(schema.text, least=1),
+    answer=schema.text,
+    score=_SHARE,
+    optional={
+        "sparse": schema.fields(
+            density=schema.number(0, 2),
+            recall=schema.number(-1, 2),
+            least_recall=schema.number(-1, 2),
+            pairs=schema.whole(0, 1 << 60),
+            tokens=schema.whole(0, 1 << 60),
+        )
+    },
+)
 
 
 class LogError(ConfigError):
@@ -40,20 +62,24 @@ class Log:
         self.path = path
         self.results: dict[tuple[str | None, Cell], Result] = {}
         disk.prepare(path, LogError)
-        data = path.read_bytes() if path.exists() else b""
+        there = os.path.lexists(path)
+        data = reading.read_bytes(path, limit=_LOG_BYTES, error=LogError) if there else b""
         whole = data[: data.rfind(b"\n") + 1]
         lines = whole.splitlines()
         if data and not whole and not data.startswith(_OPENING[: len(data)]):
             raise LogError(f"{path} is not a file of results: name another one")
-        try:
-            if lines:
-                self._check(json.loads(lines[0])["settings"], settings)
-            for line in lines[1:]:
-                self._remember(_result(json.loads(line)))
-        except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, LogError):
-                raise
-            raise LogError(f"{path} is not a file of results: {error}") from None
+        for number, line in enumerate(lines, 1):
+            try:
+                record = reading.parse_json(line)
+                (_SETTINGS if number == 1 else _RESULT)("", record)
+            except ValueError as error:
+                raise LogError(
+                    f"{path}, line {number}: {error}: it is not a file of results, name another one"
+                ) from None
+            if number == 1:
+                self._check(record["settings"], settings)
+            else:
+                self._remember(_result(record))
         with Journal(path) as journal:
             journal.repair()
             if not lines:

@@ -11,6 +11,7 @@ from qwen_jax import disk
 from qwen_jax.eval.heatmap import HeatMap, Panels, PlotError
 from qwen_jax.eval.plan_picture import BLOCKS, COLUMNS, PlanPicture, colours, rasterise
 
+_SOFTWARE = "qwen-jax plot"
 _DPI = 100
 _WIDTH = 12.0  # inches
 _MOST_NUMBERED = 12  # columns of a map whose cells carry their numbers
@@ -171,13 +172,19 @@ def _hex(colour: tuple[int, int, int]) -> str:
 
 
 def _matplotlib(path: Path) -> Any:
-    """The module `matplotlib.figure`; figures made from it need no display."""
+    """The module `matplotlib.figure`; figures made from it need no display.
+
+    Raises:
+        PlotError: if it is not installed, or `path` is no name of a PNG.
+        FileExistsError: if something else than a picture of ours is at `path`.
+    """
     if path.suffix.lower() != ".png":
         raise PlotError(f"--out {path}: pictures are PNG files, so the name must end in .png")
     try:
         from matplotlib import figure
     except ImportError:
         raise PlotError("--out needs matplotlib: pip install 'qwen-jax[plot]'") from None
+    disk.check_ours(path, _is_ours)
     return figure
 
 
@@ -186,4 +193,11 @@ def _save(figure: Any, path: Path) -> None:
     with warnings.catch_warnings():
         # A name in letters that the font lacks is drawn as boxes; the figures are what counts.
         warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)
-        figure.savefig(path, format="png", facecolor="white")
+        figure.savefig(path, format="png", facecolor="white", metadata={"Software": _SOFTWARE})
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a PNG says that this module wrote it."""
+    with path.open("rb") as file:
+        head = file.read(4096)
+    return head.startswith(b"\x89PNG") and f"Software\0{_SOFTWARE}".encode() in head

@@ -1,8 +1,8 @@
 """Heat maps from files: scores from logs of `eval`, recall from reports of `calibrate`."""
 
 import dataclasses
-import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,32 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from qwen_jax import reading, schema
 from qwen_jax.eval.heatmap import Axis, HeatMap, Panels, PlotError
+from qwen_jax.reading import printable
 
 _REPORT_FORMAT = "qwen-jax calibration 1"
+_LOG_BYTES = 1 << 30
+_LENGTH = schema.matching(re.compile(r"[1-9]\d{0,11}", re.ASCII), "tokens")
+_TABLES = schema.values(schema.items(schema.items(schema.number(-10, 10))), key=_LENGTH)
+_BUDGETS = schema.items(schema.items(schema.whole(1, 1 << 31)))
+_REPORT = schema.fields(
+    format=schema.text,
+    model=schema.text,
+    recall=_TABLES,
+    density=_TABLES,
+    speedup=schema.values(schema.number(0, 1e6), key=_LENGTH),
+    optional={
+        "target_recall": schema.number(0, 1),
+        "margin": schema.number(0, 1),
+        "last_q": schema.whole(1, 1 << 31),
+        "tiles": schema.items(schema.whole(1, 1 << 31)),
+        "lengths": schema.items(schema.whole(1, 1 << 40)),
+        "vertical": _BUDGETS,
+        "slash": _BUDGETS,
+        "budgets_sha256": schema.sha256,
+    },
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,8 +55,7 @@ def scores(paths: Sequence[Path]) -> Panels:
     one task share their axes, so that what one of them lacks is seen.
 
     Raises:
-        PlotError: if a file is no such log, or holds no answers.
-        OSError: if a file cannot be read.
+        PlotError: if a file cannot be read, is no such log, or holds no answers.
     """
     answers: list[_Answer] = []
     models: list[str] = []
@@ -96,7 +118,7 @@ def _mean_scores(
 
 
 def _read_log(path: Path) -> tuple[dict[str, Any], list[_Answer]]:
-    data = path.read_bytes()
+    data = reading.read_bytes(path, limit=_LOG_BYTES, error=PlotError)
     lines = data[: data.rfind(b"\n") + 1].splitlines()
     settings: dict[str, Any] | None = None
     answers = []
@@ -104,7 +126,7 @@ def _read_log(path: Path) -> tuple[dict[str, Any], list[_Answer]]:
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = reading.parse_json(line)
             if not isinstance(record, dict):
                 raise ValueError("it is no JSON object")
             if settings is None:
@@ -125,13 +147,13 @@ def _read_log(path: Path) -> tuple[dict[str, Any], list[_Answer]]:
 def _answer(path: Path, settings: dict[str, Any], record: dict[str, Any]) -> _Answer:
     length, depth = record["length"], record.get("depth")
     score = record["score"] if record.get("score") is not None else record["correct"]
-    if not isinstance(length, int) or length < 1:
-        raise ValueError(f"length={length!r} must be tokens")
+    if type(length) is not int or not 1 <= length < 1 << 40:
+        raise ValueError(f"length={printable(repr(length), 60)} must be tokens")
     for name, value in (("depth", depth), ("score", score)):
         if name == "depth" and value is None:
             continue
         if not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise ValueError(f"{name}={value!r} must lie in [0, 1]")
+            raise ValueError(f"{name}={printable(repr(value), 60)} must lie in [0, 1]")
     by_default = "dca" if settings.get("dca") else "rope"
     task = record.get("task") or settings.get("task") or "answers"
     variant = record.get("variant") or settings.get("variant") or by_default
@@ -164,8 +186,7 @@ def recall(path: Path, length: int | None = None) -> Panels:
         length: prompt length in tokens, one of those in the report; the longest if None.
 
     Raises:
-        PlotError: if the file is no such report, or lacks the length.
-        OSError: if the file cannot be read.
+        PlotError: if the file cannot be read, is no such report, or lacks the length.
     """
     report = _read_report(path, length)
     found, kept = report.recall, report.density
@@ -211,39 +232,42 @@ class _Report:
 
 def _read_report(path: Path, length: int | None) -> _Report:
     try:
-        report = json.loads(path.read_bytes())
-        if not isinstance(report, dict) or report.get("format") != _REPORT_FORMAT:
+        report = reading.read_object(path)
+    except reading.FileError as error:
+        raise PlotError(f"{error}: no report of `qwen-jax calibrate`") from None
+    try:
+        if report.get("format") != _REPORT_FORMAT:
             raise ValueError(f"its format is not {_REPORT_FORMAT!r}")
+        _REPORT("", report)
         known = sorted(int(each) for each in report["recall"])
+        if not known:
+            raise ValueError("recall has no lengths")
         chosen = max(known) if length is None else length
         if chosen not in known:
             lengths = ", ".join(str(each) for each in known)
-            raise PlotError(f"{path} holds no length {length}: choose --length from {lengths}")
-        speedup = dict(report.get("speedup") or {}).get(str(chosen))
+            raise PlotError(f"{path} holds no length {chosen}: choose --length from {lengths}")
         found = _table(report["recall"], chosen, "recall")
         kept = _table(report["density"], chosen, "density")
         if found.shape != kept.shape:
             raise ValueError("recall and density are not of the same layers and heads")
-        return _Report(
-            model=Path(str(report["model"])).name,
-            length=chosen,
-            recall=found,
-            density=kept,
-            speedup=None if speedup is None else float(speedup),
-        )
     except PlotError:
         raise
-    except KeyError as error:
-        raise PlotError(f"{path}: {error} is missing: no report of `qwen-jax calibrate`") from None
-    except (ValueError, TypeError) as error:
+    except ValueError as error:
         raise PlotError(f"{path}: {error}: no report of `qwen-jax calibrate`") from None
+    return _Report(
+        model=Path(report["model"]).name,
+        length=chosen,
+        recall=found,
+        density=kept,
+        speedup=report["speedup"].get(str(chosen)),
+    )
 
 
 def _table(tables: dict[str, Any], length: int, name: str) -> Float[np.ndarray, "L N"]:
-    values = np.asarray(tables[str(length)], float)
-    if values.ndim != 2 or not values.size or not np.isfinite(values).all():
+    rows = tables.get(str(length), [])
+    if not rows or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
         raise ValueError(f"{name} of {length} tokens is no table of layers and heads")
-    return values
+    return np.asarray(rows, float)
 
 
 def _numbered(name: str, count: int) -> Axis:

@@ -4,12 +4,24 @@ Started by `ray job submit` with a job.json of `ray`. Needs Ray, which a cluster
 """
 
 import importlib
-import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
+
+from qwen_jax import reading, schema
+
+_COUNT = schema.whole(1, 1 << 20)
+_PARAMETERS = schema.fields(
+    command=schema.text,
+    hosts=_COUNT,
+    chips=_COUNT,
+    resource=schema.one_of("TPU", "GPU"),
+    topology=schema.maybe(schema.text),
+    tpu=schema.maybe(schema.text),
+    preempted=schema.whole(1, 255),
+    max_restarts=schema.whole(0, 1 << 20),
+)
 
 
 def run(command: str, variables: dict[str, str]) -> int:
@@ -75,8 +87,13 @@ def main(path: str) -> int:
 
     The command was preempted if a host says so and none was refused.
     """
+    try:
+        parameters = reading.read_object(path)
+        _PARAMETERS("", parameters)
+    except ValueError as error:
+        print(f"error: {path}: {error}", file=sys.stderr)
+        return 2
     ray = importlib.import_module("ray")
-    parameters = json.loads(Path(path).read_text())
     ray.init()
     failures = 0
     while True:

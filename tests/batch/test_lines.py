@@ -2,12 +2,14 @@
 
 import json
 import os
+import random
 
 import pytest
-from batches import completion, line, write
+from batches import chat, completion, line, reader, write
+from mutants import mutated
 
 from qwen_jax.batch import lines
-from qwen_jax.batch.lines import BatchError, Input, parse
+from qwen_jax.batch.lines import BatchError, Input, LineError, parse
 
 GOOD = completion("a")
 FAULTS = {
@@ -20,6 +22,20 @@ FAULTS = {
     "no number": (b'{"custom_id": NaN}', "NaN is no number", "invalid_json", None),
     "a long number": (b"1" * 9999, "not valid JSON", "invalid_json", None),
     "deep": (b"[" * 100_000, "not valid JSON", "invalid_json", None),
+    "a number beyond all": (b'{"x": 1e999}', "too large a number", "invalid_json", None),
+    "half a character": (b'{"custom_id": "\\ud800"}', "lone surrogate", "invalid_json", None),
+    "many keys": (
+        b'{"x": {%s "a": 1, "a": 1}}' % b"".join(b'"%d": 1,' % n for n in range(50_000)),
+        "'a' is given twice",
+        "invalid_json",
+        "a",
+    ),
+    "a name that moves the cursor": (
+        GOOD | {"\x1b[2J\n": 1},
+        "'\\\\x1b[2J\\\\n' is no field",
+        "invalid_request",
+        "\\x1b[2J\\n",
+    ),
     "a field twice": (b'{"url": 1, "url": 2}', "'url' is given twice", "invalid_json", "url"),
     "no name": (line(None, "x", {}), "custom_id must be", "invalid_request", "custom_id"),
     "an empty name": (line("", "x", {}), "custom_id must be", "invalid_request", "custom_id"),
@@ -101,3 +117,34 @@ def test_what_cannot_be_read_twice_is_refused(tmp_path):
             Input(path)
     with pytest.raises(FileNotFoundError):
         Input(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("count", [400, pytest.param(10_000, marks=pytest.mark.long)])
+def test_mutants_are_requests_or_errors_that_one_line_can_say(count, tokenizer):
+    rng = random.Random(count)
+    made = reader(tokenizer)
+    whole = {"max_tokens": 5, "temperature": 0.5, "top_p": 0.9, "seed": 1, "stop": ["x"], "n": 1}
+    seeds = [chat("a", "Hi", **whole), completion("b", (1, 2, 3), **whole)]
+    seeds[0]["body"]["messages"].append({"role": "assistant", "content": None})
+    codes = set()
+    for number in range(count):
+        raw = bytearray(json.dumps(mutated(rng.choice(seeds), rng)).encode())
+        if number % 4 == 0:
+            at = rng.randrange(len(raw))
+            raw[at : at + rng.choice([0, 1, 5])] = rng.choice([b"", b"\xff", b'"', b"[" * 200])
+        fault = refusal(made, parse(1, bytes(raw)))
+        if fault is not None:
+            codes.add(fault.code)
+            assert str(fault).isprintable()
+            assert len(str(fault)) < 1000
+            assert len(fault.param or "") < 300
+    assert {"invalid_json", "invalid_request", "unsupported_field", "invalid_url"} <= codes
+
+
+def refusal(made, found) -> LineError | None:
+    """Why a line is no request."""
+    try:
+        made.read(found)
+    except LineError as error:
+        return error
+    return None

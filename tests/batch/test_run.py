@@ -230,21 +230,22 @@ def test_results_of_other_settings_are_refused_and_kept(tmp_path, tokenizer):
     run(source, tmp_path / "out", tokenizer, settings=SETTINGS | {"seed": 1})
 
 
-OURS = '{"format": "qwen-jax batch 1"}'
+META = '{"format": "qwen-jax batch 1", "settings": {}}'
 
 
 @pytest.mark.parametrize(
     ("content", "meta", "message"),
     [
         (b"notes", None, "out is not the output of a batch, .*out.meta is missing"),
-        (b"{}\n", OURS, "line 1 is not a result"),
-        (b"\n", OURS, "line 1 is not a result"),
-        (b'{"id": "x", "custom_id": "x", "response": null}\n', OURS, "line 1 is not a result"),
-        (b"{}\n", "{", "out.meta is damaged or not of a batch: move it"),
-        (b"{}\n", "[]", "out.meta is damaged or not of a batch"),
-        (b"{}\n", "{}", "out.meta is damaged or not of a batch"),
-        (None, "mine", "out.meta is damaged or not of a batch"),
-        (b"", '{"format": "mine"}', "out.meta is damaged or not of a batch"),
+        (b"{}\n", META, "line 1 is not a result, id is missing"),
+        (b"\n", META, "line 1 is not a result, Expecting value"),
+        (b'{"id": "x", "custom_id": "x"}\n', META, "line 1 is not a result, response is miss"),
+        (b"{}\n", "{", "out.meta is not valid JSON.*: name another output than"),
+        (b"{}\n", "[]", "out.meta must hold a JSON object, got a list: name another output"),
+        (b"{}\n", "{}", "out.meta does not belong to a batch, format is missing"),
+        (b"", "mine", "out.meta is not valid JSON"),
+        (b"", '{"seed": 1}', "out.meta does not belong to a batch"),
+        (None, '{"format": "mine"}', "out.meta does not belong to a batch"),
     ],
 )
 def test_a_file_that_is_none_of_ours_is_left_alone(content, meta, message, tmp_path):
