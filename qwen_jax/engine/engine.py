@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -18,10 +18,11 @@ from pallas_kernels.programs import DENSE, PROGRAMS
 from qwen_jax import first_contact, hosts, sparse
 from qwen_jax.attention import LEFT_OUT
 from qwen_jax.config import ConfigError, ModelConfig, SparseConfig
-from qwen_jax.engine import batch
+from qwen_jax.engine import batch, interrupts
 from qwen_jax.engine.observer import Kind, Observer, Step
 from qwen_jax.engine.pages import Pages, default_page
 from qwen_jax.engine.request import (
+    EngineError,
     Event,
     Finish,
     Prefix,
@@ -41,6 +42,10 @@ _GREEDY = Sampling()
 WINDOW_UNIT = 1024
 """Tokens of which `Engine.take` gives a multiple, so that few programs serve all lengths."""
 _SCORE_BYTES = 1 << 28  # logits that one slice of `score` may hold, if there is a slice so small
+_DEAD = (
+    "this engine was stopped in the middle of a step, and what it kept is lost: "
+    "build another engine and add its requests again"
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +138,10 @@ class Piece:
 class Engine:
     """Serves requests by continuous batching; knows token ids, never text.
 
+    A step is done as a whole, whenever Ctrl-C comes: that waits for its end, and the events are
+    in what the next step returns. What else stops a step leaves its requests where they were; if
+    that cannot be, the engine is dead, and all that it is asked for raises `EngineError`.
+
     Args:
         model: the configuration that the weights belong to.
         weights: parameter tree on the device, nested dicts as in `params.abstract`.
@@ -208,6 +217,8 @@ class Engine:
             budgets=budgets,
         )
         self._sequences: dict[int, Sequence] = {}
+        self._events: list[Event] = []  # of steps that were interrupted when they were done
+        self._is_dead = False
         self._prefix: Prefix | None = None
         self._num_requests = 0
         self._roster: tuple[tuple[int, ...], batch.Roster] | None = None
@@ -217,7 +228,7 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether `step` has something to do."""
-        return self._scheduler.busy
+        return self._scheduler.busy or bool(self._events)
 
     @property
     def slices(self) -> tuple[int, ...]:
@@ -270,21 +281,25 @@ class Engine:
         """
         self.check(request)
         number = self._num_requests
-        self._num_requests += 1
         prefix = self._prefix_of(request.prompt)
         sparse = None
         if self._is_sparse(request.prompt):
             sparse = Sparseness() if prefix is None or prefix.sparse is None else prefix.sparse
-        self._sequences[number] = Sequence(id=number, request=request, prefix=prefix, sparse=sparse)
-        self._scheduler.add(self._sequences[number])
+        sequence = Sequence(id=number, request=request, prefix=prefix, sparse=sparse)
+        with self._unstopped(), self._all_or_nothing():
+            self._num_requests += 1
+            self._sequences[number] = sequence
+            self._scheduler.add(sequence)
         return number
 
     def check(self, request: Request) -> None:
         """Refuse what `add` would refuse.
 
         Raises:
+            EngineError: if the engine is dead.
             RequestError: if it can never be served.
         """
+        self._check_alive()
         check_ids("prompt", request.prompt, self._model.vocab_size)
         if request.eos_ids:
             check_ids("eos_ids", request.eos_ids, self._model.vocab_size)
@@ -300,23 +315,27 @@ class Engine:
         if request_id in self._sequences:
             self._sequences[request_id].cancelled = True
 
+    def drop(self, request_ids: Container[int]) -> None:
+        """End requests at once; no event will tell of them any more."""
+        if self._is_dead:
+            return
+        with self._unstopped(), self._all_or_nothing():
+            for number in [number for number in self._sequences if number in request_ids]:
+                self._scheduler.finish(self._sequences.pop(number))
+            self._events = [each for each in self._events if each.request_id not in request_ids]
+
     def step(self) -> list[Event]:
         """Run one prefill slice or one decode step; returns what it brought, [] when idle.
 
         Raises:
+            EngineError: if the engine is dead.
             Preempted: before the step, in all processes of a job, if it is to end.
         """
+        self._check_alive()
         hosts.check_preemption()
-        events = [self._end(each, "cancelled") for each in self._scheduler.cancelled()]
-        work = self._scheduler.next()
-        if isinstance(work, Slice):
-            kind = "prefill_sparse" if work.is_sparse else "prefill"
-            with self._observed(kind, work.sequence, tokens=work.length, size=work.size) as seen:
-                events.append(self._prefill(work, seen))
-        elif isinstance(work, Decode):
-            tokens, size = len(work.sequences), self._config.max_seqs
-            with self._observed("decode", *work.sequences, tokens=tokens, size=size):
-                events.extend(self._decode(work))
+        with self._unstopped():
+            self._step()
+        events, self._events = self._events, []
         return events
 
     def run(self, requests: Iterable[Request]) -> list[list[int]]:
@@ -328,13 +347,17 @@ class Engine:
         requests = list(requests)
         for request in requests:
             self.check(request)
-        answers: dict[int, list[int]] = {self.add(request): [] for request in requests}
-        while self.busy:
-            for event in self.step():
-                if event.error is not None:
-                    raise RequestError(f"request {event.request_id}: {event.error}")
-                answers.get(event.request_id, []).extend(event.tokens)
-        return list(answers.values())
+        first = self._num_requests
+        try:
+            answers: dict[int, list[int]] = {self.add(request): [] for request in requests}
+            while self.busy:
+                for event in self.step():
+                    if event.error is not None:
+                        raise RequestError(f"request {event.request_id}: {event.error}")
+                    answers.get(event.request_id, []).extend(event.tokens)
+            return list(answers.values())
+        finally:
+            self.drop(range(first, self._num_requests))
 
     def restore(
         self,
@@ -358,18 +381,19 @@ class Engine:
         tokens = self._checked(tokens)
         if self._prefix is not None:
             raise RequestError("the engine holds restored tokens already: build another engine")
-        pages = self._pages.take(-(-len(tokens) // self._page))
-        try:
+        with self._borrowed(len(tokens)) as pages:
             table = batch.table(pages, self._table_len)
             for piece in pieces:
                 hosts.check_preemption()
                 length = piece.stop - piece.start
-                # No name keeps a piece on the device while the next one is loaded.
-                self._runner.put_in(piece.load(self.window(length)), table, piece.start, length)
-        except BaseException:
-            self._pages.give(pages)
-            raise
-        self._prefix = Prefix(tokens=tokens, pages=tuple(pages), sparse=sparse)
+                shape = self.window(length)
+                with self._unstopped():
+                    # No name keeps a piece on the device while the next one is loaded.
+                    self._runner.put_in(piece.load(shape), table, piece.start, length)
+            with self._unstopped(), self._all_or_nothing():
+                for page in pages:
+                    self._pages.share(page)
+                self._prefix = Prefix(tokens=tokens, pages=tuple(pages), sparse=sparse)
 
     def take(self, request_id: int, start: int, stop: int) -> Window:
         """Keys and values of the prompt tokens from `start` to `stop`, for `restore`.
@@ -379,6 +403,7 @@ class Engine:
         Raises:
             RequestError: if the request is not running, or has not read as far as that.
         """
+        self._check_alive()
         sequence = self._sequences.get(request_id)
         filled = 0 if sequence is None else sequence.prefilled
         if sequence is None or not 0 <= start < stop <= filled:
@@ -472,6 +497,7 @@ class Engine:
         return f"{self._mesh.size} devices as {axes}"
 
     def _checked(self, tokens: Iterable[int]) -> tuple[int, ...]:
+        self._check_alive()
         tokens = tuple(tokens)
         check_ids("tokens", tokens, self._model.vocab_size)
         self._check_length(f"{len(tokens)} tokens", len(tokens))
@@ -479,12 +505,15 @@ class Engine:
 
     def _survey(self, tokens: tuple[int, ...], grid: Grid) -> Iterator[tuple[int, int, Survey]]:
         for start, length, step in self._cuts(tokens):
-            yield start, length, self._runner.survey(step, grid)
+            with self._unstopped():
+                surveyed = self._runner.survey(step, grid)
+            yield start, length, surveyed
 
     def _plans(self, tokens: tuple[int, ...], layer: int, head: int):
         for start, length, step in self._cuts(tokens):
-            _, report = self._runner.prefill_sparse(step)
-            listed = self._runner.sparse_plan(step, layer, head)
+            with self._unstopped():
+                _, report = self._runner.prefill_sparse(step)
+                listed = self._runner.sparse_plan(step, layer, head)
             yield start, length, listed, jax.device_get(report)
 
     def _cuts(self, tokens: tuple[int, ...]) -> Iterator[tuple[int, int, batch.Prefill]]:
@@ -511,7 +540,10 @@ class Engine:
                 stop = start + length
                 kind = "score" if stop > first else "prefill"
                 block = None
-                with self._observed(kind, start=start, tokens=length, size=size) as seen:
+                with (
+                    self._unstopped(),
+                    self._observed(kind, start=start, tokens=length, size=size) as seen,
+                ):
                     if stop > first:
                         block = self._runner.score(step)[max(first - start, 0) :]
                     else:
@@ -531,12 +563,15 @@ class Engine:
                 f"{length} tokens need {count} cache pages, {self._pages.free} are free: "
                 "wait for other requests to end"
             )
-        pages = self._pages.take(count)
+        pages: list[int] = []
         try:
+            with self._unstopped(), self._all_or_nothing():
+                pages += self._pages.take(count)
             yield pages
         finally:
-            self._pages.give(pages)
-            self._scheduler.freed()
+            with self._unstopped(), self._all_or_nothing():
+                self._pages.give(pages)
+                self._scheduler.freed()
 
     def _step_of(self, tokens, start: int, length: int, size: int, pages) -> batch.Prefill:
         return batch.prefill(
@@ -582,7 +617,42 @@ class Engine:
             yield step
             step.compiled = self.num_compilations - before
 
-    def _prefill(self, piece: Slice, seen: Step | None) -> Event:
+    def _check_alive(self) -> None:
+        if self._is_dead or not self._runner.is_whole:
+            raise EngineError(_DEAD)
+
+    @contextlib.contextmanager
+    def _unstopped(self) -> Iterator[None]:
+        """Within it a step runs, which Ctrl-C waits for; one that is cut short may be the last."""
+        try:
+            with interrupts.deferred():
+                yield
+        except BaseException:
+            self._is_dead |= not self._runner.is_whole
+            raise
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Within it changes what must change together; one that is cut short is the last."""
+        was_dead, self._is_dead = self._is_dead, True
+        yield
+        self._is_dead = was_dead
+
+    def _step(self) -> None:
+        """Runs what comes next, whose events are added to those that nobody has yet."""
+        with self._all_or_nothing():
+            self._events += [self._end(each, "cancelled") for each in self._scheduler.cancelled()]
+            work = self._scheduler.next()
+        if isinstance(work, Slice):
+            kind = "prefill_sparse" if work.is_sparse else "prefill"
+            with self._observed(kind, work.sequence, tokens=work.length, size=work.size) as seen:
+                self._prefill(work, seen)
+        elif isinstance(work, Decode):
+            tokens, size = len(work.sequences), self._config.max_seqs
+            with self._observed("decode", *work.sequences, tokens=tokens, size=size):
+                self._decode(work)
+
+    def _prefill(self, piece: Slice, seen: Step | None) -> None:
         sequence = piece.sequence
         sampling = sequence.request.sampling if piece.is_last else _GREEDY
         if sampling.repetition_penalty != 1:
@@ -606,10 +676,16 @@ class Engine:
                 seen.density, seen.recall = float(density.mean()), float(recall.mean())
         else:
             logits = self._runner.prefill(step)
-        if sequence.sparse is not None:
-            sequence.sparse = sequence.sparse.plus(piece.start, piece.length, density, recall)
         # After every slice, to wait for it and to see at once when numbers go wrong.
         token = self._runner.choose(logits, batch.choice(sampling, row=sequence.row, position=stop))
+        with self._all_or_nothing():
+            if sequence.sparse is not None:
+                sequence.sparse = sequence.sparse.plus(piece.start, piece.length, density, recall)
+            self._events.append(self._prefilled(piece, token))
+
+    def _prefilled(self, piece: Slice, token: int) -> Event:
+        """Notes that a slice is in the cache, and the token after it."""
+        sequence = piece.sequence
         if token < 0:
             return self._fail(sequence)
         self._scheduler.prefilled(piece)
@@ -620,7 +696,7 @@ class Engine:
             )
         return self._take(sequence, token)
 
-    def _decode(self, work: Decode) -> list[Event]:
+    def _decode(self, work: Decode) -> None:
         sequences, max_seqs = work.sequences, self._config.max_seqs
         ids = tuple(sequence.id for sequence in sequences)
         if self._roster is None or self._roster[0] != ids:
@@ -628,15 +704,14 @@ class Engine:
             self._roster = ids, self._runner.place(roster)
         step = batch.tokens(sequences, max_seqs=max_seqs, scales=self._scales)
         new = self._runner.decode(self._roster[1], step).tolist()
-        events = []
-        for sequence in sequences:
-            token = new[sequence.row]
-            if token < 0:
-                events.append(self._fail(sequence))
-            else:
-                self._scheduler.decoded(sequence)
-                events.append(self._take(sequence, token))
-        return events
+        with self._all_or_nothing():
+            for sequence in sequences:
+                token = new[sequence.row]
+                if token < 0:
+                    self._events.append(self._fail(sequence))
+                else:
+                    self._scheduler.decoded(sequence)
+                    self._events.append(self._take(sequence, token))
 
     def _take(self, sequence: Sequence, token: int) -> Event:
         """Add a token to an answer, which may end it."""

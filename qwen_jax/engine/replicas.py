@@ -9,7 +9,7 @@ step or by the caller between two, never by both: what comes in meanwhile is kep
 
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from typing import Any
@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float32
 
 from qwen_jax.config import ConfigError, ModelConfig
+from qwen_jax.engine import interrupts
 from qwen_jax.engine.engine import Engine, EngineConfig, Piece
 from qwen_jax.engine.observer import Observer, Step
 from qwen_jax.engine.request import Event, Request, RequestError, Sparseness
@@ -32,13 +33,13 @@ class _Replica:
     Attributes:
         numbers: from the engine's number of a request to ours.
         left: tokens to read and to write at most, by our number.
-        kept: calls of the engine that came while it was in flight.
+        kept: calls of the engine that came while it was in flight, with our number of what for.
     """
 
     engine: Engine
     numbers: dict[int, int] = dataclasses.field(default_factory=dict)
     left: dict[int, int] = dataclasses.field(default_factory=dict)
-    kept: list[Callable[[], None]] = dataclasses.field(default_factory=list)
+    kept: list[tuple[int, Callable[[], None]]] = dataclasses.field(default_factory=list)
     flight: Future[list[Event]] | None = None
 
     def add(self, number: int, request: Request) -> None:
@@ -49,10 +50,28 @@ class _Replica:
             if ours == number:
                 self.engine.cancel(theirs)
 
+    def begin(self, pool: ThreadPoolExecutor) -> None:
+        """Makes the calls that waited, then steps, if there is something to do."""
+        if self.flight is None and self.left:
+            while self.kept:
+                _, call = self.kept.pop(0)
+                call()
+            self.flight = pool.submit(self.engine.step)
+
     def settle(self) -> None:
         """Waits for the step in flight, whose events stay with it."""
         if self.flight is not None:
             wait([self.flight])
+
+    def drop(self, numbers: Container[int]) -> None:
+        """Ends requests at once, between two steps."""
+        self.kept = [each for each in self.kept if each[0] not in numbers]
+        theirs = [theirs for theirs, ours in self.numbers.items() if ours in numbers]
+        self.engine.drop(theirs)
+        for each in theirs:
+            del self.numbers[each]
+        for each in [number for number in self.left if number in numbers]:
+            del self.left[each]
 
 
 @dataclasses.dataclass(slots=True)
@@ -85,11 +104,12 @@ class Replicas:
         self._pool = ThreadPoolExecutor(len(self._replicas))
         self._work: dict[int, _Work] = {}
         self._num_requests = 0
+        self._events: list[Event] = []  # that nobody has yet
 
     @property
     def busy(self) -> bool:
         """Whether `step` has something to do."""
-        return any(each.left for each in self._replicas)
+        return bool(self._events) or any(each.left for each in self._replicas)
 
     @property
     def num_prefilled(self) -> int:
@@ -154,38 +174,52 @@ class Replicas:
         replica = self._least()
         replica.engine.check(request)
         number = self._num_requests
-        self._num_requests += 1
-        self._work[number] = _Work(replica, request)
-        replica.left[number] = len(request.prompt) + request.max_new_tokens
-        replica.kept.append(functools.partial(replica.add, number, request))
+        with interrupts.deferred():
+            self._num_requests += 1
+            self._work[number] = _Work(replica, request)
+            replica.left[number] = len(request.prompt) + request.max_new_tokens
+            replica.kept.append((number, functools.partial(replica.add, number, request)))
         return number
 
     def cancel(self, request_id: int) -> None:
         """End a request before the next step of its replica; ignored if it has ended already."""
         if request_id in self._work:
             replica = self._work[request_id].replica
-            replica.kept.append(functools.partial(replica.cancel, request_id))
+            replica.kept.append((request_id, functools.partial(replica.cancel, request_id)))
+
+    def drop(self, request_ids: Container[int]) -> None:
+        """End requests, after the step that their replica is in; no event will tell of them."""
+        with interrupts.deferred():
+            dropped = [number for number in self._work if number in request_ids]
+            if dropped:
+                for replica in self._replicas:
+                    replica.settle()
+                self._land()
+                for replica in self._replicas:
+                    replica.drop(dropped)
+                for number in dropped:
+                    self._work.pop(number, None)
+            self._events = [each for each in self._events if each.request_id not in request_ids]
 
     def step(self) -> list[Event]:
         """Wait until a replica has run a slice or a decode step; returns what came, [] when idle.
 
         What the step of a replica raises is raised here, after the events of the others.
         """
-        for replica in self._replicas:
-            if replica.flight is None and replica.left:
-                for call in replica.kept:
-                    call()
-                replica.kept.clear()
-                replica.flight = self._pool.submit(replica.engine.step)
+        with interrupts.deferred():
+            for replica in self._replicas:
+                replica.begin(self._pool)
         flights = [each.flight for each in self._replicas if each.flight is not None]
-        wait(flights, return_when=FIRST_COMPLETED)
-        events: list[Event] = []
-        landed = [each for each in self._replicas if each.flight is not None and each.flight.done()]
-        for replica in sorted(landed, key=_has_failed):
-            flight = replica.flight
-            if flight is not None and not (events and _has_failed(replica)):
-                replica.flight = None
-                events += [self._ours(replica, event) for event in flight.result()]
+        if not self._events:
+            wait(flights, return_when=FIRST_COMPLETED)
+        with interrupts.deferred():
+            self._land()
+            failed = [each for each in self._replicas if _has_failed(each)]
+            if failed and not self._events:
+                flight, failed[0].flight = failed[0].flight, None
+                assert flight is not None
+                flight.result()
+        events, self._events = self._events, []
         return events
 
     def run(self, requests: Iterable[Request]) -> list[list[int]]:
@@ -197,13 +231,17 @@ class Replicas:
         requests = list(requests)
         for request in requests:
             self._replicas[0].engine.check(request)
-        answers: dict[int, list[int]] = {self.add(request): [] for request in requests}
-        while self.busy:
-            for event in self.step():
-                if event.error is not None:
-                    raise RequestError(f"request {event.request_id}: {event.error}")
-                answers.get(event.request_id, []).extend(event.tokens)
-        return list(answers.values())
+        first = self._num_requests
+        try:
+            answers: dict[int, list[int]] = {self.add(request): [] for request in requests}
+            while self.busy:
+                for event in self.step():
+                    if event.error is not None:
+                        raise RequestError(f"request {event.request_id}: {event.error}")
+                    answers.get(event.request_id, []).extend(event.tokens)
+            return list(answers.values())
+        finally:
+            self.drop(range(first, self._num_requests))
 
     def score(
         self, tokens: Iterable[int], *, last: int | None = None
@@ -222,6 +260,14 @@ class Replicas:
 
     def _least(self) -> _Replica:
         return min(self._replicas, key=lambda each: sum(each.left.values()))
+
+    def _land(self) -> None:
+        """Takes the events of the steps that are over and have not failed."""
+        for replica in self._replicas:
+            flight = replica.flight
+            if flight is not None and flight.done() and not _has_failed(replica):
+                replica.flight = None
+                self._events += [self._ours(replica, event) for event in flight.result()]
 
     def _ours(self, replica: _Replica, event: Event) -> Event:
         """An engine's event with our number; notes what is left of its request."""
@@ -244,7 +290,8 @@ def _observed(
 
 
 def _has_failed(replica: _Replica) -> bool:
-    return replica.flight is not None and replica.flight.exception() is not None
+    flight = replica.flight
+    return flight is not None and flight.done() and flight.exception() is not None
 
 
 def _between_steps(replica: _Replica, blocks: Generator[Any]) -> Iterator[Any]:

@@ -21,6 +21,10 @@ class RequestError(ValueError):
     """A request that cannot be served; the text names the field and the way out."""
 
 
+class EngineError(RuntimeError):
+    """An engine that can serve nothing more; the text says why and how to go on."""
+
+
 def check_ids(field: str, ids, vocab_size: int) -> None:
     """Refuse token ids that are no integers in `[0, vocab_size)`.
 

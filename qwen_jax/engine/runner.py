@@ -84,6 +84,18 @@ class Runner:
         return self._steps.num_traced
 
     @property
+    def is_whole(self) -> bool:
+        """Whether all that steps overwrite is there: not if one failed, or was stopped, midway."""
+        state = self._cache, self._seen
+        if any(array.is_deleted() for array in jax.tree.leaves(state)):
+            return False
+        try:
+            jax.block_until_ready(state)
+        except jax.errors.JaxRuntimeError:
+            return False
+        return True
+
+    @property
     def cache_dtype(self) -> np.dtype:
         return self._cache.keys.dtype
 

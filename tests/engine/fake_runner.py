@@ -24,6 +24,7 @@ def following(history):
 class FakeRunner:
     def __init__(self, config, weights, *, num_pages, page, table_len, max_seqs, **_):
         self.num_compilations = 0
+        self.is_whole = True
         self.cache_dtype = np.dtype(np.float32)
         self.page, self.table_len, self.max_seqs = page, table_len, max_seqs
         self.cache = [[None] * page for _ in range(num_pages)]
