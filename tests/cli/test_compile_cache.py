@@ -111,6 +111,7 @@ def answer_often(model: Path, scratch: Path):
     for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
         os.environ.pop(name, None)
     jax.config.update("jax_compilation_cache_dir", None)
+    jax.config.update("jax_enable_compilation_cache", True)
     events = []
     jax.monitoring.register_event_listener(lambda event, **_: events.append(event))
     tokens, directory = scratch / "ids.json", scratch / "qwen-jax" / "programs"
