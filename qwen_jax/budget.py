@@ -41,12 +41,14 @@ _LOCAL_ARRAYS, _WHOLE_ARRAYS = 7, 3
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What is to run: one sequence for each part of the mesh's `data` axis.
+    """What is to run on each part of the mesh's `data` axis.
 
     Attributes:
-        tokens: prompt and answer.
+        tokens: prompt and answer of the longest sequence.
         page: tokens a page of the cache.
         slice_len: prompt tokens computed at a time.
+        cache_pages: pages of the cache, without the one for padding; None for those of one
+            sequence.
         dtype: of weights and cache.
         columns: that a head of sparse prefill reads at most; None if prefill is dense.
         window: tokens that are outside the cache too between slices (`transfer`).
@@ -57,6 +59,7 @@ class Load:
     tokens: int
     page: int
     slice_len: int
+    cache_pages: int | None = None
     dtype: str = "bfloat16"
     columns: int | None = None
     window: int = 0
@@ -68,7 +71,7 @@ class Load:
 
     @property
     def pages(self) -> int:
-        """Of the sequence, without the one for padding."""
+        """Pages of the longest sequence."""
         return -(-self.tokens // self.page)
 
 
@@ -112,7 +115,7 @@ def _arrays(config: ModelConfig) -> tuple[tuple[tuple[int, ...], tuple[str, ...]
 
 
 def _cache(config: ModelConfig, load: Load, mesh: MeshShape, rules: Rules) -> int:
-    pages = load.pages * mesh.data
+    pages = (load.pages if load.cache_pages is None else load.cache_pages) * mesh.data
     shape = config.num_layers, config.num_kv_heads, pages, load.page, config.head_dim
     layers, heads, pages, page, dim = mesh.shard(shape, cache.AXES, rules)
     # Every device has a page for padding beside its own.

@@ -32,6 +32,7 @@ class Device:
         dims: numbers in the topology's name.
         relays: whether its compiler (libtpu 0.0.52) copies the matrices that a loop over layers
             multiplies with, to lay them out otherwise, in every step.
+        kinds: names that jax has for it (`device_kind`).
     """
 
     platform: str
@@ -42,6 +43,7 @@ class Device:
     per_chip: int = 1
     dims: int = 1
     relays: bool = False
+    kinds: tuple[str, ...] = ()
 
 
 def _tpu(gib: float, flops: float, bandwidth: float, links: float, **more: Any) -> Device:
@@ -61,7 +63,9 @@ DEVICES = {
     "v5e": _tpu(15.75, 197e12, 819e9, 200e9, dims=2),
     "v5p": _tpu(95.73, 459e12, 2.765e12, 600e9, dims=3),
     "v6e": _tpu(31.24, 918e12, 1.638e12, 400e9, dims=2),
-    "tpu7x": _tpu(94.74, 1153.5e12, 3.69e12, 300e9, dims=3, per_chip=2, relays=True),
+    "tpu7x": _tpu(
+        94.74, 1153.5e12, 3.69e12, 300e9, dims=3, per_chip=2, relays=True, kinds=("TPU7x",)
+    ),
     "h100": Device(
         platform="gpu", memory=80 * 10**9, flops=989.5e12, bandwidth=3.35e12, links=450e9
     ),
@@ -127,6 +131,11 @@ def memory(device: Any, *, share: int = 1) -> int | None:
     if device.platform == "cpu":
         return host_bytes() // share
     return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def relays(device: Any) -> bool:
+    """Whether programs on a device of jax lay out matrices anew (`Device.relays`)."""
+    return any(each.relays and device.device_kind in each.kinds for each in DEVICES.values())
 
 
 def peak_bytes() -> int:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 FOLDERS = ". kernels model engine convert eval text cli jobs mesh batch ../scripts"
@@ -15,11 +16,17 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("NPROC", "8")
 for name, value in tpu_compile.ENVIRONMENT.items():
     os.environ.setdefault(name, value)
+# What one child process compiles serves the others of this session, and none of the user's does.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _programs = tempfile.TemporaryDirectory(prefix="qwen-jax-programs-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _programs.name
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
+jax.config.update("jax_enable_compilation_cache", False)  # tests read programs, and count them
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "allow")
 OPTIMIZED = {"optimized", "demo", "long", "tpu_aot", "gpu_aot"}

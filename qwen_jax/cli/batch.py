@@ -24,7 +24,7 @@ from qwen_jax.batch.fields import Asked, Defaults, Reader
 from qwen_jax.batch.lines import Input
 from qwen_jax.batch.results import Results
 from qwen_jax.batch.run import Item, Totals
-from qwen_jax.cli import placement, sessions
+from qwen_jax.cli import sessions
 from qwen_jax.cli.answer import LINE_S, interrupts
 from qwen_jax.cli.console import console
 from qwen_jax.cli.flags import (
@@ -271,7 +271,7 @@ def _answer(
     Args:
         source: None in a process that neither reads lines nor keeps records.
     """
-    placement.mesh(opened.config, opened.flags.mesh)  # before anything asks for devices
+    opened.mesh()  # before anything asks for devices
     there, done, engine, records = Totals(), Totals(), None, None
     with contextlib.ExitStack() as stack:
         if source is not None:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, cast, overload
 import typer
 
 from pallas_kernels.geometry import ChunkGeometry
-from qwen_jax import hosts, locate, reading, verbosity
+from qwen_jax import compile_cache, hosts, locate, reading, verbosity
 from qwen_jax.cli import placement
 from qwen_jax.config import (
     ConfigError,
@@ -213,6 +213,9 @@ class ModelFlags:
             metavar="AXIS=N,...",
         ),
     ] = None
+    no_compile_cache: Annotated[
+        bool, option("Keep no compiled programs and use none that were kept.", "--no-compile-cache")
+    ] = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -408,6 +411,15 @@ class Model:
                 f"{self.sparse.threshold:,} for sparse prefill (--sparse off silences this)"
             )
 
+    def mesh(self):
+        """The devices of this model (`placement.mesh`), before anything else is done with jax.
+
+        Raises:
+            ConfigError: if there are none, or the model cannot be split over them.
+        """
+        compile_cache.begin(not self.flags.no_compile_cache, shared=not hosts.is_alone())
+        return placement.mesh(self.config, self.flags.mesh)
+
     def weights(self, *, random: bool = False):
         """The weights on their devices, for engines that share them.
 
@@ -424,7 +436,7 @@ class Model:
         from qwen_jax import params
         from qwen_jax.engine.engine import EngineConfig
 
-        mesh = placement.mesh(self.config, self.flags.mesh)
+        mesh = self.mesh()
         name, _ = self.precision()
         placement.check_memory(self.config, EngineConfig(max_len=1), name, mesh)
         dtype, shardings = jnp.dtype(name), params.shardings(self.config, mesh) if mesh else None
@@ -468,7 +480,7 @@ class Model:
         from qwen_jax.engine.engine import EngineConfig, kernels
         from qwen_jax.engine.replicas import build
 
-        mesh = placement.mesh(self.config, self.flags.mesh)
+        mesh = self.mesh()
         name, why = self.precision()
         settings = EngineConfig(
             max_len=length,

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from jax.sharding import Mesh
 
     from qwen_jax import sharding
-    from qwen_jax.engine.engine import EngineConfig
+    from qwen_jax.engine.layout import EngineConfig
 
 ONE = "seq=1"
 """A mesh of one device, which runs on any machine."""
@@ -102,8 +102,7 @@ def check_memory(
 
     Args:
         dtype: of weights and cache.
-        window: tokens of a session, at least, that are outside the cache too: prefill takes
-            whole slices.
+        window: see `layout.load`.
 
     Raises:
         ConfigError: naming what is needed, what there is and the way out.
@@ -111,29 +110,19 @@ def check_memory(
     import jax
 
     from qwen_jax import budget, sharding
-    from qwen_jax.engine.pages import default_page
-    from qwen_jax.engine.scheduler import cut, default_slices
-    from qwen_jax.sparse import most_columns
+    from qwen_jax.engine import layout
 
     shape = sharding.MeshShape(**mesh.shape) if mesh else sharding.MeshShape()
     device = jax.local_devices()[0] if mesh is None or hosts.count() > 1 else mesh.devices.flat[0]
     limit = devices.memory(device, share=-(-shape.size // hosts.count()))
-    geometry, sparse = config.dual_chunk, engine.sparse
-    slices = engine.slices or default_slices(
-        device.platform, geometry, sparse=sparse is not None, parts=shape.seq
-    )
-    page = engine.page or default_page(device.platform, geometry, parts=shape.seq)
-    columns = None
-    if sparse is not None and engine.max_len > sparse.threshold:
-        columns = most_columns(sparse, -(-engine.max_len // page) * page)
-    slice_len = cut(0, engine.max_len, slices, None)[1]
-    load = budget.Load(
-        tokens=engine.max_seqs * (engine.max_len - engine.held) + engine.held,
-        page=page,
-        slice_len=slice_len,
+    load = layout.load(
+        config,
+        engine,
+        shape,
+        platform=device.platform,
+        relaid=devices.relays(device),
         dtype=dtype,
-        columns=columns,
-        window=-(-window // slice_len) * slice_len,
+        window=window,
     )
     needed = budget.memory(config, load, shape).total
     if limit is not None and needed > limit:

@@ -87,9 +87,7 @@ def examine(
         ConfigError: if a flag cannot be used with this model.
     """
     from qwen_jax import budget, sharding
-    from qwen_jax.engine.pages import default_page
-    from qwen_jax.engine.scheduler import cut, default_slices
-    from qwen_jax.sparse import most_columns
+    from qwen_jax.engine import layout
 
     config, topology = opened.config, devices.topology(name)
     device = topology.device
@@ -101,23 +99,19 @@ def examine(
     chosen = sharding.choose(config, topology.count)
     shape = chosen if mesh is None else sharding.parse(mesh)
     sharding.check(config, shape, topology.count)
-    budgets, parts = opened.sparse, shape.seq
-    slices = default_slices(
-        device.platform, config.dual_chunk, sparse=budgets is not None, parts=parts
-    )
-    page = default_page(device.platform, config.dual_chunk, parts=parts)
+    slices = None if opened.flags.slice is None else (opened.flags.slice,)
 
     def load_of(tokens: int) -> budget.Load:
-        columns = None
-        if budgets is not None and tokens > budgets.threshold:
-            columns = most_columns(budgets, -(-tokens // page) * page)
-        return budget.Load(
-            tokens=sequences * (tokens - held) + held,
-            page=page,
-            slice_len=opened.flags.slice or cut(0, tokens, slices, None)[1],
-            dtype=_precision(dtype, device, config),
-            columns=columns,
+        engine = layout.EngineConfig(
+            max_len=tokens, max_seqs=sequences, slices=slices, sparse=opened.sparse, held=held
+        )
+        return layout.load(
+            config,
+            engine,
+            shape,
+            platform=device.platform,
             relaid=device.relays,
+            dtype=_precision(dtype, device, config),
         )
 
     load = load_of(tokens)

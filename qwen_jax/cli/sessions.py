@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from qwen_jax import session
-from qwen_jax.cli import placement
 from qwen_jax.cli.flags import Model, note, option
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Sparseness
@@ -177,7 +176,7 @@ def weights_fingerprint(directory: Path) -> str:
 
 def _identity(opened: Model, *, num_tokens: int, tokens_sha256: str, is_chat: bool) -> Identity:
     config = opened.config
-    placement.mesh(config, opened.flags.mesh)  # before anything asks for devices
+    opened.mesh()  # before anything asks for devices
     return Identity(
         weights=weights_fingerprint(opened.directory),
         tokenizer=tokenizer_fingerprint(opened.directory),

@@ -17,10 +17,11 @@ from pallas_kernels.plan import SparsePlan
 from pallas_kernels.programs import DENSE, PROGRAMS
 from qwen_jax import first_contact, hosts, sparse
 from qwen_jax.attention import LEFT_OUT
-from qwen_jax.config import ConfigError, ModelConfig, SparseConfig
+from qwen_jax.config import ConfigError, ModelConfig
 from qwen_jax.engine import batch, interrupts
+from qwen_jax.engine.layout import EngineConfig, EngineLayout
 from qwen_jax.engine.observer import Kind, Observer, Step
-from qwen_jax.engine.pages import Pages, default_page
+from qwen_jax.engine.pages import Pages
 from qwen_jax.engine.request import (
     EngineError,
     Event,
@@ -34,7 +35,7 @@ from qwen_jax.engine.request import (
     check_ids,
 )
 from qwen_jax.engine.runner import Runner, Window
-from qwen_jax.engine.scheduler import Decode, Scheduler, Slice, cut, default_slices
+from qwen_jax.engine.scheduler import Decode, Scheduler, Slice, cut
 from qwen_jax.sparse import Report
 from qwen_jax.survey import Grid, Survey
 
@@ -46,80 +47,6 @@ _DEAD = (
     "this engine was stopped in the middle of a step, and what it kept is lost: "
     "build another engine and add its requests again"
 )
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class EngineConfig:
-    """Capacity of an engine.
-
-    Attributes:
-        max_len: longest prompt and answer together, in tokens.
-        max_seqs: requests that run at once; others wait.
-        num_pages: cache pages, one of which is for padding; None for enough
-            that `max_seqs` sequences of `max_len` fit.
-        page: tokens a page; None to fit the model's chunks.
-        slices: lengths that prefill is compiled for, largest first; None to
-            fit the device and the model's chunks.
-        vllm_parity: scale cached keys with the attention temperature, as vLLM
-            does, instead of scaling queries twice.
-        vocab_limit: ids from here on are never sampled; None for all of them.
-        backend: of the attention operations; None for the device's preferred one.
-        sparse: budgets of sparse prefill, for prompts over its threshold; None prefills
-            all densely.
-        least_recall: a head that recalls less of a slice is computed densely.
-        dense_tail: tokens at the end of a prompt, where the question is, that are prefilled
-            densely like the answer after them; 0 for none, as in vLLM.
-        attention: False leaves it out, selection aside: answers mean nothing then, and what
-            all else takes can be measured.
-        whole_slices: share the beginnings of prompts by whole slices only, not by pages, so
-            that a prompt is computed in the same slices whatever else the engine is serving.
-        held: tokens that `restore` will put into the cache, for which there is room beside
-            what the requests add to them; 0 for none.
-
-    Raises:
-        ConfigError: if a number is out of range.
-    """
-
-    max_len: int
-    max_seqs: int = 1
-    num_pages: int | None = None
-    page: int | None = None
-    slices: tuple[int, ...] | None = None
-    vllm_parity: bool = False
-    vocab_limit: int | None = None
-    backend: str | None = None
-    sparse: SparseConfig | None = None
-    least_recall: float = 0.0
-    dense_tail: int = 64
-    attention: bool = True
-    whole_slices: bool = False
-    held: int = 0
-
-    def __post_init__(self):
-        least = {
-            "max_len": 1,
-            "max_seqs": 1,
-            "num_pages": 2,
-            "page": 1,
-            "vocab_limit": 1,
-            "dense_tail": 0,
-            "held": 0,
-        }
-        for name, low in least.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value < 2**31:
-                raise ConfigError(f"{name}={value} must be at least {low}")
-        if self.slices is not None:
-            descending = sorted(set(self.slices), reverse=True)
-            if not self.slices or list(self.slices) != descending or min(self.slices) < 1:
-                raise ConfigError(f"slices={self.slices} must be positive, largest first")
-
-    def pages_of(self, page: int) -> int:
-        """Pages of the cache, if they have so many tokens."""
-        if self.num_pages is not None:
-            return self.num_pages
-        own = -(-self.max_len // page) - self.held // page
-        return self.max_seqs * own + -(-self.held // page) + 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +91,7 @@ class Engine:
                 "of the model: is this its tokenizer?"
             )
         dtype = str(jax.tree.leaves(weights)[0].dtype)
-        self._backend, self._page = kernels(
+        self._backend, layout = kernels(
             model, config, device=self._device, dtype=dtype, mesh=self._mesh
         )
         self._attended = {
@@ -172,16 +99,10 @@ class Engine:
             "head_dim": model.head_dim,
             "dtype": dtype,
         }
-        platform, geometry = self._device.platform, model.dual_chunk
-        seq = 1 if self._mesh is None else self._mesh.shape["seq"]
-        self._slices = config.slices or default_slices(
-            platform, geometry, sparse=config.sparse is not None, parts=seq
-        )
-        self._boundary = None
-        if geometry is not None and geometry.chunk_len >= self._slices[0]:
-            self._boundary = geometry.chunk_len
-        self._table_len = -(-config.max_len // self._page)
-        num_pages = config.pages_of(self._page)
+        platform = self._device.platform
+        self._page, self._slices = layout.page, layout.slices
+        self._boundary, self._table_len = layout.boundary, layout.table_len
+        num_pages = layout.num_pages
         self._pages = Pages(num_pages)
         # A function of its own: a method would tie engine and scheduler into a circle, and with
         # it the cache's memory to the garbage collector.
@@ -750,8 +671,8 @@ class Engine:
 
 def kernels(
     model: ModelConfig, config: EngineConfig, *, device: Any, dtype: str, mesh: Mesh | None
-) -> tuple[backend.Backends, int]:
-    """The backends of an engine and the tokens of its pages; needs no weights.
+) -> tuple[backend.Backends, EngineLayout]:
+    """The backends and sizes of an engine; needs no weights.
 
     Kernels that have never met such a device are compared with the truth first
     (`first_contact.ensure`).
@@ -778,15 +699,15 @@ def kernels(
     if not config.attention:
         chosen = chosen._replace(prefill=LEFT_OUT, decode=LEFT_OUT)
     seq, tensor = (1, 1) if mesh is None else (mesh.shape["seq"], mesh.shape["tensor"])
-    page = config.page or default_page(platform, model.dual_chunk, parts=seq)
-    if page % seq:
-        raise ConfigError(f"page={page} must be a multiple of seq={seq} of the mesh")
+    layout = EngineLayout.resolve(model, config, platform=platform, seq=seq)
+    if layout.page % seq:
+        raise ConfigError(f"page={layout.page} must be a multiple of seq={seq} of the mesh")
     programs = [name for name in PROGRAMS if config.sparse is not None or name in DENSE]
     shape = Shape(
         num_heads=model.num_heads // tensor,
         num_kv_heads=model.num_kv_heads // tensor,
         head_dim=model.head_dim,
-        page=page,
+        page=layout.page,
         dtype=dtype,
         geometry=model.dual_chunk,
         parts=seq,
@@ -798,7 +719,7 @@ def kernels(
         {name: getattr(chosen, PROGRAMS[name]) for name in programs},
         next((each for each in mine if each.process_index == jax.process_index()), device),
     )
-    return chosen, page
+    return chosen, layout
 
 
 def _mesh_of(weights) -> Mesh | None:
