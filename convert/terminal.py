@@ -16,7 +16,7 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 
 from convert.team import ALONE, Team
-from qwen_jax import verbosity
+from qwen_jax import reading, verbosity
 from qwen_jax.manifest import Progress
 from qwen_jax.verbosity import Level
 
@@ -63,7 +63,11 @@ def described(label: str, done: int, total: int, elapsed_s: float) -> str:
 
 
 def show(rows: Sequence[Sequence[str]], right: tuple[int, ...] = ()) -> None:
-    """Print rows with their columns aligned, those of `right` to the right."""
+    """Print rows with their columns aligned, those of `right` to the right.
+
+    What is not printable is written as escapes, whatever the cells come from.
+    """
+    rows = [[reading.shown(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [

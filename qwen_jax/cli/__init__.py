@@ -236,7 +236,7 @@ def _flush(*streams: Any) -> OSError | None:
 
 
 def _complain(text: str) -> int:
-    text = shown(" ".join(text.splitlines()))
+    text = shown(text.strip())
     hosts.announce(text, 2)
     with contextlib.suppress(OSError):  # then there is nobody to tell
         print("error:", text, file=sys.stderr)

@@ -12,6 +12,7 @@ from qwen_jax.cli.flags import ModelFlags, expand, note, open_model, option
 from qwen_jax.cli.plan import examine
 from qwen_jax.config import ConfigError
 from qwen_jax.jobs.job import DASHBOARD, Job, write
+from qwen_jax.reading import shown
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,8 +113,9 @@ def export_job(
     )
     _check_fits(job, model, tokens, mesh, ModelFlags(slice=slice), dtype, force=force)
     for path in write(out, texts, overwrite=overwrite):
-        print(path)
-    print(files.start(str(out)))
+        print(shown(path))
+    for line in files.start(str(out)).split("\n"):
+        print(shown(line))
 
 
 def _check_fits(

@@ -10,7 +10,7 @@ import typer
 from convert import source
 from convert.describe import describe
 from convert.terminal import show, shown
-from qwen_jax import hosts, params
+from qwen_jax import hosts, params, reading
 from qwen_jax.cli.on_hosts import expand_on_hosts
 
 Checkpoint = Annotated[
@@ -91,4 +91,4 @@ def verify(
             summed = source.verify_blobs(checked, progress, team=hosts) if full else 0
             what = f"headers, and the sums of {summed} of {len(checked.shards)} weight files"
             size = checked.num_bytes
-    print(f"{path} is intact: {what}, {size / 1e9:.2f} GB")
+    print(reading.shown(f"{path} is intact: {what}, {size / 1e9:.2f} GB"))

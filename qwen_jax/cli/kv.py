@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from convert.terminal import show, shown
-from qwen_jax import session
+from qwen_jax import reading, session
 from qwen_jax.cli import command
 from qwen_jax.cli.flags import Json
 from qwen_jax.session import Session, SessionError
@@ -94,7 +94,8 @@ def verify(directory: Directory):
             f"{found.identity.num_tokens:,} tokens; the `qwen-jax prefill` that began it goes on "
             "there"
         )
-    print(f"{directory} is intact: {found.saved:,} tokens, {found.num_bytes / 1e9:.3f} GB")
+    size = f"{found.num_bytes / 1e9:.3f} GB"
+    print(f"{reading.shown(directory)} is intact: {found.saved:,} tokens, {size}")
 
 
 def _sparse(found: Session, settings: dict) -> str:
