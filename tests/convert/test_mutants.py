@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import Tiny
-from mutants import limits, mutants, processor_time
+from damaged import limits, mutants, processor_time
 
 from convert import source
 from convert.describe import describe
@@ -17,7 +17,7 @@ from qwen_jax.manifest import CheckpointError
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00002.safetensors"
 TINY = Tiny(layers=2, shards=2)
-SECONDS = 20  # of a processor, for one file
+SECONDS = 20.0  # of a processor, for one file
 BYTES = 2 << 30
 
 CONFIG = {
