@@ -83,8 +83,30 @@ def _table(path: Path) -> dict[str, dict[str, Any]]:
         return {}  # a backend without a table
     try:
         rows = json.loads(path.read_text())
-        if not all(isinstance(row["device_kinds"], list) for row in rows.values()):
-            raise ValueError("device_kinds must be a list")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        for name, row in rows.items():
+            _check(name, row)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is no table of tile sizes: {error!r}") from None
     return rows
+
+
+def _check(name: str, row: dict[str, Any]) -> None:
+    """Refuses a row of other kinds of values than the module's description says.
+
+    Raises:
+        ValueError: naming the field.
+    """
+    kinds = row["device_kinds"]
+    if not isinstance(kinds, list) or not kinds or not all(isinstance(k, str) for k in kinds):
+        raise ValueError(f"{name}.device_kinds must be a list of names")
+    if not isinstance(row.get("dtype", ""), str) or not _is_size(row.get("head_dim", 1)):
+        raise ValueError(f"{name}.dtype must be a name, and head_dim a size")
+    for operation in row.keys() - {"device_kinds", "dtype", "head_dim"}:
+        for field, value in row[operation].items():
+            tiles = isinstance(value, dict) and value.keys() == {"q", "k"}
+            if not (all(map(_is_size, value.values())) if tiles else _is_size(value)):
+                raise ValueError(f"{name}.{operation}.{field} must be a size, or q and k")
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) in (int, bool) and 0 <= value < 1 << 40

@@ -258,7 +258,11 @@ class Progress:
         try:
             # Opened here, since `np.load` leaves open what it cannot read.
             with path.open("rb") as raw, np.load(raw) as file:
-                return Sample(**{field: file[field] for field in file.files})
+                found = {field: file[field] for field in file.files}
+            kinds = {(array.dtype.kind, array.ndim, array.shape) for array in found.values()}
+            if len(kinds) != 1 or next(iter(kinds))[:2] != ("f", 4):
+                raise ValueError("its arrays are no tables of layers, heads and budgets")
+            return Sample(**found)
         except (ValueError, OSError, TypeError, EOFError, zipfile.BadZipFile) as error:
             raise CalibrationError(f"{path} is damaged ({error}): delete it") from None
 

@@ -79,10 +79,12 @@ def calibrate(
     if samples < 1:
         raise ConfigError(f"--samples {samples} must be at least 1")
     opened.check_fits(sizes[-1])
+    disk.prepare(out)
     report = report or out.with_suffix(".report.json")
-    _check_writable(out, report)
+    disk.prepare(report)
     if out == report:
         raise ConfigError(f"--out and --report are one file, {out}: give two")
+    _check_ours(out, report)
     vertical, slash = calibration.budgets_up_to(sizes[-1])
     voters = last_q(opened.directory)
     tiles = tiles_on(jax.default_backend())
@@ -102,7 +104,7 @@ def calibrate(
     )
     content = json.dumps(calibration.file_content(budgets)) + "\n"
     figures["budgets_sha256"] = hashlib.sha256(content.encode()).hexdigest()
-    _check_writable(out, report)
+    _check_ours(out, report)
     disk.write(report, json.dumps(figures) + "\n")
     disk.write(out, content)
     _print(budgets, figures["speedup"])
@@ -203,10 +205,8 @@ def _print(budgets: calibration.Budgets, speedup: dict[str, float] | None = None
         )
 
 
-def _check_writable(out: Path, report: Path) -> None:
-    """Refuses paths that cannot be written, and to replace what no calibration wrote."""
-    for path in (out, report):
-        disk.prepare(path)
+def _check_ours(out: Path, report: Path) -> None:
+    """Refuses to replace what no calibration wrote."""
     found = {}
     if os.path.lexists(report):
         with contextlib.suppress(ValueError):

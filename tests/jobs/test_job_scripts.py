@@ -330,3 +330,24 @@ def test_a_driver_of_ray_goes_on_as_the_codes_say(attempts, code, place, monkeyp
     ]
     assert all(needs["num_gpus"] == 8 for needs, _ in fake.asked)
     assert capsys.readouterr().err.count("exit codes: ") == len(attempts)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"hosts": "2"}, "hosts must be an integer from 1"),
+        ({"resource": "CPU"}, "resource must be 'TPU' or 'GPU'"),
+        ({"command": None}, "command must be a text"),
+        ({"x": 1}, "x is no field of it"),
+        (None, "is not valid JSON"),
+    ],
+)
+def test_a_driver_of_ray_refuses_parameters_that_nobody_wrote(change, named, place, capsys):
+    place.write(files("ray", "h100:16", "qwen-jax doctor", max_restarts=1))
+    path = place.directory / "job.json"
+    path.write_text("{" if change is None else json.dumps(json.loads(path.read_text()) | change))
+    assert ray_driver.main(str(path)) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert named in printed
+    assert printed.count("\n") == 1

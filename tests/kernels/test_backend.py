@@ -135,7 +135,24 @@ def test_an_unknown_device_gets_the_defaults():
     assert tiles.tuned("xla", "prefill", "cpu", "bfloat16", 128) == {}
 
 
-@pytest.mark.parametrize("text", ["[", "[]", '{"v5e": {}}', '{"v5e": {"device_kinds": 1}}', None])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[",
+        "[" * 100_000,
+        "[]",
+        '{"v5e": {}}',
+        '{"v5e": []}',
+        '{"v5e": {"device_kinds": 1}}',
+        '{"v5e": {"device_kinds": [1]}}',
+        '{"v5e": {"device_kinds": ["x"], "head_dim": "64"}}',
+        '{"v5e": {"device_kinds": ["x"], "prefill": 1}}',
+        '{"v5e": {"device_kinds": ["x"], "prefill": {"tiles": {"q": 1}}}}',
+        '{"v5e": {"device_kinds": ["x"], "prefill": {"tiles": {"q": 1, "k": "64"}}}}',
+        '{"v5e": {"device_kinds": ["x"], "prefill": {"tile": -1}}}',
+        None,
+    ],
+)
 def test_a_table_that_cannot_be_read_is_refused_by_name(fake, monkeypatch, tmp_path, text):
     directory = tmp_path / "tables" if text is None else tmp_path
     if text is not None:
