@@ -170,6 +170,9 @@ def _check_model(model: Any) -> dict[str, int]:
         raise TokenizerError(
             "model.dropout must be null: it makes other tokens of a text each time"
         )
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            raise TokenizerError(f"model.{name} must be null: byte-level words have none")
     return vocab
 
 

@@ -95,8 +95,7 @@ class TextFlags:
         """The text, or None for one that is made up.
 
         Raises:
-            DocumentError: if a file holds no text.
-            OSError: if it cannot be read.
+            DocumentError: if a file holds no text or cannot be read.
         """
         texts = []
         for path in self.text or ():

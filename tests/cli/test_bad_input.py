@@ -382,7 +382,7 @@ def test_a_file_without_permission_is_named(model, tmp_path, monkeypatch, run):
     monkeypatch.setattr(os, "open", refuse)
     code, _, err = run("generate", model, "--prompt-file", path)
     assert code == 2
-    assert err == f"error: {path}: Permission denied\n"
+    assert err == f"error: {path} cannot be read: Permission denied\n"
 
 
 def test_a_full_disk_is_seen_before_the_work(model, tmp_path, monkeypatch, run):

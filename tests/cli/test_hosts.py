@@ -222,7 +222,7 @@ def test_a_process_that_fails_ends_the_others_with_its_reason(tiny, tmp_path):
     arguments = ["generate", tiny, "--prompt-file", tmp_path / "nowhere.txt", *GREEDY]
     with Job(2, tmp_path, *arguments) as job:
         assert job.codes() == [2, 2]
-        reason = f"{tmp_path / 'nowhere.txt'}: No such file or directory"
+        reason = f"{tmp_path / 'nowhere.txt'} is missing"
         assert job.errors() == [[f"error: {reason}"], [f"error: process 0 of 2 ended: {reason}"]]
 
 

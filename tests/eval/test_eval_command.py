@@ -208,7 +208,7 @@ def test_a_text_that_is_none_is_refused_by_name(model, tmp_path, content, named)
     path.write_bytes(content)
     with pytest.raises(DocumentError, match=f"book.txt: .*{named}"):
         run("niah", model, "--text", path)
-    with pytest.raises(FileNotFoundError, match="nothing"):
+    with pytest.raises(DocumentError, match="nothing is missing"):
         run("ruler", model, "--text", path.with_name("nothing"))
 
 

@@ -275,6 +275,11 @@ def split(pattern, **fields):
         ("model", {"type": "BPE", "vocab": {"a" * 5000: 0}}, "5,000 characters"),
         ("model", {"type": "BPE", "vocab": {"a": 0}, "dropout": 0.1}, "dropout must be null"),
         ("model", {"type": "BPE", "vocab": {"a": 0}, "merges": ["b c"]}, "not a usable tokenizer"),
+        (
+            "model",
+            {"type": "BPE", "vocab": {"a": 0}, "continuing_subword_prefix": "##"},
+            "continuing_subword_prefix must be null",
+        ),
         ("normalizer", {"type": "Prepend", "prepend": "a" * 3_000_000}, "of the type 'Prepend'"),
         (
             "normalizer",
