@@ -101,6 +101,7 @@ def memory(config: ModelConfig, load: Load, mesh: MeshShape, rules: Rules = RULE
     )
 
 
+@functools.lru_cache(maxsize=64)
 def weights(config: ModelConfig, mesh: MeshShape, rules: Rules = RULES) -> int:
     """Parameters on a device."""
     return sum(math.prod(mesh.shard(shape, axes, rules)) for shape, axes in _arrays(config))

@@ -7,7 +7,6 @@ more than a config.json and libtpu. Nothing is run.
 import dataclasses
 import functools
 import importlib.util
-import os
 import re
 import tempfile
 from collections import Counter
@@ -28,13 +27,6 @@ from qwen_jax.config import ConfigError, ModelConfig, SparseConfig
 from qwen_jax.engine import batch, runner
 from qwen_jax.sharding import MeshShape
 
-# What keeps libtpu from looking for a TPU where there is none.
-_ENVIRONMENT = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-}
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 
@@ -81,9 +73,7 @@ def mesh_of(topology: devices.Topology, shape: MeshShape) -> Mesh:
         )
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError("the TPU compiler is not installed: pip install libtpu")
-    if not any(map(os.path.exists, ("/dev/vfio", "/dev/accel0"))):
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+    devices.quiet_libtpu()
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name).devices
     except (jax.errors.JaxRuntimeError, ValueError) as error:

@@ -25,6 +25,8 @@ SIZES = {
     "7b": (28, 3584, 18944, 28, 4),
     "14b": (48, 5120, 13824, 40, 8),
 }
+NAMES = tuple(f"{name}-1m" for name in SIZES)
+"""Names of the published models, for users."""
 _FIELDS = (
     "num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads"
 ).split()

@@ -9,7 +9,8 @@ import typer
 
 from qwen_jax import devices
 from qwen_jax.cli.flags import ModelFlags, expand, note, open_model, option
-from qwen_jax.cli.plan import examine
+from qwen_jax.cli.plan import DeviceMemory, Topology, examine
+from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.config import ConfigError
 from qwen_jax.jobs.job import DASHBOARD, Job, write
 from qwen_jax.reading import shown
@@ -68,9 +69,7 @@ def export_job(
         Literal["jobset", "xpk", "gcloud", "ray", "slurm"],
         typer.Argument(metavar="KIND", help="jobset, xpk, gcloud, ray or slurm."),
     ],
-    topology: Annotated[
-        str, option("Devices, as v5e:4x4, v5p:2x2x2 or h200:8.", metavar="KIND:SIZE")
-    ],
+    topology: Topology,
     command: Annotated[str, option("What bash runs on every host, all hosts alike.")],
     out: Annotated[Path, option("Directory for the files.", metavar="DIR")],
     place: Place,
@@ -78,17 +77,18 @@ def export_job(
         Path | None, option("Check that this model fits, before anything is written.")
     ] = None,
     tokens: Annotated[
-        int | None, option("Prompt and answer, in tokens; the longest of --model.")
+        int | None, tokens_option("Prompt and answer, in tokens; the longest of --model.")
     ] = None,
     mesh: Annotated[
         str | None, option("How the command uses the devices, as seq=4,tensor=4.")
     ] = None,
     slice: Annotated[  # noqa: A002
-        int | None, option("Prompt tokens that the command computes at a time.")
+        int | None, tokens_option("Prompt tokens that the command computes at a time.")
     ] = None,
     dtype: Annotated[
         Literal["f32", "bf16"] | None, option("Precision that the command has.")
     ] = None,
+    memory: DeviceMemory = None,
     force: Annotated[bool, option("Write a job that does not fit.", "--force")] = False,
     overwrite: Annotated[bool, option("Overwrite files in --out.", "--overwrite")] = False,
 ):
@@ -108,10 +108,12 @@ def export_job(
     texts = files.files(job)
     hosts = job.hosts
     note(
-        f"{topology}: {hosts.count * hosts.chips} chips, {hosts.count} "
+        f"{job.topology.name}: {hosts.count * hosts.chips} chips, {hosts.count} "
         f"{'hosts' if hosts.count > 1 else 'host'} of {hosts.chips}"
     )
-    _check_fits(job, model, tokens, mesh, ModelFlags(slice=slice), dtype, force=force)
+    _check_fits(
+        job, model, tokens, mesh, ModelFlags(slice=slice), dtype, memory=memory, force=force
+    )
     for path in write(out, texts, overwrite=overwrite):
         print(shown(path))
     for line in files.start(str(out)).split("\n"):
@@ -126,6 +128,7 @@ def _check_fits(
     flags: ModelFlags,
     dtype: str | None,
     *,
+    memory: int | None,
     force: bool,
 ) -> None:
     """Says whether the model fits, if there is one.
@@ -134,13 +137,20 @@ def _check_fits(
         ConfigError: if it does not, or flags about it have no model.
     """
     if model is None:
-        given = {"tokens": tokens, "mesh": mesh, "slice": flags.slice, "dtype": dtype}
+        given = {
+            "tokens": tokens,
+            "mesh": mesh,
+            "slice": flags.slice,
+            "dtype": dtype,
+            "memory": memory,
+        }
         for name, value in given.items():
             if value is not None:
                 raise ConfigError(f"--{name} has no effect without --model")
         note("whether a model fits was not asked: --model and --tokens do")
         return
-    found = examine(open_model(model, flags), job.topology.name, tokens, mesh, dtype)
+    opened = open_model(model, flags)
+    found = examine(opened, job.topology.name, tokens, mesh, dtype, memory=memory)
     total, limit = (
         f"{size / 2**30:,.2f} GiB" for size in (found["bytes"]["total"], found["device"]["memory"])
     )

@@ -1,46 +1,96 @@
 """plan: whether a length fits on devices that are not there, and how it would be spread."""
 
+import contextlib
 import dataclasses
 import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from convert.terminal import show
-from qwen_jax import devices
-from qwen_jax.cli.flags import Json, Model, ModelArgument, ModelFlags, note, open_model, option
+from qwen_jax import compile_cache, devices, published
+from qwen_jax.cli import quantities
+from qwen_jax.cli.flags import Json, Model, ModelFlags, note, open_model, option
+from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.config import ConfigError, ModelConfig
 
 if TYPE_CHECKING:
     from qwen_jax.budget import Load
     from qwen_jax.sharding import MeshShape
 
-_MOST_DEVICES = 1 << 14  # that advice asks for
+OptionalModel = Annotated[
+    Path | None,
+    typer.Argument(metavar="MODEL", help="A converted checkpoint or a Hugging Face directory."),
+]
+PublishedModel = Annotated[
+    str | None,
+    option(f"A published model in place of MODEL: {', '.join(published.NAMES)}.", metavar="NAME"),
+]
+Topology = Annotated[
+    str,
+    option(
+        "Devices, as v5e:4x4, v5e-16, v5p:2x2x2, tpu7x:2x2x1, h200, l40s:2 or cpu:8.",
+        metavar="KIND:SIZE",
+    ),
+]
+DeviceMemory = Annotated[
+    int | None,
+    typer.Option(
+        help="Memory of a device, as 40GiB or 80GB, where it is not the published one.",
+        parser=quantities.size,
+        metavar="BYTES",
+        show_default=False,
+    ),
+]
+
 _LEAST_SLICE = 128  # tokens that advice asks for
 
 
+@contextlib.contextmanager
+def opened_or_published(
+    model: Path | None, config: str | None, flags: ModelFlags
+) -> Iterator[Model]:
+    """The model that was named, by its directory or as a published one, without weights.
+
+    Raises:
+        ConfigError: if there is none, or more than one.
+    """
+    if (model is None) == (config is None):
+        raise ConfigError("give MODEL, a directory, or --config NAME, and not both")
+    if model is not None:
+        yield open_model(model, flags)
+        return
+    if config not in published.NAMES:
+        raise ConfigError(f"--config {config}: there are {', '.join(published.NAMES)}")
+    with tempfile.TemporaryDirectory() as scratch:
+        yield open_model(published.write(Path(scratch) / config, config.removesuffix("-1m")), flags)
+
+
 def plan(
-    model: ModelArgument,
-    topology: Annotated[
-        str,
-        option(
-            "Devices, as v5e:4x4, v6e:2x4, v5p:2x2x2, tpu7x:2x2x1, h200:8 or cpu:8.",
-            metavar="KIND:SIZE",
-        ),
-    ],
+    topology: Topology,
+    model: OptionalModel = None,
+    config: PublishedModel = None,
     tokens: Annotated[
-        int | None, option("Prompt and answer, in tokens; the longest that config.json declares.")
+        int | None,
+        tokens_option(
+            "Prompt and answer, in tokens: 128K, or 1M (1,048,576; Qwen2.5-1M declare 1,010,000); "
+            "the longest that config.json declares."
+        ),
     ] = None,
     mesh: Annotated[
         str | None, option("How to use the devices, as seq=4,tensor=4.", metavar="AXIS=N,...")
     ] = None,
     slice: Annotated[  # noqa: A002
-        int | None, option("Prompt tokens computed at a time; the engine's largest.")
+        int | None, tokens_option("Prompt tokens computed at a time; the engine's largest.")
     ] = None,
     dtype: Annotated[
         Literal["f32", "bf16"] | None,
         option("Precision of weights and cache; the checkpoint's own, on CPUs f32."),
     ] = None,
+    memory: DeviceMemory = None,
     compile_programs: Annotated[
         bool,
         option("Also compile the programs for these devices (TPUs; minutes).", "--compile"),
@@ -54,11 +104,15 @@ def plan(
     Exits with 1 if it does not fit.
 
     Examples:
+        qwen-jax plan --config 7b-1m --topology v5e-16 --tokens 1M
         qwen-jax plan ckpt/7b-1m --topology v5e:4x4 --tokens 1010000 --compile
         qwen-jax plan ckpt/14b-1m --topology v5p:2x2x2 --mesh seq=2,tensor=4 --json
     """
-    opened = open_model(model, ModelFlags(slice=slice))
-    found = examine(opened, topology, tokens, mesh, dtype, compiled=compile_programs)
+    with opened_or_published(model, config, ModelFlags(slice=slice)) as opened:
+        found = examine(
+            opened, topology, tokens, mesh, dtype, memory=memory, compiled=compile_programs
+        )
+    found["model"] = config or found["model"]
     if json_output:
         print(json.dumps(found))
     else:
@@ -75,11 +129,13 @@ def examine(
     *,
     sequences: int = 1,
     held: int = 0,
+    memory: int | None = None,
     compiled: bool = False,
 ) -> dict[str, Any]:
     """All that `plan` says, as JSON has it.
 
     Args:
+        memory: bytes of a device, in place of what is published.
         sequences: that are in the cache at once, of so many tokens each.
         held: of these, with which all begin alike.
 
@@ -115,14 +171,15 @@ def examine(
         )
 
     load = load_of(tokens)
-    memory = budget.memory(config, load, shape)
-    limit = device.memory or devices.host_bytes() // topology.count
-    longest = budget.longest(config, load_of, shape, limit)
+    taken = budget.memory(config, load, shape)
+    limit = _limit(topology, memory)
+    most = budget.longest(config, load_of, shape, limit)
+    longest = min(most, config.max_len)
     flops = budget.prefill_flops(config, tokens), budget.decode_flops(config, tokens - 1)
     read = budget.decode_bytes(config, load, shape)
     replicas = topology.count // shape.data  # that share the work of a sequence
     found = _compiled(opened, load, topology, shape, limit) if compiled else []
-    fits = memory.total <= limit and all(each["fits"] for each in found)
+    fits = taken.total <= limit and all(each["fits"] for each in found)
     return {
         "model": str(opened.directory),
         "num_parameters": budget.weights(config, sharding.MeshShape()),
@@ -138,12 +195,14 @@ def examine(
         "slice": load.slice_len,
         "page": load.page,
         "sparse": load.columns is not None,
-        "bytes": memory._asdict() | {"total": memory.total},
-        "headroom": limit - memory.total,
+        "bytes": taken._asdict() | {"total": taken.total},
+        "headroom": limit - taken.total,
         "fits": fits,
         "programs": found,
-        "planned_per_peak": memory.total / max(each["peak"] for each in found) if found else None,
+        "planned_per_peak": taken.total / max(each["peak"] for each in found) if found else None,
         "longest": longest,
+        "longest_in_memory": most,
+        "declared": config.max_len,
         "prefill_flops": flops[0],
         "decode_flops": flops[1],
         "least_prefill_seconds": device.flops and flops[0] / device.flops / replicas,
@@ -168,6 +227,7 @@ def _compiled(
     from qwen_jax.compiled import programs
 
     jax.config.update("jax_platforms", "cpu")  # this process leaves TPUs to others
+    compile_cache.begin(False)  # programs for other devices cannot be read back
     budgets = opened.sparse if load.columns is not None else None
     found = []
     for each in programs(opened.config, load, topology, shape, budgets):
@@ -190,6 +250,20 @@ def _compiled(
             }
         )
     return found
+
+
+def _limit(topology: devices.Topology, memory: int | None) -> int:
+    """Bytes of a device.
+
+    Raises:
+        ConfigError: if nobody says them.
+    """
+    found = memory or topology.device.memory
+    if found is None and topology.device.platform != "cpu":
+        raise ConfigError(
+            f"topology {topology.name!r}: give the memory of each device, as --memory 40GiB"
+        )
+    return found or devices.host_bytes() // topology.count
 
 
 def _precision(dtype: str | None, device: devices.Device, config: ModelConfig) -> str:
@@ -234,13 +308,11 @@ def _advice(
         yield f"--slice {smaller}: less is computed at a time"
     if longest:
         yield f"--tokens {longest}: a shorter context"
-    count = 2 * topology.count
-    while count <= _MOST_DEVICES and not fits(sharding.choose(config, count)):
-        count *= 2
-    if count <= _MOST_DEVICES and topology.device.memory is not None:
-        chips = count // topology.device.per_chip
-        mesh = sharding.choose(config, count)
-        yield f"{chips} chips of {topology.kind}: {count} devices as {mesh}"
+    for each in () if topology.device.platform == "cpu" else devices.larger(topology):
+        mesh = sharding.choose(config, each.count)
+        if fits(mesh):
+            yield f"--topology {each.name}: {each.count} devices as {mesh}"
+            break
 
 
 def report(found: dict[str, Any]) -> None:
@@ -273,7 +345,7 @@ def report(found: dict[str, Any]) -> None:
     show([*rows, ("  headroom", _gib(found["headroom"]))], right=(1,))
     print()
     verdict = "fits" if found["fits"] else "does not fit"
-    rows = [("verdict", f"{verdict}; the longest context that fits is {found['longest']:,} tokens")]
+    rows = [("verdict", f"{verdict}; {_longest(found)}")]
     if found["advice"]:
         rows += [
             ("or" if number else "change", text) for number, text in enumerate(found["advice"])
@@ -284,6 +356,7 @@ def report(found: dict[str, Any]) -> None:
     decode = f"{_short(found['decode_flops'] / 1e9)} GFLOP for the last token"
     if device["flops"]:
         prefill += f", at least {found['least_prefill_seconds']:,.1f} s at the published peak"
+    if device["bandwidth"]:
         decode += f", at least {1e3 * found['least_decode_seconds']:,.1f} ms to read its memory"
     rows += [("prefill", prefill), ("decode", decode)]
     show(rows)
@@ -293,6 +366,17 @@ def report(found: dict[str, Any]) -> None:
         print(
             "\njax takes 3/4 of a GPU unless XLA_PYTHON_CLIENT_MEM_FRACTION says more, such as .93"
         )
+
+
+def _longest(found: dict[str, Any]) -> str:
+    """The longest context: what memory holds, and what the model is made for."""
+    most, declared = found["longest_in_memory"], found["declared"]
+    if most <= declared:
+        return f"the longest context that fits is {most:,} tokens"
+    return (
+        f"the longest context is the {declared:,} tokens that config.json declares "
+        f"(memory would hold {most:,})"
+    )
 
 
 def _agreement(found: dict[str, Any]) -> str:

@@ -13,12 +13,10 @@ import dataclasses
 import math
 
 from qwen_jax.config import ConfigError
-from qwen_jax.devices import Topology
+from qwen_jax.devices import DEVICES, SMALL_CUBES, Topology
 
-_SQUARES = "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16".split()
-_SMALL_CUBES = "2x2x1 2x2x2 2x2x4 2x4x4".split()
 # Of several topologies with as many chips, the one that an accelerator type means.
-_TYPED_CUBES = [*_SMALL_CUBES, *"4x4x4 4x4x8 4x8x8 8x8x8".split()]
+_TYPED_CUBES = [*SMALL_CUBES, *"4x4x4 4x4x8 4x8x8 8x8x8".split()]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,11 +26,10 @@ class Accelerator:
     Attributes:
         platform: as jax calls it.
         resource: of Kubernetes, a chip each.
+        per_host: chips of a host, of a slice of several hosts if TPUs.
         gke: value of the label `cloud.google.com/gke-tpu-accelerator` or `gke-accelerator`.
         machine: of the chips of a whole host, with their number as `{}` where there are several.
-        per_host: chips of a host, of a slice of several hosts if TPUs.
         xpk: name before the topology of a TPU, before the number of GPUs.
-        cores: counted by an accelerator type for each chip.
         vm: name of the accelerator type of a TPU VM before the number.
         runtime: software version of a TPU VM.
         ray: what Ray calls this TPU.
@@ -40,53 +37,48 @@ class Accelerator:
 
     platform: str
     resource: str
-    gke: str
-    machine: str
     per_host: int
-    xpk: str
-    cores: int = 1
+    gke: str | None = None
+    machine: str | None = None
+    xpk: str | None = None
     vm: str | None = None
     runtime: str | None = None
     ray: str | None = None
 
 
-def _tpu(gke: str, machine: str, name: str, runtime: str | None, cores: int, ray: str):
-    return Accelerator(
-        platform="tpu",
-        resource="google.com/tpu",
-        gke=gke,
-        machine=machine,
-        per_host=4,
-        xpk=name,
-        cores=cores,
-        vm=name if runtime else None,
-        runtime=runtime,
-        ray=ray,
-    )
-
-
-def _gpu(gke: str, machine: str, name: str):
-    return Accelerator(
-        platform="gpu", resource="nvidia.com/gpu", gke=gke, machine=machine, per_host=8, xpk=name
-    )
-
-
-ACCELERATORS = {
-    "v4": _tpu("tpu-v4-podslice", "ct4p-hightpu-4t", "v4", "tpu-ubuntu2204-base", 2, "v4"),
-    "v5e": _tpu(
+# Names by kind: gke, machine and xpk; of TPUs also vm, runtime and ray.
+_CLOUD = {
+    "v4": ("tpu-v4-podslice", "ct4p-hightpu-4t", "v4", "v4", "tpu-ubuntu2204-base", "v4"),
+    "v5e": (
         "tpu-v5-lite-podslice",
         "ct5lp-hightpu-{}t",
         "v5litepod",
+        "v5litepod",
         "v2-alpha-tpuv5-lite",
-        1,
         "v5litepod",
     ),
-    "v5p": _tpu("tpu-v5p-slice", "ct5p-hightpu-4t", "v5p", "v2-alpha-tpuv5", 2, "v5p"),
-    "v6e": _tpu("tpu-v6e-slice", "ct6e-standard-{}t", "v6e", "v2-alpha-tpuv6e", 1, "v6e"),
-    "tpu7x": _tpu("tpu7x", "tpu7x-standard-4t", "tpu7x", None, 2, "v7x"),
-    "h100": _gpu("nvidia-h100-80gb", "a3-highgpu-8g", "h100-80gb"),
-    "h200": _gpu("nvidia-h200-141gb", "a3-ultragpu-8g", "h200-141gb"),
+    "v5p": ("tpu-v5p-slice", "ct5p-hightpu-4t", "v5p", "v5p", "v2-alpha-tpuv5", "v5p"),
+    "v6e": ("tpu-v6e-slice", "ct6e-standard-{}t", "v6e", "v6e", "v2-alpha-tpuv6e", "v6e"),
+    "tpu7x": ("tpu7x", "tpu7x-standard-4t", "tpu7x", None, None, "v7x"),
+    "a100-40": ("nvidia-tesla-a100", "a2-highgpu-{}g"),
+    "a100-80": ("nvidia-a100-80gb", "a2-ultragpu-{}g"),
+    "l4": ("nvidia-l4",),
+    "h100": ("nvidia-h100-80gb", "a3-highgpu-8g", "h100-80gb"),
+    "h200": ("nvidia-h200-141gb", "a3-ultragpu-8g", "h200-141gb"),
+    "b200": ("nvidia-b200", "a4-highgpu-8g"),
 }
+_CLOUD_FIELDS = ("gke", "machine", "xpk", "vm", "runtime", "ray")
+
+
+def accelerator(kind: str) -> Accelerator:
+    """How others name a kind of `devices.DEVICES` that is no CPU."""
+    device = DEVICES[kind]
+    return Accelerator(
+        platform=device.platform,
+        resource="google.com/tpu" if device.platform == "tpu" else "nvidia.com/gpu",
+        per_host=device.per_host,
+        **dict(zip(_CLOUD_FIELDS, _CLOUD.get(kind, ()), strict=False)),
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,21 +86,41 @@ class Hosts:
     """Machines that hold a topology.
 
     Attributes:
+        topology: the devices.
         accelerator: what their chips are.
-        sides: chips along each side, as `4x4`; the number of GPUs.
         count: machines, each with one process.
         chips: of each.
     """
 
+    topology: Topology
     accelerator: Accelerator
-    sides: str
     count: int
     chips: int
 
     @property
-    def machine(self) -> str:
+    def sides(self) -> str:
+        """Chips along each side, as `4x4`; the number of GPUs."""
+        return "x".join(map(str, self.topology.sides))
+
+    @property
+    def machine(self) -> str | None:
         """Machine type on Google Cloud."""
-        return self.accelerator.machine.format(self.chips)
+        return self.accelerator.machine and self.accelerator.machine.format(self.chips)
+
+    def named(self, field: str, who: str) -> str:
+        """What a scheduler calls these devices.
+
+        Raises:
+            ConfigError: if it has no name for them.
+        """
+        name = getattr(self.accelerator, field)
+        if name is None:
+            kinds = [kind for kind in _CLOUD if getattr(accelerator(kind), field) is not None]
+            raise ConfigError(
+                f"{who} has no {self.topology.kind}: there are {', '.join(kinds)}; ray and slurm "
+                "run every GPU"
+            )
+        return name
 
     @property
     def vm_type(self) -> str:
@@ -121,7 +133,7 @@ class Hosts:
             raise ConfigError("gcloud rents v4, v5e, v5p and v6e: take jobset or xpk for others")
         chips = self.count * self.chips
         meant = [each for each in _TYPED_CUBES if math.prod(map(int, each.split("x"))) == chips]
-        name = f"{self.accelerator.vm}-{chips * self.accelerator.cores}"
+        name = f"{self.accelerator.vm}-{chips * self.topology.device.cores}"
         if self.sides.count("x") == 2 and self.sides not in meant:
             is_what = f"is {meant[0]}, not {self.sides}" if meant else "has no one topology"
             raise ConfigError(
@@ -138,33 +150,11 @@ def hosts(topology: Topology, *, whole: bool = True) -> Hosts:
         whole: whether 8 chips of v5e or v6e are one machine; xpk makes them two.
 
     Raises:
-        ConfigError: if nobody rents such devices, or not in this number.
+        ConfigError: if they are no accelerators.
     """
-    kind, sides = topology.name.split(":")
-    if kind not in ACCELERATORS:
-        raise ConfigError(
-            f"topology {topology.name!r}: jobs run on one of {', '.join(ACCELERATORS)}"
-        )
-    accelerator = ACCELERATORS[kind]
-    numbers = [int(side) for side in sides.split("x")]
-    chips = math.prod(numbers)
-    if accelerator.platform == "gpu":
-        per_host = accelerator.per_host
-        if chips > per_host and chips % per_host:
-            raise ConfigError(
-                f"topology {topology.name!r}: several hosts have {per_host} GPUs each, so take "
-                f"{chips // per_host * per_host} or {-(-chips // per_host) * per_host}"
-            )
-        return Hosts(accelerator, sides, -(-chips // per_host), min(chips, per_host))
-    if len(numbers) == 2:
-        if sides not in _SQUARES:
-            raise ConfigError(f"topology {topology.name!r}: {kind} has {', '.join(_SQUARES)}")
-        per_host = 8 if chips == 8 and whole else accelerator.per_host
-    else:
-        if sides not in _SMALL_CUBES and any(side % 4 for side in numbers):
-            raise ConfigError(
-                f"topology {topology.name!r}: {kind} has {', '.join(_SMALL_CUBES)} and "
-                "those of which every side is a multiple of 4"
-            )
-        per_host = accelerator.per_host
-    return Hosts(accelerator, sides, -(-chips // per_host), min(chips, per_host))
+    device, chips = topology.device, topology.chips
+    if device.platform == "cpu":
+        known = ", ".join(kind for kind, each in DEVICES.items() if each.platform != "cpu")
+        raise ConfigError(f"topology {topology.name!r}: jobs run on one of {known}")
+    per_host = 8 if device.dims == 2 and chips == 8 and whole else device.per_host
+    return Hosts(topology, accelerator(topology.kind), -(-chips // per_host), min(chips, per_host))

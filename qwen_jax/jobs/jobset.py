@@ -87,16 +87,16 @@ def manifest(job: Job) -> dict[str, Any]:
 
 def _pod(job: Job) -> dict[str, Any]:
     hosts, accelerator = job.hosts, job.hosts.accelerator
-    chips = {accelerator.resource: hosts.chips}
+    chips, label = {accelerator.resource: hosts.chips}, hosts.named("gke", "GKE")
     volumes, mounts, ports = [_data(job)], [{"name": "data", "mountPath": job.mount}], [PORT]
     if accelerator.platform == "tpu":
         selector = {
-            "cloud.google.com/gke-tpu-accelerator": accelerator.gke,
+            "cloud.google.com/gke-tpu-accelerator": label,
             "cloud.google.com/gke-tpu-topology": hosts.sides,
         }
         ports.insert(0, _RUNTIME_PORT)
     else:
-        selector = {"cloud.google.com/gke-accelerator": accelerator.gke}
+        selector = {"cloud.google.com/gke-accelerator": label}
         # NCCL passes data between the GPUs of a host through it.
         volumes.append({"name": "shm", "emptyDir": {"medium": "Memory"}})
         mounts.append({"name": "shm", "mountPath": "/dev/shm"})

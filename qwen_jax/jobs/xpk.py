@@ -20,17 +20,17 @@ def files(job: Job) -> dict[str, str]:
     """
     job.check("xpk", _TAKES, "image project zone cluster compile_cache")
     hosts = accelerators.hosts(job.topology, whole=False)
-    command = job.command
+    command, named = job.command, hosts.named("xpk", "xpk")
     if hosts.accelerator.platform == "tpu":
         if job.topology.kind == "v5e" and job.topology.count < _FEWEST:
             raise ConfigError(f"xpk has v5e from {_FEWEST} chips on: take v5e:2x4, or jobset")
-        devices = [flag("--tpu-type", f"{hosts.accelerator.xpk}-{hosts.sides}")]
+        devices = [flag("--tpu-type", f"{named}-{hosts.sides}")]
     else:
         whole = hosts.accelerator.per_host
         if hosts.chips != whole:
             raise ConfigError(f"xpk has whole hosts of {whole} GPUs: take jobset for {hosts.chips}")
         devices = [
-            flag("--device-type", f"{hosts.accelerator.xpk}-{whole}"),
+            flag("--device-type", f"{named}-{whole}"),
             flag("--num-nodes", str(hosts.count)),
         ]
         if hosts.count > 1:

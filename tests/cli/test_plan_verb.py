@@ -55,9 +55,9 @@ def test_every_topology_is_answered(topology, model, tmp_path, run):
 
 def follow(advice, arguments):
     """A command line changed as a piece of advice says."""
-    if more := re.fullmatch(r"(\d+) chips of v5e: \1 devices as seq=\d+,tensor=4", advice):
+    if more := re.fullmatch(r"--topology (v5e:\d+x\d+): \d+ devices as seq=\d+,tensor=4", advice):
         kept = [each for each in arguments if not each.startswith(("--mesh", "seq="))]
-        return ["--topology", f"v5e:1x{more[1]}", *kept]
+        return ["--topology", more[1], *kept]
     if advice.startswith("leave out --mesh: "):
         return ["--topology", "v5e:2x4", *arguments[:-2]]
     flag, value = re.match(r"(--\w+) (\w+)", advice).groups()
@@ -67,12 +67,12 @@ def follow(advice, arguments):
 @pytest.mark.parametrize(
     ("arguments", "kinds"),
     [
-        ("--tokens 1010000 --mesh seq=8", "leave --tokens 16"),
-        ("--tokens 1010000 --dtype f32", "--dtype --tokens 32"),
-        ("--tokens 1010000 --slice 262144", "--slice --tokens 32"),
-        ("--tokens 4000000", "--tokens 32"),
-        ("--tokens 4000000 --dtype f32 --mesh seq=2,tensor=4", "--tokens 64"),
-        ("--tokens 4000000 --mesh seq=8", "--tokens 32"),
+        ("--tokens 1010000 --mesh seq=8", "leave --tokens --topology"),
+        ("--tokens 1010000 --dtype f32", "--dtype --tokens --topology"),
+        ("--tokens 1010000 --slice 262144", "--slice --tokens --topology"),
+        ("--tokens 4000000", "--tokens --topology"),
+        ("--tokens 4000000 --dtype f32 --mesh seq=2,tensor=4", "--tokens --topology"),
+        ("--tokens 4000000 --mesh seq=8", "--tokens --topology"),
     ],
 )
 def test_every_piece_of_advice_makes_it_fit(arguments, kinds, tmp_path, run):
@@ -82,6 +82,61 @@ def test_every_piece_of_advice_makes_it_fit(arguments, kinds, tmp_path, run):
     assert " ".join(advice.split()[0] for advice in found["advice"]) == kinds
     for advice in found["advice"]:
         assert examine(run, model, *follow(advice, arguments))[0]["fits"], advice
+
+
+def test_the_longest_context_is_what_memory_holds_or_the_model_declares(tmp_path, run):
+    model = published.write(tmp_path, "7b")
+    found, _ = examine(run, model, "--topology", "v5e-64")
+    assert found["longest"] == found["declared"] == 1_010_000 < found["longest_in_memory"]
+    found, _ = examine(run, model, "--topology", "v5e-8", "--dtype", "f32")
+    assert found["longest"] == found["longest_in_memory"] < found["declared"]
+    _, out, _ = run("plan", model, "--topology", "v5e-8", "--dtype", "f32")
+    assert f"does not fit; the longest context that fits is {found['longest']:,} tokens" in out
+
+
+def test_a_published_model_needs_no_directory(tmp_path, run):
+    asked = "--topology", "v5e:4x4", "--json"
+    named, _ = examine(run, "--config", "14b-1m", *asked)
+    there, _ = examine(run, published.write(tmp_path, "14b"), *asked)
+    assert named | {"model": ""} == there | {"model": ""}
+    assert named["model"] == "14b-1m"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "give MODEL, a directory, or --config NAME, and not both"),
+        (". --config 7b-1m", "give MODEL, a directory, or --config NAME, and not both"),
+        ("--config 7b", "--config 7b: there are 7b-1m, 14b-1m"),
+        (
+            "--config 7b-1m --tokens 1G",
+            "'1G' is no number of tokens, such as 12000, 128K (of 1,024)",
+        ),
+        ("--config 7b-1m --tokens 0K", "--tokens 0 must be at least 1"),
+        ("--config 7b-1m --memory 40", "'40' is no number of bytes, such as 40GiB or 80GB"),
+        ("--config 7b-1m --memory 0GB", "'0GB' is no number of bytes"),
+        ("--config 7b-1m --topology gpu:2", "give the memory of each device, as --memory 40GiB"),
+    ],
+)
+def test_a_mistake_gets_one_line(arguments, message, run):
+    where = [] if "--topology" in arguments else ["--topology", "h200"]
+    code, out, err = run("plan", *arguments.split(), *where)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+
+
+def test_memory_can_be_said_of_any_device(tmp_path, run):
+    model = published.write(tmp_path, "7b")
+    asked = "--tokens", "128K", "--topology"
+    other, _ = examine(run, model, *asked, "gpu:8", "--memory", "40GiB")
+    known, _ = examine(run, model, *asked, "a100-80:8", "--memory", "40GiB")
+    assert other["tokens"] == 131_072
+    assert other["device"]["memory"] == known["device"]["memory"] == 40 << 30
+    assert other["bytes"] == known["bytes"]
+    assert (other["least_prefill_seconds"], known["least_prefill_seconds"] > 0) == (None, True)
+    less, _ = examine(run, model, *asked, "gpu", "--memory", "16GB")
+    assert (less["fits"], less["device"]["memory"]) == (False, 16 * 10**9)
+    assert any(each.startswith("--topology gpu:") for each in less["advice"])
 
 
 def test_the_longest_context_fits_when_it_is_asked_for(tmp_path, run):
@@ -118,7 +173,8 @@ def test_the_text_names_mesh_bytes_headroom_and_the_longest_context(tmp_path, ru
         "seq=4,tensor=4: the largest tensor that divides 16 devices, 28 and 4 heads",
         "weights      3.55 GiB",
         "headroom",
-        "fits; the longest context that fits is",
+        "fits; the longest context is the 1,010,000 tokens that config.json declares (memory would "
+        "hold 3,",
     ):
         assert text in out
 
@@ -151,7 +207,7 @@ def test_virtual_devices_share_the_memory_of_the_machine(model, run, monkeypatch
 @pytest.mark.usefixtures("unchecked")
 def test_programs_are_compiled_for_tpus_that_are_not_there(model, run):
     pytest.importorskip("libtpu", reason="the TPU compiler (pip install libtpu) is not installed")
-    asked = ["--topology", "v5e:1x2", "--mesh", "seq=2", "--tokens", "1000", "--slice", "128"]
+    asked = ["--topology", "v5e:2x2", "--mesh", "seq=4", "--tokens", "1000", "--slice", "128"]
     found, err = examine(run, model, *asked, "--compile")
     assert err == "compiled prefill\ncompiled decode\n"
     assert found["fits"]
@@ -161,7 +217,7 @@ def test_programs_are_compiled_for_tpus_that_are_not_there(model, run):
         assert program["sent"] == sum(
             each["sent"] * each["count"] for each in program["collectives"]
         )
-    # The first of two layers sends what was found for half of 128 queries, 4 heads of 8.
+    # The first of two layers sends what was found for a quarter of 128 queries, 4 heads of 8.
     dealt = [each for each in prefill["collectives"] if each["kind"] == "all-to-all"]
     assert {(each["axes"], each["put"], each["count"]) for each in dealt} == {
         ("seq", 4 * 128 * 4 * 8, 1),
@@ -204,10 +260,9 @@ def test_only_tpus_can_be_compiled_for_without_one(topology, model, run):
     assert err == f"error: {topology}: {reason}\n"
 
 
-@pytest.mark.parametrize("topology", ["v5e:3x5", "v4:2x2x1"])
-def test_topologies_that_the_compiler_does_not_know_are_named(topology, model, run):
+def test_topologies_that_the_compiler_does_not_know_are_named(model, run):
     pytest.importorskip("libtpu", reason="the TPU compiler (pip install libtpu) is not installed")
-    code, out, err = run("plan", model, "--topology", topology, "--compile")
+    code, out, err = run("plan", model, "--topology", "v4:2x2x1", "--compile")
     assert (code, out) == (2, "")
-    assert err.startswith(f"error: {topology}: the TPU compiler ")
+    assert err.startswith("error: v4:2x2x1: the TPU compiler ")
     assert err.count("\n") == 1

@@ -58,10 +58,21 @@ def test_a_topology_is_so_many_hosts(name):
         assert hosts.vm_type == vm_type
 
 
-def test_every_accelerator_is_a_device_that_the_planner_knows():
-    assert set(accelerators.ACCELERATORS) == set(devices.DEVICES) - {"cpu"}
-    for kind, accelerator in accelerators.ACCELERATORS.items():
-        assert accelerator.platform == devices.DEVICES[kind].platform
+def test_jobs_run_on_every_device_that_the_planner_knows():
+    for kind, device in devices.DEVICES.items():
+        if device.platform == "cpu":
+            continue
+        topology = devices.topology(f"{kind}:{'x'.join('221'[: device.dims])}")
+        if device.platform == "gpu":
+            assert re.search(r"gres=gpu:[12]\n", files("slurm", topology.name)["job.sbatch"])
+        found = json.loads(files("ray", topology.name)["job.json"])
+        assert found["hosts"] * found["chips"] == topology.chips
+
+
+@pytest.mark.parametrize("kind", ["jobset", "xpk"])
+def test_devices_that_a_scheduler_does_not_know_are_refused(kind):
+    with pytest.raises(ConfigError, match="has no l40s: there are v4, v5e"):
+        files(kind, "l40s:8")
 
 
 def validated(manifest):

@@ -1,0 +1,73 @@
+"""Numbers as people write them: tokens with K and M, bytes with units."""
+
+import re
+from typing import Any
+
+import typer
+
+from qwen_jax.config import ConfigError
+from qwen_jax.reading import printable
+
+_TOKENS = {"": 1, "k": 1000, "m": 1000**2, "K": 1024, "M": 1024**2}
+_BYTES = {
+    prefix + suffix: base**power
+    for suffix, base in (("B", 1000), ("iB", 1024))
+    for power, prefix in enumerate("KMGT", 1)
+}
+
+
+def whole_number(text: str) -> int:
+    """Tokens as people write them: 12000, 12k (thousands), 12K (of 1,024), 1m, 1M.
+
+    Raises:
+        ConfigError: if it is no positive whole number of tokens.
+    """
+    number = _number(text)
+    if number is None or number < 1:
+        raise ConfigError(
+            f"length {printable(text, 40)!r} must be tokens such as 12000, 12k or 12K"
+        )
+    return number
+
+
+def tokens(text: str | int) -> int:
+    """The number of tokens that a flag says, as `whole_number`, or one that is out of range.
+
+    Raises:
+        BadParameter: if it is none.
+    """
+    number = _number(str(text))
+    if number is None:
+        raise typer.BadParameter(
+            f"{printable(text, 40)!r} is no number of tokens, such as 12000, 128K (of 1,024) or "
+            "1M (1,048,576)"
+        )
+    return number
+
+
+def _number(text: str) -> int | None:
+    match = re.fullmatch(r"(-?[0-9]{1,18})([kKmM]?)", text.strip())
+    return match and int(match[1]) * _TOKENS[match[2]]
+
+
+def size(text: str | int) -> int:
+    """A number of bytes: 40GiB (of 2^30), 40GB (of 10^9), likewise with M and T.
+
+    Raises:
+        BadParameter: if it is none.
+    """
+    match = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?) ?([KMGT]i?B)", str(text).strip())
+    if match is None or not float(match[1]):
+        raise typer.BadParameter(
+            f"{printable(text, 40)!r} is no number of bytes, such as 40GiB or 80GB"
+        )
+    return int(float(match[1]) * _BYTES[match[2]])
+
+
+def tokens_option(text: str, *names: str, shown: bool = False) -> Any:
+    """A flag that counts tokens.
+
+    Args:
+        shown: whether its default is.
+    """
+    return typer.Option(*names, help=text, parser=tokens, metavar="TOKENS", show_default=shown)
