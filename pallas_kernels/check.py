@@ -309,7 +309,7 @@ def _call(name: str, who: str, geometry: ChunkGeometry | None, args: Inputs):
 
 def _truth(name: str, place: Place, args: Inputs) -> list[np.ndarray]:
     """What a program should find, in float32: a kv head at a time, which takes less memory."""
-    run = _exact(name, place.truth, place.geometry)
+    run = exact(name, place.truth, place.geometry)
     heads = [jax.device_get(run(args, np.int32(head))) for head in range(args.cache[0].shape[1])]
     axes = (0, 0) if name == "selection" else (-2, -1)
     parts = zip(*heads, strict=True)
@@ -317,7 +317,7 @@ def _truth(name: str, place: Place, args: Inputs) -> list[np.ndarray]:
 
 
 @functools.cache
-def _exact(name: str, who: str, geometry: ChunkGeometry | None) -> Callable:
+def exact(name: str, who: str, geometry: ChunkGeometry | None) -> Callable:
     """A program of one kv head with exact products."""
 
     def run(args: Inputs, head):

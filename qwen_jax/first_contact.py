@@ -48,8 +48,7 @@ def ensure(shape: Shape, chosen: Mapping[str, str], device: Any) -> None:
         Unsupported: if a kernel cannot take the shape.
         ConfigError: if one differs from the truth or fails, with the figures and what to choose.
     """
-    chosen = {name: who for name, who in chosen.items() if who in backend.NAMES}
-    chosen = {name: who for name, who in chosen.items() if who not in TRUSTED}
+    chosen = unproven(chosen)
     if not chosen:
         return
     key = key_of(shape, chosen, device)
@@ -67,6 +66,13 @@ def ensure(shape: Shape, chosen: Mapping[str, str], device: Any) -> None:
         refuse(result, device)
         results.append(result)
     keep(key, results)
+
+
+def unproven(chosen: Mapping[str, str]) -> dict[str, str]:
+    """The programs whose backends are kernels that have to be compared."""
+    return {
+        name: who for name, who in chosen.items() if who in backend.NAMES and who not in TRUSTED
+    }
 
 
 def compare(shape: Shape, chosen: Mapping[str, str], device: Any) -> Iterable[Result]:

@@ -8,11 +8,16 @@ import re
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+
+from pallas_kernels import backend
 from pallas_kernels.backend import preferences
 from pallas_kernels.versions import mosaic_gpu_fault, triton_fault
-from qwen_jax.cli.flags import Json
+from qwen_jax.cli.flags import Json, option
+from qwen_jax.config import ConfigError
+from qwen_jax.reading import printable
 
 _PACKAGES = (
     "qwen-jax jax jaxlib flax orbax-checkpoint numpy safetensors tokenizers libtpu "
@@ -20,13 +25,40 @@ _PACKAGES = (
 ).split()
 
 
-def doctor(json_output: Json = False):
+def doctor(
+    about: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KERNELS]... [MODEL]",
+            help="With --kernels: which ones, and a checkpoint that has the shapes.",
+            show_default=False,
+        ),
+    ] = None,
+    kernels: Annotated[
+        bool, option("Compare attention kernels with the truth here and time them.", "--kernels")
+    ] = False,
+    config: Annotated[
+        str | None, option("With --kernels: shapes of 7b-1m, which is usual, or 14b-1m.")
+    ] = None,
+    report: Annotated[
+        Path | None,
+        option("With --kernels: write it all into one JSON, for a bug report.", metavar="FILE"),
+    ] = None,
+    json_output: Json = False,
+):
     """Show versions, devices, kernels, memory, disk and missing extras.
 
     Examples:
         qwen-jax doctor
         qwen-jax doctor --json
+        qwen-jax doctor --kernels --report kernels.json
+        qwen-jax doctor --kernels triton xla --config 14b-1m
     """
+    if kernels:
+        _show_kernels(about or [], config, report, json_output)
+    for name, value in (("--config", config), ("--report", report), ("KERNELS", about)):
+        if value:
+            raise ConfigError(f"{name} has no effect without --kernels: add it")
     found = examine()
     if json_output:
         print(json.dumps(found))
@@ -51,6 +83,26 @@ def doctor(json_output: Json = False):
     for extra, missing in found["extras"].items():
         hint = f"missing {', '.join(missing)}: pip install 'qwen-jax[{extra}]'"
         print(f"extra {extra}: {hint if missing else 'installed'}")
+
+
+def _show_kernels(about: list[str], config: str | None, report: Path | None, json: bool) -> None:
+    from qwen_jax.cli import kernel_report  # imports jax, for which `doctor` alone should not fail
+
+    models = [Path(each) for each in about if each not in backend.NAMES]
+    if len(models) > 1:
+        raise ConfigError(
+            f"{printable(models[0])} and {printable(models[1])} are no kernels "
+            f"({', '.join(backend.NAMES)}), and only one checkpoint can have the shapes"
+        )
+    code = kernel_report.show(
+        [each for each in about if each in backend.NAMES],
+        model=models[0] if models else None,
+        config=config,
+        report=report,
+        facts=examine,
+        json_output=json,
+    )
+    raise typer.Exit(code)
 
 
 def examine() -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import json as json_format
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any
 
 import jax
@@ -57,7 +57,7 @@ def kernels(
     preferences = {kind: each._asdict() for kind, each in backend.preferences().items()}
     rows = []
     table = Table("shape", "program", "backend", "ms (median)")
-    for row in measure(names, chosen, repeats):
+    for row in measure({name: SERVED[name] for name in names}, chosen, repeats):
         rows.append(row)
         result = row["refused"] or f"{1e3 * row['median_s']:.2f}"
         table.add_row(row["shape"], row["program"], row["backend"], result)
@@ -69,17 +69,20 @@ def kernels(
     console().print(table_of(preferences))
 
 
-def measure(names: list[str], backends: list[str], repeats: int) -> Iterator[dict[str, Any]]:
+def measure(
+    cases: Mapping[str, Served], backends: list[str], repeats: int
+) -> Iterator[dict[str, Any]]:
     """Seconds of every program at every shape, or why a backend refuses it."""
     dtype = jnp.float32 if backend.device().platform == "cpu" else jnp.bfloat16
-    for name in names:
+    for name, case in cases.items():
         for what in PROGRAMS:
             # From inside a program, so that no more is made than is needed.
-            args = jax.jit(lambda what=what, case=SERVED[name]: inputs(what, case, dtype))()
+            args = jax.jit(lambda what=what, case=case: inputs(what, case, dtype))()
             for each in backends:
                 row = {"shape": name, "program": what, "backend": each, "refused": None}
+                row["dtype"] = jnp.dtype(dtype).name
                 try:
-                    row["seconds"] = time_of(what, SERVED[name], each, args, repeats)
+                    row["seconds"] = time_of(what, case, each, args, repeats)
                     row["median_s"] = statistics.median(row["seconds"])
                 except (Unsupported, jax.errors.JaxRuntimeError) as error:
                     row["refused"] = str(error).splitlines()[0]
@@ -90,6 +93,11 @@ def time_of(what: str, case: Served, name: str, args, repeats: int, **keywords: 
     """Seconds of some runs of a compiled program; the backend gets the keywords."""
     options = backend.compiler_options(backend.device().platform)
     run = jax.jit(program(what, case, name, **keywords), compiler_options=options)
+    return seconds_of(run, args, repeats)
+
+
+def seconds_of(run: Callable, args, repeats: int) -> list[float]:
+    """Of some runs of a compiled function after its first one."""
     jax.block_until_ready(run(*args))
     seconds = []
     for _ in range(repeats):

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from broken_kernels import break_
 
+from convert import weights
 from pallas_kernels import backend
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.cases import SERVED, Served
@@ -87,6 +89,25 @@ def test_a_shape_that_a_kernel_refuses_ends_in_one_line(tiny, monkeypatch, run):
     assert " by mosaic_tpu: " in last
     assert last.endswith("(xla takes every shape)")
     assert "Traceback" not in err
+
+
+def test_a_kernel_that_computes_other_numbers_refuses_before_the_weights_are_read(
+    tiny, monkeypatch, run, tmp_path
+):
+    def wrong(right, *args, **options):
+        out, lse = right(*args, **options)
+        return out, lse + 1
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(weights, "load", None)
+    name = break_(monkeypatch, "prefill", wrong)
+    code, out, err = run("generate", tiny, "--prompt", "x", "--kernels", name)
+    assert (code, out) == (2, "")
+    comparing, last = err.splitlines()
+    assert comparing == f"{name}: comparing with xla on {jax.devices()[0].device_kind}, once"
+    assert last.startswith(f"error: prefill by {name} differs on ")
+    assert "a log-sum-exp by 1 in" in last
+    assert "choose other kernels (--kernels xla)" in last
 
 
 def test_served_cases_have_room_for_their_context():

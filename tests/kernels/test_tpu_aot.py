@@ -8,14 +8,18 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import pytest
 import tpu_compile
 from hlo import sizes
 from jax.sharding import PartitionSpec
 
+from pallas_kernels import check
 from pallas_kernels.cases import MODELS
+from pallas_kernels.check import Shape
 from pallas_kernels.programs import PROGRAMS, inputs, program
 from pallas_kernels.shard import Shard
+from qwen_jax import sparse
 
 pytestmark = pytest.mark.optimized
 
@@ -42,7 +46,7 @@ def device(generation):
     return mesh, tpu_compile.memory_of(mesh)
 
 
-def check(mesh, memory, name, case, function=None, more=0):
+def check_fits(mesh, memory, name, case, function=None, more=0):
     """Compiles, fits, reads the cache where it lies, and holds little beside what it is given."""
     args = jax.eval_shape(lambda: inputs(name, case))
     function = function or program(name, case, "mosaic_tpu")
@@ -75,7 +79,7 @@ def bound(name, case, query_bytes):
 @pytest.mark.parametrize(("generation", "model", "name"), MATRIX)
 def test_a_kernel_compiles_at_what_a_device_holds_of_a_million_tokens(generation, model, name):
     mesh, memory = device(generation)
-    check(mesh, memory, name, MODELS[model].share(CONTEXT, memory))
+    check_fits(mesh, memory, name, MODELS[model].share(CONTEXT, memory))
 
 
 @pytest.mark.tpu_aot
@@ -85,7 +89,7 @@ def test_a_kernel_compiles_at_what_a_device_holds_of_a_million_tokens(generation
 def test_a_kv_head_with_a_million_tokens_compiles_for_one_device(generation, name):
     mesh, memory = device(generation)
     case = MODELS["7B"].served(CONTEXT, tensor=4, num_layers=14)
-    check(mesh, memory, name, case)
+    check_fits(mesh, memory, name, case)
 
 
 @pytest.mark.tpu_aot
@@ -107,7 +111,7 @@ def test_a_quarter_of_each_page_compiles_for_one_of_four_devices(generation, nam
     shards = jax.shard_map(local, mesh=mesh, in_specs=same, out_specs=same, check_vma=False)
     # What is handed on is as large as the votes by diagonal, and may be laid out anew.
     handed_on = 3 * 4 * 8 * case.context if name == "selection" else 0
-    check(mesh, memory, name, case, shards, handed_on)
+    check_fits(mesh, memory, name, case, shards, handed_on)
 
 
 @pytest.mark.tpu_aot
@@ -116,7 +120,26 @@ def test_a_quarter_of_each_page_compiles_for_one_of_four_devices(generation, nam
 def test_thirty_two_sequences_decode_in_one_step(generation):
     mesh, memory = device(generation)
     case = MODELS["7B"].served(32_768, tensor=4, num_seqs=32, num_pages=32 * 32 + 1)
-    check(mesh, memory, "decode", case)
+    check_fits(mesh, memory, "decode", case)
+
+
+@pytest.mark.tpu_aot
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("who", ["mosaic_tpu", "xla"])
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("generation", ["v5e", "v6e"])
+def test_what_an_engine_compares_at_first_contact_compiles(generation, name, who):
+    mesh, _ = device(generation)
+    shape = Shape.of(MODELS["7B"], dtype="bfloat16", plan=sparse.TPU_TILES)
+    for place in check.places(shape):
+        _, _, args = next(iter(check.inputs(name, shape, place)))
+        run = check.compiled(name, who, place.geometry, "tpu")
+        if who == "xla":  # the truth that it is compared with
+            exact = check.exact(name, place.truth, place.geometry)
+            run = functools.partial(exact, head=jnp.int32(0))
+        used = tpu_compile.compiled(mesh, run, args).memory
+        assert used.argument_size_in_bytes < 2**28
+        assert used.output_size_in_bytes + used.temp_size_in_bytes < 2**29
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,298 @@
+"""doctor --kernels: whether the attention kernels are right on this device, and how fast."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import os
+import re
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import backend, check
+from pallas_kernels.cases import MODELS, Served
+from pallas_kernels.check import Result, Shape
+from pallas_kernels.programs import DENSE, PROGRAMS
+from qwen_jax import disk, first_contact, reading, sparse
+from qwen_jax.cli import kernels, placement
+from qwen_jax.cli.flags import ModelFlags, open_model
+from qwen_jax.config import ConfigError
+from qwen_jax.engine.pages import default_page
+
+FORMAT = "qwen-jax kernel report 1"
+CONFIGS = {"7b-1m": "7B", "14b-1m": "14B"}
+"""Published models by the names that flags have for them."""
+REPEATS = 5
+_BYTES = 16 << 20
+# Rows of a matrix and bytes of a copy, large enough for the device to be busy.
+_MATRIX = {"cpu": 1024}, 8192
+_COPY = {"cpu": 1 << 25}, 1 << 30
+_PATH = re.compile(r"""(?<![/:\w])~?(?:/[^\s/'":,;()<>]+)*/(?=[^\s/])""")
+
+
+def show(
+    names: list[str],
+    *,
+    model: Path | None,
+    config: str | None,
+    report: Path | None,
+    facts: Callable[[], dict[str, Any]],
+    json_output: bool,
+) -> int:
+    """Compares and times kernels, prints both and writes them into a file.
+
+    Args:
+        names: backends; none for the preferred ones of the device.
+        model: checkpoint that has the shapes; None for those of `config`.
+        facts: what `doctor` says beside.
+
+    Returns:
+        1 if a kernel does not agree with the truth, else 0.
+
+    Raises:
+        ConfigError: if there is no device or a flag cannot be used.
+        Unsupported: if a backend does not run here.
+    """
+    placement.one_process("kernels are compared")
+    if report is not None:
+        _check_report(report)
+    try:
+        device = jax.local_devices()[0]
+    except RuntimeError as error:
+        raise ConfigError(f"no device: {reading.printable(str(error).splitlines()[0])}") from None
+    shape, served = _shapes(device, model, config)
+    choices = _choices(device, shape, names)
+    say = (lambda *text: None) if json_output else functools.partial(print, flush=True)
+    say(_headline(shape, device))
+    results = []
+    say(_row("program", "kernels", "tokens", "compared with", "error", "log-sum-exp", "verdict"))
+    for chosen in choices:
+        found = []
+        for result in first_contact.compare(shape, chosen, device):
+            found.append(result)
+            say(_row(*_of_result(result)))
+        _keep(shape, chosen, found, device)
+        results += found
+    wrong = [each for each in results if each.verdict != "agrees"]
+    for each in wrong:
+        say(f"{each.program} by {each.backend}, {each.context:,} tokens: {each.reason}")
+    say()
+    limits = ceilings(device.platform)
+    for what, value in limits.items():
+        say(f"{what}: {value:,.1f}")
+    right = dict.fromkeys(each.backend for each in results)
+    right = [name for name in right if name not in {each.backend for each in wrong}]
+    say(_row("program", "kernels", "tokens", "ms (median)", "rate", "of ceiling", ""))
+    speeds = []
+    for row in speeds_of(served, right, limits):
+        speeds.append(row)
+        say(_row(*_of_speed(row)))
+    content = {
+        "format": FORMAT,
+        "device": {"platform": device.platform, "kind": device.device_kind},
+        "versions": {
+            "qwen-jax": importlib.metadata.version("qwen-jax"),
+            **first_contact.versions(device),
+        },
+        "source": check.source(),
+        "shape": dataclasses.asdict(shape),
+        "results": [dataclasses.asdict(each) for each in results],
+        "ceilings": limits,
+        "speeds": speeds,
+        "doctor": facts(),
+    }
+    content = without_paths(content)
+    if json_output:
+        print(json.dumps(content))
+    if report is not None:
+        try:
+            disk.write(report, json.dumps(content, indent=1) + "\n")
+        except OSError as error:
+            raise ConfigError(
+                f"--report {reading.shown(report)}: {reading.reason(error)}"
+            ) from None
+        say(
+            f"{reading.shown(report)} has all of this, versions and what doctor says; no paths, "
+            "names or texts"
+        )
+    return 1 if wrong else 0
+
+
+def _check_report(path: Path) -> None:
+    """Refuses what cannot become a report, before anything is measured.
+
+    Raises:
+        ConfigError: if there is a file that is none, or no directory to write into.
+    """
+    where = f"--report {reading.shown(path)}"
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"{where}: nothing can be written into its directory")
+    if not os.path.lexists(path):
+        return
+    try:
+        found = reading.read_object(path, limit=_BYTES)
+    except reading.FileError:
+        found = {}
+    if found.get("format") != FORMAT:
+        raise ConfigError(f"{where} is there and no report of kernels: choose another name")
+
+
+def _shapes(device: Any, model: Path | None, config: str | None) -> tuple[Shape, dict[str, Served]]:
+    """What is compared, and what is timed."""
+    slow = device.platform == "cpu"
+    if model is not None:
+        if config is not None:
+            raise ConfigError(f"--config {config} contradicts a checkpoint: leave one out")
+        opened = open_model(model, ModelFlags())
+        found, dtype = opened.config, opened.precision()[0]
+        heads = found.num_heads, found.num_kv_heads, found.head_dim
+        geometry, longest = found.dual_chunk, found.max_len
+    else:
+        if config is not None and config not in CONFIGS:
+            raise ConfigError(f"--config {config!r} is none of {', '.join(CONFIGS)}")
+        known = MODELS[CONFIGS[config or "7b-1m"]]
+        heads = known.num_heads, known.num_kv_heads, known.head_dim
+        geometry, longest = known.geometry, 1_010_000
+        dtype = "float32" if slow else "bfloat16"
+    sizes = dict(zip(("num_heads", "num_kv_heads", "head_dim"), heads, strict=True))
+    page = default_page(device.platform, geometry)
+    shape = Shape(
+        **sizes,
+        page=page,
+        dtype=dtype,
+        geometry=geometry,
+        plan=sparse.tiles_on(device.platform),
+    )
+    served = {}
+    for most in (1024,) if slow else (32_768, 1_010_000):
+        context = min(most, longest)
+        served[f"{context:,}"] = Served(
+            **sizes,
+            num_layers=2,
+            page=page,
+            geometry=geometry,
+            slice_len=min(context, 256 if slow else 32_768),
+            context=context,
+            num_pages=-(-context // page) + 1,
+            num_columns=-(-context // 45),  # as the published budgets of a million tokens
+        )
+    return shape.soon() if slow else shape, served
+
+
+def _choices(device: Any, shape: Shape, names: list[str]) -> list[dict[str, str]]:
+    """The backends to compare, by program."""
+    about = {"kind": device.device_kind, "head_dim": shape.head_dim, "dtype": shape.dtype}
+    chosen = [backend.choose(device.platform, name, **about) for name in names or [None]]
+    return [{name: getattr(each, PROGRAMS[name]) for name in PROGRAMS} for each in chosen]
+
+
+def _keep(shape: Shape, chosen: dict[str, str], results: list[Result], device: Any) -> None:
+    """Lets engines on this device know, those that prefill sparsely and those that do not."""
+    for programs in (tuple(PROGRAMS), DENSE):
+        some = {name: chosen[name] for name in programs}
+        some = first_contact.unproven(some)
+        if some:
+            key = first_contact.key_of(shape, some, device)
+            first_contact.keep(key, [each for each in results if each.program in some])
+
+
+def ceilings(platform: str) -> dict[str, float]:
+    """What products of matrices and a copy reach here: medians of a few."""
+    n, size = (few.get(platform, many) for few, many in (_MATRIX, _COPY))
+    limits = {}
+    for dtype in ("bfloat16", "float32"):
+        x = jnp.ones((n, n), dtype)
+        product = jax.jit(functools.partial(jnp.dot, precision="highest"))
+        limits[f"{dtype} product, TFLOP/s"] = 2e-12 * n**3 / _median(product, x, x)
+    x = jnp.zeros(size // 4, jnp.uint32)
+    limits["copy, GB/s"] = 2e-9 * size / _median(jax.jit(lambda x: x + jnp.uint32(1)), x)
+    return limits
+
+
+def _median(run: Callable, *args) -> float:
+    return statistics.median(kernels.seconds_of(run, args, REPEATS))
+
+
+def speeds_of(
+    served: dict[str, Served], names: list[str], limits: dict[str, float]
+) -> Iterator[dict[str, Any]]:
+    """Rows of `bench kernels`, with the rate of what memory or products bound, and its share."""
+    for row in kernels.measure(served, names, REPEATS):
+        row |= {"rate": None, "unit": None, "share": None}
+        case, dtype = served[row["shape"]], row["dtype"]
+        bound = {
+            "prefill": ("TFLOP/s", f"{dtype} product, TFLOP/s", 1e-12 * flops(case)),
+            "decode": ("GB/s", "copy, GB/s", 1e-9 * bytes_read(case, dtype)),
+        }.get(row["program"])
+        if bound is not None and row["refused"] is None:
+            unit, ceiling, work = bound
+            rate = work / row["median_s"]
+            row |= {"rate": rate, "unit": unit, "share": rate / limits[ceiling]}
+        yield row
+
+
+def flops(case: Served) -> float:
+    """Of the causal pairs of the last slice of a context."""
+    T = case.slice_len
+    pairs = T * (case.context - T) + T * (T + 1) / 2
+    return 4 * case.num_heads * case.head_dim * pairs
+
+
+def bytes_read(case: Served, dtype: str) -> int:
+    """Of keys and values, by a step of decode."""
+    token = 2 * case.num_kv_heads * case.head_dim * jnp.dtype(dtype).itemsize
+    return case.num_seqs * case.context * token
+
+
+def without_paths(value: Any) -> Any:
+    """JSON in which no text names a directory of this machine, and no executable is named."""
+    if isinstance(value, dict):
+        return {name: without_paths(each) for name, each in value.items() if name != "executable"}
+    if isinstance(value, list):
+        return [without_paths(each) for each in value]
+    if not isinstance(value, str):
+        return value
+    for known in sorted({str(Path.home()), os.getcwd(), tempfile.gettempdir(), sys.prefix}):
+        if len(known) > 1:
+            value = value.replace(known, "~")
+    return _PATH.sub("…/", value)
+
+
+def _headline(shape: Shape, device: Any) -> str:
+    geometry = shape.geometry
+    chunks = "one window" if geometry is None else f"chunks of {geometry.chunk_size:,}"
+    return (
+        f"{device.platform} ({reading.printable(device.device_kind)}): {shape.num_heads} heads, "
+        f"{shape.num_kv_heads} for keys, of {shape.head_dim} in {shape.dtype}; pages of "
+        f"{shape.page}; {chunks}{'' if shape.far else ', compared in smaller ones'}"
+    )
+
+
+def _row(*cells: str) -> str:
+    widths = 16, 12, 11, 15, 15, 13, 8
+    return "".join(f"{cell:{width}}" for cell, width in zip(cells, widths, strict=True)).rstrip()
+
+
+def _of_result(result: Result) -> tuple[str, ...]:
+    error, lse = (
+        "-" if each is None else f"{each:.1e}" for each in (result.error, result.lse_error)
+    )
+    context = f"{result.context:,}"
+    return result.program, result.backend, context, result.truth, error, lse, result.verdict
+
+
+def _of_speed(row: dict[str, Any]) -> tuple[str, ...]:
+    if row["refused"] is not None:
+        return row["program"], row["backend"], row["shape"], row["refused"], "", "", ""
+    rate, share = "-", "-"
+    if row["rate"] is not None:
+        rate, share = f"{row['rate']:,.2f} {row['unit']}", f"{row['share']:.0%}"
+    milliseconds = f"{1e3 * row['median_s']:.2f}"
+    return row["program"], row["backend"], row["shape"], milliseconds, rate, share, ""
