@@ -183,7 +183,7 @@ def start(
     except Exception as error:
         rendezvous.withdraw(place, str(error), min(timeout, _GRACE_S))
         raise
-    rendezvous.meet(place, {"--num-processes": str(place.count), **found}, timeout)
+    rendezvous.meet(place, {"--num-processes": str(place.count), **found}, timeout, note=_say)
     _connect(place, heartbeat, timeout, devices)
     for watch in (_call_roll, _hear_last_words):
         threading.Thread(target=watch, args=(_job,), daemon=True).start()
@@ -314,7 +314,10 @@ def _detected(coordinator, count, process, timeout: int):
             )
         if found is None:
             return coordinator, count, process
-        count = found.get_process_count() if count is None else count
+        if count is None:
+            # An interactive step has the number of tasks of its job in SLURM_NTASKS.
+            step = os.environ.get("SLURM_STEP_NUM_TASKS") if found.name == "slurm" else None
+            count = found.get_process_count() if step is None else int(step)
         if count == 1:
             return coordinator, count, process
         process = found.get_process_id() if process is None else process
@@ -359,6 +362,7 @@ def _connect(place: Place, heartbeat: int, timeout: int, devices: bool) -> None:
     if _is_loopback(place.coordinator):
         _collectives_on_loopback()
     _on_abort(place)
+    _pass_proxies(rendezvous.split(place.coordinator)[0])
     _job.state = distributed.global_state if devices else distributed.State()
     if not devices:
         jax.config.update("jax_platforms", "cpu")
@@ -374,6 +378,20 @@ def _connect(place: Place, heartbeat: int, timeout: int, devices: bool) -> None:
         heartbeat_timeout_seconds=heartbeat,
         coordinator_bind_address=place.bind,
     )
+
+
+def _pass_proxies(host: str) -> None:
+    """Has gRPC connect to a host directly, whatever proxies the environment names for HTTP.
+
+    It tunnels through `grpc_proxy`, `https_proxy` and `http_proxy`, which lead out of a cluster,
+    not to its hosts. Where `no_grpc_proxy` is set, gRPC does not read `no_proxy`.
+    """
+    import jax
+
+    if any(name.lower().endswith("_proxy") for name in os.environ):
+        jax.config.update("jax_check_proxy_envs", False)  # a warning that they may make it hang
+        for name in {"no_proxy"} | ({"no_grpc_proxy"} & os.environ.keys()):
+            os.environ[name] = ",".join(filter(None, (os.environ.get(name), host)))
 
 
 def _is_loopback(address: str) -> bool:

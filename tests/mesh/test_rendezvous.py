@@ -1,5 +1,6 @@
 """Processes that look for each other: who is missing, who is there twice, what differs."""
 
+import contextlib
 import socket
 import threading
 
@@ -128,6 +129,110 @@ def test_what_is_no_process_of_the_job_is_let_go():
     assert told == [""]
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        b'{"facts": 5}',
+        b'{"process": 1, "facts": 5}',
+        b'{"process": 1, "facts": {"--dtype": 5}}',
+        b'{"process": 1, "facts": ["--dtype"]}',
+        b'{"process": 1}',
+        b'{"process": true, "facts": {}}',
+        b'{"process": 1.0, "facts": {}}',
+        b'{"process": NaN, "facts": {}}',
+        b'{"process": 1, "process": 1, "facts": {}}',
+        b'{"process": ' + b"9" * 5000 + b', "facts": {}}',
+        b'{"process": 1, "reason": {}}',
+        b'{"process": 1, "facts": {}, "refused": null}',
+        b"5",
+        b"null",
+        b"\xff",
+        b"x" * (3 << 20),
+    ],
+    ids=lambda message: str(message[:40]),
+)
+def test_a_message_of_other_types_is_let_go(message):
+    port = free_port()
+    notes, told = [], []
+
+    def wait():
+        rendezvous.meet(place(port, 0), {"--dtype": "f32"}, SECONDS, note=notes.append)
+        told.append("met")
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    with _connected(port) as stranger, contextlib.suppress(OSError):
+        stranger.sendall(message + b"\n")
+        while stranger.recv(1000):
+            pass
+    assert meet((place(port, 1), {"--dtype": "f32"})) == [""]
+    waiting.join()
+    assert told == ["met"]
+    (note,) = notes
+    assert note.startswith("a connection from 127.0.0.1 is of no process of this job (")
+    assert note.isprintable()
+
+
+def test_silent_and_slow_connections_keep_nobody_waiting():
+    """One after another would take longer than the processes wait for each other."""
+    port = free_port()
+    first = []
+    waiting = threading.Thread(target=lambda: first.extend(meet((place(port, 0), {}))))
+    waiting.start()
+    stop = threading.Event()
+
+    def drip(peer):
+        with contextlib.suppress(OSError):
+            while not stop.wait(0.05):
+                peer.sendall(b"[")
+
+    with contextlib.ExitStack() as stack:
+        strangers = [stack.enter_context(_connected(port)) for _ in range(200)]
+        dripping = threading.Thread(target=drip, args=(strangers[-1],))
+        dripping.start()
+        assert meet((place(port, 1), {})) == [""]
+        waiting.join()
+        assert first == [""]
+        stop.set()
+        dripping.join()
+
+
+@pytest.mark.parametrize("answer", [b'{"refused": 5}\n', b"{}\n", b"HTTP/1.1 400\n", b"\xff", b"["])
+def test_what_is_no_process_0_is_named_in_time(answer, monkeypatch):
+    monkeypatch.setattr(rendezvous, "_LINE_S", 0.2)
+    with rendezvous._listening(f"127.0.0.1:{free_port()}") as server:
+        stop = threading.Event()
+
+        def serve():
+            server.settimeout(0.1)
+            while not stop.is_set():
+                with contextlib.suppress(OSError), server.accept()[0] as peer:
+                    peer.sendall(answer)
+                    stop.wait(0.05)
+
+        serving = threading.Thread(target=serve)
+        serving.start()
+        port = server.getsockname()[1]
+        (told,) = meet((place(port, 1), {}), timeout=0.6)
+        stop.set()
+        serving.join()
+    assert told.startswith(f"process 1 of 2 did not find process 0 at 127.0.0.1:{port} within")
+    assert told.isprintable()
+
+
+def test_what_peers_say_is_printed_with_escapes():
+    port = free_port()
+    told = []
+    waiting = threading.Thread(target=lambda: told.extend(meet((place(port, 0, 3), {}))))
+    waiting.start()
+    rendezvous.withdraw(place(port, 2, 3), "no\x1b[2J\nfile", SECONDS)
+    waiting.join()
+    assert told == ["process 2 ended: no\\x1b[2J\\nfile"]
+    found = rendezvous.differences({0: {"a\n": "\x1b"}, 1: {"a\n": "x" * 100}})
+    assert found.isprintable()
+    assert found.startswith("a\\n is \\x1b on process 0 and xxx")
+
+
 def test_one_that_leaves_before_all_are_there_may_come_again():
     port = free_port()
     told = []
@@ -150,7 +255,9 @@ def test_the_reason_of_one_that_does_not_come_is_told_to_all():
     assert told == ["process 2 ended: config.json is missing"]
 
 
-@pytest.mark.parametrize("address", ["10.0.0.1", "10.0.0.1:", ":80", "host:0", "host:70000"])
+@pytest.mark.parametrize(
+    "address", ["10.0.0.1", "10.0.0.1:", ":80", "host:0", "host:70000", "h:" + "9" * 5000, "h:²"]
+)
 def test_an_address_needs_host_and_port(address):
     with pytest.raises(ConfigError, match="must be HOST:PORT"):
         rendezvous.split(address)
