@@ -42,7 +42,8 @@ def convert_with(team: Team) -> Callable[..., None]:
         overwrite: Annotated[
             bool,
             typer.Option(
-                "--overwrite", help="Replace DST, which stays whole until the new one is."
+                "--overwrite",
+                help="Replace a DST that convert wrote; it stays whole until the new one is.",
             ),
         ] = False,
         resume: Annotated[
@@ -119,13 +120,17 @@ def export(
     dst: Annotated[Path, typer.Argument(metavar="DST", help="Hugging Face directory to make.")],
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", help="Replace DST, which stays whole until the new one is."),
+        typer.Option(
+            "--overwrite",
+            help="Replace a DST that export wrote; it stays whole until the new one is.",
+        ),
     ] = False,
 ) -> None:
     """Write a converted checkpoint as the Hugging Face directory it came from.
 
     Files, tensors and headers are those of the source, byte for byte, unless
-    the conversion changed the dtype.
+    the conversion changed the dtype. One file more, .qwen-jax-export.json, has
+    their sums: --overwrite replaces a DST that is as they say.
     """
     with _stoppable("export", "nothing was written: start again") as progress:
         differences = exports.export(src, dst, overwrite=overwrite, progress=progress)

@@ -101,7 +101,7 @@ def facts(verb: str, given: Mapping[str, Any], *, whole: bool = True) -> dict[st
         for field, each in fields.items():
             flag = "--" + field.replace("_", "-")
             if field == "sparse_config" and each is not None:
-                found[flag] = _digest(each.read_bytes())
+                found[flag] = file_sums(each).sha256[:16]
             elif field not in _OWN and not _names_paths(each):
                 found[flag] = str(each)
     model = next((given[name] for name in _MODELS if given.get(name) is not None), None)
@@ -125,10 +125,6 @@ def _code() -> str:
         for path in sorted((root / package).rglob("*.py")):
             digest.update(f"{path.relative_to(root)} ".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _names_paths(value: Any) -> bool:

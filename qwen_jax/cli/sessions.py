@@ -4,12 +4,13 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from qwen_jax import session
+from qwen_jax import reading, session
 from qwen_jax.cli.flags import Model, note, option
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Sparseness
@@ -145,8 +146,9 @@ def tokenizer_fingerprint(directory: Path, names: tuple[str, ...] = TOKENIZER_FI
     """Checksum of the files that make tokens of a text."""
     digest = hashlib.sha256()
     for name in names:
-        path = directory / name
-        digest.update(path.read_bytes() if path.exists() else b"\0")
+        path, limit = directory / name, reading.JSON_BYTES
+        there = os.path.lexists(path)
+        digest.update(reading.read_bytes(path, limit=limit, error=ConfigError) if there else b"\0")
     return digest.hexdigest()[:16]
 
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 from batches import chat, completion, line, reader, write
-from mutants import mutated
+from json_mutants import mutated
 
 from qwen_jax.batch import lines
 from qwen_jax.batch.lines import BatchError, Input, LineError, parse

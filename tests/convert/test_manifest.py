@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoints import Tiny, write_shards
-from mutants import mutated
+from json_mutants import mutated
 
 from convert import weights
 from convert.describe import describe

@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 
 import pytest
-from mutants import mutated
+from json_mutants import mutated
 from plot_files import write_report
 
 from qwen_jax.batch.results import Results
