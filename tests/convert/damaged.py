@@ -8,7 +8,7 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
-from mutants import mutated
+from json_mutants import mutated
 
 # What a field may be written as beside what Python's json would write.
 SCALING = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
