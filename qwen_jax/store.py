@@ -2,11 +2,14 @@
 
 import asyncio
 import contextlib
+import gc
 import glob
 import logging
 import os
 import re
 import shutil
+import traceback
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,11 +150,23 @@ def errors(doing: str) -> Iterator[None]:
     except Exception as error:  # Orbax raises Exception itself too
         if isinstance(error, RuntimeError):
             hosts.await_verdict()  # another process may have died, for which Orbax waits
+        _drop_unbegun(error)
         raise CheckpointError(f"{doing}: {_reason(error)}") from None
     finally:
         asyncio_utils.uvloop = inner
         asyncio.set_event_loop_policy(policy)
         logger.setLevel(level)
+
+
+def _drop_unbegun(error: BaseException) -> None:
+    """Lets go of coroutines that an error has kept from being begun, of which Python would warn."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+        cause: BaseException | None = error
+        while cause is not None:
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__cause__ or cause.__context__
+        gc.collect()
 
 
 def _reason(error: BaseException) -> str:

@@ -35,7 +35,8 @@ VERBS = {
     "kv verify": "kv verify KV",
     "batch": "batch MODEL IN NEW/out --greedy",
     "score": "score MODEL --tokens IDS --out NEW/logits.npz",
-    "export-job": "export-job slurm --topology h100:8 --model MODEL --out NEW/job -- inspect MODEL",
+    "export-job": "export-job slurm --topology h100:8 --partition p --time 60 --command true "
+    "--compile-cache /c --out NEW/job",
 }
 PLACES = {
     "stat": (os, "stat"),
@@ -86,8 +87,8 @@ def failing(patch, place, roots, at, code):
     hit = []
 
     def call(file, *arguments, **more):
-        path = "descriptor" if isinstance(file, int) else os.fspath(file)
-        ours = isinstance(file, int) or str(path).startswith(tuple(map(str, roots)))
+        path = name if isinstance(file, int) else os.fspath(file)
+        ours = path == "fsync" or str(path).startswith(tuple(map(str, roots)))
         if ours and next(calls) >= at:
             hit.append(path)
             named = () if isinstance(file, int) else (path,)
