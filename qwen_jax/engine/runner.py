@@ -134,6 +134,21 @@ class Runner:
         logits, self._cache = self._programs.score(self._weights, self._rotary, self._cache, step)
         return np.asarray(logits)[: int(step.length)]
 
+    def score_sparse(self, step: Prefill) -> tuple[Float[Array, "T D"], Report]:
+        """As `prefill_sparse`, with what `logits` takes of every token."""
+        hidden, self._cache, report = self._programs.score_sparse(
+            self._weights, self._rotary, self._cache, step, self._budgets
+        )
+        return hidden, report
+
+    def logits(
+        self, hidden: Float[Array, "T D"], start: int, rows: int
+    ) -> Float32[np.ndarray, "n V"]:
+        """Logits of the tokens of a slice from `start` on, at most `rows` of them."""
+        first = min(start, len(hidden) - rows)
+        found = self._programs.logits(self._weights, hidden, np.int32(first), rows=rows)
+        return np.asarray(found)[start - first :]
+
     def place(self, roster: Roster) -> Roster:
         """The roster on the device, for as long as it does not change."""
         return sharding.put(roster, self._whole)
@@ -214,6 +229,14 @@ class Steps:
     def score(self, weights, rotary, cache, step):
         return self._model(weights).score(cache, _slice(step), rotary, backend=self._backend)
 
+    def score_sparse(self, weights, rotary, cache, step, budgets):
+        return self._model(weights).score_sparse(
+            cache, _slice(step), rotary, budgets, backend=self._backend
+        )
+
+    def logits(self, weights, hidden, first, rows):
+        return self._model(weights).logits(jax.lax.dynamic_slice_in_dim(hidden, first, rows))
+
     def decode(self, weights, rotary, cache, seen, roster, step):
         tokens = DecodeStep(**step._asdict(), page_table=roster.page_table)
         logits, cache = self._model(weights).decode(cache, tokens, rotary, backend=self._backend)
@@ -253,6 +276,8 @@ class Programs(NamedTuple):
     survey: Any
     choose: Any
     score: Any
+    score_sparse: Any
+    logits: Any
     decode: Any
     mark: Any
     take_out: Any
@@ -283,6 +308,8 @@ def programs(steps: Steps, whole: Sharding, of_cache: Sharding, platform: str) -
         survey=jit(steps.survey, (of_cache, whole), static="grid"),
         choose=jit(steps.choose, whole, donated=()),
         score=jit(steps.score, (whole, of_cache)),
+        score_sparse=jit(steps.score_sparse, (whole, of_cache, whole)),
+        logits=jit(steps.logits, whole, donated=(), static="rows"),
         decode=jit(steps.decode, (whole, of_cache, whole), ("cache", "seen")),
         mark=jit(steps.mark, whole, ("seen",)),
         take_out=jit(steps.take_out, None, donated=(), static="size"),

@@ -98,6 +98,7 @@ def calls(engine: Engine):
     yield "prefill", (*model, step), {}
     yield "prefill_sparse", (*model, step, runner._budgets), {}
     yield "score", (*model, step), {}
+    yield "score_sparse", (*model, step, runner._budgets), {}
     yield "decode", (*model, runner._seen, runner.place(roster), tokens), {}
     yield "take_out", (cache, table, number), {"size": WINDOW}
     yield "put_in", (cache, shape, shape, table, number, number), {}
