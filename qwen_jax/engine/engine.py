@@ -34,7 +34,7 @@ from qwen_jax.engine.request import (
     Sparseness,
     check_ids,
 )
-from qwen_jax.engine.runner import Runner, Window
+from qwen_jax.engine.runner import Runner, Window, own_settings
 from qwen_jax.engine.scheduler import Decode, Scheduler, Slice, cut
 from qwen_jax.sparse import Report
 from qwen_jax.survey import Grid, Survey
@@ -119,12 +119,13 @@ class Engine:
         )
         budgets = None
         if config.sparse is not None:
-            budgets = sparse.budgets(
-                config.sparse,
-                least_recall=config.least_recall,
-                num_keys=self._table_len * self._page,
-                tiles=sparse.tiles_on(platform),
-            )
+            with own_settings():
+                budgets = sparse.budgets(
+                    config.sparse,
+                    least_recall=config.least_recall,
+                    num_keys=self._table_len * self._page,
+                    tiles=sparse.tiles_on(platform),
+                )
         self._runner = Runner(
             model,
             weights,
@@ -499,7 +500,7 @@ class Engine:
             _, report = self._runner.prefill_sparse(step)
             blocks = ()
         if seen is not None:
-            seen.density, seen.recall = float(report.density.mean()), float(report.recall.mean())
+            seen.density, seen.recall = (float(each.mean()) for each in jax.device_get(report))
         return blocks
 
     @contextlib.contextmanager
@@ -619,7 +620,7 @@ class Engine:
         density = recall = np.ones(())
         if piece.is_sparse:
             logits, report = self._runner.prefill_sparse(step)
-            density, recall = np.asarray(report.density), np.asarray(report.recall)
+            density, recall = jax.device_get(report)
             if seen is not None:
                 seen.density, seen.recall = float(density.mean()), float(recall.mean())
         else:
