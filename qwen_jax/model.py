@@ -123,19 +123,7 @@ class Qwen2(nnx.Module):
 
         That one reads a single token, densely.
         """
-        votes = self._votes(step, rotary, budgets.last_q)
-        angles = self._angles(step, rotary)
-
-        def attend(attention, x, state, layer):
-            cache, report = state
-            out, cache, part = attention.prefill_sparse(
-                x, cache, layer, step, angles, votes, budgets, backend
-            )
-            return out, (cache, jax.tree.map(lambda a, b: a.at[layer].set(b), report, part))
-
-        everything = jnp.ones((max(self.config.num_layers - 1, 1), self.config.num_heads))
-        state = cache, Report(everything, everything)
-        x, (cache, report) = self._layers(step.tokens, state, attend, skip=1)
+        x, cache, report = self._sparse_slice(cache, step, rotary, budgets, backend)
         x, cache = self._last_token(x, cache, step, rotary, backend)
         return self.logits(x)[0], cache, report
 
@@ -206,6 +194,29 @@ class Qwen2(nnx.Module):
         x, cache = self._slice(cache, step, rotary, backend, skip=0)
         return self.logits(x), cache
 
+    def score_sparse(
+        self,
+        cache: Cache,
+        step: PrefillStep,
+        rotary: rope.Table,
+        budgets: Budgets,
+        *,
+        backend: Choice = None,
+    ) -> tuple[Float[Array, "T D"], Cache, Report]:
+        """As `prefill_sparse`, with what `logits` takes of every token.
+
+        Those of each slice can be more than a device holds. All tokens are read by the last layer
+        as `prefill_sparse` has it read the one: densely.
+        """
+        x, cache, report = self._sparse_slice(cache, step, rotary, budgets, backend)
+        layer, angles = jnp.int32(self.config.num_layers - 1), self._angles(step, rotary)
+
+        def attend(attention, x):
+            return attention.prefill(x, cache, layer, step, angles, backend)
+
+        x, cache = self._block(layer)(x, attend)
+        return x, cache, report
+
     def decode(
         self, cache: Cache, step: DecodeStep, rotary: rope.Table, *, backend: Choice = None
     ) -> tuple[Float[Array, "B V"], Cache]:
@@ -233,6 +244,23 @@ class Qwen2(nnx.Module):
             return attention.prefill(x, cache, layer, step, angles, backend)
 
         return self._layers(step.tokens, cache, attend, skip=skip)
+
+    def _sparse_slice(self, cache, step, rotary, budgets: Budgets, backend):
+        """A slice after all layers but the last, the cache, and how it was done."""
+        votes = self._votes(step, rotary, budgets.last_q)
+        angles = self._angles(step, rotary)
+
+        def attend(attention, x, state, layer):
+            cache, report = state
+            out, cache, part = attention.prefill_sparse(
+                x, cache, layer, step, angles, votes, budgets, backend
+            )
+            return out, (cache, jax.tree.map(lambda a, b: a.at[layer].set(b), report, part))
+
+        everything = jnp.ones((max(self.config.num_layers - 1, 1), self.config.num_heads))
+        state = cache, Report(everything, everything)
+        x, (cache, report) = self._layers(step.tokens, state, attend, skip=1)
+        return x, cache, report
 
     def _angles(self, step: PrefillStep, rotary: rope.Table) -> rope.Angles:
         positions = step.start + jnp.arange(step.tokens.shape[0], dtype=jnp.int32)

@@ -17,7 +17,7 @@ from qwen_jax import hosts, verbosity
 from qwen_jax.cli import command, flags
 from qwen_jax.cli.documents import DocumentError
 from qwen_jax.config import ConfigError
-from qwen_jax.engine.request import RequestError
+from qwen_jax.engine.request import EngineError, RequestError
 from qwen_jax.manifest import CheckpointError
 from qwen_jax.reading import FileError, printable, reason, shown
 from qwen_jax.tokenizer import TokenizerError
@@ -84,6 +84,7 @@ _FAULTS = (
     ConfigError,
     CheckpointError,
     DocumentError,
+    EngineError,
     FileError,
     RequestError,
     TokenizerError,

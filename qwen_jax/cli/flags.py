@@ -403,14 +403,6 @@ class Model:
             "sparse": budgets,
         }
 
-    def note_dense(self, prompt: int) -> None:
-        """Says so when a text that the checkpoint would prefill sparsely is scored."""
-        if self.sparse is not None and prompt > self.sparse.threshold:
-            note(
-                f"scores are dense, though {prompt:,} tokens are over the threshold of "
-                f"{self.sparse.threshold:,} for sparse prefill (--sparse off silences this)"
-            )
-
     def mesh(self):
         """The devices of this model (`placement.mesh`), before anything else is done with jax.
 

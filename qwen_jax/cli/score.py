@@ -37,7 +37,8 @@ def score(
     """Write the logits after each token of a file.
 
     The file gets one array, `logits`, of 32-bit floats [positions, vocabulary].
-    It appears whole or not at all. No tokenizer is needed.
+    It appears whole or not at all. No tokenizer is needed. The tokens are prefilled as the
+    prompt of an answer would be: sparsely over the threshold, up to the dense tail.
 
     Examples:
         qwen-jax score ckpt/7b-1m --tokens ids.json --out logits.npz --last 64
@@ -48,7 +49,6 @@ def score(
     if last is not None and not 1 <= last <= len(ids):
         raise ConfigError(f"--last {last} must be from 1 to {len(ids)}, the tokens in {tokens}")
     opened.check_fits(len(ids))
-    opened.note_dense(len(ids))
     shape = (last or len(ids), opened.config.vocab_size)
     if hosts.is_first():
         _check_output(out, 4 * shape[0] * shape[1])

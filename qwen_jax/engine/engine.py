@@ -34,7 +34,7 @@ from qwen_jax.engine.request import (
     Sparseness,
     check_ids,
 )
-from qwen_jax.engine.runner import Runner, Window
+from qwen_jax.engine.runner import Runner, Window, own_settings
 from qwen_jax.engine.scheduler import Decode, Scheduler, Slice, cut
 from qwen_jax.sparse import Report
 from qwen_jax.survey import Grid, Survey
@@ -119,12 +119,13 @@ class Engine:
         )
         budgets = None
         if config.sparse is not None:
-            budgets = sparse.budgets(
-                config.sparse,
-                least_recall=config.least_recall,
-                num_keys=self._table_len * self._page,
-                tiles=sparse.tiles_on(platform),
-            )
+            with own_settings():
+                budgets = sparse.budgets(
+                    config.sparse,
+                    least_recall=config.least_recall,
+                    num_keys=self._table_len * self._page,
+                    tiles=sparse.tiles_on(platform),
+                )
         self._runner = Runner(
             model,
             weights,
@@ -342,6 +343,8 @@ class Engine:
     ) -> Iterator[Float32[np.ndarray, "n V"]]:
         """Logits after each of the last `last` tokens (None: of all), slice by slice.
 
+        They are those that a request with this prompt would see: a text that is prefilled sparsely
+        is scored so, in the same slices and with the same dense tail.
         Holds pages while it is being iterated.
 
         Raises:
@@ -450,30 +453,55 @@ class Engine:
         row_bytes = 4 * self._model.vocab_size
         small = tuple(size for size in self._slices if size * row_bytes <= _SCORE_BYTES)
         small = small or self._slices[-1:]
+        sparsely = self._is_sparse(tokens)
         with self._borrowed(len(tokens)) as pages:
             start = 0
             while start < len(tokens):
                 hosts.check_preemption()
-                length, size = cut(start, len(tokens), self._slices, self._boundary)
-                if start + length > first:
+                length, size, is_sparse = self._scheduler.cut(start, len(tokens), sparsely=sparsely)
+                is_scored = start + length > first
+                if is_scored and not is_sparse:
                     length, size = cut(start, len(tokens), small, self._boundary)
+                    is_scored = start + length > first
                 step = self._step_of(tokens, start, length, size, pages)
-                stop = start + length
-                kind = "score" if stop > first else "prefill"
-                block = None
+                kind = "score" if is_scored else "prefill_sparse" if is_sparse else "prefill"
                 with (
                     self._unstopped(),
                     self._observed(kind, start=start, tokens=length, size=size) as seen,
                 ):
-                    if stop > first:
-                        block = self._runner.score(step)[max(first - start, 0) :]
-                    else:
-                        logits = self._runner.prefill(step)
-                        if seen is not None:  # the device may still be at it
-                            jax.block_until_ready(logits)
-                if block is not None:
-                    yield block
-                start = stop
+                    compute = self._scored_sparsely if is_sparse else self._scored
+                    blocks = compute(step, max(first - start, 0), min(small[0], size), seen)
+                yield from blocks
+                start += length
+
+    def _scored(
+        self, step: batch.Prefill, first: int, _: int, seen: Step | None
+    ) -> Iterable[np.ndarray]:
+        """Logits of the tokens of a slice from `first` on; of one that has none it is only read."""
+        if first < int(step.length):
+            return [self._runner.score(step)[first:]]
+        logits = self._runner.prefill(step)
+        if seen is not None:  # the device may still be at it
+            jax.block_until_ready(logits)
+        return ()
+
+    def _scored_sparsely(
+        self, step: batch.Prefill, first: int, rows: int, seen: Step | None
+    ) -> Iterable[np.ndarray]:
+        """The same of a sparse slice, so many rows at a time, while they are taken."""
+        length = int(step.length)
+        if first < length:
+            hidden, report = self._runner.score_sparse(step)
+            blocks = (
+                self._runner.logits(hidden, row, rows)[: length - row]
+                for row in range(first, length, rows)
+            )
+        else:
+            _, report = self._runner.prefill_sparse(step)
+            blocks = ()
+        if seen is not None:
+            seen.density, seen.recall = (float(each.mean()) for each in jax.device_get(report))
+        return blocks
 
     @contextlib.contextmanager
     def _borrowed(self, length: int) -> Iterator[list[int]]:
@@ -592,7 +620,7 @@ class Engine:
         density = recall = np.ones(())
         if piece.is_sparse:
             logits, report = self._runner.prefill_sparse(step)
-            density, recall = np.asarray(report.density), np.asarray(report.recall)
+            density, recall = jax.device_get(report)
             if seen is not None:
                 seen.density, seen.recall = float(density.mean()), float(recall.mean())
         else:

@@ -1,6 +1,8 @@
 """The model on its device or mesh: weights, cache and the compiled steps."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -63,17 +65,18 @@ class Runner:
         self._weights, structure = flatten(config, weights, dtype)
         whole, of_cache, platform = _placements(weights, mesh)
         self._whole, self._mesh = whole, mesh
-        # Where steps return them, or the second step of each kind would be compiled anew.
-        self._rotary, self._seen, self._budgets = sharding.put(
-            (
-                rope.table(config, table_len * page),
-                jnp.zeros((max_seqs, config.vocab_size), bool),
-                budgets,
-            ),
-            whole,
-        )
         empty = functools.partial(caches.init, config, num_pages, page, dtype)
-        self._cache = jax.jit(empty, out_shardings=of_cache)()
+        with own_settings():
+            # Where steps return them, or the second step of each kind would be compiled anew.
+            self._rotary, self._seen, self._budgets = sharding.put(
+                (
+                    rope.table(config, table_len * page),
+                    jnp.zeros((max_seqs, config.vocab_size), bool),
+                    budgets,
+                ),
+                whole,
+            )
+            self._cache = jax.jit(empty, out_shardings=of_cache)()
         self._steps = Steps(structure, vocab_limit, backend)
         made = programs(self._steps, whole, of_cache, platform)
         self._programs = Programs(*(_on(mesh, program) for program in made))
@@ -127,12 +130,27 @@ class Runner:
 
     def choose(self, logits: Float32[Array, " V"], choice: Choice) -> int:
         """A token by what `prefill` returned, -1 if that is not finite."""
-        return int(self._programs.choose(logits, self._seen, choice))
+        return int(jax.device_get(self._programs.choose(logits, self._seen, choice)))
 
     def score(self, step: Prefill) -> Float32[np.ndarray, "T V"]:
         """Fill the cache with a slice; returns the logits of each of its tokens."""
         logits, self._cache = self._programs.score(self._weights, self._rotary, self._cache, step)
-        return np.asarray(logits)[: int(step.length)]
+        return jax.device_get(logits)[: int(step.length)]
+
+    def score_sparse(self, step: Prefill) -> tuple[Float[Array, "T D"], Report]:
+        """As `prefill_sparse`, with what `logits` takes of every token."""
+        hidden, self._cache, report = self._programs.score_sparse(
+            self._weights, self._rotary, self._cache, step, self._budgets
+        )
+        return hidden, report
+
+    def logits(
+        self, hidden: Float[Array, "T D"], start: int, rows: int
+    ) -> Float32[np.ndarray, "n V"]:
+        """Logits of the tokens of a slice from `start` on, at most `rows` of them."""
+        first = min(start, len(hidden) - rows)
+        found = self._programs.logits(self._weights, hidden, np.int32(first), rows=rows)
+        return jax.device_get(found)[start - first :]
 
     def place(self, roster: Roster) -> Roster:
         """The roster on the device, for as long as it does not change."""
@@ -143,7 +161,7 @@ class Runner:
         token, self._cache, self._seen = self._programs.decode(
             self._weights, self._rotary, self._cache, self._seen, roster, step
         )
-        return np.asarray(token)
+        return jax.device_get(token)
 
     def take_out(self, page_table: Int[np.ndarray, " P"], start: int, size: int) -> Window:
         """Keys and values of `size` tokens of a sequence, on the device (`transfer.take_out`)."""
@@ -214,6 +232,14 @@ class Steps:
     def score(self, weights, rotary, cache, step):
         return self._model(weights).score(cache, _slice(step), rotary, backend=self._backend)
 
+    def score_sparse(self, weights, rotary, cache, step, budgets):
+        return self._model(weights).score_sparse(
+            cache, _slice(step), rotary, budgets, backend=self._backend
+        )
+
+    def logits(self, weights, hidden, first, rows):
+        return self._model(weights).logits(jax.lax.dynamic_slice_in_dim(hidden, first, rows))
+
     def decode(self, weights, rotary, cache, seen, roster, step):
         tokens = DecodeStep(**step._asdict(), page_table=roster.page_table)
         logits, cache = self._model(weights).decode(cache, tokens, rotary, backend=self._backend)
@@ -253,6 +279,8 @@ class Programs(NamedTuple):
     survey: Any
     choose: Any
     score: Any
+    score_sparse: Any
+    logits: Any
     decode: Any
     mark: Any
     take_out: Any
@@ -283,6 +311,8 @@ def programs(steps: Steps, whole: Sharding, of_cache: Sharding, platform: str) -
         survey=jit(steps.survey, (of_cache, whole), static="grid"),
         choose=jit(steps.choose, whole, donated=()),
         score=jit(steps.score, (whole, of_cache)),
+        score_sparse=jit(steps.score_sparse, (whole, of_cache, whole)),
+        logits=jit(steps.logits, whole, donated=(), static="rows"),
         decode=jit(steps.decode, (whole, of_cache, whole), ("cache", "seen")),
         mark=jit(steps.mark, whole, ("seen",)),
         take_out=jit(steps.take_out, None, donated=(), static="size"),
@@ -302,14 +332,28 @@ def _placements(weights, mesh: Mesh | None):
     return NamedSharding(mesh, PartitionSpec()), of_cache, platform
 
 
+@contextlib.contextmanager
+def own_settings() -> Iterator[None]:
+    """Within it jax does as the model needs it, whatever the process or its environment asks for.
+
+    Numbers have at most 32 bits, arrays of several ranks meet, numpy arrays go to devices, and what
+    is jitted is compiled.
+    """
+    with (
+        jax.enable_x64(False),
+        jax.numpy_rank_promotion("allow"),
+        jax.transfer_guard("allow"),
+        jax.disable_jit(False),
+    ):
+        yield
+
+
 def _on(mesh: Mesh | None, function):
-    """A function that is traced and called with a mesh in use."""
-    if mesh is None:
-        return function
+    """A function that is traced and called with a mesh in use, and with settings of its own."""
 
     @functools.wraps(function)
     def call(*args, **keywords):
-        with jax.set_mesh(mesh):
+        with own_settings(), contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
             return function(*args, **keywords)
 
     return call

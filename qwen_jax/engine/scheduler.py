@@ -265,12 +265,20 @@ class Scheduler:
             sequence.link = self._pages.record(sequence.link, tokens, page)
             sequence.num_linked += 1
 
-    def _slice(self, sequence: Sequence) -> Slice:
-        start, stop = sequence.filled, sequence.prompt_len
-        is_sparse = sequence.sparse is not None and start < stop - self._dense_tail
+    def cut(self, start: int, stop: int, *, sparsely: bool) -> tuple[int, int, bool]:
+        """Tokens of the slice at `start` of a prompt of `stop`, its size, and whether it is sparse.
+
+        Args:
+            sparsely: whether the prompt is prefilled so, up to its end.
+        """
+        is_sparse = sparsely and start < stop - self._dense_tail
         if is_sparse:
             stop -= self._dense_tail
-        length, size = cut(start, stop, self._slices, self._boundary)
+        return *cut(start, stop, self._slices, self._boundary), is_sparse
+
+    def _slice(self, sequence: Sequence) -> Slice:
+        start, sparsely = sequence.filled, sequence.sparse is not None
+        length, size, is_sparse = self.cut(start, sequence.prompt_len, sparsely=sparsely)
         prefix, copied = sequence.prefix, None
         if prefix is not None and start == len(prefix.tokens) and start % self._page:
             copied = prefix.pages[-1]

@@ -78,7 +78,7 @@ def programs(engine: Engine, names: tuple[str, ...]):
     runner = engine._runner
     for name, args, options in calls(engine):
         if not names or name in names:
-            program = inspect.unwrap(getattr(runner._programs, name), stop=_is_jitted)
+            program = jitted(getattr(runner._programs, name))
             mesh = contextlib.nullcontext() if runner._mesh is None else jax.set_mesh(runner._mesh)
             with mesh:
                 yield name, program.lower(*args, **options).compile()
@@ -98,6 +98,7 @@ def calls(engine: Engine):
     yield "prefill", (*model, step), {}
     yield "prefill_sparse", (*model, step, runner._budgets), {}
     yield "score", (*model, step), {}
+    yield "score_sparse", (*model, step, runner._budgets), {}
     yield "decode", (*model, runner._seen, runner.place(roster), tokens), {}
     yield "take_out", (cache, table, number), {"size": WINDOW}
     yield "put_in", (cache, shape, shape, table, number, number), {}
@@ -107,5 +108,6 @@ def calls(engine: Engine):
         yield "survey", (*model, step), {"grid": GRID}
 
 
-def _is_jitted(function) -> bool:
-    return hasattr(function, "lower")
+def jitted(function):
+    """What the runner jitted, without what it calls that in."""
+    return inspect.unwrap(function, stop=lambda each: hasattr(each, "lower"))

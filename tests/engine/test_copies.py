@@ -11,7 +11,7 @@ from qwen_jax.engine.runner import Programs
 
 pytestmark = [pytest.mark.optimized, pytest.mark.usefixtures("unchecked")]
 
-WITHOUT_CACHE = {"choose", "mark"}
+WITHOUT_CACHE = {"choose", "logits", "mark"}
 ON_ONE_DEVICE = {"sparse_plan", "survey"}
 
 

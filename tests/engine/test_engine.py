@@ -7,6 +7,7 @@ import jax
 import jaxtyping
 import numpy as np
 import pytest
+from engine_programs import jitted
 from random_models import weights
 
 from pallas_kernels.geometry import ChunkGeometry
@@ -14,6 +15,7 @@ from qwen_jax.config import ModelConfig, SparseConfig
 from qwen_jax.engine import batch
 from qwen_jax.engine.engine import Engine, EngineConfig
 from qwen_jax.engine.request import Request, RequestError, Sampling
+from qwen_jax.engine.runner import Programs
 from qwen_jax.engine.sampling import sample
 from qwen_jax.sparse import TILES
 from qwen_jax.survey import Grid
@@ -276,7 +278,7 @@ def test_no_compiled_step_makes_a_second_cache():
     )
     roster = batch.roster([], max_seqs=MAX_SEQS, table_len=1024)
     step = batch.tokens([], max_seqs=MAX_SEQS, scales=lambda n: (1.0, 1.0))
-    steps = runner._programs
+    steps = Programs(*map(jitted, runner._programs))
     programs = {
         "prefill": steps.prefill.lower(*arrays, runner._cache, piece),
         "prefill sparsely": steps.prefill_sparse.lower(

@@ -250,12 +250,21 @@ def test_the_engine_reads_the_end_of_a_prompt_densely(monkeypatch, tail):
         Tiles(q=SLICE, k=PAGE),
     )
     tokens = random_models.tokens(config, LENGTH)
-    expected = definition.logits(config, tree, tokens, scale, read=read)[-1]
+    expected = definition.logits(config, tree, tokens, scale, read=read)
     engine.add(Request(prompt=tokens, max_new_tokens=1))
     events = []
     while engine.busy:
         events += engine.step()
-    assert np.abs(np.asarray(seen[-1]) - expected).max() <= 1e-4
+    assert np.abs(np.asarray(seen[-1]) - expected[-1]).max() <= 1e-4
+
+    # Scores are those of this prompt, of all its tokens or the last.
+    scores = np.concatenate([*engine.score(tokens)])
+    assert np.abs(scores - expected).max() <= 1e-4
+    ends = [event.prefilled - 1 for event in events]
+    np.testing.assert_allclose(scores[ends], np.stack(seen), atol=1e-5)
+    for last in 1, 60, 140:
+        part = np.concatenate([*engine.score(tokens, last=last)])
+        np.testing.assert_allclose(part, scores[-last:], atol=1e-5)
     assert (events[-1].sparse.density == 1) == (tail == LENGTH)
     assert events[-1].sparse.tokens == LENGTH
 
