@@ -12,15 +12,14 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pallas_kernels import backend, check
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.check import Result, Shape
-from qwen_jax import disk, hosts, manifest, reading, user_cache
+from qwen_jax import disk, manifest, reading, user_cache
 from qwen_jax.config import ConfigError
 
 TRUSTED = ("xla", "reference")
@@ -37,12 +36,18 @@ _BYTES = 1 << 20
 _agreed: set[str] = set()  # in this process, for where nothing can be kept
 
 
-def ensure(shape: Shape, chosen: Mapping[str, str], device: Any) -> None:
+def ensure(
+    shape: Shape,
+    chosen: Mapping[str, str],
+    device: Any,
+    say: Callable[[str], None] = lambda _: None,
+) -> None:
     """Compares backends that were not compared on this kind of device before.
 
     Args:
         chosen: backend of each program that will run, of `programs.PROGRAMS`.
         device: of jax; of this process.
+        say: is told what is being waited for, if anything is.
 
     Raises:
         Unsupported: if a kernel cannot take the shape.
@@ -54,13 +59,8 @@ def ensure(shape: Shape, chosen: Mapping[str, str], device: Any) -> None:
     key = key_of(shape, chosen, device)
     if known(key):
         return
-    if hosts.is_first():
-        names = ", ".join(dict.fromkeys(chosen.values()))
-        print(
-            f"{names}: comparing with xla on {reading.printable(device.device_kind)}, once",
-            file=sys.stderr,
-            flush=True,
-        )
+    names = ", ".join(dict.fromkeys(chosen.values()))
+    say(f"{names}: comparing with xla on {reading.printable(device.device_kind)}, once")
     results = []
     for result in compare(shape, chosen, device):
         refuse(result, device)

@@ -17,6 +17,7 @@ from pallas_kernels.backend import preferences
 from pallas_kernels.versions import mosaic_gpu_fault, triton_fault
 from qwen_jax.cli.flags import Json, option
 from qwen_jax.config import ConfigError
+from qwen_jax.published import NAMES
 from qwen_jax.reading import printable
 
 _PACKAGES = (
@@ -29,7 +30,7 @@ def doctor(
     about: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KERNELS]... [MODEL]",
+            metavar="KERNELS|MODEL",
             help="With --kernels: which ones, and a checkpoint that has the shapes.",
             show_default=False,
         ),
@@ -38,7 +39,12 @@ def doctor(
         bool, option("Compare attention kernels with the truth here and time them.", "--kernels")
     ] = False,
     config: Annotated[
-        str | None, option("With --kernels: shapes of 7b-1m, which is usual, or 14b-1m.")
+        str | None,
+        option(
+            f"With --kernels: a published model that has the shapes, of {', '.join(NAMES)}; "
+            "the first of these.",
+            metavar="NAME",
+        ),
     ] = None,
     report: Annotated[
         Path | None,

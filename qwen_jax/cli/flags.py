@@ -490,7 +490,8 @@ class Model:
         )
         placement.check_memory(self.config, settings, name, mesh, window=window)
         device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
-        kernels(self.config, settings, device=device, dtype=name, mesh=mesh)  # before the weights
+        # Before the weights take time and memory.
+        kernels(self.config, settings, device=device, dtype=name, mesh=mesh, say=note)
         engine = build(self.config, self.weights() if weights is None else weights, settings)
         note(engine.summary())
         note(f"{engine.describe()}; {name}: {why}; {self._attention()}", Level.DETAIL)

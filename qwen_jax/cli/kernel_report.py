@@ -17,18 +17,17 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import backend, check
-from pallas_kernels.cases import MODELS, Served
+from pallas_kernels.cases import Served
 from pallas_kernels.check import Result, Shape
 from pallas_kernels.programs import DENSE, PROGRAMS
 from qwen_jax import disk, first_contact, reading, sparse
 from qwen_jax.cli import kernels, placement
-from qwen_jax.cli.flags import ModelFlags, open_model
+from qwen_jax.cli.flags import ModelFlags
+from qwen_jax.cli.plan import opened_or_published
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.pages import default_page
 
 FORMAT = "qwen-jax kernel report 1"
-CONFIGS = {"7b-1m": "7B", "14b-1m": "14B"}
-"""Published models by the names that flags have for them."""
 REPEATS = 5
 _BYTES = 16 << 20
 # Rows of a matrix and bytes of a copy, large enough for the device to be busy.
@@ -50,7 +49,8 @@ def show(
 
     Args:
         names: backends; none for the preferred ones of the device.
-        model: checkpoint that has the shapes; None for those of `config`.
+        model: checkpoint that has the shapes; None for the published model `config`, of 7B
+            if that is None too.
         facts: what `doctor` says beside.
 
     Returns:
@@ -58,6 +58,7 @@ def show(
 
     Raises:
         ConfigError: if there is no device or a flag cannot be used.
+        OSError: if the file cannot be written.
         Unsupported: if a backend does not run here.
     """
     placement.one_process("kernels are compared")
@@ -112,12 +113,7 @@ def show(
     if json_output:
         print(json.dumps(content))
     if report is not None:
-        try:
-            disk.write(report, json.dumps(content, indent=1) + "\n")
-        except OSError as error:
-            raise ConfigError(
-                f"--report {reading.shown(report)}: {reading.reason(error)}"
-            ) from None
+        disk.write(report, json.dumps(content, indent=1) + "\n")
         say(
             f"{reading.shown(report)} has all of this, versions and what doctor says; no paths, "
             "names or texts"
@@ -129,39 +125,35 @@ def _check_report(path: Path) -> None:
     """Refuses what cannot become a report, before anything is measured.
 
     Raises:
-        ConfigError: if there is a file that is none, or no directory to write into.
+        ConfigError: if there is something else of that name.
+        OSError: if nothing can be written there.
     """
-    where = f"--report {reading.shown(path)}"
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"{where}: nothing can be written into its directory")
-    if not os.path.lexists(path):
+    disk.prepare(path, ConfigError)
+    if not path.exists():
         return
     try:
         found = reading.read_object(path, limit=_BYTES)
     except reading.FileError:
         found = {}
     if found.get("format") != FORMAT:
-        raise ConfigError(f"{where} is there and no report of kernels: choose another name")
+        raise ConfigError(
+            f"--report {reading.shown(path)} is there and no report of kernels: choose another name"
+        )
 
 
 def _shapes(device: Any, model: Path | None, config: str | None) -> tuple[Shape, dict[str, Served]]:
     """What is compared, and what is timed."""
     slow = device.platform == "cpu"
-    if model is not None:
-        if config is not None:
-            raise ConfigError(f"--config {config} contradicts a checkpoint: leave one out")
-        opened = open_model(model, ModelFlags())
-        found, dtype = opened.config, opened.precision()[0]
-        heads = found.num_heads, found.num_kv_heads, found.head_dim
-        geometry, longest = found.dual_chunk, found.max_len
-    else:
-        if config is not None and config not in CONFIGS:
-            raise ConfigError(f"--config {config!r} is none of {', '.join(CONFIGS)}")
-        known = MODELS[CONFIGS[config or "7b-1m"]]
-        heads = known.num_heads, known.num_kv_heads, known.head_dim
-        geometry, longest = known.geometry, 1_010_000
-        dtype = "float32" if slow else "bfloat16"
-    sizes = dict(zip(("num_heads", "num_kv_heads", "head_dim"), heads, strict=True))
+    if model is None and config is None:
+        config = "7b-1m"
+    with opened_or_published(model, config, ModelFlags()) as opened:
+        found, (dtype, _) = opened.config, opened.precision()
+    geometry = found.dual_chunk
+    sizes: dict[str, Any] = {
+        "num_heads": found.num_heads,
+        "num_kv_heads": found.num_kv_heads,
+        "head_dim": found.head_dim,
+    }
     page = default_page(device.platform, geometry)
     shape = Shape(
         **sizes,
@@ -172,7 +164,7 @@ def _shapes(device: Any, model: Path | None, config: str | None) -> tuple[Shape,
     )
     served = {}
     for most in (1024,) if slow else (32_768, 1_010_000):
-        context = min(most, longest)
+        context = min(most, found.max_len)
         served[f"{context:,}"] = Served(
             **sizes,
             num_layers=2,

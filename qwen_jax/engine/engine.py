@@ -698,7 +698,13 @@ class Engine:
 
 
 def kernels(
-    model: ModelConfig, config: EngineConfig, *, device: Any, dtype: str, mesh: Mesh | None
+    model: ModelConfig,
+    config: EngineConfig,
+    *,
+    device: Any,
+    dtype: str,
+    mesh: Mesh | None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> tuple[backend.Backends, EngineLayout]:
     """The backends and sizes of an engine; needs no weights.
 
@@ -708,6 +714,7 @@ def kernels(
     Args:
         device: of jax; one of those that it runs on.
         dtype: of weights and cache.
+        say: is told what is being waited for, if anything is.
 
     Raises:
         ConfigError: if there are none, or if they differ from the truth.
@@ -746,6 +753,7 @@ def kernels(
         shape if platform != "cpu" else shape.soon(),
         {name: getattr(chosen, PROGRAMS[name]) for name in programs},
         next((each for each in mine if each.process_index == jax.process_index()), device),
+        say,
     )
     return chosen, layout
 
