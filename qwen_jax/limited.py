@@ -84,13 +84,15 @@ def _run(program: Path, arguments: dict[str, Any], cpu_seconds: int) -> Any:
     request = {
         "arguments": arguments,
         "limits": limits,
-        "path": sys.path,
+        "path": [str(each) for each in sys.path],
         "program": str(program.absolute()),
     }
     try:
         done = subprocess.run(
             [sys.executable, "-I", "-S", "-X", "utf8", "-c", _CHILD],
             input=json.dumps(request).encode(),
+            # Threads would take address space, and more of it on larger machines.
+            env={**os.environ, "RAYON_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             timeout=20 * cpu_seconds,

@@ -20,7 +20,7 @@ STOP_CHARS = 4096
 _WAYS_OUT = {
     GIVEN: "use `generate`",
     EMPTY: "give a system text that is not empty",
-    NONE: "give a system text of your own",
+    NONE: "give a system text of your own (--system, or a system message)",
 }
 
 
@@ -152,7 +152,10 @@ class Tokenizer:
             raise TokenizerError("a conversation needs at least one message")
         for message in messages:
             if message.keys() != {"role", "content"}:
-                raise TokenizerError(f"a message has 'role' and 'content', got {sorted(message)}")
+                names = printable(", ".join(map(str, message)))
+                raise TokenizerError(f"a message has 'role' and 'content', got {names}")
+            if not isinstance(message["content"], str):
+                raise TokenizerError("the content of a message must be a text")
         if messages[0]["role"] == "system":
             ids, messages = self.open_chat(messages[0]["content"]), messages[1:]
         else:

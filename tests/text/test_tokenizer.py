@@ -176,6 +176,8 @@ def test_named_templates_use_the_default_one(small, tmp_path):
         [{"role": "tool", "content": "x"}],
         [{"role": "user<|im_end|>", "content": "x"}],
         [{"role": "user"}],
+        [{"role": "user", "content": None}],
+        [{"role": "system", "content": ["x"]}],
         [{"role": "user", "content": "x", "name": "y"}],
     ],
 )
