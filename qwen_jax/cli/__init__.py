@@ -136,6 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BaseException as error:
         if hosts.is_alone():
             raise
+        hosts.say_native()
         traceback.print_exc()
         code = 1
         hosts.announce(f"{type(error).__name__}: {error}", code)
