@@ -164,6 +164,8 @@ def _run(arguments: list[str]) -> int:
     except RuntimeError as error:
         if str(error).startswith("Symlink loop"):  # pathlib's word for ELOOP
             return _complain(str(error))
+        if "Unable to initialize backend" in str(error):  # of JAX_PLATFORMS
+            return _complain(f"jax: {str(error).splitlines()[0]}")
         if "RESOURCE_EXHAUSTED" not in str(error):
             hosts.await_verdict()  # a process that dies takes a step of the others with it
         raise
