@@ -13,6 +13,7 @@ has lost the coordination service, by SIGABRT, whose handler says which process 
 import contextlib
 import ctypes
 import dataclasses
+import fcntl
 import functools
 import io
 import ipaddress
@@ -341,14 +342,40 @@ def _where(place: Place) -> str:
 
 
 def _redirect() -> None:
-    """Answers to stdout from process 0 alone; what libraries print there goes to stderr."""
+    """Answers to stdout from process 0 alone; apart from ours, what C++ writes there and to stderr.
+
+    That is kept in memory for `say_native`, or goes to stderr where more was asked for.
+    """
+    global _stderr, _native
     sys.stdout.flush()
-    kept = os.dup(1)
+    sys.stderr.flush()
+    kept, _stderr = os.dup(1), os.dup(2)
+    if verbosity.get() is not verbosity.Level.DETAIL and hasattr(os, "memfd_create"):
+        _native = os.memfd_create("stderr")
+        fcntl.fcntl(_native, fcntl.F_SETFL, os.O_APPEND)
+        os.dup2(_native, 2)
     os.dup2(2, 1)
     target = kept if is_first() else os.open(os.devnull, os.O_WRONLY)
     sys.stdout = io.TextIOWrapper(
         os.fdopen(target, "wb"), errors="replace", line_buffering=os.isatty(target)
     )
+    sys.stderr = io.TextIOWrapper(
+        os.fdopen(_stderr, "wb", buffering=0), errors="replace", write_through=True
+    )
+
+
+_stderr = 2  # where this process says something
+_native: int | None = None  # a file in memory of what C++ has written to stderr
+_NATIVE_BYTES = 1 << 20  # over which it is emptied
+
+
+def _native_words() -> bytes:
+    return b"" if _native is None else os.pread(_native, 2 * _NATIVE_BYTES, 0)
+
+
+def say_native() -> None:
+    """Says what C++ has written to stderr, where it was kept: for failures that nobody explains."""
+    os.write(_stderr, _native_words())
 
 
 def _connect(place: Place, heartbeat: int, timeout: int, devices: bool) -> None:
@@ -418,6 +445,8 @@ def _on_abort(place: Place) -> None:
     """
 
     def say(_: int) -> None:
+        if not place.process or b"JAX distributed service" not in _native_words():
+            say_native()
         _say(f"error: {_lost(place)}")
         os._exit(LOST)
 
@@ -458,6 +487,8 @@ def _call_roll(job: _Job) -> None:
                 "killed, stopped or cut off; all end"
             )
             _exit(job, LOST)
+        if _native is not None and os.fstat(_native).st_size > _NATIVE_BYTES:
+            os.ftruncate(_native, 0)
         time.sleep(_ROLL_CALL_S)
 
 
@@ -490,4 +521,4 @@ def _exit(job: _Job, code: int) -> None:
 
 
 def _say(text: str) -> None:
-    os.write(2, f"{shown(text)}\n".encode(errors="replace"))
+    os.write(_stderr, f"{shown(text)}\n".encode(errors="replace"))

@@ -137,6 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     except BaseException as error:
         if hosts.is_alone():
             raise
+        hosts.say_native()
         traceback.print_exc()
         code = 1
         hosts.announce(f"{type(error).__name__}: {error}", code)
@@ -164,6 +165,8 @@ def _run(arguments: list[str]) -> int:
     except RuntimeError as error:
         if str(error).startswith("Symlink loop"):  # pathlib's word for ELOOP
             return _complain(str(error))
+        if "Unable to initialize backend" in str(error):  # of JAX_PLATFORMS
+            return _complain(f"jax: {str(error).splitlines()[0]}")
         if "RESOURCE_EXHAUSTED" not in str(error):
             hosts.await_verdict()  # a process that dies takes a step of the others with it
         raise

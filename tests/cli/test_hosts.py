@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import time
@@ -173,10 +174,38 @@ def test_without_its_coordinator_a_worker_ends(idle):
         job.wait_for("up")
         job.send(0, signal.SIGKILL)
         assert job.codes(1, seconds=60) == [hosts.LOST]
-        assert job.errors()[1] == [
+        assert job.err(1).splitlines()[1:] == [
+            "up",
             f"error: process 0, the coordinator at 127.0.0.1:{job.port}, is gone: "
-            "process 1 of 2 ends too"
+            "process 1 of 2 ends too",
         ]
+
+
+def test_proxies_for_http_are_passed_by_and_libraries_are_silent(idle, monkeypatch):
+    for name in ("http_proxy", "https_proxy", "grpc_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setenv("no_grpc_proxy", "example.com")
+    with idle() as job:
+        job.wait_for("\nup\n")
+        job.send(1, signal.SIGTERM)
+        assert job.codes() == [hosts.PREEMPTED] * 2, job.err(0) + job.err(1)
+        for index, role in enumerate(["the coordinator; it listens on", "coordinator"]):
+            assert job.err(index) == (
+                f"process {index} of 2, {role} 127.0.0.1:{job.port}\nup\n"
+                "stopped by SIGTERM, all 2 processes alike\n"
+            )
+
+
+def test_no_proxy_keeps_what_it_says(monkeypatch):
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    hosts._pass_proxies("10.0.0.1")
+    assert "no_proxy" not in os.environ
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
+    monkeypatch.setenv("no_proxy", "localhost,.corp")
+    hosts._pass_proxies("10.0.0.1")
+    assert os.environ["no_proxy"] == "localhost,.corp,10.0.0.1"
+    assert "no_grpc_proxy" not in os.environ  # or gRPC would not read no_proxy
 
 
 @pytest.mark.long
@@ -204,8 +233,9 @@ def test_who_is_killed_in_a_step_is_named(tiny, tmp_path, victim):
             time.sleep(0.1)
         job.send(victim, signal.SIGKILL)
         assert job.codes(1 - victim, seconds=60) == [hosts.LOST]
-        (error,) = job.errors()[1 - victim]
+        *notes, error = job.err(1 - victim).splitlines()
         assert error.startswith(f"error: process {victim}"), error
+        assert len(notes) == 1 + victim, notes
 
 
 @pytest.mark.long
@@ -297,6 +327,15 @@ def test_places_come_from_slurm_and_open_mpi(monkeypatch):
     assert bound is not None
     assert (bound.coordinator, bound.bind, bound.detected) == ("10.0.0.1:9", "0.0.0.0:1234", False)
     assert hosts.find(None, 1, None, 1) is None
+    # An interactive step: SLURM_NTASKS is of the job.
+    for step, count in (("1", None), ("6", 6)):
+        monkeypatch.setenv("SLURM_STEP_NUM_TASKS", step)
+        found = hosts.find(None, None, None, 1)
+        assert (found and found.count) == count
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "many")
+    with pytest.raises(hosts.ConfigError, match="jax finds slurm but not who is who"):
+        hosts.find(None, None, None, 1)
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
     monkeypatch.setenv("SLURM_NTASKS", "1")
     assert hosts.find(None, None, None, 1) is None
     monkeypatch.delenv("SLURM_NTASKS")

@@ -240,3 +240,11 @@ def test_the_package_runs_as_a_module():
         assert done.returncode == expected
         assert done.stderr.count("\n") == (expected != 0)
         assert "__main__" not in done.stdout
+
+
+@pytest.mark.parametrize("verb", [["bench", "kernels"], ["generate", "MODEL", "--prompt", "x"]])
+def test_a_platform_that_is_not_here_is_named_in_one_line(verb, tiny):
+    words = [str(tiny) if word == "MODEL" else word for word in verb]
+    done = child("-m", "qwen_jax", *words, JAX_PLATFORMS="nowhere")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert "nowhere" in done.stderr
