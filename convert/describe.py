@@ -56,6 +56,7 @@ def describe(directory: str | os.PathLike) -> dict[str, Any]:
     for tensor in tensors:
         sizes[tensor["dtype"]] += tensor["bytes"]
     fields = dataclasses.asdict(config)
+    del fields["vocab_padding"]  # of devices, not of a file
     dual_chunk = fields.pop("dual_chunk")
     return {
         "kind": kind,

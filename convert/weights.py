@@ -62,7 +62,7 @@ def load_huggingface(
     checked = source.check(directory)
     if dtype is None:
         dtype = params.stored_dtype(tensor.dtype for tensor in checked.tensors.values())
-    stack = params.Stack(params.abstract(checked.config, dtype), shardings)
+    stack = params.Stack(checked.config, dtype, shardings)
     on_bytes = _counter(progress, checked.num_bytes)
     for part, entries in _by_part(checked).items():
         leaves = {}

@@ -110,8 +110,9 @@ def steps(
     platform = device.platform
     whole = NamedSharding(mesh, PartitionSpec())
     of_cache = NamedSharding(mesh, sharding.RULES.spec(caches.AXES))
+    padded = sharding.padded(config, mesh.shape["tensor"])
     weights, structure = runner.flatten(
-        config, _placed(params.abstract(config, dtype), params.shardings(config, mesh)), dtype
+        padded, _placed(params.abstract(padded, dtype), params.shardings(config, mesh)), dtype
     )
     table_len = load.pages
     empty = functools.partial(caches.init, config, table_len + 1, load.page, dtype)

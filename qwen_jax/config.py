@@ -42,6 +42,8 @@ class ModelConfig:
     """Shape of a Qwen2 or Qwen2.5 decoder (arXiv:2412.15115, table 1).
 
     Attributes:
+        vocab_padding: rows of zeros after those of the vocabulary, in arrays on devices alone;
+            no logits are given for them (`sharding.padded`).
         max_len: longest sequence the checkpoint declares, in tokens.
         weights_dtype: "bfloat16", "float16" or "float32", as stored.
         yarn: stretched rotary frequencies, or None.
@@ -62,6 +64,7 @@ class ModelConfig:
     tie_embeddings: bool
     max_len: int
     weights_dtype: str = "bfloat16"
+    vocab_padding: int = 0
     yarn: Yarn | None = None
     dual_chunk: ChunkGeometry | None = None
     original_len: int = 0

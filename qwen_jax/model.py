@@ -85,7 +85,7 @@ class Qwen2(nnx.Module):
 
         rest, blocks = jax.random.split(key)
         rngs = nnx.Rngs(rest)
-        D, V = config.embed_dim, config.vocab_size
+        D, V = config.embed_dim, config.vocab_size + config.vocab_padding
         self.embed = Embedding(V, D, rngs=rngs, dtype=dtype)
         one = nnx.graphdef(nnx.eval_shape(lambda: block(blocks)))
         keys = jax.random.split(blocks, config.num_layers)
@@ -233,9 +233,11 @@ class Qwen2(nnx.Module):
         """Scores of every token, in float32."""
         x = self.norm(x)
         if self.config.tie_embeddings:
-            return self.embed.logits(x)
-        kernel = self.head.kernel[...]
-        return jnp.einsum(self.head.equation, x, kernel, preferred_element_type=jnp.float32)
+            scores = self.embed.logits(x)
+        else:
+            kernel = self.head.kernel[...]
+            scores = jnp.einsum(self.head.equation, x, kernel, preferred_element_type=jnp.float32)
+        return scores[:, : self.config.vocab_size] if self.config.vocab_padding else scores
 
     def _slice(self, cache, step, rotary, backend, *, skip: int):
         angles = self._angles(step, rotary)

@@ -13,6 +13,7 @@ Parts are what fits in memory at once: loading a model needs its parameters and 
 
 import ctypes
 import functools
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -43,6 +44,7 @@ def random(config: ModelConfig, dtype=jnp.bfloat16, shardings: dict | None = Non
     Args:
         shardings: where each array goes, a tree like `abstract`; None for the first device.
     """
+    config = _padded(config, shardings)
 
     def make():
         model = Qwen2(config, key=jax.random.key(0), dtype=dtype)
@@ -69,6 +71,16 @@ def shardings(
 ) -> dict:
     """Where the parameters lie on a mesh, for `load`: a tree like `abstract`."""
     return sharding.shardings(axes(config), mesh, rules)
+
+
+def _padded(config: ModelConfig, shardings: Mapping[str, Any] | None) -> ModelConfig:
+    """The configuration of arrays that lie as `shardings` say."""
+    placed = None if shardings is None else shardings["embed"]["embedding"]
+    if not isinstance(placed, jax.sharding.NamedSharding):
+        return config
+    axes = placed.spec[0] if placed.spec else None
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return sharding.padded(config, math.prod(placed.mesh.shape[name] for name in names))
 
 
 def count(tree) -> int:
@@ -252,16 +264,21 @@ class Stack:
     Memory is that of the parameters and of one part.
 
     Args:
-        tree: abstract parameters, as `abstract` gives them.
-        shardings: where each array goes, a tree like `tree`; None for the first device.
+        config: of the model, whose vocabulary is padded as `shardings` ask for.
+        dtype: of all arrays.
+        shardings: where each array goes, a tree like `abstract`; None for the first device.
     """
 
-    def __init__(self, tree: dict, shardings: dict | None = None):
+    def __init__(self, config: ModelConfig, dtype: Any, shardings: dict | None = None):
+        tree = abstract(_padded(config, shardings), dtype)
         if shardings is None:
             first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
             shardings = jax.tree.map(lambda _: first, tree)
         self._shardings = dict(_leaves(shardings))
         self._missing = parts(tree)
+        self._shapes = {
+            path: leaf.shape for part in self._missing.values() for path, leaf in _leaves(part)
+        }
         self._order = tuple(tree)
         stacked = {path: leaf for path, leaf in _leaves(tree) if path[0] == "blocks"}
         self._blocks = jax.jit(
@@ -286,10 +303,19 @@ class Stack:
     ) -> jax.Array:
         """An array of a part where it goes, from what the devices of this process hold of it.
 
+        It is padded with zeros if it is to have more rows of a vocabulary.
+
         Args:
+            shape: of what is read.
             read: gives what lies between the starts and stops of a slice for each axis.
         """
-        return sharding.build(shape, self.sharding(path), read)
+        if not self.takes(path, shape):
+            read = sharding.with_zeros(shape, read)
+        return sharding.build(self._shapes[path], self.sharding(path), read)
+
+    def takes(self, path: tuple[str, ...], shape: tuple[int, ...]) -> bool:
+        """Whether an array of a part has this shape where it goes, without padding."""
+        return self._shapes[path] == tuple(shape)
 
     def put(self, part: str, leaves: Mapping[tuple[str, ...], jax.Array]) -> None:
         """Take the arrays of a part, which lie where they go, in the dtypes of the tree.
@@ -352,7 +378,7 @@ def load(
         raise ValueError(f"{verify=} must be 'fast' or 'full'")
     manifest = _check(directory, full=verify == "full")
     dtype = stored_dtype(tensor.dtype for tensor in manifest.tensors) if dtype is None else dtype
-    stack = Stack(abstract(model_config(Path(directory)), dtype), shardings)
+    stack = Stack(model_config(Path(directory)), dtype, shardings)
     total = sum(tensor.num_bytes for tensor in manifest.tensors)
     done = 0
     for part, tensors in manifest.by_part().items():
@@ -360,9 +386,15 @@ def load(
             tensor.path: jax.ShapeDtypeStruct(
                 tensor.shape, DTYPES[tensor.dtype], sharding=stack.sharding(tensor.path)
             )
+            if stack.takes(tensor.path, tensor.shape)
+            else np.empty(tensor.shape, DTYPES[tensor.dtype])
             for tensor in tensors
         }
-        stack.put(part, _restore(directory, part, target))
+        leaves = _restore(directory, part, target)
+        for path, leaf in leaves.items():
+            if not stack.takes(path, leaf.shape):
+                leaves[path] = stack.build(path, leaf.shape, leaf.__getitem__)
+        stack.put(part, leaves)
         _return_freed()
         done += sum(tensor.num_bytes for tensor in tensors)
         if progress:

@@ -116,16 +116,20 @@ def parse(text: str) -> MeshShape:
 
 def divided(config: ModelConfig) -> dict[str, int]:
     """Sizes that `tensor` divides, by the fields of the configuration."""
-    names = ("num_heads", "num_kv_heads", "mlp_dim", "vocab_size")
-    return {name: getattr(config, name) for name in names}
+    return {name: getattr(config, name) for name in ("num_heads", "num_kv_heads", "mlp_dim")}
+
+
+def padded(config: ModelConfig, tensor: int) -> ModelConfig:
+    """The configuration of arrays on devices, whose vocabulary `tensor` divides by padding."""
+    return dataclasses.replace(config, vocab_padding=-config.vocab_size % tensor)
 
 
 def choose(config: ModelConfig, count: int) -> MeshShape:
     """The mesh of a model on so many devices.
 
     `tensor` is the largest divisor of the device count that divides the query heads, the
-    key/value heads, the MLP and the vocabulary; heads are never replicated. What is left of
-    the devices goes to `seq`, which divides nothing of the model.
+    key/value heads and the MLP; heads are never replicated, and the vocabulary is padded. What
+    is left of the devices goes to `seq`, which divides nothing of the model.
     """
     common = math.gcd(count, *divided(config).values())
     return MeshShape(seq=count // common, tensor=common)
@@ -215,6 +219,25 @@ def build(
         return part[tuple(slice(start - begin, stop - begin) for (start, stop), begin in own)]
 
     return jax.make_array_from_callback(shape, placement, at)
+
+
+def with_zeros(
+    shape: Sequence[int], read: Callable[[tuple[slice, ...]], np.ndarray]
+) -> Callable[[tuple[slice, ...]], np.ndarray]:
+    """As `read`, which gives slices of an array of this shape, with zeros beyond its ends."""
+
+    def reading(index: tuple[slice, ...]) -> np.ndarray:
+        starts = [min(each.start, size - 1) for each, size in zip(index, shape, strict=True)]
+        stops = [min(each.stop, size) for each, size in zip(index, shape, strict=True)]
+        part = read(tuple(map(slice, starts, stops)))
+        whole = np.zeros([each.stop - each.start for each in index], part.dtype)
+        part = part[
+            tuple(slice(each.start - low, None) for each, low in zip(index, starts, strict=True))
+        ]
+        whole[tuple(map(slice, part.shape))] = part
+        return whole
+
+    return reading
 
 
 def shardings(axes: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES) -> dict[str, Any]:

@@ -62,7 +62,8 @@ class Runner:
     ):
         dtype = jax.tree.leaves(weights)[0].dtype
         # As a plain list, which costs less to hand over at every step than a module's state.
-        self._weights, structure = flatten(config, weights, dtype)
+        tensor = mesh.shape["tensor"] if mesh is not None else 1
+        self._weights, structure = flatten(sharding.padded(config, tensor), weights, dtype)
         whole, of_cache, platform = _placements(weights, mesh)
         self._whole, self._mesh = whole, mesh
         empty = functools.partial(caches.init, config, num_pages, page, dtype)

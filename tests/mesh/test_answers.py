@@ -17,7 +17,7 @@ from qwen_jax import params, sharding
 from qwen_jax.config import ConfigError, SparseConfig, model_config, sparse_config
 from qwen_jax.engine.engine import Engine, EngineConfig
 from qwen_jax.engine.replicas import build, split
-from qwen_jax.engine.request import Request
+from qwen_jax.engine.request import Request, Sampling
 
 CONFIG = dataclasses.replace(
     random_models.config(
@@ -83,6 +83,41 @@ def compare(text, replicated):
     check_shared(engine)
     for each in engine, serve:
         check_cancel(each, few, expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_vocabulary_that_the_mesh_does_not_divide_gives_the_answers_of_one_device(tied, tmp_path):
+    config = dataclasses.replace(CONFIG, vocab_size=61, tie_embeddings=tied, dual_chunk=None)
+    random_models.save(config, random_models.weights(config), tmp_path)
+    run("test_answers", "compare_padded", tmp_path)
+
+
+def compare_padded(directory):
+    jax.config.update("jax_num_cpu_devices", 4)
+    config = model_config(directory)
+    prompt = random_models.tokens(config, 61)
+    # A high temperature draws from all tokens alike: one of the padding would show.
+    wild = {"temperature": 1e3, "seed": 3}
+    made = []
+    for text in "seq=1", "seq=2,tensor=2", "data=2,tensor=2":
+        shape = sharding.parse(text)
+        devices = jax.devices()[: shape.size]
+        mesh = sharding.make_mesh(devices, **dataclasses.asdict(shape))
+        tree = weights.load(directory, shardings=params.shardings(config, mesh))
+        assert len(tree["embed"]["embedding"]) == 61 + (shape.tensor == 2)
+        engine = build(config, tree, EngineConfig(max_len=256, page=64, slices=(48,), max_seqs=2))
+        asked = [
+            Request(prompt=prompt, max_new_tokens=12),
+            Request(prompt=prompt, max_new_tokens=150, sampling=Sampling(**wild)),
+        ]
+        made.append((engine.run(asked), np.concatenate(list(engine.score(prompt)))))
+    answers, scores = made[0]
+    assert scores.shape == (61, 61)
+    for others, found in made[1:]:
+        assert found.shape == scores.shape
+        assert np.abs(found - scores).max() <= 1e-5 * np.abs(scores).max()
+        assert others == answers
+        assert max(others[1]) < 61
 
 
 def check_shared(engine):

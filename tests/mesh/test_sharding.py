@@ -52,6 +52,14 @@ def test_tensor_is_the_largest_divisor_of_all(kv_heads, group, mlp, vocab, count
                 sharding.check(config, MeshShape(seq=count // tensor, tensor=tensor), count)
 
 
+@pytest.mark.parametrize("vocab", [151_665, 151_643, 7])
+def test_no_vocabulary_keeps_a_model_from_being_divided(vocab, tmp_path):
+    config = dataclasses.replace(published.config(tmp_path, "7b"), vocab_size=vocab)
+    assert sharding.choose(config, 4) == MeshShape(tensor=4)
+    whole = budget.weights(config, MeshShape())
+    assert budget.weights(config, MeshShape(tensor=4)) < 0.2502 * whole
+
+
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
@@ -109,8 +117,9 @@ TINY = Tiny(heads=8, kv_heads=4, hidden=32, mlp=48, vocab=40)
 MESHES = [(1, 8, 1), (1, 2, 4), (2, 2, 2), (1, 5, 1)]
 
 
-def test_weights_load_straight_to_their_shards(tmp_path):
-    TINY.write(tmp_path / "hf")
+@pytest.mark.parametrize("vocab", [40, 37, 5])
+def test_weights_load_straight_to_their_shards(vocab, tmp_path):
+    dataclasses.replace(TINY, vocab=vocab).write(tmp_path / "hf")
     weights.convert(tmp_path / "hf", tmp_path / "ours")
     run("test_sharding", "load_on_meshes", tmp_path / "hf", tmp_path / "ours")
 
@@ -124,7 +133,14 @@ def load_on_meshes(*directories):
             shape = MeshShape(data=data, seq=seq, tensor=tensor)
             mesh = sharding.make_mesh(jax.devices()[: shape.size], **dataclasses.asdict(shape))
             tree = weights.load(directory, shardings=params.shardings(config, mesh))
-            jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, tree), expected)
+            found = jax.tree.map(np.asarray, tree)
+            padding = -config.vocab_size % tensor
+            for rows in found["embed"]["embedding"], found["head"]["kernel"].T:
+                assert len(rows) == config.vocab_size + padding
+                assert not rows[config.vocab_size :].any()
+            found["embed"]["embedding"] = found["embed"]["embedding"][: config.vocab_size]
+            found["head"]["kernel"] = found["head"]["kernel"][:, : config.vocab_size]
+            jax.tree.map(np.testing.assert_array_equal, found, expected)
             held = dict.fromkeys(mesh.devices.flat, 0)
             for array in jax.tree.leaves(tree):
                 for shard in array.addressable_shards:
