@@ -11,10 +11,10 @@ import typer
 from rich.table import Table
 
 from qwen_jax.cli.console import console
-from qwen_jax.cli.eval import whole_number
 from qwen_jax.cli.flags import Json, ModelArgument, ModelFlags, Within, open_model
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
+from qwen_jax.cli.quantities import tokens_option, whole_number
 from qwen_jax.engine.request import Request
 
 
@@ -24,10 +24,13 @@ def bench(
     model: ModelArgument,
     model_flags: ModelFlags,
     lengths: Annotated[
-        str, typer.Option(help="Prompt lengths in tokens; 1k is 1000, 1K is 1024.")
+        str,
+        typer.Option(help="Prompt lengths in tokens; 1K is 1,024, 1M is 1,048,576, 1k is 1,000."),
     ] = "2K,4K",
     new_tokens: Annotated[
-        int, typer.Option(help="Tokens decoded after the first of these lengths."), Within(2)
+        int,
+        tokens_option("Tokens decoded after the first of these lengths.", shown=True),
+        Within(2),
     ] = 128,
     repeats: Annotated[int, typer.Option(help="Runs of each; the median counts."), Within(1)] = 3,
     json: Json = False,

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json as json_format
 import statistics
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,29 +13,25 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from qwen_jax import devices, published
+from qwen_jax import devices
 from qwen_jax.cli.answer import Answer, answer
 from qwen_jax.cli.console import console
-from qwen_jax.cli.eval import whole_number
-from qwen_jax.cli.flags import Json, Model, ModelFlags, Within, not_one_of, note, open_model, option
+from qwen_jax.cli.flags import Json, Model, ModelFlags, Within, note, option
 from qwen_jax.cli.on_hosts import expand_on_hosts
+from qwen_jax.cli.plan import OptionalModel, PublishedModel, opened_or_published
 from qwen_jax.cli.profile import profiled
+from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Request
 
-_NAMES = tuple(f"{name}-1m" for name in published.SIZES)
-
-_Model = Annotated[
-    Path | None,
-    typer.Argument(metavar="MODEL", help="A converted checkpoint or a Hugging Face directory."),
-]
-_Config = Annotated[
-    str | None, option(f"A published model in place of MODEL: {', '.join(_NAMES)}.", metavar="NAME")
-]
 _Random = Annotated[
     bool, option("Make weights up; MODEL needs no more than a config.json.", "--random-weights")
 ]
-_Tokens = Annotated[str, typer.Option(help="Length of the prompt; 1k is 1000, 1K is 1024.")]
+_Tokens = Annotated[
+    int,
+    tokens_option("Length of the prompt; 1K is 1,024, 1M is 1,048,576, 1k is 1,000.", shown=True),
+    Within(1),
+]
 _Repeats = Annotated[int, typer.Option(help="Runs, of which the median counts."), Within(1)]
 _Split = Annotated[
     bool, typer.Option(help="Also say what the time goes into, by runs that leave parts out.")
@@ -47,10 +42,10 @@ _Split = Annotated[
 @profiled
 def prefill(
     model_flags: ModelFlags,
-    model: _Model = None,
-    config: _Config = None,
+    model: OptionalModel = None,
+    config: PublishedModel = None,
     random_weights: _Random = False,
-    tokens: _Tokens = "32K",
+    tokens: _Tokens = 32768,
     repeats: _Repeats = 1,
     split: _Split = True,
     json: Json = False,
@@ -66,9 +61,7 @@ def prefill(
         qwen-jax bench prefill --config 7b-1m --random-weights --tokens 1M
     """
     with _opened(model, config, random_weights, model_flags) as opened:
-        report = measure(
-            opened, whole_number(tokens), 1, repeats, random=random_weights, split=split
-        )
+        report = measure(opened, tokens, 1, repeats, random=random_weights, split=split)
     _show(report, json=json)
 
 
@@ -76,11 +69,13 @@ def prefill(
 @profiled
 def decode(
     model_flags: ModelFlags,
-    model: _Model = None,
-    config: _Config = None,
+    model: OptionalModel = None,
+    config: PublishedModel = None,
     random_weights: _Random = False,
-    tokens: _Tokens = "32K",
-    new_tokens: Annotated[int, typer.Option(help="Tokens decoded after it."), Within(2)] = 128,
+    tokens: _Tokens = 32768,
+    new_tokens: Annotated[
+        int, tokens_option("Tokens decoded after it.", shown=True), Within(2)
+    ] = 128,
     repeats: _Repeats = 1,
     split: _Split = True,
     json: Json = False,
@@ -94,9 +89,7 @@ def decode(
         qwen-jax bench decode --config 14b-1m --random-weights --tokens 128K --new-tokens 64
     """
     with _opened(model, config, random_weights, model_flags) as opened:
-        report = measure(
-            opened, whole_number(tokens), new_tokens, repeats, random=random_weights, split=split
-        )
+        report = measure(opened, tokens, new_tokens, repeats, random=random_weights, split=split)
     _show(report, json=json)
 
 
@@ -235,17 +228,12 @@ def _opened(
     Raises:
         ConfigError: if there is none, or more than one, or it has no weights.
     """
-    if (model is None) == (config is None):
-        raise ConfigError("give MODEL, a directory, or --config NAME, and not both")
-    if model is not None:
-        yield open_model(model, flags)
-        return
-    if config not in _NAMES:
-        raise ConfigError(not_one_of("--config", str(config), _NAMES))
-    if not random:
-        raise ConfigError(f"--config {config} has no weights: add --random-weights, or give MODEL")
-    with tempfile.TemporaryDirectory() as scratch:
-        yield open_model(published.write(Path(scratch), config.removesuffix("-1m")), flags)
+    with opened_or_published(model, config, flags) as opened:
+        if config is not None and not random:
+            raise ConfigError(
+                f"--config {config} has no weights: add --random-weights, or give MODEL"
+            )
+        yield opened
 
 
 def _show(report: dict[str, Any], *, json: bool) -> None:

@@ -17,9 +17,10 @@ from qwen_jax import calibrate as calibration
 from qwen_jax import disk, reading
 from qwen_jax.cli import documents
 from qwen_jax.cli.answer import LINE_S
-from qwen_jax.cli.eval import split, whole_number
+from qwen_jax.cli.eval import split
 from qwen_jax.cli.flags import Model, ModelArgument, ModelFlags, expand, note, open_model, option
 from qwen_jax.cli.placement import one_device
+from qwen_jax.cli.quantities import whole_number
 from qwen_jax.config import ConfigError, last_q
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.scheduler import default_slices
@@ -41,7 +42,7 @@ def calibrate(
         typer.Option(help="The budgets, for --sparse-config or a Hugging Face directory."),
     ] = Path("sparse_attention_config.json"),
     lengths: Annotated[
-        str, typer.Option(help="Text lengths in tokens; 1k is 1000, 1K is 1024.")
+        str, typer.Option(help="Text lengths in tokens; 1K is 1,024, 1M is 1,048,576, 1k is 1,000.")
     ] = "32K,128K",
     samples: Annotated[int, typer.Option(help="Texts of each length, spread over the data.")] = 1,
     target_recall: Annotated[

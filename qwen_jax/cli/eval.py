@@ -1,7 +1,6 @@
 """eval: how much a model still finds and follows, by length."""
 
 import dataclasses
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +21,7 @@ from qwen_jax.cli.flags import (
 )
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
+from qwen_jax.cli.quantities import whole_number
 from qwen_jax.config import ConfigError
 from qwen_jax.eval import catalog
 from qwen_jax.eval.log import Log
@@ -42,7 +42,8 @@ class GridFlags:
     """Flags of every task: what is asked, where answers are kept, how they are shown."""
 
     lengths: Annotated[
-        str, typer.Option(help="Prompt lengths in tokens; 1k is 1000, 1K is 1024.")
+        str,
+        typer.Option(help="Prompt lengths in tokens; 1K is 1,024, 1M is 1,048,576, 1k is 1,000."),
     ] = "2k,4k,8k"
     depths: Annotated[
         str, typer.Option(help="Where the needle lies, from 0 (first) to 1 (last).")
@@ -212,19 +213,6 @@ def _run(
         scores.print_by_variant(results)
     else:
         scores.print_by_depth(results)
-
-
-def whole_number(text: str) -> int:
-    """Tokens as people write them: 12000, 12k (thousands), 12K (of 1,024), 1m, 1M.
-
-    Raises:
-        ConfigError: if it is no positive whole number of tokens.
-    """
-    units = {"": 1, "k": 1000, "m": 1000**2, "K": 1024, "M": 1024**2}
-    match = re.fullmatch(r"(\d+)([kmKM]?)", text)
-    if not match or not int(match[1]):
-        raise ConfigError(f"length {text!r} must be tokens such as 12000, 12k or 12K")
-    return int(match[1]) * units[match[2]]
 
 
 def _fraction(text: str) -> float:

@@ -18,6 +18,7 @@ import typer
 from pallas_kernels.geometry import ChunkGeometry
 from qwen_jax import compile_cache, hosts, locate, reading, verbosity
 from qwen_jax.cli import placement
+from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.config import (
     ConfigError,
     GenerationConfig,
@@ -151,7 +152,7 @@ class ModelFlags:
     ] = None
     slice: Annotated[
         int | None,
-        option("Prompt tokens computed at a time; more is faster and takes memory."),
+        tokens_option("Prompt tokens computed at a time; more is faster and takes memory."),
         Within(1),
     ] = None
     dca: Annotated[
@@ -159,13 +160,19 @@ class ModelFlags:
         typer.Option(help="Dual Chunk Attention; auto follows config.json."),
     ] = "auto"
     dca_chunk: Annotated[
-        int | None, option("Largest relative position the model may see, in tokens."), Within(1)
+        int | None,
+        tokens_option("Largest relative position the model may see, in tokens."),
+        Within(1),
     ] = None
     dca_local: Annotated[
-        int | None, option("Tokens around chunk borders seen at their true distance."), Within(1)
+        int | None,
+        tokens_option("Tokens around chunk borders seen at their true distance."),
+        Within(1),
     ] = None
     dca_original: Annotated[
-        int | None, option("Training length of the attention temperature; 0 for none."), Within(0)
+        int | None,
+        tokens_option("Training length of the attention temperature; 0 for none."),
+        Within(0),
     ] = None
     sparse: Annotated[
         Literal["auto", "on", "off"],
@@ -184,14 +191,17 @@ class ModelFlags:
     ] = None
     dense_tail: Annotated[
         int,
-        typer.Option(
-            help="Tokens at a prompt's end that sparse prefill computes densely; vLLM has 0."
+        tokens_option(
+            "Tokens at a prompt's end that sparse prefill computes densely; vLLM has 0.", shown=True
         ),
         Within(0),
     ] = 64
     max_len: Annotated[
         int | None,
-        option("Longest prompt and answer together, in tokens; what config.json declares."),
+        tokens_option(
+            "Longest prompt and answer together, as 128K (of 1,024) or 1M (1,048,576; "
+            "Qwen2.5-1M models declare 1,010,000); what config.json declares."
+        ),
         Within(1),
     ] = None
     vllm_parity: Annotated[
@@ -224,7 +234,9 @@ class AnswerFlags:
 
     section: ClassVar[str] = "Answer"
 
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens."), Within(1)] = 512
+    max_new_tokens: Annotated[
+        int, tokens_option("Longest answer, in tokens.", shown=True), Within(1)
+    ] = 512
     greedy: Annotated[bool, option("Always take the most likely token.", "--greedy")] = False
     temperature: Annotated[
         float | None,

@@ -13,7 +13,7 @@ import typer
 from convert.terminal import show
 from qwen_jax import compile_cache, devices, published
 from qwen_jax.cli import quantities
-from qwen_jax.cli.flags import Json, Model, ModelFlags, note, open_model, option
+from qwen_jax.cli.flags import Json, Model, ModelFlags, Within, note, open_model, option
 from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.config import ConfigError, ModelConfig
 
@@ -44,6 +44,7 @@ DeviceMemory = Annotated[
         metavar="BYTES",
         show_default=False,
     ),
+    Within(1, 1 << 50),
 ]
 
 _LEAST_SLICE = 128  # tokens that advice asks for

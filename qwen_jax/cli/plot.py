@@ -9,9 +9,17 @@ import typer
 from qwen_jax import disk
 from qwen_jax.cli import command, documents
 from qwen_jax.cli.console import console
-from qwen_jax.cli.eval import whole_number
-from qwen_jax.cli.flags import ModelArgument, ModelFlags, expand, note, open_model, option
+from qwen_jax.cli.flags import (
+    ModelArgument,
+    ModelFlags,
+    Within,
+    expand,
+    note,
+    open_model,
+    option,
+)
 from qwen_jax.cli.placement import one_device
+from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.engine.engine import Engine
 from qwen_jax.eval import heatmap, plot, sources, terminal
 from qwen_jax.eval.plan_picture import PlanPicture
@@ -57,8 +65,9 @@ def recall(
         Path, typer.Argument(metavar="REPORT", help="What `calibrate` wrote.", show_default=False)
     ],
     length: Annotated[
-        str | None,
-        option("Prompt length of the report to draw, as 16384 or 16K; the longest.", metavar="N"),
+        int | None,
+        tokens_option("Prompt length of the report to draw, as 16384 or 16K; the longest."),
+        Within(1),
     ] = None,
     out: Out = None,
     csv: Csv = None,
@@ -74,7 +83,7 @@ def recall(
     Raises:
         ConfigError: if the report, `length` or `out` cannot be used.
     """
-    _deliver(sources.recall(report, whole_number(length) if length else None), out, csv)
+    _deliver(sources.recall(report, length), out, csv)
 
 
 def _deliver(panels: heatmap.Panels, out: Path | None, csv: Path | None) -> None:
@@ -97,9 +106,7 @@ def plan(
     ],
     layer: Annotated[int, typer.Option(help="From 0; the last is never sparse.")] = 0,
     head: Annotated[int, typer.Option(help="Query head, from 0.")] = 0,
-    tokens: Annotated[
-        str | None, option("Read only so many tokens; 1K is 1024.", metavar="N")
-    ] = None,
+    tokens: Annotated[int | None, tokens_option("Read only so many tokens."), Within(1)] = None,
     out: Out = None,
 ):
     """Draw which keys one head reads of a text in sparse prefill.
@@ -121,7 +128,7 @@ def plan(
     ids = tuple(
         opened.tokenizer().encode_text(documents.joined(documents.read(file, skipped=note), ""))
     )
-    ids = ids[: whole_number(tokens)] if tokens else ids
+    ids = ids[:tokens]
     opened.check_fits(len(ids))
     engine = opened.engine(len(ids))
     assert isinstance(engine, Engine)  # on one device

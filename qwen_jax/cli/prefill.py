@@ -26,6 +26,7 @@ from qwen_jax.cli.flags import (
 )
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
+from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Event, Request, RequestError
 from qwen_jax.session import Session, Writer
@@ -47,7 +48,10 @@ def prefill(
         Path | None, option("A file of token ids, for `generate`: a JSON list, or integers.")
     ] = None,
     save_every: Annotated[
-        int, typer.Option(help="Tokens between two savings, in memory twice while they are saved.")
+        int,
+        tokens_option(
+            "Tokens between two savings, in memory twice while they are saved.", shown=True
+        ),
     ] = 65536,
     overwrite: Annotated[
         bool, option("Replace another session that is there.", "--overwrite")

@@ -18,6 +18,7 @@ from qwen_jax.cli.answer import prefill_progress
 from qwen_jax.cli.flags import ModelArgument, ModelFlags, note, open_model, option
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
+from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.config import ConfigError
 
 _COMMENT = b"qwen-jax score 1"  # of the archive
@@ -32,7 +33,9 @@ def score(
         Path, option("A file of token ids: a JSON list, or integers between white space.")
     ],
     out: Annotated[Path, option("The .npz file to write.")],
-    last: Annotated[int | None, option("Only this many last positions; all of them.")] = None,
+    last: Annotated[
+        int | None, tokens_option("Only this many last positions; all of them.")
+    ] = None,
 ):
     """Write the logits after each token of a file.
 

@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 from vocabularies import byte_level, save, small_vocabulary
 
 from qwen_jax.cli.documents import DocumentError
-from qwen_jax.cli.eval import app, whole_number
+from qwen_jax.cli.eval import app
 from qwen_jax.cli.flags import Model
+from qwen_jax.cli.quantities import whole_number
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Sparseness
 
