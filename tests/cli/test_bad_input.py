@@ -127,8 +127,8 @@ MISTAKES = {
     "no text to plan": (None, "plot plan MODEL", "Missing option '--file'"),
     "a plan without budgets": (("D", "abc"), "plot plan MODEL --file D", "has no budgets"),
     "no topology": (None, "plan MODEL", "Missing option '--topology'"),
-    "no such topology": (None, "plan MODEL --topology b200:8", "'b200:8' must be one of v4, v5e"),
-    "a flat topology": (None, "plan MODEL --topology v5e:16", "2 sides of v5e, such as v5e:2x2"),
+    "no such topology": (None, "plan MODEL --topology b2000:8", "did you mean b200"),
+    "sides that are not sold": (None, "plan MODEL --topology v5e:3x3", "v5e has 1x1, 2x2, 2x4"),
     "a plan for nothing": (None, "plan MODEL --topology cpu:8 --tokens 0", "--tokens 0 must be"),
     "a plan of empty slices": (None, "plan MODEL --topology cpu:8 --slice 0", "--slice 0 must be"),
     "what is no mesh": (
@@ -171,7 +171,7 @@ MISTAKES = {
     "an empty stop string": (
         None,
         ["ask", "MODEL", "Q", "--stop", ""],
-        "--stop: a stop string has 1 to 4,096",
+        "--stop must not be empty",
     ),
     "no such backend": (None, "generate MODEL --prompt x --backend cuda", "no backend 'cuda'"),
     "a kernel of another device": (

@@ -90,7 +90,7 @@ def test_budgets_are_found_read_and_drawn(calibrate, surveyed, tiny, text, tmp_p
 
     sparsely = ("--sparse", "on", "--sparse-config", budgets, "--dense-tail", 0, *SLICE)
     answer = ("--greedy", "--max-new-tokens", 2, "--json")
-    code, out, err = run("generate", tiny, "--prompt-file", text, *answer, *sparsely)
+    code, out, err = run("generate", tiny, "-v", "--prompt-file", text, *answer, *sparsely)
     assert code == 0
     assert "sparse prefill of prompts over 0 tokens" in err
     assert 0 < json.loads(out)["sparse"]["density"] < 1

@@ -72,7 +72,7 @@ def test_files_are_overwritten_only_when_that_is_asked_for(tmp_path, run):
         (["--tokens", "5"], "--tokens has no effect without --model"),
         (["--mesh", "seq=4"], "--mesh has no effect without --model"),
         (["--partition", "p"], "--partition has no effect with jobset"),
-        (["--command", ""], "--command is empty"),
+        (["--command", ""], "--command must not be empty"),
         (["--model", "nowhere"], "there is no such model"),
     ],
 )
@@ -93,4 +93,4 @@ def test_an_out_that_is_a_file_is_named(tmp_path, run):
 def test_a_kind_that_there_is_not_is_refused(tmp_path, run):
     code, _, err = run("export-job", "nomad", "--topology", "v5e:4x4", "--out", tmp_path)
     assert code == 2
-    assert "'nomad' is not one of 'jobset', 'xpk', 'gcloud', 'ray', 'slurm'" in err
+    assert "KIND 'nomad' is not one of jobset, xpk, gcloud, ray, slurm" in err

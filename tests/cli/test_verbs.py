@@ -119,17 +119,19 @@ def test_a_sparse_score_is_of_what_generate_reads(model, tmp_path, run):
 
 def test_a_failed_write_leaves_the_old_file(tiny, tmp_path, monkeypatch, run):
     (tmp_path / "ids").write_text("1 2 3")
-    (tmp_path / "out.npz").write_text("old")
+    arguments = "score", tiny, "--tokens", tmp_path / "ids", "--out", tmp_path / "out.npz"
+    assert run(*arguments)[0] == 0
+    old = (tmp_path / "out.npz").read_bytes()
 
     def fail(*_):
         raise PermissionError(13, "Permission denied", "somewhere")
 
     monkeypatch.setattr("qwen_jax.cli.score.os.replace", fail)
-    code, _, err = run("score", tiny, "--tokens", tmp_path / "ids", "--out", tmp_path / "out.npz")
+    code, _, err = run(*arguments)
     assert code == 2
     assert err.splitlines()[-1] == "error: somewhere: Permission denied"
     assert sorted(os.listdir(tmp_path)) == ["ids", "out.npz"]
-    assert (tmp_path / "out.npz").read_text() == "old"
+    assert (tmp_path / "out.npz").read_bytes() == old
 
 
 @pytest.mark.parametrize("place", ["question", "file", "system"])
