@@ -1,5 +1,6 @@
 """Tables and streams: whole lines where nobody looks, quiet where nobody reads."""
 
+import contextlib
 import os
 import pty
 import subprocess
@@ -21,19 +22,17 @@ NAME = "a rather long name of a file, with words in it.txt"
 FOLDERS = "/home/somebody/texts/of/all/kinds/in/many/folders"
 
 
-@pytest.fixture
-def terminal(monkeypatch):
-    """Has stderr be a terminal; reads what was written there."""
+def on_a_terminal(monkeypatch, write):
+    """What a function writes on stderr if that is a terminal."""
     reader, writer = pty.openpty()
-    with os.fdopen(reader, "rb", buffering=0) as shown, os.fdopen(writer, "w") as stream:
-
-        def read():
-            stream.flush()
-            return shown.read(1 << 16).decode().replace("\r\n", "\n")
-
-        with monkeypatch.context() as patch:
-            patch.setattr("sys.stderr", stream)
-            yield read
+    with os.fdopen(writer, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", stream)
+        write()
+    shown = b""
+    with os.fdopen(reader, "rb", buffering=0) as terminal, contextlib.suppress(OSError):
+        while part := terminal.read(1 << 16):  # EIO is the end
+            shown += part
+    return shown.decode().replace("\r\n", "\n")
 
 
 @pytest.mark.parametrize("columns", ["1", "20", "80", "400"])
@@ -55,10 +54,11 @@ def test_what_is_no_terminal_gets_whole_lines(columns, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("columns", [30, 62, 80, 200])
-def test_a_terminal_gets_whole_names_of_files(columns, terminal, monkeypatch):
+def test_a_terminal_gets_whole_names_of_files(columns, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
-    documents.print_table([(f"{FOLDERS}/{NAME}", 12)], 3500, 8192)
-    lines = terminal().splitlines()
+    rows = [(f"{FOLDERS}/{NAME}", 12)]
+    shown = on_a_terminal(monkeypatch, lambda: documents.print_table(rows, 3500, 8192))
+    lines = shown.splitlines()
     assert len(lines) == 4
     assert NAME in lines[1]
     if columns > len(NAME) + 20:
