@@ -168,6 +168,11 @@ MISTAKES = {
         "weights and a cache of 2,000,000,000 tokens take 476.84 GiB on the device, which has",
     ),
     "a plan for no model": (None, "plan nowhere --topology cpu:8", "there is no such model"),
+    "a long stop string": (
+        None,
+        ["ask", "MODEL", "Q", "--stop", "a" * 4097],
+        "--stop: a stop string has 1 to 4,096",
+    ),
     "an empty stop string": (
         None,
         ["ask", "MODEL", "Q", "--stop", ""],
