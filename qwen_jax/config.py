@@ -82,8 +82,8 @@ class ModelConfig:
             raise ConfigError(f"{self.head_dim=} must be even: rotary positions turn pairs")
         if self.yarn is not None and self.dual_chunk is not None:
             raise ConfigError(
-                "YaRN (rope_scaling) and Dual Chunk Attention both stretch positions: take one, "
-                "by removing a field of config.json or with --dca off"
+                "YaRN (rope_scaling) and Dual Chunk Attention both stretch positions: remove one "
+                "of them"
             )
 
     @property

@@ -278,7 +278,7 @@ def _reason(config: ModelConfig, count: int) -> str:
         return "there is nothing to divide"
     return (
         f"the largest tensor that divides {count} devices, {config.num_heads} and "
-        f"{config.num_kv_heads} heads, mlp and vocabulary; the rest is seq"
+        f"{config.num_kv_heads} heads and mlp; the rest is seq"
     )
 
 

@@ -46,6 +46,42 @@ def test_dual_chunk_flags_change_what_the_config_says(model, own, flags, geometr
     assert config.original_len == original
 
 
+def test_fields_that_are_left_unread_are_said_once(model, run, fake):
+    with_config(model, unsloth_version="2025.1", torchscript=False, use_mrope=False)
+    code, _, err = run("generate", model, "--prompt", "a", "--max-new-tokens", 2)
+    assert code == 0
+    assert err.count("config.json: left unread, as they change no logits: unsloth_ver") == 1
+    assert "use_mrope" not in err
+
+
+def test_half_precision_is_computed_in_float32_on_a_cpu_and_rounded_elsewhere(model, monkeypatch):
+    opened = open_model(with_config(model, torch_dtype="float16"), ModelFlags())
+    assert opened.precision() == (
+        "float32",
+        "stored as float16; CPUs are faster in float32 (--dtype bf16)",
+    )
+    monkeypatch.setattr("jax.default_backend", lambda: "tpu")
+    name, why = opened.precision()
+    assert (name, why) == ("bfloat16", "stored as float16, which is rounded (--dtype f32 keeps it)")
+
+
+def test_yarn_is_used_and_not_together_with_dual_chunks(model, run, fake):
+    with_config(model, rope_scaling={"type": "yarn", "factor": 4.0})
+    assert open_model(model, ModelFlags()).max_len == 4 * 2048
+    flags = ("--dca", "on", "--dca-chunk", 64, "--dca-local", 16)
+    code, _, err = run("generate", model, "--prompt", "a", *flags)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "YaRN (rope_scaling) and Dual Chunk Attention both stretch positions" in err
+
+
+def test_the_cache_of_a_hub_is_opened_at_its_snapshot(model, run, fake):
+    root = model.parent / "models--Qwen--tiny"
+    (root / "snapshots").mkdir(parents=True)
+    model.rename(root / "snapshots" / "0123")
+    assert open_model(root, ModelFlags()).directory == root / "snapshots" / "0123"
+    assert run("generate", root, "--prompt", "a", "--max-new-tokens", 2)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("own", "flags", "fault"),
     [

@@ -85,7 +85,7 @@ def compare(text, replicated):
         check_cancel(each, few, expected)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_vocabulary_that_the_mesh_does_not_divide_gives_the_answers_of_one_device(tied, tmp_path):
     config = dataclasses.replace(CONFIG, vocab_size=61, tie_embeddings=tied, dual_chunk=None)
     random_models.save(config, random_models.weights(config), tmp_path)

@@ -117,7 +117,7 @@ TINY = Tiny(heads=8, kv_heads=4, hidden=32, mlp=48, vocab=40)
 MESHES = [(1, 8, 1), (1, 2, 4), (2, 2, 2), (1, 5, 1)]
 
 
-@pytest.mark.parametrize("vocab", [40, 37, 5])
+@pytest.mark.parametrize("vocab", [40, 5])
 def test_weights_load_straight_to_their_shards(vocab, tmp_path):
     dataclasses.replace(TINY, vocab=vocab).write(tmp_path / "hf")
     weights.convert(tmp_path / "hf", tmp_path / "ours")
