@@ -112,6 +112,8 @@ def convert(
     output = Path(dst).resolve()
     with contextlib.ExitStack() as stack:
         src = locate.checkpoint(src)
+        publish.check_apart(Path(src).resolve(), output)
+        store.check_path(output)
         if allow_pickle and pickled.only(src):
             if not team.is_alone():
                 raise CheckpointError(
@@ -120,8 +122,6 @@ def convert(
                 )
             src = stack.enter_context(pickled.as_safetensors(src, output))
         checked = source.check(src)
-        publish.check_apart(checked.directory, output)
-        store.check_path(output)
         outline = checked.outline()
         staging = stack.enter_context(publish.Staging(output))
 

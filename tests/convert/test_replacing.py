@@ -191,6 +191,19 @@ def test_a_directory_of_the_name_for_unpickled_weights_is_left_alone(tmp_path):
     assert tree(tmp_path / "ours.unpickled") == {"notes": b"mine"}
 
 
+def test_no_output_is_made_at_the_root_or_around_the_source(tmp_path):
+    Tiny(layers=1).write(tmp_path / "hf")
+    (tmp_path / "hf" / "model.safetensors").rename(tmp_path / "hf" / "pytorch_model.bin")
+    for output in (Path("/"), tmp_path, tmp_path / "hf", tmp_path / "hf" / "ours"):
+        with pytest.raises(CheckpointError, match="lie in one another"):
+            weights.convert(tmp_path / "hf", output, overwrite=True, allow_pickle=True)
+    assert tree(tmp_path).keys() == {
+        "hf",
+        *(f"hf/{name}" for name in ("config.json", "generation_config.json", "tokenizer.json")),
+        "hf/pytorch_model.bin",
+    }
+
+
 def test_a_file_of_the_name_for_writing_is_left_alone(tmp_path):
     (tmp_path / "file.partial").write_text("mine")
     disk.write(tmp_path / "file", "ours")
