@@ -92,28 +92,25 @@ def test_dual_chunk_attention_changes_long_prompts_only(tiny, tmp_path, run):
 
 
 def test_a_sparse_score_is_of_what_generate_reads(model, tmp_path, run):
-    ids = np.random.default_rng(0).integers(0, 256, 300).tolist()
+    ids = np.random.default_rng(0).integers(0, 256, 700).tolist()
     (tmp_path / "ids").write_text(" ".join(map(str, ids)))
     row = {str(head): ["vertical_and_slash", 31, 101, 1] for head in range(4)}
     (tmp_path / "budgets.json").write_text(json.dumps([row, row]))
-    budgets = ["--sparse-config", tmp_path / "budgets.json", "--slice", 64]
+    budgets = ["--sparse-config", tmp_path / "budgets.json", "--slice", 256]
     found = {}
     for name, flags in {
         "off": [],
         "on": ["--sparse", "on", *budgets],
         "over": budgets,  # of 32,768
-        "tail": ["--sparse", "on", "--dense-tail", 300, *budgets],
     }.items():
         out = tmp_path / f"{name}.npz"
         assert run("score", model, "--tokens", tmp_path / "ids", "--out", out, *flags)[0] == 0
         found[name] = logits(out)
-    far = np.abs(found["on"] - found["off"]).max()
-    assert far > 1e-5
-    np.testing.assert_allclose(found["over"], found["off"], atol=far / 10)
-    np.testing.assert_allclose(found["tail"], found["off"], atol=far / 10)
+    assert np.abs(found["on"] - found["off"]).max() > 0.1
+    np.testing.assert_allclose(found["over"], found["off"], atol=1e-4)
     flags = ["--sparse", "on", "--max-new-tokens", 1, "--greedy", "--json", *budgets]
     _, out, _ = run("generate", model, "--tokens", tmp_path / "ids", "--ignore-eos", *flags)
-    assert json.loads(out)["token_ids"] == [int(found["on"][-1].argmax())]
+    assert json.loads(out)["token_ids"] == [int(found["on"][-1, :291].argmax())]
     assert json.loads(out)["sparse"]["density"] < 1
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import random_models
 
 from pallas_kernels.geometry import ChunkGeometry
-from qwen_jax import params, sharding
 from qwen_jax.config import SparseConfig
 from qwen_jax.engine.engine import Engine, EngineConfig, Piece
 from qwen_jax.engine.request import Request, Sampling
@@ -36,15 +35,18 @@ REQUESTS = (
 )
 
 
-def numbers(backend, mesh=None):
-    """Bytes of scores, keys, values and answers."""
-    weights = random_models.weights(CONFIG)
-    if mesh is None:
-        weights = jax.device_put(weights)
-    else:
-        shape = sharding.parse(mesh)
-        placed = sharding.make_mesh(jax.devices()[: shape.size], **dataclasses.asdict(shape))
-        weights = jax.device_put(weights, params.shardings(CONFIG, placed))
+def few_numbers(backend):
+    """Bytes of the scores of a dense prompt and of what it is answered."""
+    config = EngineConfig(max_len=48, max_seqs=2, page=16, slices=(32,), backend=backend)
+    engine = Engine(CONFIG, jax.device_put(random_models.weights(CONFIG)), config)
+    answers = engine.run(REQUESTS[1:])
+    scores = engine.score(REQUESTS[1].prompt)
+    return b"".join(each.tobytes() for each in (*scores, np.asarray(answers, np.int32)))
+
+
+def numbers(backend):
+    """Bytes of scores, keys, values and answers of dense and sparse prompts."""
+    weights = jax.device_put(random_models.weights(CONFIG))
     config = EngineConfig(
         max_len=160,
         max_seqs=2,
@@ -73,4 +75,4 @@ def numbers(backend, mesh=None):
 
 
 if __name__ == "__main__":
-    print(hashlib.sha256(numbers(sys.argv[1], *sys.argv[2:])).hexdigest())
+    print(hashlib.sha256(numbers(sys.argv[1])).hexdigest())
