@@ -171,7 +171,7 @@ MISTAKES = {
     "an empty stop string": (
         None,
         ["ask", "MODEL", "Q", "--stop", ""],
-        "--stop: a stop string has 1 to 4,096",
+        "--stop must not be empty",
     ),
     "no such backend": (None, "generate MODEL --prompt x --backend cuda", "no backend 'cuda'"),
     "a kernel of another device": (
@@ -334,6 +334,8 @@ def test_a_mistake_gets_one_line(mistake, model, tmp_path, monkeypatch, run):
     assert err.count("\n") == 1, err
     assert err.startswith("error: ")
     assert message in err
+    paths = [word.strip("'\":,;()") for word in err.split() if "/" in word]
+    assert len(paths) == len(set(paths)), err
     assert files(tmp_path) == before
 
 

@@ -296,7 +296,7 @@ def test_a_missing_process_is_waited_for_and_named(tiny, tmp_path):
             "--process-id 2 must be from 0 to 1",
         ),
         (["--coordinator", "a", "--num-processes", "2", "--process-id", "0"], "be HOST:PORT"),
-        (["--heartbeat", "0"], "--heartbeat 0 must be at least 1 second"),
+        (["--heartbeat", "0"], "--heartbeat 0 must be at least 1"),
     ],
 )
 def test_half_a_place_is_refused(tiny, run, arguments, fault):
