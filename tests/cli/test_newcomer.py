@@ -94,7 +94,11 @@ def test_sections_come_in_one_order(run):
         (["gen\x1b[2J\nx"], "No such command 'gen\\x1b[2J\\nx'"),
         (["generate", "M", "--\x1b[2J"], "No such option: --\\x1b[2J"),
         (["generate", "M", "--dtype", "\x1b[2J"], "--dtype '\\x1b[2J' is not one of"),
-        (["generate", "M", "--slice", "\x1b[2J"], "--slice '\\x1b[2J' must be a whole number"),
+        (
+            ["generate", "M", "--slice", "\x1b[2J"],
+            "--slice '\\x1b[2J' is no number of tokens, such",
+        ),
+        (["generate", "M", "--seed", "\x1b[2J"], "--seed '\\x1b[2J' must be a whole number"),
         (["generate", "M", "--temperature", "warm"], "--temperature 'warm' must be a number"),
     ],
 )
