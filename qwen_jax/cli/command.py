@@ -233,11 +233,13 @@ def complaint(error: Any) -> str:
     if type(error).__name__ == "NoSuchOption":
         word = reading.printable(error.option_name, _SHOWN)
         return f"No such option: {word}{flags.did_you_mean(word, error.possibilities or ())}"
-    if param is None or not hasattr(cause, "errors"):
+    if param is None or type(error).__name__ != "BadParameter":
         return message
+    name = param.opts[0] if param.param_type_name == "option" else param.metavar
+    if not hasattr(cause, "errors"):  # of a parser of ours
+        return f"{name} {error.message}"
     fault = cause.errors()[0]
     word = reading.printable(fault["input"], _SHOWN)
-    name = param.opts[0] if param.param_type_name == "option" else param.metavar
     choices = param.type_descriptor.choices
     if choices:
         return flags.not_one_of(name, word, choices)

@@ -13,7 +13,16 @@ import typer
 from convert.terminal import show
 from qwen_jax import compile_cache, devices, published
 from qwen_jax.cli import quantities
-from qwen_jax.cli.flags import Json, Model, ModelFlags, Within, note, open_model, option
+from qwen_jax.cli.flags import (
+    Json,
+    Model,
+    ModelFlags,
+    Within,
+    not_one_of,
+    note,
+    open_model,
+    option,
+)
 from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.config import ConfigError, ModelConfig
 
@@ -65,7 +74,7 @@ def opened_or_published(
         yield open_model(model, flags)
         return
     if config not in published.NAMES:
-        raise ConfigError(f"--config {config}: there are {', '.join(published.NAMES)}")
+        raise ConfigError(not_one_of("--config", str(config), published.NAMES))
     with tempfile.TemporaryDirectory() as scratch:
         yield open_model(published.write(Path(scratch) / config, config.removesuffix("-1m")), flags)
 

@@ -25,7 +25,7 @@ def whole_number(text: str) -> int:
     number = _number(text)
     if number is None or number < 1:
         raise ConfigError(
-            f"length {printable(text, 40)!r} must be tokens such as 12000, 12k or 12K"
+            f"length '{printable(text, 40)}' must be tokens such as 12000, 12k or 12K"
         )
     return number
 
@@ -39,7 +39,7 @@ def tokens(text: str | int) -> int:
     number = _number(str(text))
     if number is None:
         raise typer.BadParameter(
-            f"{printable(text, 40)!r} is no number of tokens, such as 12000, 128K (of 1,024) or "
+            f"'{printable(text, 40)}' is no number of tokens, such as 12000, 128K (of 1,024) or "
             "1M (1,048,576)"
         )
     return number
@@ -59,7 +59,7 @@ def size(text: str | int) -> int:
     match = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?) ?([KMGT]i?B)", str(text).strip())
     if match is None or not float(match[1]):
         raise typer.BadParameter(
-            f"{printable(text, 40)!r} is no number of bytes, such as 40GiB or 80GB"
+            f"'{printable(text, 40)}' is no number of bytes, such as 40GiB or 80GB"
         )
     return int(float(match[1]) * _BYTES[match[2]])
 

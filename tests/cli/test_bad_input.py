@@ -339,6 +339,8 @@ def test_a_mistake_gets_one_line(mistake, model, tmp_path, monkeypatch, run):
     assert err.count("\n") == 1, err
     assert err.startswith("error: ")
     assert message in err
+    paths = [word.strip("'\":,;()") for word in err.split() if "/" in word]
+    assert len(paths) == len(set(paths)), err
     assert files(tmp_path) == before
 
 
