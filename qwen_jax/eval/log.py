@@ -119,12 +119,15 @@ def _record(result: Result) -> dict[str, Any]:
 
 
 def _result(record: Mapping[str, Any]) -> Result:
-    sparse = record.get("sparse")
+    sparse, depth = record.get("sparse"), record["depth"]
+    if sparse is not None:
+        shares = ("density", "recall", "least_recall")
+        sparse = sparse | {name: float(sparse[name]) for name in shares}
     return Result(
         cell=Cell(
             length=record["length"],
             task=record["task"],
-            depth=record["depth"],
+            depth=None if depth is None else float(depth),
             sample=record["sample"],
         ),
         variant=record["variant"],

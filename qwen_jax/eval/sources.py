@@ -254,12 +254,13 @@ def _read_report(path: Path, length: int | None) -> _Report:
         raise
     except ValueError as error:
         raise PlotError(f"{path}: {error}: no report of `qwen-jax calibrate`") from None
+    speedup = report["speedup"].get(str(chosen))
     return _Report(
         model=Path(report["model"]).name,
         length=chosen,
         recall=found,
         density=kept,
-        speedup=report["speedup"].get(str(chosen)),
+        speedup=None if speedup is None else float(speedup),
     )
 
 
