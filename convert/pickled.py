@@ -95,7 +95,7 @@ def _run(src: Path, dst: Path) -> None:
         version = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         raise CheckpointError(
-            "weights in .bin files need PyTorch: pip install 'qwen-jax[bin]'"
+            "weights in .bin files need PyTorch: pip install -e '.[bin]' in a checkout of qwen-jax"
         ) from None
     if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < _TORCH:
         raise CheckpointError(f"PyTorch {version} is too old to read .bin files: install >= 2.10")

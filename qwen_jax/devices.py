@@ -317,12 +317,18 @@ def _unknown(kind: str) -> str:
     )
 
 
+def present(platform: str) -> bool:
+    """Whether the system shows an accelerator of a platform ("gpu" or "tpu") to programs."""
+    names = {"tpu": ("/dev/accel*", "/dev/vfio/[0-9]*"), "gpu": ("/dev/nvidia[0-9]*",)}
+    return any(glob.glob(name) for name in names[platform])
+
+
 def quiet_libtpu() -> None:
     """Keeps libtpu, where it is installed without a TPU, from looking for one and complaining.
 
     Called before jax looks for devices. What the environment says already stays.
     """
-    if not glob.glob("/dev/accel*") and not glob.glob("/dev/vfio/[0-9]*"):
+    if not present("tpu"):
         for name, value in _WITHOUT_TPU.items():
             os.environ.setdefault(name, value)
 
@@ -349,7 +355,7 @@ def found() -> list[Any]:
         asked = os.environ.get("JAX_PLATFORMS")
         reason = printable((str(error).splitlines() or ["it is not installed"])[0])
         if asked:
-            reason = reason.split(" (set JAX_PLATFORMS")[0]
+            reason = reason.split(" (set JAX_PLATFORMS")[0].rstrip(".")
             raise ConfigError(
                 f"JAX_PLATFORMS={printable(asked)} names what is not here: {reason}; unset it, or "
                 "set it to cpu"

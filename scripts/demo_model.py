@@ -127,7 +127,9 @@ def _build(source: Path, built: Path) -> None:
     try:
         import gguf
     except ImportError:
-        raise DemoError("gguf is missing: pip install 'qwen-jax[demo]'") from None
+        raise DemoError(
+            "gguf is missing: pip install -e '.[demo]' in a checkout of qwen-jax"
+        ) from None
     _say("converting to a Qwen2 checkpoint")
     reader = gguf.GGUFReader(source)
     fields: dict[str, Any] = {name: field.contents() for name, field in reader.fields.items()}

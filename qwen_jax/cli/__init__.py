@@ -13,7 +13,7 @@ import typer
 import typer.main
 
 from pallas_kernels.backend import Unsupported
-from qwen_jax import hosts, verbosity
+from qwen_jax import devices, hosts, verbosity
 from qwen_jax.cli import command, flags
 from qwen_jax.cli.documents import DocumentError
 from qwen_jax.config import ConfigError
@@ -146,6 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     verbosity.choose(verbosity.Level.SHORT)
+    devices.quiet_libtpu()
     app = typer.Typer(name="qwen-jax", cls=_Verbs, **command.PLAIN)
     app.callback(help=command.teach(_root))(_root)
     try:

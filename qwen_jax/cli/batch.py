@@ -214,8 +214,6 @@ def _plan(
     price: float | None,
 ) -> None:
     """Prints sums over the lines, and what the planner says of the longest."""
-    import jax
-
     from qwen_jax import budget, devices, sharding
     from qwen_jax.cli import plan
 
@@ -227,7 +225,7 @@ def _plan(
         return
     print(f"the longest is line {total.longest_line:,} with {total.longest:,} tokens\n")
     if topology is None:
-        if jax.default_backend() != "cpu":
+        if devices.found()[0].platform != "cpu":
             raise ConfigError("--dry-run plans for the CPU unless --topology says for what devices")
         mesh = opened.flags.mesh
         topology = f"cpu:{1 if mesh is None else sharding.parse(mesh).size}"

@@ -13,13 +13,16 @@ from typing import Annotated, Any
 import typer
 
 from pallas_kernels import backend
-from pallas_kernels.backend import preferences
+from pallas_kernels.backend import choose, preferences
 from pallas_kernels.versions import mosaic_gpu_fault, triton_fault
+from qwen_jax import compile_cache, devices
 from qwen_jax.cli.flags import Json, option
 from qwen_jax.config import ConfigError
 from qwen_jax.published import NAMES
-from qwen_jax.reading import printable
+from qwen_jax.reading import printable, shown
 
+INSTALL = "pip install -e '.[{}]' in a checkout of qwen-jax"
+"""How what an extra names is installed."""
 _PACKAGES = (
     "qwen-jax jax jaxlib flax orbax-checkpoint numpy safetensors tokenizers libtpu "
     "jax-cuda12-plugin jax-cuda13-plugin jax-triton triton torch"
@@ -54,6 +57,9 @@ def doctor(
 ):
     """Show versions, devices, kernels, memory, disk and missing extras.
 
+    The first line says what a model would run on here, or what is missing; in that case the
+    exit code is 2.
+
     Examples:
         qwen-jax doctor
         qwen-jax doctor --json
@@ -68,15 +74,28 @@ def doctor(
     found = examine()
     if json_output:
         print(json.dumps(found))
-        return
+    else:
+        show(found)
+    if not found["ready"]:
+        raise typer.Exit(2)
+
+
+def show(found: dict[str, Any]) -> None:
+    """Prints what `examine` found, the verdict first."""
+    print(found["verdict"])
     print(f"Python {found['python']} on {found['system']}")
     for name, version in found["versions"].items():
         print(f"{name} {version or '(not installed)'}")
     for device in found["devices"]:
         memory = device["memory_bytes"]
         print(f"device {device['id']}: {device['kind']}{f', {_gib(memory)}' if memory else ''}")
-    if found["device_error"]:
-        print(f"no device: {found['device_error']}")
+    cache = found["compile_cache"]
+    kept = "not kept"
+    if cache["directory"]:
+        most = f" of at most {_gib(cache['limit'])}" if cache["limit"] is not None else ""
+        size = f"{_gib(cache['bytes'])}{most} " if cache["bytes"] is not None else ""
+        kept = f"{size}in {shown(cache['directory'])}"
+    print(f"compiled programs: {kept} ({cache['reason']})")
     print(f"{'kernels of':17}" + "".join(f"{name:12}" for name in found["kernels"]["cpu"]))
     for kind, names in found["kernels"].items():
         print((f"  {kind:15}" + "".join(f"{name:12}" for name in names.values())).rstrip())
@@ -87,11 +106,12 @@ def doctor(
     print(f"memory: {_gib(found['memory']['available'])} of {_gib(found['memory']['total'])} free")
     print(f"disk here: {_gib(found['disk']['free'])} of {_gib(found['disk']['total'])} free")
     for extra, missing in found["extras"].items():
-        hint = f"missing {', '.join(missing)}: pip install 'qwen-jax[{extra}]'"
+        hint = f"missing {', '.join(missing)}: {INSTALL.format(extra)}"
         print(f"extra {extra}: {hint if missing else 'installed'}")
 
 
 def _show_kernels(about: list[str], config: str | None, report: Path | None, json: bool) -> None:
+    devices.found()
     from qwen_jax.cli import kernel_report  # imports jax, for which `doctor` alone should not fail
 
     models = [Path(each) for each in about if each not in backend.NAMES]
@@ -113,18 +133,22 @@ def _show_kernels(about: list[str], config: str | None, report: Path | None, jso
 
 def examine() -> dict[str, Any]:
     """All that `doctor` says, as JSON has it."""
-    devices, device_error = _devices()
+    there, device_error = _devices()
+    verdict = f"not ready: {device_error}" if device_error else _verdict(there)
     disk = shutil.disk_usage(Path.cwd())
     return {
+        "ready": device_error is None,
+        "verdict": verdict,
         "python": platform.python_version(),
         "executable": sys.executable,
         "system": platform.platform(),
         "versions": {name: _version(name) for name in _PACKAGES},
-        "devices": devices,
+        "devices": there,
         "device_error": device_error,
         "kernels": {kind: each._asdict() for kind, each in preferences().items()},
         "triton_fault": triton_fault(),
         "mosaic_gpu_fault": mosaic_gpu_fault(),
+        "compile_cache": compile_cache.describe(),
         "memory": {
             "total": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
             "available": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"),
@@ -159,13 +183,11 @@ def _version(package: str) -> str | None:
 
 
 def _devices() -> tuple[list[dict[str, Any]], str | None]:
-    """The devices that jax sees, or the first line of its complaint."""
-    import jax
-
+    """The devices that jax sees, or why it sees none."""
     try:
-        devices = jax.devices()
-    except RuntimeError as error:
-        return [], str(error).splitlines()[0]
+        found = devices.found()
+    except ConfigError as error:
+        return [], str(error)
     return [
         {
             "id": device.id,
@@ -173,9 +195,23 @@ def _devices() -> tuple[list[dict[str, Any]], str | None]:
             "kind": device.device_kind,
             "memory_bytes": (device.memory_stats() or {}).get("bytes_limit"),
         }
-        for device in devices
+        for device in found
     ], None
 
 
+def _verdict(there: list[dict[str, Any]]) -> str:
+    """What a model would run on, and what is here but would not be used."""
+    first = there[0]
+    kernels = choose(first["platform"], kind=first["kind"])
+    count = f"{len(there)} devices" if len(there) > 1 else "1 device"
+    text = f"ready: {count}, {printable(first['kind'])}, with {kernels}"
+    for unseen, extra, name in (("tpu", "tpu", "a TPU"), ("gpu", "cuda13", "an NVIDIA GPU")):
+        if first["platform"] == "cpu" and devices.present(unseen):
+            text += f"; {name} may be here that jax does not see: {INSTALL.format(extra)}"
+    if first["platform"] == "gpu" and "xla" in kernels:
+        text += f"; no faster kernels: {triton_fault() or mosaic_gpu_fault()}"
+    return text
+
+
 def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"
+    return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

@@ -15,6 +15,7 @@ from pallas_kernels import backend
 from pallas_kernels.backend import Unsupported
 from pallas_kernels.cases import SERVED, Served
 from pallas_kernels.programs import PROGRAMS, inputs, program
+from qwen_jax import devices
 from qwen_jax.cli import placement
 from qwen_jax.cli.console import console
 from qwen_jax.cli.flags import Json, option
@@ -42,6 +43,7 @@ def kernels(
         qwen-jax bench kernels --shapes "7B at 256k" --backends mosaic_tpu,xla --json
     """
     placement.one_process("kernels are timed")
+    devices.found()
     here = backend.device()
     names = (shapes or _SOON.get(here.platform, _USUAL)).split(",")
     for name in names:

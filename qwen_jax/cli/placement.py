@@ -44,6 +44,7 @@ def one_device(mesh: str | None, what: str) -> str:
     one_process(what)
     if mesh is not None and sharding.parse(mesh).size > 1:
         raise ConfigError(f"--mesh {mesh}: {what} on one device: leave it out")
+    devices.found()
     return ONE
 
 
@@ -67,7 +68,7 @@ def mesh(config: ModelConfig, wanted: str | None) -> "Mesh | None":
     if shape is not None and shape.size > 1:
         with contextlib.suppress(RuntimeError):  # in use: what is missing is said below
             jax.config.update("jax_num_cpu_devices", shape.size // processes)
-    found = jax.devices()
+    found = devices.found()
     if shape is None:
         count = 1 if found[0].platform == "cpu" and processes == 1 else len(found)
         shape = sharding.choose(config, count)

@@ -183,7 +183,9 @@ def _matplotlib(path: Path) -> Any:
     try:
         from matplotlib import figure
     except ImportError:
-        raise PlotError("--out needs matplotlib: pip install 'qwen-jax[plot]'") from None
+        raise PlotError(
+            "--out needs matplotlib: pip install -e '.[plot]' in a checkout of qwen-jax"
+        ) from None
     disk.check_ours(path, _is_ours)
     return figure
 

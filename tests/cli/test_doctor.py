@@ -2,11 +2,17 @@
 
 import importlib.metadata
 import json
+import os
 import re
+import subprocess
+import sys
 
 import jax
+import pytest
+from jax._src import config as settings
 
 from pallas_kernels import backend
+from qwen_jax import compile_cache, devices
 from qwen_jax.cli.doctor import missing
 
 
@@ -71,6 +77,105 @@ def test_a_machine_without_a_device_is_told(monkeypatch, run):
         raise RuntimeError("Unable to initialize backend 'tpu'\nmore")
 
     monkeypatch.setattr(jax, "devices", refuse)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     code, out, _ = run("doctor")
-    assert code == 0
-    assert "no device: Unable to initialize backend 'tpu'\n" in out
+    assert code == 2
+    first, *rest = out.splitlines()
+    assert first == "not ready: jax finds no device: Unable to initialize backend 'tpu'"
+    assert f"jax {jax.__version__}" in rest
+    code, out, _ = run("doctor", "--json")
+    found = json.loads(out)
+    assert (code, found["ready"], found["verdict"], found["devices"]) == (2, False, first, [])
+
+
+def test_the_verdict_comes_first(monkeypatch, run):
+    code, out, _ = run("doctor")
+    count = len(jax.devices())
+    named = f"{count} devices" if count > 1 else "1 device"
+    kernels = "prefill xla, decode xla, select xla"
+    assert (code, out.splitlines()[0]) == (0, f"ready: {named}, cpu, with {kernels}")
+    monkeypatch.setattr(devices, "present", lambda platform: platform == "gpu")
+    _, out, _ = run("doctor")
+    assert out.splitlines()[0].endswith(
+        "; an NVIDIA GPU may be here that jax does not see: pip install -e '.[cuda13]' in a "
+        "checkout of qwen-jax"
+    )
+
+
+@pytest.mark.parametrize("error", [AssertionError(), RuntimeError("Unable\x1b: 'x'. (set JAX_PL")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "generate MODEL --prompt a",
+        "score MODEL --tokens IDS --out LOGITS",
+        "calibrate MODEL --data IDS --out BUDGETS",
+        "batch MODEL LINES ANSWERS --dry-run",
+        "bench kernels",
+    ],
+)
+def test_platforms_that_are_not_there_get_one_line(
+    arguments, error, model, tmp_path, run, monkeypatch
+):
+    def refuse():
+        raise error
+
+    (tmp_path / "IDS").write_text("[1, 2, 3]")
+    body = {"model": "m", "prompt": "ab", "max_tokens": 2}
+    line = {"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": body}
+    (tmp_path / "LINES").write_text(json.dumps(line) + "\n")
+    monkeypatch.setattr(jax, "devices", refuse)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    words = [
+        model if word == "MODEL" else tmp_path / word if word.isupper() else word
+        for word in arguments.split()
+    ]
+    code, _, err = run(*words)
+    assert code == 2
+    last = err.splitlines()[-1]
+    assert last.startswith("error: JAX_PLATFORMS=cuda names what is not here: ")
+    assert last.endswith("; unset it, or set it to cpu")
+    assert last.isprintable()
+    assert "Traceback" not in err
+
+
+def test_doctor_says_where_compiled_programs_are_and_how_large(tmp_path, run, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    with settings.enable_compilation_cache(True):
+        compile_cache.write(tmp_path / "a.program", bytes(3 << 20))
+        _, out, _ = run("doctor", "--json")
+        assert json.loads(out)["compile_cache"] == {
+            "directory": str(tmp_path),
+            "bytes": (3 << 20) + 32,
+            "limit": 4 << 30,
+            "reason": "as JAX_COMPILATION_CACHE_DIR says",
+        }
+        _, out, _ = run("doctor")
+        kept = f"3.0 MiB of at most 4.0 GiB in {tmp_path} (as JAX_COMPILATION_CACHE_DIR says)"
+        assert f"compiled programs: {kept}\n" in out
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a.program"))
+        _, out, _ = run("doctor")
+        assert "compiled programs: not kept (the user's cache directory cannot be written" in out
+    with settings.enable_compilation_cache(False):
+        _, out, _ = run("doctor")
+    assert "compiled programs: not kept (JAX_ENABLE_COMPILATION_CACHE turns it off)\n" in out
+
+
+def test_the_first_word_of_a_command_is_its_own():
+    """In a process whose environment says nothing of TPUs."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("TPU_")}
+    command = [sys.executable, "-m", "qwen_jax", "doctor"]
+    done = subprocess.run(command, capture_output=True, text=True, env=kept)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("ready: ")
+
+
+def test_what_the_environment_says_of_tpus_stays(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"TPU_WORKER_HOSTNAMES": "mine"})
+    monkeypatch.setattr(devices, "present", lambda platform: True)
+    devices.quiet_libtpu()
+    assert os.environ == {"TPU_WORKER_HOSTNAMES": "mine"}
+    monkeypatch.setattr(devices, "present", lambda platform: False)
+    devices.quiet_libtpu()
+    assert os.environ["TPU_WORKER_HOSTNAMES"] == "mine"
+    assert os.environ["TPU_SKIP_MDS_QUERY"] == "1"

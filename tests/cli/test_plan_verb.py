@@ -110,11 +110,14 @@ def test_a_published_model_needs_no_directory(tmp_path, run):
         ("--config 7b", "--config '7b' is not one of 7b-1m, 14b-1m"),
         (
             "--config 7b-1m --tokens 1G",
-            "'1G' is no number of tokens, such as 12000, 128K (of 1,024)",
+            "--tokens '1G' is no number of tokens, such as 12000, 128K (of 1,024)",
         ),
         ("--config 7b-1m --tokens 0K", "--tokens 0 must be at least 1"),
-        ("--config 7b-1m --memory 40", "'40' is no number of bytes, such as 40GiB or 80GB"),
-        ("--config 7b-1m --memory 0GB", "'0GB' is no number of bytes"),
+        (
+            "--config 7b-1m --memory 40",
+            "--memory '40' is no number of bytes, such as 40GiB",
+        ),
+        ("--config 7b-1m --memory 0GB", "--memory '0GB' is no number of bytes"),
         ("--config 7b-1m --topology gpu:2", "give the memory of each device, as --memory 40GiB"),
     ],
 )

@@ -96,7 +96,7 @@ def test_flags_read_them_and_check_their_range(flag, model, run):
     asked = "generate", model, "--prompt", "a", "--max-new-tokens", "1"
     code, _, err = run(*asked, flag, "1X")
     assert (code, err.count("\n")) == (2, 1)
-    assert f"'{flag}': '1X' is no number of tokens, such as 12000, 128K (of 1,024) or 1M" in err
+    assert f"{flag} '1X' is no number of tokens, such as 12000, 128K (of 1,024) or 1M" in err
     code, _, err = run(*asked, flag, "-1K")
     assert (code, err.count("\n")) == (2, 1)
     assert f"{flag} -1024 must be at least" in err

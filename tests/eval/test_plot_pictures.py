@@ -224,7 +224,8 @@ def test_a_plan_in_a_terminal_with_colours_has_two_pixels_a_character():
 def test_without_matplotlib_the_way_out_is_told(log, tmp_path, run, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     code, _, err = run("eval", log, "--out", tmp_path / "map.png")
-    assert (code, err) == (2, "error: --out needs matplotlib: pip install 'qwen-jax[plot]'\n")
+    way_out = "pip install -e '.[plot]' in a checkout of qwen-jax"
+    assert (code, err) == (2, f"error: --out needs matplotlib: {way_out}\n")
     assert run("eval", log)[0] == 0
 
 
