@@ -171,7 +171,7 @@ def test_a_report_is_replaced_by_the_next_one(agreeing, run, tmp_path):
         (["--report", "r.json"], "--report has no effect without --kernels"),
         (["--config", "7b-1m"], "--config has no effect without --kernels"),
         (["xla"], "KERNELS has no effect without --kernels"),
-        (["--kernels", "--config", "8b"], "--config 8b: there are 7b-1m"),
+        (["--kernels", "--config", "8b"], "--config '8b' is not one of 7b-1m"),
         (["--kernels", "nowhere"], "there is no such model"),
         (["--kernels", "a", "b"], "a and b are no kernels"),
         (["--kernels", "mosaic_tpu"], "backend 'mosaic_tpu' runs on tpu"),

@@ -107,7 +107,7 @@ def test_a_published_model_needs_no_directory(tmp_path, run):
     [
         ("", "give MODEL, a directory, or --config NAME, and not both"),
         (". --config 7b-1m", "give MODEL, a directory, or --config NAME, and not both"),
-        ("--config 7b", "--config 7b: there are 7b-1m, 14b-1m"),
+        ("--config 7b", "--config '7b' is not one of 7b-1m, 14b-1m"),
         (
             "--config 7b-1m --tokens 1G",
             "'1G' is no number of tokens, such as 12000, 128K (of 1,024)",
