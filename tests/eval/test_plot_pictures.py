@@ -233,7 +233,7 @@ def test_what_cannot_be_done_is_told_in_a_line(log, tmp_path, run):
     write_report(tmp_path / "report.json")
     for arguments, named in (
         (("eval", log, "--out", tmp_path / "map.pdf"), "the name must end in .png"),
-        (("eval", log, "--out", tmp_path / "no" / "map.png"), "No such file"),
+        (("eval", log, "--out", tmp_path / "report.json" / "map.png"), "it is not a directory"),
         (("eval", tmp_path / "none.jsonl"), "none.jsonl is missing"),
         (("recall", log), "no report of `qwen-jax calibrate`"),
         (("recall", tmp_path / "report.json", "--length", "4K"), "holds no length 4096"),
