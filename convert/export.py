@@ -67,7 +67,7 @@ def export(
         staging.begin(
             {"export": manifest.source_sha256},
             overwrite=overwrite,
-            resume=True,  # what a stopped export has left is of no use, nor in the way
+            resume=not overwrite,  # what a stopped export has left is of no use, nor in the way
             same=lambda _: False,
             check_ours=_check_ours,
         )

@@ -151,12 +151,12 @@ def _is_conversion(
     there = manifests.read(directory / "manifest.json")
     alike = (there.source_sha256, there.dtype) == (checked.outline(), dtype)
     beside = {name: file for name, file in there.files.items() if not name.startswith("params/")}
-    return (
-        alike
-        and beside == {name: file_sums(path) for name, path in checked.companions.items()}
-        and {each.name: each.source_sha256 for each in there.tensors}
-        == {name: checked.sums(progress)[name] for name in checked.tensors}
-    )
+    if not alike or beside != {name: file_sums(p) for name, p in checked.companions.items()}:
+        return False
+    sums = checked.sums(progress)
+    return {each.name: each.source_sha256 for each in there.tensors} == {
+        name: sums[name] for name in checked.tensors
+    }
 
 
 def _check_ours(directory: Path) -> None:

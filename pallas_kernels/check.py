@@ -253,16 +253,17 @@ def _compared(name: str, shape: Shape, place: Place, who: str, device: Any) -> R
     verdict, reason = "agrees", ""
     run = compiled(name, who, place.geometry, device.platform)
     for said, length, args in inputs(name, shape, place):
-        args = jax.device_put(args, device)
         try:
+            args = jax.device_put(args, device)
             found = jax.device_get(run(args))
+            expected = _truth(name, place, args)
         except backend.Unsupported as error:
             verdict, reason = "refuses", str(error)
             break
         except Exception as error:  # whatever a compiler or a driver raises is a verdict
             verdict, reason = "fails", _in_a_line(error)
             break
-        errors = _errors(name, found, _truth(name, place, args), length)
+        errors = _errors(name, found, expected, length)
         worst = worst.and_(errors)
         if not errors.within(limit):
             verdict, reason = "differs", f"{errors} {said}, where {limit:g} is allowed"

@@ -155,7 +155,7 @@ def steps(
 
 def _compile(mesh: Mesh, name: str, function, *args) -> Program:
     try:
-        with jax.set_mesh(mesh):
+        with runner.own_settings(), jax.set_mesh(mesh):
             lowered = function.lower(*args)
     except backend.Unsupported as error:
         raise ConfigError(str(error)) from None

@@ -49,8 +49,9 @@ def write(path: Path, content: str | bytes) -> None:
     if os.path.lexists(partial):
         partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
     with naming(path):
+        file = partial.open("xb")  # not removed if another process has made it
         try:
-            with partial.open("xb") as file:
+            with file:
                 file.write(content.encode() if isinstance(content, str) else content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -65,6 +66,8 @@ def write(path: Path, content: str | bytes) -> None:
 def check_ours(path: Path, is_ours: Callable[[Path], bool]) -> None:
     """Refuses to replace a file that this program did not write.
 
+    An empty file may be replaced: it holds nothing.
+
     Args:
         is_ours: whether a regular file carries what this program marks such files with.
 
@@ -72,7 +75,8 @@ def check_ours(path: Path, is_ours: Callable[[Path], bool]) -> None:
         FileExistsError: naming it and the way out.
         OSError: if it cannot be read.
     """
-    if os.path.lexists(path) and not (path.is_file() and is_ours(path)):
+    is_file = path.is_file()
+    if os.path.lexists(path) and not (is_file and (not path.stat().st_size or is_ours(path))):
         problem = "exists and was not written by this command: name another file, or remove it"
         raise FileExistsError(errno.EEXIST, problem, str(path))
 

@@ -22,7 +22,6 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -605,7 +604,7 @@ def _is_count(number: Any) -> bool:
 
 
 def _is_number(figure: Any) -> bool:
-    return type(figure) in (int, float) and math.isfinite(figure)
+    return type(figure) in (int, float) and -1e18 < figure < 1e18
 
 
 def _are_settings(settings: dict[str, Any]) -> bool:

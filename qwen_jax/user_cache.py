@@ -17,7 +17,9 @@ def directory(name: str) -> Path | None:
         base = os.environ.get("XDG_CACHE_HOME")
         root = Path(base) if base and os.path.isabs(base) else Path.home() / ".cache"
         path = root / "qwen-jax" / name
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        root.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
         usable = os.access(path, os.W_OK | os.X_OK)
     except (OSError, RuntimeError):  # RuntimeError: no home directory
         return None

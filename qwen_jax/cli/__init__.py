@@ -103,7 +103,10 @@ class _Verbs(command.Group):
         if len(args) > 1 and name in VERBS:
             return name, self.get_command(ctx, name), args[2:]
         longer = [verb for verb in VERBS if verb.startswith(f"{args[0]} ")]
-        hint = flags.did_you_mean(name, longer) if len(args) > 1 and os.sep not in name else ""
+        hint = ""
+        if len(args) > 1 and os.sep not in name:
+            likely = flags.did_you_mean(args[1], [verb.split()[1] for verb in longer])
+            hint = likely and flags.did_you_mean(name, longer)
         if hint and not args[1].startswith("-") and not os.path.exists(args[1]):
             ctx.fail(f"No such command '{printable(name)}'{hint}")
         return super().resolve_command(ctx, args)

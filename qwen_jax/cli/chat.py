@@ -198,7 +198,7 @@ class Conversation:
             raise ConfigError("/file needs a path")
         if Path(argument) == documents.STDIN:
             raise ConfigError("/file needs a path: standard input is the conversation itself")
-        found = read_files([Path(argument).expanduser()], self._tokenizer)
+        found = read_files([Path(os.path.expanduser(argument))], self._tokenizer)
         self._files += found
         rows = [(document.name, count) for document, count in found.items()]
         total = len(self._ids) + sum(found.values())

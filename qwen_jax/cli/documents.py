@@ -3,10 +3,13 @@
 import collections
 import dataclasses
 import os
+import re
 import stat
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pathspec
 from rich.cells import cell_len
@@ -25,11 +28,11 @@ _LISTED, _LARGEST_SHOWN = 10, 5  # skipped files: all of so few, else the larges
 
 # First bytes of what users take for text, and the way to its text.
 _FORMATS = (
-    (b"%PDF", "a PDF: take its text out, for example with pdftotext"),
+    (b"%PDF-", "a PDF: take its text out, for example with pdftotext"),
     (b"PK\x03\x04", "a zip archive: unpack it, and name the files"),
     (b"PK\x05\x06", "an empty zip archive"),
     (b"\x1f\x8b", "compressed: unpack it, for example with gunzip"),
-    (b"BZh", "compressed: unpack it, for example with bunzip2"),
+    (b"BZh91AY&SY", "compressed: unpack it, for example with bunzip2"),
     (b"\xfd7zXZ", "compressed: unpack it, for example with unxz"),
     (b"\x28\xb5\x2f\xfd", "compressed: unpack it, for example with unzstd"),
     (b"\xd0\xcf\x11\xe0", "an old Office document: save it as text"),
@@ -159,7 +162,12 @@ def _walk(root: Path, exclude: Sequence[str], skip: Callable[[_Skipped], None]) 
     def fail(error: OSError):
         raise DocumentError(f"{shown(error.filename)} cannot be read: {reading.reason(error)}")
 
-    excluded = _patterns("--exclude", exclude)
+    for pattern in exclude:
+        if _pattern(pattern) is None:
+            raise DocumentError(
+                f"--exclude '{printable(pattern)}' is no pattern of .gitignore files"
+            )
+    excluded = _spec(exclude)
     rules = _Rules(root)
     for folder, names, files in os.walk(root, onerror=fail):
         rules.enter(Path(folder))
@@ -193,7 +201,7 @@ class _Rules:
 
     def __init__(self, root: Path):
         self._specs: dict[Path, pathspec.GitIgnoreSpec] = {}
-        above = root.absolute()
+        above = Path(os.path.abspath(root))  # without `..`, which is no parent of its own
         parents = list(above.parents)
         repository = next((i for i, each in enumerate(parents) if (each / ".git").exists()), -1)
         if not (above / ".git").exists():
@@ -206,11 +214,12 @@ class _Rules:
         """Reads the rules of a directory."""
         path = folder / ".gitignore"
         if path.is_file() and not path.is_symlink():
-            text = reading.read_text(path, limit=_IGNORE_BYTES, error=DocumentError)
-            self._specs[folder.absolute()] = _patterns(shown(path), text.splitlines())
+            text = reading.read_bytes(path, limit=_IGNORE_BYTES, error=DocumentError)
+            lines = os.fsdecode(text).splitlines()
+            self._specs[Path(os.path.abspath(folder))] = _spec(lines)
 
     def ignore(self, path: Path, is_folder: bool) -> bool:
-        path = path.absolute()
+        path = Path(os.path.abspath(path))
         for folder in path.parents:
             if folder in self._specs:
                 below = path.relative_to(folder).as_posix() + "/" * is_folder
@@ -231,11 +240,18 @@ def _verdict(spec: pathspec.GitIgnoreSpec, path: str) -> bool | None:
     return None
 
 
-def _patterns(where: str, lines: Iterable[str]) -> pathspec.GitIgnoreSpec:
-    try:
-        return pathspec.GitIgnoreSpec.from_lines(lines)
-    except ValueError as error:
-        raise DocumentError(f"{where}: a pattern cannot be used: {printable(error)}") from None
+def _spec(lines: Iterable[str]) -> pathspec.GitIgnoreSpec:
+    return pathspec.GitIgnoreSpec([each for line in lines for each in _pattern(line) or ()])
+
+
+def _pattern(line: str) -> list[Any] | None:
+    """What a line of a `.gitignore` file says; None for what git skips as no pattern."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Python, on classes such as [[:alpha:]]
+        try:
+            return list(pathspec.GitIgnoreSpec.from_lines([line]).patterns)
+        except (ValueError, re.error):
+            return None
 
 
 def read_text(path: Path) -> str:

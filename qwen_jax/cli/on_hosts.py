@@ -103,7 +103,7 @@ def facts(verb: str, given: Mapping[str, Any], *, whole: bool = True) -> dict[st
             if field == "sparse_config" and each is not None:
                 found[flag] = file_sums(each).sha256[:16]
             elif field not in _OWN and not _names_paths(each):
-                found[flag] = str(each)
+                found[flag] = str(each).encode("utf-8", "backslashreplace").decode()
     model = next((given[name] for name in _MODELS if given.get(name) is not None), None)
     if model is not None:
         model = locate.checkpoint(model)

@@ -199,8 +199,10 @@ class Engine:
         """Queue a request; returns the id that its events will carry.
 
         Raises:
+            EngineError: if the engine is dead.
             RequestError: if it can never be served.
         """
+        self._check_alive()
         self.check(request)
         number = self._num_requests
         prefix = self._prefix_of(request.prompt)
@@ -215,13 +217,11 @@ class Engine:
         return number
 
     def check(self, request: Request) -> None:
-        """Refuse what `add` would refuse.
+        """Refuse what can never be served; reads nothing that a step in another thread changes.
 
         Raises:
-            EngineError: if the engine is dead.
             RequestError: if it can never be served.
         """
-        self._check_alive()
         check_ids("prompt", request.prompt, self._model.vocab_size)
         if request.eos_ids:
             check_ids("eos_ids", request.eos_ids, self._model.vocab_size)
@@ -749,12 +749,13 @@ def kernels(
         plan=sparse.tiles_on(platform),
     )
     mine = [device] if mesh is None else mesh.local_devices
-    first_contact.ensure(
-        shape if platform != "cpu" else shape.soon(),
-        {name: getattr(chosen, PROGRAMS[name]) for name in programs},
-        next((each for each in mine if each.process_index == jax.process_index()), device),
-        say,
-    )
+    with own_settings():
+        first_contact.ensure(
+            shape if platform != "cpu" else shape.soon(),
+            {name: getattr(chosen, PROGRAMS[name]) for name in programs},
+            next((each for each in mine if each.process_index == jax.process_index()), device),
+            say,
+        )
     return chosen, layout
 
 

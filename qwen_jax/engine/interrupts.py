@@ -32,7 +32,8 @@ def deferred() -> Iterator[None]:
                 signal.signal(number, lambda number, frame: arrived.update({number: frame}))
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number, frame in arrived.items():
-            handlers[number](number, frame)
+        with contextlib.ExitStack() as calls:  # last in, first out; one that raises skips no other
+            for number, frame in reversed(arrived.items()):
+                calls.callback(handlers[number], number, frame)
+            for number, handler in handlers.items():
+                calls.callback(signal.signal, number, handler)

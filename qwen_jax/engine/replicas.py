@@ -254,6 +254,7 @@ class Replicas:
             RequestError: if the tokens are none of the model's or do not fit.
         """
         replica = self._least()
+        replica.settle()
         blocks = replica.engine.score(tokens, last=last)
         assert isinstance(blocks, Generator)
         return _between_steps(replica, blocks)

@@ -261,8 +261,24 @@ def test_patterns_exclude_in_each_directory(tmp_path):
     assert f"skipped {tmp_path / 'docs'}: --exclude names it" in skipped
     with pytest.raises(DocumentError, match="--exclude is for directories"):
         read(tmp_path / "a.py", exclude=["*.py"])
-    with pytest.raises(DocumentError, match="a pattern cannot be used"):
+    with pytest.raises(DocumentError, match="--exclude '!' is no pattern"):
         read(tmp_path, exclude=["!"])
+
+
+@pytest.mark.parametrize("line", [b"!", b"[z-a]", b"\xff\xfe", b"[[:foo:]]", b"[b-a-c]"])
+def test_lines_that_are_no_patterns_are_skipped_as_git_does(tmp_path, line):
+    make(tmp_path, *FILES)
+    (tmp_path / ".gitignore").write_bytes(line + b"\n*.py\n")
+    found, _ = read(tmp_path)
+    assert found
+    assert not any(name.endswith(".py") for name, _ in found)
+
+
+def test_a_sibling_is_read_by_its_own_rules(tmp_path, monkeypatch):
+    make(tmp_path, "b/data/x.txt", "b/y.txt", "a/.git/HEAD")
+    (tmp_path / "a/.gitignore").write_text("data/")
+    monkeypatch.chdir(tmp_path / "a")
+    assert read(Path("../b"))[0] == read(tmp_path / "b")[0]
 
 
 def test_many_skipped_files_are_summed_up(tmp_path):

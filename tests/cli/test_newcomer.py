@@ -90,6 +90,8 @@ def test_sections_come_in_one_order(run):
         (["eval", "ruler", "MODEL", "--tasks", "vtt"], "did you mean vt?"),
         (["eval", "niah", "MODEL", "--compare", "dac"], "did you mean dca?"),
         (["bench", "decode", "--config", "7b"], "did you mean 7b-1m?"),
+        (["bench", "ckpt"], "there is no such model"),
+        (["bench", "my-model"], "there is no such model"),
         (["frobnicate"], "No such command 'frobnicate' (see qwen-jax --help)"),
         (["gen\x1b[2J\nx"], "No such command 'gen\\x1b[2J\\nx'"),
         (["generate", "M", "--\x1b[2J"], "No such option: --\\x1b[2J"),

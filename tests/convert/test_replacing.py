@@ -163,6 +163,22 @@ SIBLINGS = {
 }
 
 
+def test_what_other_work_has_left_is_replaced_by_an_export_that_may(there):
+    with publish.Staging(there / "new") as staging:
+        staging.begin(
+            {"export": "0" * 64},
+            overwrite=False,
+            resume=False,
+            same=lambda _: False,
+            check_ours=lambda _: None,
+        )
+    with pytest.raises(CheckpointError, match="start again with --overwrite"):
+        export(there / "ours", there / "new")
+    export(there / "ours", there / "new", overwrite=True)
+    assert tree(there / "new") == tree(there / "back")
+    assert not (there / "new.partial").exists()
+
+
 @pytest.mark.parametrize("case", SIBLINGS)
 def test_a_sibling_that_was_not_written_here_is_left_alone(case, there):
     for name, text in SIBLINGS[case].items():

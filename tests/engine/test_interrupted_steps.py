@@ -149,7 +149,7 @@ def stopped_at(number, act):
         except (Stopped, KeyboardInterrupt):
             pass
     try:
-        engine.check(REQUESTS[0])
+        engine._check_alive()
         drain(engine)
         found = work(engine)
     except EngineError as error:

@@ -146,6 +146,28 @@ class Broken(FakeRunner):
         return super().prefill(step)
 
 
+class Halfway(Gated):
+    """Without its cache while a step is in flight, as where that is donated."""
+
+    def prefill(self, step):
+        self.is_whole = False
+        done = super().prefill(step)
+        self.is_whole = True
+        return done
+
+
+def test_a_replica_in_the_middle_of_a_step_takes_requests():
+    Halfway.gate.clear()
+    serving = build(runner=Halfway)
+    slow = serving.add(Request(prompt=(3,) * 8, max_new_tokens=2))
+    fast = serving.add(request(4, new=1))
+    while not any(event.request_id == fast and event.finish for event in serving.step()):
+        pass
+    late = [serving.add(request(4, new=2)) for _ in range(4)]  # some by the one that is held up
+    Halfway.gate.set()
+    assert served(serving)[1].keys() == {slow, *late}
+
+
 def test_what_a_step_raises_loses_no_event_of_the_others():
     serving = build(runner=Broken)
     serving.add(Request(prompt=(3,) * 8, max_new_tokens=2))
