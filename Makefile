@@ -70,11 +70,11 @@ bench: $(VENV)/.test
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 
-$(BIN)/python: $(CONSTRAINTS)
+$(VENV)/.python: $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	touch $@
 
-$(VENV)/.demo: $(BIN)/python pyproject.toml
+$(VENV)/.demo: $(VENV)/.python pyproject.toml
 	$(PIP) -e '.[demo]'
 	touch $@
 
