@@ -56,6 +56,7 @@ def test_what_is_no_terminal_gets_whole_lines(columns, monkeypatch, capsys):
 @pytest.mark.parametrize("columns", [30, 62, 80, 200])
 def test_a_terminal_gets_whole_names_of_files(columns, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "xterm")  # a dumb one has 80
     rows = [(f"{FOLDERS}/{NAME}", 12)]
     shown = on_a_terminal(monkeypatch, lambda: documents.print_table(rows, 3500, 8192))
     lines = shown.splitlines()

@@ -97,7 +97,8 @@ class Job:
         """Addresses on which the processes accept connections."""
         own, found = set(), set()
         for process in self.processes:
-            with contextlib.suppress(FileNotFoundError):  # ended meanwhile
+            # It ended meanwhile; what was not waited for is shown to root alone.
+            with contextlib.suppress(FileNotFoundError, PermissionError):
                 for entry in Path(f"/proc/{process.pid}/fd").iterdir():
                     with contextlib.suppress(FileNotFoundError):  # closed meanwhile
                         own.add(os.readlink(entry))
