@@ -66,8 +66,6 @@ def write(path: Path, content: str | bytes) -> None:
 def check_ours(path: Path, is_ours: Callable[[Path], bool]) -> None:
     """Refuses to replace a file that this program did not write.
 
-    An empty file may be replaced: it holds nothing.
-
     Args:
         is_ours: whether a regular file carries what this program marks such files with.
 
@@ -75,8 +73,7 @@ def check_ours(path: Path, is_ours: Callable[[Path], bool]) -> None:
         FileExistsError: naming it and the way out.
         OSError: if it cannot be read.
     """
-    is_file = path.is_file()
-    if os.path.lexists(path) and not (is_file and (not path.stat().st_size or is_ours(path))):
+    if os.path.lexists(path) and not (path.is_file() and is_ours(path)):
         problem = "exists and was not written by this command: name another file, or remove it"
         raise FileExistsError(errno.EEXIST, problem, str(path))
 

@@ -187,6 +187,7 @@ def test_help_and_a_closed_pipe_are_quiet():
         text=True,
         check=False,
         timeout=100,
+        env=os.environ | {"COLUMNS": "80"},
     )
     assert done.stdout == "Usage: qwen-jax ask [OPTIONS] {MODEL} {QUESTION}\n"
     assert done.stderr == ""

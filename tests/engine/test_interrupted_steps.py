@@ -27,6 +27,16 @@ BUDGETS = SparseConfig(
     last_q=4,
     threshold=30,
 )
+
+
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl-C as in a terminal: who starts tests in the background may have it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 PREFIX = random_models.tokens(CONFIG, 12)
 SCORED = random_models.tokens(CONFIG, 20)
 REQUESTS = (
