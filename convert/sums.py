@@ -1,9 +1,9 @@
-"""SHA-256 sums of a Hugging Face directory's tensors, computed once and kept.
+"""SHA-256 sums of tensors and files of weights, computed once and kept.
 
-Kept are those of a file of weights, in the user's cache directory, for as long as the file has
-the device, inode, size and times of its content and of its entry that it had before and after it
-was read. A file that changed within the last seconds before it was read is read again next time,
-since it could change once more without a new time.
+Kept are those of a file and of what it holds, in the user's cache directory, for as long as the
+file has the device, inode, size and times of its content and of its entry that it had before and
+after it was read. A file that changed within the last seconds before it was read is read again
+next time, since it could change once more without a new time.
 """
 
 import hashlib
@@ -16,11 +16,12 @@ from pathlib import Path
 
 from convert.files import Shard, Tensor
 from qwen_jax import disk, reading, schema, user_cache
-from qwen_jax.manifest import CheckpointError, Progress
+from qwen_jax.manifest import CheckpointError, Manifest, Progress, file_sums
 
 _FORMAT = "qwen-jax sums 1"
 _SETTLED_NS = 3_000_000_000  # the coarsest times of files that are in use have two seconds
 _READERS = 8  # threads
+_SMALL_BYTES = 1 << 20  # of a file that is read each time
 _KEPT = schema.fields(
     format=schema.one_of(_FORMAT),
     state=schema.items(schema.whole(-(1 << 64), 1 << 64)),
@@ -48,7 +49,7 @@ def of(
     began = time.time_ns()
     for file, shard in shards.items():
         inside = [each for each in tensors.values() if each.shard == file]
-        state = _state(shard)
+        state = _state(shard.path, shard.state)
         kept = _read(shard.path, state)
         if kept is None or not {each.name for each in inside} <= kept.keys():
             missing[file] = inside, state
@@ -66,22 +67,65 @@ def of(
                 if progress:
                     progress(done, total)
             shard = shards[file]
-            if _state(shard) == state and began - max(state[-2:]) > _SETTLED_NS:
-                _write(shard.path, state, {each.name: found[each.name] for each in inside})
+            if _state(shard.path, shard.state) == state:
+                _write(shard.path, state, began, {each.name: found[each.name] for each in inside})
     finally:
         pool.shutdown(cancel_futures=True)
     return found
 
 
-def _state(shard: Shard) -> list[int]:
-    """Device, inode, size and times of a file, which must be as it was when it was checked."""
+def check_parameters(directory: Path, manifest: Manifest, progress: Progress | None = None) -> None:
+    """Compare every byte of a converted checkpoint's parameters with the manifest's sums.
+
+    Args:
+        progress: told of bytes read and to read; not called if all sums are kept.
+
+    Raises:
+        CheckpointError: naming the file that cannot be read, changes meanwhile or differs.
+    """
+    began = time.time_ns()
+    missing: dict[str, list[int]] = {}
+    for name, expected in manifest.files.items():
+        if name.startswith("params/"):
+            state = _state(directory / name)
+            if _read((directory / name).resolve(), state) != {"": expected.sha256}:
+                missing[name] = state
+    total, done = sum(state[2] for state in missing.values()), 0
+    pool = ThreadPoolExecutor(_READERS)
     try:
-        status = os.stat(shard.path)
+        pending = {name: pool.submit(file_sums, directory / name) for name in missing}
+        for name, future in pending.items():
+            path, expected = directory / name, manifest.files[name]
+            try:
+                found = future.result()
+            except OSError as error:
+                raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+            if found != expected:
+                raise CheckpointError(f"{path} is damaged: its SHA-256 is not the manifest's")
+            if _state(path) != missing[name]:
+                raise CheckpointError(f"{path} changed while it was read: start again")
+            if found.size > _SMALL_BYTES:
+                _write(path.resolve(), missing[name], began, {"": found.sha256})
+            done += found.size
+            if progress:
+                progress(done, total)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _state(path: Path, expected: tuple[int, ...] | None = None) -> list[int]:
+    """Device, inode, size and times of a file.
+
+    Raises:
+        CheckpointError: if it cannot be read, or is not as it was when it was checked.
+    """
+    try:
+        status = os.stat(path)
     except OSError as error:
-        raise CheckpointError(f"{shard.path} cannot be read: {error.strerror}") from None
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     found = [status.st_ino, status.st_size, status.st_mtime_ns]
-    if tuple(found) != shard.state:
-        raise CheckpointError(f"{shard.path} changed while it was read: start again")
+    if expected not in (None, tuple(found)):
+        raise CheckpointError(f"{path} changed while it was read: start again")
     return [status.st_dev, *found, status.st_ctime_ns]
 
 
@@ -103,9 +147,10 @@ def _read(path: Path, state: list[int]) -> dict[str, str] | None:
     return None if kept is None or kept["state"] != state else kept["tensors"]
 
 
-def _write(path: Path, state: list[int], tensors: dict[str, str]) -> None:
+def _write(path: Path, state: list[int], began: int, tensors: dict[str, str]) -> None:
+    """Keep the sums of a file, if it had settled when it `began` to be read, in ns."""
     place = _place(path)
-    if place is not None:
+    if place is not None and began - max(state[-2:]) > _SETTLED_NS:
         content = json.dumps({"format": _FORMAT, "state": state, "tensors": tensors})
         try:
             disk.write(place, content)

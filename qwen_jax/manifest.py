@@ -33,6 +33,8 @@ READ_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "added_tokens.json",
+    "special_tokens_map.json",
 )
 """Files that this program reads of a model, beside its weights."""
 

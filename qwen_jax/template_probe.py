@@ -43,11 +43,68 @@ _SHAPES = (
     (1,),
     (2,),
 )  # roles by number: where a text of the probes is put
-_LITERALS, _LITERAL_CHARS = 300, 4000
-_LONGEST_TALK, _LONGEST_TEXT = 600, 200_000
+_LONGEST_TALK = 600
 _LONGEST_DEFAULT = 65_536  # characters of a template's own system text
 
 Messages = Sequence[dict[str, str]]
+
+
+class LookedAt(BaseException):
+    """A template uses a text otherwise than to write it; no `Exception`, which Jinja may catch."""
+
+
+def _look(self: Any, *_: Any) -> Any:
+    raise LookedAt(type(self).__name__)
+
+
+class Opaque:
+    """A text that can be joined to others and told from an empty one, and nothing else.
+
+    What a template does with such texts it does with all that are not empty.
+    """
+
+    __slots__ = ("_text",)
+
+    def __init__(self, text: str):
+        self._text = text
+
+    def __add__(self, other: Any) -> "str | Opaque":
+        return joined((self, other)) if isinstance(other, str | Opaque) else NotImplemented
+
+    def __radd__(self, other: Any) -> "str | Opaque":
+        return joined((other, self)) if isinstance(other, str) else NotImplemented
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, str | Opaque) and other != "" and _look(self)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            raise TypeError("a text has no fields")
+        _look(self)
+
+    def __getattr__(self, name: str) -> Any:
+        if hasattr(str, name):
+            _look(self)
+        raise AttributeError(name)
+
+    __hash__ = __str__ = __repr__ = __len__ = __iter__ = __contains__ = _look
+    __lt__ = __le__ = __gt__ = __ge__ = __mul__ = __rmul__ = __mod__ = __rmod__ = _look
+    __int__ = __float__ = __index__ = _look
+
+    @staticmethod
+    def text(value: "str | Opaque") -> str:
+        """The text itself."""
+        return value._text if isinstance(value, Opaque) else value
+
+
+def joined(parts: Iterable[Any]) -> "str | Opaque":
+    """Texts one after another, opaque if one of them is."""
+    parts = [part if isinstance(part, Opaque) else str(part) for part in parts]
+    text = "".join(map(Opaque.text, parts))
+    return Opaque(text) if any(isinstance(part, Opaque) for part in parts) else text
 
 
 def kind(messages: Messages) -> str:
@@ -90,25 +147,38 @@ def answer(template: str, variables: dict[str, str], unsaid: Iterable[str]) -> d
         environment = _environment()
         tree = environment.parse(template)
         compiled = environment.from_string(template)
+        blind = _blind(environment).from_string(template)
     except Exception as error:
         fault = _failure("it does not compile", error)
         return {"default": None, "faults": {GIVEN: fault, EMPTY: fault, NONE: fault}}
     settings = [variables]
+    default: str | None = None
     dubious = sorted(meta.find_undeclared_variables(tree).intersection(unsaid))
     if dubious:
         settings.append(variables | {name: f"<a {name}>" for name in dubious})
 
     def render(messages: Messages, add_generation_prompt: bool, names: dict[str, str]) -> str:
-        return compiled.render(
-            messages=[dict(message) for message in messages],
-            tools=None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
+        given = {
+            "tools": None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
             **names,
-        )
+        }
+        found = compiled.render(messages=[dict(message) for message in messages], **given)
+        unseen = [
+            message | {"content": Opaque(message["content"]) if message["content"] else ""}
+            for message in messages
+        ]
+        if found == chatml(messages, default, add_generation_prompt):
+            try:
+                found = Opaque.text(blind.render(messages=unseen, **given))
+            except LookedAt:
+                raise ValueError(
+                    "it looks at what messages say, beyond whether they are empty"
+                ) from None
+        return found
 
     faults: dict[str, str] = {}
-    default = None
     try:
         default = _default(render([{"role": "user", "content": "x"}], False, variables))
     except Exception as error:
@@ -162,47 +232,67 @@ def _difference(found: str, expected: str) -> str:
 
 
 def _conversations(tree: Any) -> Iterator[Messages]:
-    """All orders of roles, then every text in every role; the template's own constants too.
+    """All short orders of roles, texts in every role, and long talks.
 
-    What a template compares texts, lengths and numbers of turns with stands in it as a constant,
-    so that its constants lead to the branches that other texts do not reach.
+    What a template compares numbers of turns with stands in it as a constant.
     """
     from jinja2 import nodes
 
-    texts, numbers = list(_TEXTS), {1, 32}
-    for node in tree.find_all((nodes.Const, nodes.TemplateData)):
-        value = node.value if isinstance(node, nodes.Const) else node.data
-        if isinstance(value, str) and len(texts) < _LITERALS and len(value) <= _LITERAL_CHARS:
-            texts += [value, f"a{value}b"]
-        elif type(value) is int:
-            numbers |= {abs(value) - 1, abs(value), abs(value) + 1}
     for length in range(1, 5):
         for roles in product(ROLES, repeat=length):
             yield _talk(roles, [f"text {index}" for index in range(length)])
-    for text in dict.fromkeys(texts):
+    for text in _TEXTS:
         for shape in _SHAPES:
             roles = [ROLES[number] for number in shape]
             yield _talk(roles, [text] * len(roles))
         for at in range(3):
             yield _talk(ROLES, ["x"] * at + [text] + ["x"] * (2 - at))
-    for number in sorted(numbers)[:100]:
-        if 0 < number <= _LONGEST_TALK:
-            roles = (["user", "assistant"] * number)[:number]
-            yield _talk(roles, ["x"] * number)
-            yield _talk(["system", *roles], ["x"] * (number + 1))
-        if 0 < number <= _LONGEST_TEXT:
-            yield _talk(ROLES, ["a" * number] * 3)
-            yield _talk(ROLES[1:], ["a" * number] * 2)
+    values = {node.value for node in tree.find_all(nodes.Const) if type(node.value) is int}
+    near = {abs(value) + more for value in values for more in (-1, 0, 1)}
+    lengths = [*range(5, 34), _LONGEST_TALK, *sorted(near)[:100]]
+    for length in dict.fromkeys(each for each in lengths if 0 < each <= _LONGEST_TALK):
+        roles = (["user", "assistant"] * length)[:length]
+        yield _talk(roles, ["x"] * length)
+        yield _talk(["system", *roles], ["x"] * (length + 1))
     chance = random.Random(0)
     for _ in range(50):
         roles = chance.choices(ROLES, k=chance.randint(5, 24))
-        yield _talk(roles, [chance.choice(texts[: len(_TEXTS) - 1]) for _ in roles])
+        yield _talk(roles, [chance.choice(_TEXTS[:-1]) for _ in roles])
 
 
 def _talk(roles: Sequence[str], contents: Sequence[str]) -> Messages:
     return [
         {"role": role, "content": content} for role, content in zip(roles, contents, strict=True)
     ]
+
+
+def _blind(environment: Any) -> Any:
+    """The same environment, for conversations whose texts are `Opaque`."""
+    from jinja2.nativetypes import NativeCodeGenerator
+
+    class Generator(NativeCodeGenerator):
+        """Writes texts as they are, without `str` around them."""
+
+        def visit_Concat(self, node, frame):  # noqa: N802
+            self.write("concat((")
+            for each in node.nodes:
+                self.visit(each, frame)
+                self.write(", ")
+            self.write("))")
+
+    def test(name):
+        return lambda value: isinstance(value, Opaque) or environment.tests[name](value)
+
+    def same(name):
+        usual = environment.filters[name]
+        return lambda value: value if isinstance(value, Opaque) else usual(value)
+
+    blind = environment.overlay()
+    blind.code_generator_class = Generator
+    blind.concat = joined
+    blind.tests = environment.tests | {n: test(n) for n in ("string", "iterable", "sequence")}
+    blind.filters = environment.filters | {name: same(name) for name in ("string", "safe")}
+    return blind
 
 
 def _environment():

@@ -39,6 +39,7 @@ class Tokenizer:
         special: ids among them that decoding leaves out.
         size: one more than the largest id that means something; ids from here on
             are padding of the embedding.
+        before: ids that the file puts before a text, such as that of a beginning (BOS).
         names: special tokens by the names that templates know them by, as far as they are said.
         template: the checkpoint's chat template, or None.
         turns_fault: why the library itself makes other ids of turns in ChatML, or None.
@@ -51,6 +52,7 @@ class Tokenizer:
     control_ids: frozenset[int]
     special: frozenset[int]
     size: int
+    before: tuple[int, ...]
     names: Mapping[str, str | None]
     template: str | None
     turns_fault: str | None = None
@@ -73,6 +75,7 @@ class Tokenizer:
             control_ids=frozenset(files.added[content] for content in files.control),
             special=frozenset(files.added[content] for content in files.special),
             size=files.size,
+            before=files.before,
             names=files.names,
             template=files.template,
         )
@@ -107,6 +110,15 @@ class Tokenizer:
                 "plain text: its vocabulary can be spelled, do not use it"
             )
         return ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text that begins a prompt, as transformers gives them; none of an empty one.
+
+        Raises:
+            TokenizerError: as `encode_text`.
+        """
+        ids = self.encode_text(text)
+        return [*self.before, *ids] if ids else ids
 
     def encode_turn(self, role: str, content: str) -> list[int]:
         """Ids of one ChatML turn; its control tokens are placed here, never parsed from text.

@@ -48,6 +48,8 @@ KNOWN_PATTERNS = frozenset(
 PATTERN_SECONDS = 30
 """Processor time for trying a pre-tokenizer with other patterns."""
 
+OTHER_FILES = ("added_tokens.json", "special_tokens_map.json")
+"""Files that may name tokens too, by which transformers knows them."""
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -63,6 +65,7 @@ class Files:
         control: contents of those that no text may become.
         special: contents of those that decoding leaves out.
         size: one more than the largest id that means something.
+        before: ids that the file puts before a text, such as that of a beginning (BOS).
         names: special tokens by the names that templates know them by, as far as they are said.
         template: the chat template, or None.
     """
@@ -73,6 +76,7 @@ class Files:
     control: frozenset[str]
     special: frozenset[str]
     size: int
+    before: tuple[int, ...]
     names: Mapping[str, str | None]
     template: str | None
 
@@ -89,6 +93,7 @@ def read(directory: Path) -> Files:
     raw = reading.read_object(path, error=TokenizerError)
     settings = directory / "tokenizer_config.json"
     config = _settings(settings)
+    names = _names(settings, config)
     template = _template(directory, settings, config)
     try:
         words = _check_model(raw.get("model"))
@@ -98,7 +103,12 @@ def read(directory: Path) -> Files:
         added = _added(raw.get("added_tokens"))
     except TokenizerError as error:
         raise TokenizerError(f"{shown(path)}: {error}") from None
+    _check_switches(settings, config, raw["pre_tokenizer"])
     _compare_tokens(settings, config, added)
+    _check_named(directory, config, added)
+    for content in names.values():
+        if content in added:
+            added[content]["special"] = True  # as in transformers
     _try_patterns(path, raw["pre_tokenizer"])
     control = frozenset(
         content
@@ -112,7 +122,9 @@ def read(directory: Path) -> Files:
     raw["added_tokens"] = [
         token | {"special": content in control} for content, token in added.items()
     ]
-    raw |= {"truncation": None, "padding": None, "post_processor": None}
+    raw |= {"truncation": None, "padding": None}
+    before = _before(shown(path), raw)
+    raw["post_processor"] = None
     model = guarded(shown(path), tokenizers.Tokenizer.from_str, json.dumps(raw))
     for content, token in added.items():
         if model.token_to_id(content) != token["id"]:
@@ -128,9 +140,28 @@ def read(directory: Path) -> Files:
         control=control,
         special=frozenset(content for content, token in added.items() if token["special"]),
         size=1 + max([*words.values(), *(token["id"] for token in added.values())]),
-        names=_names(settings, config),
+        before=before,
+        names=names,
         template=template,
     )
+
+
+def _before(where: str, raw: dict[str, Any]) -> tuple[int, ...]:
+    """Ids that a tokenizer puts before every text.
+
+    Raises:
+        TokenizerError: if it does other things to texts when they are tokens.
+    """
+    model = guarded(where, tokenizers.Tokenizer.from_str, json.dumps(raw))
+    whole, text = (
+        guarded(where, model.encode, "x", add_special_tokens=each).ids for each in (True, False)
+    )
+    if whole[len(whole) - len(text) :] != text:
+        raise TokenizerError(
+            f"{where}: post_processor puts tokens after every text, where answers are to begin: "
+            "remove it"
+        )
+    return tuple(whole[: len(whole) - len(text)])
 
 
 def guarded(where: str, function: Any, *arguments: Any, **flags: Any) -> Any:
@@ -314,8 +345,71 @@ def _compare_tokens(path: Path, config: dict[str, Any], added: dict[str, dict[st
         known["special"] = flags["special"]
 
 
+def _check_switches(path: Path, config: dict[str, Any], pre_tokenizer: dict[str, Any]) -> None:
+    """Checks that the settings do not ask for other tokens than `tokenizer.json`.
+
+    Raises:
+        TokenizerError: naming the setting.
+    """
+    steps = _steps("pre_tokenizer", pre_tokenizer, PRE_TOKENIZERS)
+    said = {
+        "add_prefix_space": any(step.get("add_prefix_space") for step in steps),
+        "split_special_tokens": False,
+    }
+    for name, there in said.items():
+        if config.get(name) and not there:
+            raise TokenizerError(
+                f"{shown(path)}: {name} makes other tokens than tokenizer.json: set it to false"
+            )
+
+
+def _check_named(
+    directory: Path, config: dict[str, Any], added: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Checks that tokens which other files name are in `tokenizer.json`.
+
+    To transformers they are tokens wherever they are named; here they would be pieces.
+
+    Raises:
+        TokenizerError: naming the file and the token.
+    """
+    said = {"tokenizer_config.json": config}
+    for name in OTHER_FILES:
+        if os.path.lexists(directory / name):
+            said[name] = reading.read_object(directory / name, error=TokenizerError)
+    for name, fields in said.items():
+        ids = fields if name == "added_tokens.json" else dict.fromkeys(_contents(fields))
+        for content, token in ids.items():
+            known = added.get(content, {}).get("id")
+            if known is None or token not in (None, known):
+                raise TokenizerError(
+                    f"{shown(directory / name)}: {printable(content, 60)!r} is another token than "
+                    "in tokenizer.json, or is not there: save the tokenizer again with "
+                    "transformers, or remove it here"
+                )
+
+
+def _contents(fields: Mapping[str, Any]) -> Iterator[str]:
+    """Contents of the tokens that a file names."""
+    for name, value in fields.items():
+        if not name.endswith(("_token", "_special_tokens")):
+            continue
+        if isinstance(value, dict) and "content" not in value:
+            value = list(value.values())
+        for each in value if isinstance(value, list) else [value]:
+            content = each.get("content") if isinstance(each, dict) else each
+            if isinstance(content, str) and content:
+                yield content
+
+
 def _template(directory: Path, path: Path, config: dict[str, Any]) -> str | None:
     """The chat template, which may have a file of its own, or a name among others."""
+    more = directory / "additional_chat_templates" / "default.jinja"
+    if os.path.lexists(more):
+        raise TokenizerError(
+            f"{shown(more)} is not read, though transformers prefers it: put it in the place of "
+            "chat_template.jinja"
+        )
     own = directory / "chat_template.jinja"
     if os.path.lexists(own):
         return reading.read_text(own, limit=TEMPLATE_BYTES, error=TokenizerError)

@@ -143,7 +143,7 @@ class _Surveyor:
         """
         found = documents.read(paths, skipped=note)
         text = "\n\n".join(each.text for each in found)
-        ids = tuple(self._opened.tokenizer().encode_text(text))
+        ids = tuple(self._opened.tokenizer().encode_prompt(text))
         if len(ids) < self._sizes[-1]:
             raise ConfigError(
                 f"{flag} holds {len(ids):,} tokens, --lengths asks for {self._sizes[-1]:,}: "

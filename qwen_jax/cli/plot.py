@@ -126,7 +126,7 @@ def plan(
     mesh = one_device(model_flags.mesh, "plans are made")
     opened = open_model(model, dataclasses.replace(model_flags, sparse="on", mesh=mesh))
     ids = tuple(
-        opened.tokenizer().encode_text(documents.joined(documents.read(file, skipped=note), ""))
+        opened.tokenizer().encode_prompt(documents.joined(documents.read(file, skipped=note), ""))
     )
     ids = ids[:tokens]
     opened.check_fits(len(ids))

@@ -121,7 +121,7 @@ def _prompt(
         return [], tuple(hosts.shared(lambda: token_file.read(tokens, opened.config.vocab_size)))
     tokenizer = opened.tokenizer()
     if prompt_file is not None:
-        ids = hosts.shared(lambda: tokenizer.encode_text(documents.read_text(prompt_file)))
+        ids = hosts.shared(lambda: tokenizer.encode_prompt(documents.read_text(prompt_file)))
         if not ids:
             raise ConfigError(f"{prompt_file} is empty: give at least one character")
         return [], tuple(ids)

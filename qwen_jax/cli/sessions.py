@@ -155,16 +155,14 @@ def tokenizer_fingerprint(directory: Path, names: tuple[str, ...] = TOKENIZER_FI
 def weights_fingerprint(directory: Path) -> str:
     """Fingerprint of every byte of a model's weights, the same before and after conversion.
 
-    Those of a Hugging Face directory are read once, see `convert.sums`.
+    They are read once and when they change, see `convert.sums`.
 
     Raises:
         CheckpointError: if they are missing or damaged.
     """
-    from convert import source
+    from convert import source, sums
     from qwen_jax import params
 
-    if params.is_converted(directory):
-        return params.read_manifest(directory).fingerprint
     said = False
 
     def progress(_: int, total: int) -> None:
@@ -173,7 +171,11 @@ def weights_fingerprint(directory: Path) -> str:
             note(f"reading {total / 1e9:.1f} GB of weights once, for their checksums")
         said = True
 
-    return source.check(directory).fingerprint(progress)
+    if not params.is_converted(directory):
+        return source.check(directory).fingerprint(progress)
+    manifest = params.read_manifest(directory)
+    sums.check_parameters(directory, manifest, progress)
+    return manifest.fingerprint
 
 
 def _identity(opened: Model, *, num_tokens: int, tokens_sha256: str, is_chat: bool) -> Identity:

@@ -11,6 +11,7 @@ from checkpoints import Tiny, write_shards
 
 from convert import source, sums, weights
 from qwen_jax import params
+from qwen_jax.cli.sessions import weights_fingerprint
 from qwen_jax.manifest import CheckpointError
 
 SHARD = "model.safetensors"
@@ -164,3 +165,42 @@ def test_a_finished_conversion_of_another_source_or_tokenizer_is_not_taken_for_t
     alike(tmp_path / "hf", tensors)
     with pytest.raises(CheckpointError, match="ours exists"):
         weights.convert(tmp_path / "hf", tmp_path / "ours", resume=True)
+
+
+def test_parameters_that_are_not_those_of_the_manifest_have_no_fingerprint(tmp_path, cache):
+    Tiny(hidden=256, mlp=512, vocab=2000).write(tmp_path / "hf")
+    manifest = weights.convert(tmp_path / "hf", tmp_path / "checkpoint")
+    known = weights_fingerprint(tmp_path / "checkpoint")
+    assert known == weights_fingerprint(tmp_path / "hf")
+    names = [name for name in manifest.files if name.startswith("params/")]
+    for name in sorted(names, key=lambda name: -manifest.files[name].size)[:3]:
+        path = tmp_path / "checkpoint" / name
+        whole = path.read_bytes()
+        assert len(whole) > 1 << 20
+        for at in (0, len(whole) // 3, len(whole) - 1):
+            path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+            with pytest.raises(CheckpointError, match="is damaged"):
+                weights_fingerprint(tmp_path / "checkpoint")
+        path.write_bytes(whole)
+    assert weights_fingerprint(tmp_path / "checkpoint") == known
+
+
+def test_parameters_are_read_once_and_again_when_they_changed(tmp_path, cache, monkeypatch):
+    Tiny(hidden=256, mlp=512, vocab=2000).write(tmp_path / "hf")
+    manifest = weights.convert(tmp_path / "hf", tmp_path / "checkpoint")
+
+    def num_bytes() -> int:
+        totals = [0]
+        sums.check_parameters(
+            tmp_path / "checkpoint", manifest, lambda done, _: totals.append(done)
+        )
+        return totals[-1]
+
+    params_files = {n: file.size for n, file in manifest.files.items() if n.startswith("params/")}
+    small = sum(size for size in params_files.values() if size <= 1 << 20)
+    monkeypatch.setattr(sums, "_SETTLED_NS", -(1 << 62))
+    assert num_bytes() == sum(params_files.values())
+    assert num_bytes() == small
+    largest = max(params_files, key=lambda name: params_files[name])
+    (tmp_path / "checkpoint" / largest).touch()
+    assert num_bytes() == small + params_files[largest]

@@ -36,6 +36,17 @@ ACCEPTED = {
     "a name of its own": loop().replace("'<|im_start|>'", "turn_token"),
     "another end token": loop().replace("'<|im_end|>\\n'", "eos_token + '\\n'"),
     "default text by variable": _SYSTEM_BY_VARIABLE.replace("if system_message", "if true"),
+    "pieces of text": loop(
+        "t", inside="{% set t %}{{ '<|im_start|>' ~ m.role ~ '\n' ~ m.content | string }}"
+        "{{ '<|im_end|>\n' | safe }}{% endset %}",
+    ),
+    "a macro": loop("f(m)", before="{% macro f(m) %}{{ " + _TURN + " }}{% endmacro %}"),
+    "parts of contents": loop(
+        _TURN.replace("m['content']", "c"),
+        inside="{% if m.content is string %}{% set c = m.content %}"
+        "{% elif m.content is iterable %}{% set c = m.content[0].text %}{% endif %}",
+    ),
+    "no content": loop(_TURN.replace("m['content']", "(m.content or '') | default('', true)")),
     "a role that never comes": loop(inside="{% if m.role == 'tool' %}{{ 1/0 }}{% endif %}"),
 }  # fmt: skip
 
@@ -87,6 +98,52 @@ REFUSED = {
     "a word watched for": loop(inside="{% if 'zebra' in m.content %}{{ 'hoofs' }}{% endif %}"),
     "a word alone": loop(inside="{% if m.content == 'zebra' %}{{ 'hoofs' }}{% endif %}"),
     "a length": loop(inside="{% if m.content | length == 1234 %}{{ 'long' }}{% endif %}"),
+    "two words watched for": loop(
+        inside="{% if 'lion' in m.content and 'zebra' in m.content %}{{ 'hoofs' }}{% endif %}"
+    ),
+    "words in two messages": loop(
+        before="{% set a, b = messages[0].content, messages[-1].content %}"
+        "{% if 'lion' in a and 'zebra' in b %}{{ 'hoofs' }}{% endif %}"
+    ),
+    "a text among others": loop(inside="{% if m.content in 'lion zebra' %}{{ 'a' }}{% endif %}"),
+    "a text in a list": loop(inside="{% if m.content in ['lion'] %}{{ 'a' }}{% endif %}"),
+    "numbers": loop(
+        _TURN.replace("m['content']", "(n ~ '' if n > 99 else m.content)"),
+        inside="{% set n = m.content | int(-7) %}",
+    ),
+    "digits alone": loop(inside="{% if m.content.isdigit() %}{{ 'a' }}{% endif %}"),
+    "capitals": loop(inside="{% if m.content is upper and m.content != 'A' %}a{% endif %}"),
+    "lines": loop(_TURN.replace("m['content']", "m.content.split('\\n')[:99] | join('\\n')")),
+    "words": loop(inside="{% if m.content | wordcount > 20 * 1500 %}{{ 'a' }}{% endif %}"),
+    "a product of lengths": loop(_TURN.replace("m['content']", "m.content[:300 * 1000]")),
+    "nearly a length": loop(_TURN.replace("m['content']", "m.content | truncate(100000)")),
+    "captured text": loop(
+        "t | replace('zebra', '')", inside="{% set t %}{{ " + _TURN + " }}{% endset %}"
+    ),
+    "filtered text": loop(
+        "''", inside="{% filter replace('zebra', '') %}{{ " + _TURN + " }}{% endfilter %}"
+    ),
+    "text of a macro": loop(
+        "f(m).replace('zebra', '')", before="{% macro f(m) %}{{ " + _TURN + " }}{% endmacro %}"
+    ),
+    "joined text": loop(_TURN.replace("m['content']", "('a' ~ m.content)[1:2000000]")),
+    "all texts": loop(
+        before="{% set t = messages | map(attribute='content') | join %}"
+        "{% if t | length > 9 * 9 ** 9 %}a{% endif %}"
+    ),
+    "texts left out": loop().replace(
+        "in messages", "in messages | rejectattr('content', 'eq', 'zebra')"
+    ),
+    "texts that repeat": loop(
+        before="{% set t = messages | map(attribute='content') | unique | list %}"
+        "{% if t | length == 77 %}a{% endif %}"
+    ),
+    "a letter": loop(inside="{% if m.content[0] == '/' %}{% endif %}"),
+    "letters": loop(inside="{% for c in m.content %}{% endfor %}"),
+    "a number of questions": loop(
+        before="{% set n = messages | selectattr('role', 'eq', 'user') | list | length %}"
+        "{% if n > 5 * 8 %}a{% endif %}"
+    ),
     "a number of turns": loop(before="{% if messages | length > 41 %}{{ 'many' }}{% endif %}"),
     "thoughts dropped": loop(_TURN.replace("m['content']", "m['content'].split('</think>')[-1]")),
     "only the last messages": loop().replace("in messages", "in messages[-6:]"),

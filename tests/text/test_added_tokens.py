@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from templates import loop
 
-from qwen_jax.tokenizer import Stream, Tokenizer
+from qwen_jax.tokenizer import Stream, Tokenizer, TokenizerError
 
 NONE = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 WORDS = {
@@ -110,8 +111,6 @@ def test_the_longest_word_wins(tokenizer):
 
 
 def test_a_conversation_has_the_words_that_transformers_finds(directory, tokenizer):
-    import transformers
-
     (directory / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"})
     )
@@ -120,3 +119,106 @@ def test_a_conversation_has_the_words_that_transformers_finds(directory, tokeniz
     messages = [{"role": "system", "content": text}, {"role": "user", "content": text}]
     expected = oracle.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert tokenizer.encode_chat(messages) == expected
+
+
+NEW = "AB-1234"
+NAMED = {
+    "added_tokens.json": [{NEW: 291}, {"<tool_call>": 291}],
+    "special_tokens_map.json": [{"additional_special_tokens": [NEW]}, {"bos_token": NEW}],
+    "tokenizer_config.json": [
+        {"additional_special_tokens": [NEW]},
+        {"extra_special_tokens": [{"content": NEW}]},
+        {"extra_special_tokens": {"part_token": NEW}},
+        {"unk_token": NEW},
+        {"bos_token": {"content": NEW, "special": True}},
+        {"part_token": NEW},
+    ],
+}
+
+
+def copied(small, path, **changes) -> Path:
+    """A directory with the small tokenizer, and other fields in its file."""
+    files = json.loads((small / "tokenizer.json").read_text())
+    (path / "tokenizer.json").write_text(json.dumps(files | changes))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("file", "fields"), [(file, fields) for file in NAMED for fields in NAMED[file]]
+)
+def test_tokens_that_only_another_file_names_are_not_split(small, tmp_path, file, fields):
+    copied(small, tmp_path)
+    (tmp_path / file).write_text(json.dumps(fields))
+    with pytest.raises(TokenizerError, match=f"{file}: '.*' is another token"):
+        Tokenizer.load(tmp_path)
+
+
+def test_tokens_that_other_files_name_as_they_are_change_nothing(small, tmp_path):
+    copied(small, tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<tool_call>": 283}')
+    (tmp_path / "special_tokens_map.json").write_text(
+        '{"eos_token": {"content": "<|im_end|>"}, "additional_special_tokens": ["<|im_start|>"]}'
+    )
+    assert Tokenizer.load(tmp_path).added == Tokenizer.load(small).added
+
+
+def test_a_word_that_the_settings_call_special_is_a_control_token(small, tmp_path):
+    token = {"id": 291, "content": NEW, "special": False, **NONE}
+    added = json.loads((small / "tokenizer.json").read_text())["added_tokens"]
+    copied(small, tmp_path, added_tokens=[*added, token])
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": NEW})
+    )
+    library = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.decode([291, 0]) == library.decode([291, 0], skip_special_tokens=True)
+    assert 291 not in tokenizer.encode_text(NEW)
+
+
+@pytest.mark.parametrize("name", ["add_prefix_space", "split_special_tokens"])
+def test_settings_that_make_other_tokens_are_refused(small, tmp_path, name):
+    copied(small, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({name: True}))
+    with pytest.raises(TokenizerError, match=f"{name} makes other tokens"):
+        Tokenizer.load(tmp_path)
+
+
+def processor(*pieces) -> dict:
+    """Puts tokens around texts, as the library's own files say it."""
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    end = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    known = {"id": "<|endoftext|>", "ids": [269], "tokens": ["<|endoftext|>"]}
+    return {
+        "type": "TemplateProcessing",
+        "single": [end if piece else text for piece in pieces],
+        "pair": [text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|endoftext|>": known},
+    }
+
+
+@pytest.mark.parametrize("pieces", [(0,), (1, 0), (1, 1, 0)])
+def test_a_prompt_of_text_begins_as_in_transformers(small, tmp_path, pieces):
+    copied(small, tmp_path, post_processor=processor(*pieces))
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"tokenizer_class": "PreTrainedTokenizerFast"}'
+    )
+    library = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
+    tokenizer = Tokenizer.load(tmp_path)
+    for text in ("the x", "  \n", "é"):
+        assert tokenizer.encode_prompt(text) == library(text)["input_ids"]
+        assert tokenizer.encode_text(text) == library(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.encode_prompt("") == []
+
+
+def test_tokens_after_every_text_are_refused(small, tmp_path):
+    copied(small, tmp_path, post_processor=processor(0, 1))
+    with pytest.raises(TokenizerError, match="after every text"):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_default_template_among_others_is_not_passed_over(small, tmp_path):
+    copied(small, tmp_path)
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "default.jinja").write_text("x")
+    with pytest.raises(TokenizerError, match="is not read, though"):
+        Tokenizer.load(tmp_path)
