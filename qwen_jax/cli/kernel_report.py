@@ -26,7 +26,7 @@ from qwen_jax.cli.flags import ModelFlags
 from qwen_jax.cli.plan import opened_or_published
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.pages import default_page
-from qwen_jax.engine.runner import own_settings
+from qwen_jax.settings import own_settings
 
 FORMAT = "qwen-jax kernel report 1"
 REPEATS = 5
