@@ -214,7 +214,8 @@ def _check_ours(out: Path, report: Path) -> None:
     ours = found.get("format") == calibration.REPORT_FORMAT
     disk.check_ours(report, lambda _: ours)
     # Budgets are in a format that has no place for a mark: the report knows them.
-    disk.check_ours(out, lambda path: _sha256(path) == found.get("budgets_sha256", ""))
+    known = found.get("budgets_sha256")
+    disk.check_ours(out, lambda path: known is not None and _sha256(path) == known)
 
 
 def _sha256(path: Path) -> str | None:

@@ -253,7 +253,8 @@ def without_paths(value: Any) -> Any:
         return [without_paths(each) for each in value]
     if not isinstance(value, str):
         return value
-    for known in sorted({str(Path.home()), os.getcwd(), tempfile.gettempdir(), sys.prefix}):
+    home = os.path.expanduser("~")  # as it is where there is none
+    for known in sorted({home, os.getcwd(), tempfile.gettempdir(), sys.prefix}):
         if len(known) > 1:
             value = value.replace(known, "~")
     return _PATH.sub("…/", value)
