@@ -70,6 +70,7 @@ def export(
             resume=not overwrite,  # what a stopped export has left is of no use, nor in the way
             same=lambda _: False,
             check_ours=_check_ours,
+            writes=_writes,
         )
         with publish.errors(output):
             shutil.rmtree(staging.directory)
@@ -96,6 +97,15 @@ def _check_ours(directory: Path) -> None:
 
     record = manifests.unseal(path, content, _FORMAT, decode, "export again")
     publish.check_written(directory, record.files, RECORD)
+
+
+def _writes(name: str) -> bool:
+    """Whether a path in a Hugging Face directory is of a file that an export writes."""
+    known = {RECORD, source.INDEX, *source.COMPANIONS}
+    return (
+        re.sub(r"(\.[0-9a-f]{8})?\.partial$", "", name) in known
+        or source.SHARD_NAME.fullmatch(name) is not None
+    )
 
 
 def _write(

@@ -25,6 +25,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ _STATE_BYTES = 1 << 20
 _OURS = re.compile(
     r"checkpoint|parts|old|lock|(state\.json|ready|mark)((\.[0-9a-f]{8})?\.partial)?"
 )
+_PARTS = re.compile(r"[\w.-]+\.json(\.[0-9a-f]{8})?(\.partial)?")
 _BEFORE_STATE = re.compile(r"checkpoint|lock|ready|state\.json(\.[0-9a-f]{8})?\.partial")
 
 
@@ -63,6 +65,7 @@ class Staging:
         self._lock: int | None = None
         self._replace = False
         self._check_ours: Callable[[Path], None] = lambda _: None
+        self._writes: Callable[[str], bool] = lambda _: False
 
     def __enter__(self):
         return self
@@ -80,6 +83,7 @@ class Staging:
         resume: bool,
         same: Callable[[Path], bool],
         check_ours: Callable[[Path], None],
+        writes: Callable[[str], bool],
     ) -> bool:
         """Make the sibling, or take up one that a stopped run has left.
 
@@ -89,6 +93,7 @@ class Staging:
             resume: continue a stopped run, with its permission to overwrite.
             same: whether an existing output is what this run would make.
             check_ours: raises CheckpointError if an existing output holds what is not ours.
+            writes: whether a path, from the output on, is of a file that such runs write.
 
         Returns:
             Whether the output is there already and nothing remains to be done.
@@ -96,7 +101,7 @@ class Staging:
         Raises:
             CheckpointError: if an output or a sibling is in the way.
         """
-        self._check_ours = check_ours
+        self._check_ours, self._writes = check_ours, writes
         with errors(self.output):
             left = self._left()
             if self.partial.exists():
@@ -191,18 +196,34 @@ class Staging:
                 raise CheckpointError(f"{shown(path)}: {error}: move {name} away") from None
             known = _OURS
         for each in sorted(self.partial.iterdir()):
-            used = left is None and each.is_dir() and any(each.iterdir())
-            if used or not known.fullmatch(each.name):
+            foreign = None if known.fullmatch(each.name) else each
+            if foreign is None and left is None and _holds_something(each):
+                foreign = each
+            foreign = foreign or self._foreign_in(each)
+            if foreign is not None:
+                inside = foreign.relative_to(self.partial)
                 raise CheckpointError(
-                    f"{name} is in the way, and {shown(each.name)} in it is no part of a stopped "
+                    f"{name} is in the way, and {shown(inside)} in it is no part of a stopped "
                     "run: move it away or choose another path"
                 )
         return left
 
+    def _foreign_in(self, folder: Path) -> Path | None:
+        """A file in a part of the sibling which is none that a run has put there."""
+        if folder.is_symlink() or not folder.is_dir():
+            return None
+        writes = _PARTS.fullmatch if folder.name == "parts" else self._writes
+        for path in sorted(folder.rglob("*")):
+            ours = writes(path.relative_to(folder).as_posix())
+            if not ours and (path.is_symlink() or not path.is_dir()):
+                return path
+        return None
+
     def _take_lock(self) -> None:
         if self._lock is not None:
             return
-        self._lock = os.open(self.partial / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._lock = os.open(self.partial / "lock", flags, 0o666)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -244,6 +265,14 @@ class Staging:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _holds_something(path: Path) -> bool:
+    """Whether removing a path would lose more than its name: all but ours are empty so early."""
+    if path.is_dir() and not path.is_symlink():
+        return any(path.iterdir())
+    status = path.lstat()
+    return not stat.S_ISREG(status.st_mode) or status.st_size > 0
 
 
 def check_written(

@@ -24,7 +24,7 @@ from convert.files import (
     same_bytes,
 )
 from convert.team import ALONE, Team
-from qwen_jax import locate
+from qwen_jax import locate, reading
 from qwen_jax.config import ModelConfig, model_config
 from qwen_jax.manifest import (
     DTYPES,
@@ -44,7 +44,7 @@ COMPANIONS = (
     "merges.txt",
 )
 
-_SHARD_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
+SHARD_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 _SAMPLE_BYTES = 1 << 10
 
 
@@ -209,6 +209,21 @@ class Source:
         return digest.hexdigest()
 
 
+def _companion(root: Path, name: str) -> Path:
+    """A file to copy.
+
+    Raises:
+        CheckpointError: also if it is larger than any that would be read.
+    """
+    path = regular_file(root, name)
+    size = path.stat().st_size
+    if size > reading.JSON_BYTES:
+        raise CheckpointError(
+            f"{shown(root / name)} has {size:,} bytes, more than the {reading.JSON_BYTES:,} allowed"
+        )
+    return path
+
+
 def check(directory: str | os.PathLike) -> Source:
     """Check every file of a Hugging Face directory, reading headers only.
 
@@ -221,7 +236,7 @@ def check(directory: str | os.PathLike) -> Source:
         raise CheckpointError(f"{shown(directory)} is not a directory")
     root = directory.resolve()
     companions = {
-        name: regular_file(root, name) for name in COMPANIONS if os.path.lexists(root / name)
+        name: _companion(root, name) for name in COMPANIONS if os.path.lexists(root / name)
     }
     config = model_config(root)
     files = _shard_files(root)
@@ -313,7 +328,7 @@ def _shard_files(root: Path) -> dict[str, str]:
     """
     single = os.path.lexists(root / "model.safetensors")
     if os.path.lexists(root / INDEX):
-        files = read_index(root, INDEX, _SHARD_NAME)
+        files = read_index(root, INDEX, SHARD_NAME)
         if single and "model.safetensors" not in files.values():
             raise CheckpointError(
                 f"{shown(root)} has both {INDEX} and model.safetensors: remove one"

@@ -6,6 +6,7 @@ after it was read. A file that changed within the last seconds before it was rea
 next time, since it could change once more without a new time.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -154,5 +155,6 @@ def _write(path: Path, state: list[int], began: int, tensors: dict[str, str]) ->
         content = json.dumps({"format": _FORMAT, "state": state, "tensors": tensors})
         try:
             disk.write(place, content)
-        except OSError:
-            place.unlink(missing_ok=True)  # a full disk costs no more than the time
+        except OSError:  # a full disk costs no more than the time
+            with contextlib.suppress(OSError):
+                place.unlink()

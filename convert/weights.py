@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import itertools
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,10 @@ from convert.team import ALONE, Team
 from qwen_jax import disk, locate, params, store
 from qwen_jax import manifest as manifests
 from qwen_jax.manifest import DTYPES, CheckpointError, Manifest, Progress, Tensor, file_sums
+from qwen_jax.settings import own_settings
 
 _LIBRARIES = ("qwen-jax", "jax", "orbax-checkpoint", "safetensors", "numpy")
+_NAMES = {"manifest.json", source.INDEX, *source.COMPANIONS}  # beside params/
 _SPARE_BYTES = 64 << 20  # of disk, for what Orbax keeps beside the arrays
 
 
@@ -44,6 +47,7 @@ def load(
     return load_huggingface(directory, dtype=dtype, shardings=shardings, progress=progress)
 
 
+@own_settings()
 def load_huggingface(
     directory: str | os.PathLike,
     *,
@@ -132,6 +136,7 @@ def convert(
                 resume=resume,
                 same=lambda directory: _is_conversion(directory, checked, dtype, progress),
                 check_ours=_check_ours,
+                writes=_writes,
             )
 
         if team.shared(begin):
@@ -167,6 +172,14 @@ def _check_ours(directory: Path) -> None:
     """
     files = manifests.read(directory / "manifest.json").files
     publish.check_written(directory, files, "manifest.json", by_name="params/")
+
+
+def _writes(name: str) -> bool:
+    """Whether a path in a checkpoint is of a file that a conversion writes."""
+    folder, _, rest = name.partition("/")
+    if folder == "params":
+        return store.wrote(rest.partition("/")[2])
+    return re.sub(r"(\.[0-9a-f]{8})?\.partial$", "", name) in _NAMES
 
 
 def _check_one_disk(directory: Path, team: Team) -> None:

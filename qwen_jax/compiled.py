@@ -25,6 +25,7 @@ from qwen_jax import cache as caches
 from qwen_jax.collectives import Collective, collectives, sent
 from qwen_jax.config import ConfigError, ModelConfig, SparseConfig
 from qwen_jax.engine import batch, runner
+from qwen_jax.settings import own_settings
 from qwen_jax.sharding import MeshShape
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
@@ -155,7 +156,7 @@ def steps(
 
 def _compile(mesh: Mesh, name: str, function, *args) -> Program:
     try:
-        with runner.own_settings(), jax.set_mesh(mesh):
+        with own_settings(), jax.set_mesh(mesh):
             lowered = function.lower(*args)
     except backend.Unsupported as error:
         raise ConfigError(str(error)) from None

@@ -14,6 +14,7 @@ from qwen_jax.config import ConfigError
 from qwen_jax.reading import reason, shown
 
 _CHUNK_BYTES = 1 << 20
+_LINE_BYTES = 1 << 28  # far more than the longest answer
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -72,7 +73,11 @@ class Journal:
             self._file = -1
 
     def repair(self) -> None:
-        """Cuts off what follows the last end of a line: half a line of a run that was killed."""
+        """Cuts off what follows the last end of a line: half a line of a run that was killed.
+
+        Raises:
+            JournalError: if that is more than a line ever has, and so was not written here.
+        """
         end = self._size
         with disk.naming(self.path):
             while end:
@@ -82,13 +87,21 @@ class Journal:
                     end = start + newline + 1
                     break
                 end = start
+                if self._size - end > _LINE_BYTES:
+                    raise self._too_long()
             os.ftruncate(self._file, end)
         self._size = end
 
     def lines(self) -> Iterator[bytes]:
-        """The lines in the file, without their ends."""
+        """The lines in the file, without their ends.
+
+        Raises:
+            JournalError: if one is longer than any that is written.
+        """
         with disk.naming(self.path), self.path.open("rb") as file:
-            for line in file:
+            while line := file.readline(_LINE_BYTES + 1):
+                if len(line) > _LINE_BYTES:
+                    raise self._too_long()
                 yield line.rstrip(b"\n")
 
     def append(self, *records: Mapping[str, Any], wait: bool = True) -> None:
@@ -118,6 +131,12 @@ class Journal:
                 "start again, finished results are not computed anew"
             ) from None
         self._size += len(data)
+
+    def _too_long(self) -> JournalError:
+        return JournalError(
+            f"{shown(self.path)} has a line of over {_LINE_BYTES:,} bytes, so it is no file of "
+            "results: name another one"
+        )
 
     def _lock(self) -> None:
         try:

@@ -30,6 +30,7 @@ from qwen_jax.config import ModelConfig, model_config
 from qwen_jax.manifest import DTYPES, CheckpointError, File, Manifest, Progress, Tensor
 from qwen_jax.model import Qwen2
 from qwen_jax.reading import shown
+from qwen_jax.settings import own_settings
 
 
 def abstract(config: ModelConfig, dtype=jnp.bfloat16) -> dict:
@@ -355,6 +356,7 @@ def stored_dtype(dtypes: Iterable[str]) -> np.dtype:
 _check = verify  # the name is an argument of `load`
 
 
+@own_settings()
 def load(
     directory: str | os.PathLike,
     *,

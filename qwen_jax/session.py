@@ -467,11 +467,25 @@ class Writer:
         foreign = [name for name in names if not _OURS.fullmatch(name)]
         if not foreign and not self._is_session():
             foreign = [name for name in names if not _PARTIAL.fullmatch(name)]
+        foreign = foreign or list(map(str, self._foreign_in_windows()))
         if foreign:
             raise SessionError(
-                f"{self.directory} holds {foreign[0]}, which is no part of a KV session: name a "
-                "directory of its own"
+                f"{shown(self.directory)} holds {shown(foreign[0])}, which is no part of a KV "
+                "session: name a directory of its own"
             )
+
+    def _foreign_in_windows(self) -> Iterator[Path]:
+        """Files in the windows that no window has, from the session on."""
+        from qwen_jax import store
+
+        for window in sorted(self.directory.glob("window_*")):
+            if window.is_symlink():
+                continue  # of which the link alone is removed
+            if not window.is_dir():
+                yield window.relative_to(self.directory)
+            for path in sorted(window.rglob("*")):
+                if not path.is_dir() and not store.wrote(path.relative_to(window).as_posix()):
+                    yield path.relative_to(self.directory)
 
     def _is_session(self) -> bool:
         """Whether there is a manifest of ours, be it damaged."""

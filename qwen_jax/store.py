@@ -22,9 +22,25 @@ from orbax.checkpoint._src import asyncio_utils
 from qwen_jax import disk, hosts
 from qwen_jax.manifest import CheckpointError, File, file_sums
 from qwen_jax.reading import printable, shown
+from qwen_jax.settings import own_settings
 
 _CHUNK_BYTES = 64 << 20  # the least that a device reads at once
 _REMOTE = re.compile(r"/(gs|s3|az|hf)/|.*gs:/")  # what Orbax takes for a bucket
+# Parts of the paths of what Orbax writes, also while it writes.
+_WRITTEN = re.compile(
+    r"(_CHECKPOINT_METADATA|_METADATA|_sharding|_strings\.json|orbax\.checkpoint|commit_success\.txt"
+    r"|state|d|[0-9a-f]{32}|(ocdbt\.)?process_\d+|manifest\.ocdbt|array_metadatas)"
+    r"(\.orbax-[\w.-]+|\.__lock\w*)?"
+)
+
+
+def wrote(name: str) -> bool:
+    """Whether a path inside a folder of arrays is one that Orbax gives to a file.
+
+    Args:
+        name: from the folder on, with slashes.
+    """
+    return all(_WRITTEN.fullmatch(each) for each in name.split("/"))
 
 
 def check_path(folder: Path) -> None:
@@ -145,7 +161,7 @@ def errors(doing: str) -> Iterator[None]:
     asyncio.set_event_loop_policy(_Policy())
     asyncio_utils.uvloop = asyncio  # what makes Orbax's loops inside loops
     try:
-        with context:
+        with context, own_settings():
             yield
     except Exception as error:  # Orbax raises Exception itself too
         if isinstance(error, RuntimeError):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax.config import ConfigError
-from qwen_jax.reading import RepeatedKey, json_kind, parse_json, printable
+from qwen_jax.reading import RepeatedKey, json_kind, parse_json, printable, shown
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 URLS = (CHAT, COMPLETIONS)
@@ -18,6 +18,8 @@ URLS = (CHAT, COMPLETIONS)
 
 MAX_LINE_BYTES = 64 << 20
 """Longest line that is read: a million tokens of text are about 5 MB."""
+MOST_LINE_BYTES = 1 << 30
+"""Longest line that is passed over; a file with a longer one is no batch."""
 
 _FIELDS = ("custom_id", "method", "url", "body")
 
@@ -100,7 +102,7 @@ class Input:
             while raw := file.readline(MAX_LINE_BYTES + 1):
                 number += 1
                 if len(raw.removesuffix(b"\n")) > MAX_LINE_BYTES:
-                    yield _too_long(number, raw, file)
+                    yield self._too_long(number, raw, file)
                     continue
                 if number == 1:
                     raw = raw.removeprefix(b"\xef\xbb\xbf")
@@ -108,6 +110,34 @@ class Input:
                 if raw:
                     yield parse(number, raw)
             self._check(file)
+
+    def _too_long(self, number: int, raw: bytes, file) -> Line:
+        """An over-long line, read to its end without being kept.
+
+        Raises:
+            BatchError: if it has no end within `MOST_LINE_BYTES`.
+        """
+        digest, length = hashlib.sha256(b"%d " % number), 0
+        while raw:
+            digest.update(raw)
+            length += len(raw.removesuffix(b"\n"))
+            if length > MOST_LINE_BYTES:
+                raise BatchError(
+                    f"{shown(self.path)}: line {number} has more than {MOST_LINE_BYTES:,} bytes: "
+                    "this is no file of batch lines"
+                )
+            if raw.endswith(b"\n"):
+                break
+            raw = file.readline(MAX_LINE_BYTES)
+        return Line(
+            number=number,
+            custom_id=None,
+            id=f"batch_req_{digest.hexdigest()[:32]}",
+            error=LineError(
+                f"the line has {length:,} bytes, lines may have {MAX_LINE_BYTES:,}",
+                code="line_too_long",
+            ),
+        )
 
     def _check(self, file) -> None:
         if _state(os.fstat(file.fileno())) != self._state:
@@ -188,23 +218,3 @@ def _checked(value: Any) -> tuple[str, Mapping[str, Any]]:
 def said(value: Any) -> str:
     """A value of a line for an error, cut where it is long."""
     return printable(repr(value), 41)
-
-
-def _too_long(number: int, raw: bytes, file) -> Line:
-    """An over-long line, read to its end without being kept."""
-    digest, length = hashlib.sha256(b"%d " % number), 0
-    while raw:
-        digest.update(raw)
-        length += len(raw.removesuffix(b"\n"))
-        if raw.endswith(b"\n"):
-            break
-        raw = file.readline(MAX_LINE_BYTES)
-    return Line(
-        number=number,
-        custom_id=None,
-        id=f"batch_req_{digest.hexdigest()[:32]}",
-        error=LineError(
-            f"the line has {length:,} bytes, lines may have {MAX_LINE_BYTES:,}",
-            code="line_too_long",
-        ),
-    )

@@ -174,6 +174,13 @@ def _run(arguments: list[str]) -> int:
         if "RESOURCE_EXHAUSTED" not in str(error):
             hosts.await_verdict()  # a process that dies takes a step of the others with it
         raise
+    except ValueError as error:
+        if "jax" in sys.modules:
+            raise
+        return _complain(  # its import has failed, which reads its variables
+            f"jax cannot use a variable of the environment: {printable(error)}; correct or unset "
+            "it (JAX_...)"
+        )
 
 
 def _version(wanted: bool) -> bool:

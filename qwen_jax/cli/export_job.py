@@ -90,7 +90,9 @@ def export_job(
     ] = None,
     memory: DeviceMemory = None,
     force: Annotated[bool, option("Write a job that does not fit.", "--force")] = False,
-    overwrite: Annotated[bool, option("Overwrite files in --out.", "--overwrite")] = False,
+    overwrite: Annotated[
+        bool, option("Overwrite files in --out that it wrote.", "--overwrite")
+    ] = False,
 ):
     r"""Write the files that run a command on rented devices.
 

@@ -26,7 +26,7 @@ from qwen_jax.cli.flags import ModelFlags
 from qwen_jax.cli.plan import opened_or_published
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.pages import default_page
-from qwen_jax.engine.runner import own_settings
+from qwen_jax.settings import own_settings
 
 FORMAT = "qwen-jax kernel report 1"
 REPEATS = 5
@@ -253,7 +253,8 @@ def without_paths(value: Any) -> Any:
         return [without_paths(each) for each in value]
     if not isinstance(value, str):
         return value
-    for known in sorted({str(Path.home()), os.getcwd(), tempfile.gettempdir(), sys.prefix}):
+    home = os.path.expanduser("~")  # as it is where there is none
+    for known in sorted({home, os.getcwd(), tempfile.gettempdir(), sys.prefix}):
         if len(known) > 1:
             value = value.replace(known, "~")
     return _PATH.sub("…/", value)

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from qwen_jax import disk
 from qwen_jax.cli import command, documents
 from qwen_jax.cli.console import console
 from qwen_jax.cli.flags import (
@@ -87,6 +86,8 @@ def recall(
 
 
 def _deliver(panels: heatmap.Panels, out: Path | None, csv: Path | None) -> None:
+    if csv:
+        heatmap.check_csv(csv)
     if out:
         plot.save_heat_maps(panels, out)
         note(f"wrote {out}")
@@ -122,7 +123,7 @@ def plan(
         DocumentError: if a named path holds no text.
     """
     if out is not None:
-        disk.prepare(out)
+        plot.check(out)
     mesh = one_device(model_flags.mesh, "plans are made")
     opened = open_model(model, dataclasses.replace(model_flags, sparse="on", mesh=mesh))
     ids = tuple(

@@ -169,7 +169,7 @@ def check(directory: Path) -> None:
         raise ProfileError(f"--profile {directory}: {nearest} cannot be written to")
     figures = directory / _FIGURES
     if hosts.is_first() and figures.exists():
-        if not _holds_steps(figures):
+        if not figures.is_file() or not _holds_steps(figures):
             raise ProfileError(f"{figures} is not of a profile: name another directory")
         Journal(figures).close()
 

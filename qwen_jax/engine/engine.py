@@ -34,8 +34,9 @@ from qwen_jax.engine.request import (
     Sparseness,
     check_ids,
 )
-from qwen_jax.engine.runner import Runner, Window, own_settings
+from qwen_jax.engine.runner import Runner, Window
 from qwen_jax.engine.scheduler import Decode, Scheduler, Slice, cut
+from qwen_jax.settings import own_settings
 from qwen_jax.sparse import Report
 from qwen_jax.survey import Grid, Survey
 

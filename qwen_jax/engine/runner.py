@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +19,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.engine import sampling
 from qwen_jax.engine.batch import Choice, Prefill, Roster, Tokens
 from qwen_jax.model import DecodeStep, PrefillStep, Qwen2
+from qwen_jax.settings import own_settings
 from qwen_jax.sparse import Budgets, Report
 from qwen_jax.survey import Grid, Survey
 
@@ -331,22 +331,6 @@ def _placements(weights, mesh: Mesh | None):
         return SingleDeviceSharding(device), SingleDeviceSharding(device), platform
     of_cache = NamedSharding(mesh, sharding.RULES.spec(caches.AXES))
     return NamedSharding(mesh, PartitionSpec()), of_cache, platform
-
-
-@contextlib.contextmanager
-def own_settings() -> Iterator[None]:
-    """Within it jax does as the model needs it, whatever the process or its environment asks for.
-
-    Numbers have at most 32 bits, arrays of several ranks meet, numpy arrays go to devices, and what
-    is jitted is compiled.
-    """
-    with (
-        jax.enable_x64(False),
-        jax.numpy_rank_promotion("allow"),
-        jax.transfer_guard("allow"),
-        jax.disable_jit(False),
-    ):
-        yield
 
 
 def _on(mesh: Mesh | None, function):

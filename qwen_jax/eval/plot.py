@@ -171,6 +171,17 @@ def _hex(colour: tuple[int, int, int]) -> str:
     return "#" + bytes(colour).hex()
 
 
+def check(path: Path) -> None:
+    """Refuses before the work what could not become a picture after it.
+
+    Raises:
+        PlotError: see `_matplotlib`.
+        OSError: if there is something else at `path`, or it cannot be written.
+    """
+    _matplotlib(path)
+    disk.prepare(path)
+
+
 def _matplotlib(path: Path) -> Any:
     """The module `matplotlib.figure`; figures made from it need no display.
 

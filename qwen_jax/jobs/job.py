@@ -1,15 +1,21 @@
 """A job: one command on every host of a topology, and the values that schedulers ask for."""
 
 import dataclasses
+import os
 import re
 import shlex
 from pathlib import Path
 
 import yaml
 
+from qwen_jax import disk
 from qwen_jax.config import ConfigError
 from qwen_jax.devices import Topology
 from qwen_jax.jobs import accelerators
+from qwen_jax.reading import shown
+
+FORMAT = "qwen-jax job 1"
+"""In every file of a job, by which it is known to be ours and may be overwritten."""
 
 PORT = 8476
 """Of jax's coordinator. Google's firewall opens it between the hosts of a slice, but not the 8482
@@ -187,18 +193,38 @@ def flag(name: str, value: str) -> str:
 def write(directory: Path, files: dict[str, str], *, overwrite: bool) -> list[Path]:
     """Writes files into a directory, which is made, and lets scripts be executed.
 
+    Args:
+        overwrite: replace those that are there, if they were written here.
+
     Raises:
         ConfigError: if one is there and may not be overwritten, or the directory is a file.
+        OSError: if one was not written here, or cannot be written.
     """
     if directory.exists() and not directory.is_dir():
-        raise ConfigError(f"{directory} is a file: give a directory with --out")
+        raise ConfigError(f"{shown(directory)} is a file: give a directory with --out")
     paths = [directory / name for name in files]
-    there = [str(path) for path in paths if path.exists()]
+    there = [path for path in paths if os.path.lexists(path)]
     if there and not overwrite:
-        raise ConfigError(f"{', '.join(there)} exists: take another --out, or add --overwrite")
+        names = ", ".join(map(shown, there))
+        raise ConfigError(f"{names} exists: take another --out, or add --overwrite")
+    for path in there:
+        disk.check_ours(path, _is_ours)
     directory.mkdir(parents=True, exist_ok=True)
     for path, text in zip(paths, files.values(), strict=True):
-        path.write_text(text)
+        disk.write(path, _marked(text))
         if text.startswith("#!"):
             path.chmod(0o755)
     return paths
+
+
+def _marked(text: str) -> str:
+    """A file with its format in a comment; that of JSON has a field for it."""
+    if text.startswith("{"):
+        return text
+    first, rest = text.split("\n", 1) if text.startswith("#!") else ("", text)
+    return f"{first}\n# {FORMAT}\n{rest}".lstrip()
+
+
+def _is_ours(path: Path) -> bool:
+    with path.open("rb") as file:
+        return FORMAT.encode() in file.read(4096)

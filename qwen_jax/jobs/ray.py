@@ -4,7 +4,7 @@ import json
 import shlex
 
 from qwen_jax.hosts import PREEMPTED
-from qwen_jax.jobs.job import PORT, Job, flag, numbered, script, yaml_text
+from qwen_jax.jobs.job import FORMAT, PORT, Job, flag, numbered, script, yaml_text
 
 
 def files(job: Job) -> dict[str, str]:
@@ -16,6 +16,7 @@ def files(job: Job) -> dict[str, str]:
     job.check("ray", "compile_cache address max_restarts", "compile_cache")
     hosts, accelerator = job.hosts, job.hosts.accelerator
     parameters = {
+        "format": FORMAT,
         "command": job.command,
         "hosts": hosts.count,
         "chips": hosts.chips,

@@ -10,9 +10,11 @@ import sys
 from typing import Any
 
 from qwen_jax import reading, schema
+from qwen_jax.jobs.job import FORMAT
 
 _COUNT = schema.whole(1, 1 << 20)
 _PARAMETERS = schema.fields(
+    format=schema.one_of(FORMAT),
     command=schema.text,
     hosts=_COUNT,
     chips=_COUNT,

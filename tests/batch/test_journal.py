@@ -103,3 +103,19 @@ def test_an_object_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_changes_name_what_differs():
     assert changes({"a": 1, "b": 2}, {"a": 1, "b": 2}) == ""
     assert changes({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": "x"}) == "b 2 -> 3, c None -> 'x'"
+
+
+@pytest.mark.parametrize("content", [b"", b"{}\n"])
+def test_a_line_that_nobody_wrote_is_neither_read_nor_cut_off(content, tmp_path):
+    path = tmp_path / "log"
+    path.write_bytes(content)
+    os.truncate(path, 1 << 40)
+    with Journal(path) as log, pytest.raises(JournalError, match="log has a line of over"):
+        log.repair()
+    assert path.stat().st_size == 1 << 40
+    with path.open("ab") as file:
+        file.write(b"\n")
+    with Journal(path) as log:
+        log.repair()
+        with pytest.raises(JournalError, match="log has a line of over"):
+            list(log.lines())

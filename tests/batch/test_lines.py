@@ -148,3 +148,15 @@ def refusal(made, found) -> LineError | None:
     except LineError as error:
         return error
     return None
+
+
+def test_a_line_without_an_end_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(lines, "MAX_LINE_BYTES", 1 << 10)
+    monkeypatch.setattr(lines, "MOST_LINE_BYTES", 1 << 14)
+    path = tmp_path / "in"
+    path.write_bytes(b"\0" * (1 << 14) + b"\n")
+    assert [each.error.code for each in lines.Input(path).lines()] == ["line_too_long"]
+    path.write_bytes(b"{}\n")
+    os.truncate(path, 1 << 40)
+    with pytest.raises(lines.BatchError, match="line 2 has more than 16,384 bytes"):
+        list(lines.Input(path).lines())

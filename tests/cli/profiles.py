@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import signal
 import threading
 
@@ -231,6 +232,10 @@ def test_a_directory_that_cannot_be_used_is_refused(tmp_path, monkeypatch):
         with refusal:
             profile.check(tmp_path)
         assert figures.read_text() == content
+    figures.unlink()
+    os.mkfifo(figures)
+    with pytest.raises(ProfileError, match="is not of a profile"):
+        profile.check(tmp_path)
     monkeypatch.setattr(profile.os, "access", lambda *_: False)
     with pytest.raises(ProfileError, match=f"{tmp_path} cannot be written to"):
         profile.check(tmp_path / "new" / "profile")

@@ -1,5 +1,6 @@
 """export-job: what it says, writes and refuses."""
 
+import os
 import re
 import stat
 
@@ -60,9 +61,49 @@ def test_files_are_overwritten_only_when_that_is_asked_for(tmp_path, run):
     assert err.splitlines()[-1] == (
         f"error: {tmp_path}/jobset.yaml exists: take another --out, or add --overwrite"
     )
+    code, out, err = exported(run, tmp_path, "--overwrite")
+    assert (code, out) == (2, "")
+    assert "jobset.yaml: exists and was not written by this command" in err
     assert (tmp_path / "jobset.yaml").read_text() == "mine"
-    assert exported(run, tmp_path, "--overwrite")[0] == 0
-    assert (tmp_path / "jobset.yaml").read_text() != "mine"
+    (tmp_path / "jobset.yaml").unlink()
+    assert exported(run, tmp_path)[0] == 0
+    first = (tmp_path / "jobset.yaml").read_text()
+    assert exported(run, tmp_path)[0] == 2
+    assert exported(run, tmp_path, "--overwrite", "--name", "other")[0] == 0
+    second = (tmp_path / "jobset.yaml").read_text()
+    assert second != first
+    assert yaml.safe_load(second)["metadata"]["name"] == "other"
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link", "dangling"])
+def test_what_is_no_file_is_neither_waited_for_nor_written_through(kind, tmp_path, run):
+    out = tmp_path / "job"
+    out.mkdir()
+    path, other = out / "jobset.yaml", tmp_path / "other"
+    if kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(other)
+    if kind == "link":
+        other.write_text("mine")
+    for options in ([], ["--overwrite"]):
+        assert exported(run, out, *options)[0] == 2
+    assert not path.is_file() or path.read_text() == "mine"
+    assert other.exists() == (kind == "link")
+
+
+def test_every_file_of_a_job_can_be_overwritten(tmp_path, run):
+    words = {
+        "ray": "ray --topology h100:8",
+        "slurm": "slurm --topology h100:8 --partition p --time 60",
+    }
+    for kind, text in words.items():
+        command = ["export-job", *text.split(), "--compile-cache", "/c", "--command", "true"]
+        out = tmp_path / kind
+        assert run(*command, "--out", out)[0] == 0
+        written = {path.name: path.read_bytes() for path in out.iterdir()}
+        assert run(*command, "--out", out, "--overwrite")[0] == 0
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == written
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import dataclasses
 import getpass
 import json
 import os
+import pwd
 from pathlib import Path
 
 import jax
@@ -93,6 +94,15 @@ def test_a_report_names_no_place_of_this_machine(agreeing, run, tmp_path, monkey
 def test_of_paths_only_the_last_name_is_left(text, left):
     found = kernel_report.without_paths({"a": [text, 3, None], "executable": "x"})
     assert found == {"a": [left or text, 3, None]}
+
+
+def test_paths_are_left_out_where_there_is_no_home(monkeypatch):
+    def nobody(_):
+        raise KeyError
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    assert kernel_report.without_paths("open /home/me/x.bin") == "open …/x.bin"
 
 
 def test_a_wrong_kernel_is_shown_not_timed_and_forgotten(run, monkeypatch, tmp_path):

@@ -250,6 +250,24 @@ def test_the_package_runs_as_a_module():
         assert "__main__" not in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("JAX_ENABLE_X64", "maybe"),
+        ("JAX_NUMPY_RANK_PROMOTION", "bogus"),
+        ("JAX_DEFAULT_MATMUL_PRECISION", "bogus"),
+        ("JAX_DEFAULT_DEVICE", "bogus"),
+    ],
+)
+@pytest.mark.parametrize("verb", [["doctor"], ["generate", "MODEL", "--prompt", "x"]])
+def test_a_variable_that_jax_cannot_use_is_one_line(verb, name, value, tiny):
+    words = [str(tiny) if word == "MODEL" else word for word in verb]
+    done = child("-m", "qwen_jax", *words, **{name: value})
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith("error: jax cannot use a variable of the environment: ")
+    assert value in done.stderr
+
+
 @pytest.mark.parametrize("verb", [["bench", "kernels"], ["generate", "MODEL", "--prompt", "x"]])
 def test_a_platform_that_is_not_here_is_named_in_one_line(verb, tiny):
     words = [str(tiny) if word == "MODEL" else word for word in verb]

@@ -808,3 +808,31 @@ def test_a_prefill_that_makes_no_sense_is_refused(
     shutil.copy(text, "T")
     assert message in error(run("prefill", tiny, "--out", "kv", *flags))
     assert os.listdir() == ["T"]
+
+
+@pytest.mark.usefixtures("asked")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "window_000000/notes",
+        "window_000000/state/notes.txt",
+        "window_000000/mine/deep/x",
+        "window_000007/x",
+        "window_000007",
+        "window_000000.orbax-checkpoint-tmp/notes",
+    ],
+)
+def test_a_session_with_a_file_of_the_user_in_a_window_is_not_replaced(
+    name, prefill, kept, tiny, text, run
+):
+    directory = kept("raw")
+    path = directory / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine")
+    before = {each: each.read_bytes() for each in directory.rglob("*") if each.is_file()}
+    arguments = ["prefill", tiny, "--file", text, "--out", directory, *PREFILL]
+    line = error(run(*arguments, "--overwrite"))
+    assert f"holds {name}, which is no part of a KV session" in line
+    assert {each: each.read_bytes() for each in directory.rglob("*") if each.is_file()} == before
+    path.unlink()
+    assert run(*arguments, "--overwrite")[0] == 0

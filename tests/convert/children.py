@@ -120,6 +120,7 @@ def stage(output, text, *, exchange=True, overwrite=True):
             resume=True,
             same=lambda path: read(path) == text,
             check_ours=read,
+            writes=lambda _: True,
         )
         if there:
             return

@@ -131,7 +131,14 @@ def test_two_runs_do_not_write_one_output(tmp_path):
     from convert import publish
 
     with publish.Staging(tmp_path / "ours") as staging:
-        staging.begin({}, overwrite=False, resume=False, same=lambda _: False, check_ours=print)
+        staging.begin(
+            {},
+            overwrite=False,
+            resume=False,
+            same=lambda _: False,
+            check_ours=print,
+            writes=lambda _: True,
+        )
         text = refusal("convert", tmp_path / "hf", tmp_path / "ours", "--resume")
         assert "another process is writing" in text
 

@@ -140,6 +140,7 @@ def test_what_comes_to_an_output_during_the_work_is_not_replaced(there):
                 resume=False,
                 same=lambda _: False,
                 check_ours=weights._check_ours,
+                writes=weights._writes,
             )
             (staging.directory / "file").write_text("new")
             disk_file(output / "mine" / "notes") if replaced else disk_file(output / "notes")
@@ -160,6 +161,23 @@ SIBLINGS = {
         "state.json": '{"format": "qwen-jax staging 1", "work": {}, "replace": true}',
         "notes": "mine",
     },
+    "ours with notes in what it prepares": {
+        "state.json": '{"format": "qwen-jax staging 1", "work": {}, "replace": true}',
+        "checkpoint/notes": "mine",
+    },
+    "ours with notes among the arrays": {
+        "state.json": '{"format": "qwen-jax staging 1", "work": {}, "replace": true}',
+        "checkpoint/params/final/state/notes": "mine",
+    },
+    "ours with notes among its records": {
+        "state.json": '{"format": "qwen-jax staging 1", "work": {}, "replace": true}',
+        "parts/notes": "mine",
+    },
+    "ours with notes in what it replaced": {
+        "state.json": '{"format": "qwen-jax staging 1", "work": {}, "replace": true}',
+        "old/notes": "mine",
+    },
+    "a lock that holds something": {"lock": "mine"},
 }
 
 
@@ -171,6 +189,7 @@ def test_what_other_work_has_left_is_replaced_by_an_export_that_may(there):
             resume=False,
             same=lambda _: False,
             check_ours=lambda _: None,
+            writes=lambda _: True,
         )
     with pytest.raises(CheckpointError, match="start again with --overwrite"):
         export(there / "ours", there / "new")

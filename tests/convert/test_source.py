@@ -352,3 +352,13 @@ def test_fine_tunes_of_one_model_have_different_fingerprints(tmp_path):
     Tiny(shards=2).write(tmp_path / "again", 0)
     assert one != other
     assert one == source.check(tmp_path / "again").fingerprint()
+
+
+@pytest.mark.parametrize("name", source.COMPANIONS)
+def test_a_file_to_copy_is_not_larger_than_any_that_is_read(name, tmp_path):
+    Tiny(layers=1).write(tmp_path)
+    (tmp_path / name).unlink(missing_ok=True)
+    with (tmp_path / name).open("w") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ValueError, match=rf"{re.escape(name)} has 1,099,511,627,776 bytes"):
+        source.check(tmp_path)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from plot_files import record, write_log, write_report
 
-from qwen_jax.cli import calibrate, score
+from qwen_jax.cli import calibrate, main, score
 from qwen_jax.eval import heatmap, plot, sources
 
 USERS = {
@@ -72,9 +72,35 @@ def test_budgets_are_replaced_only_if_the_report_beside_them_knows_them(tmp_path
         with pytest.raises(FileExistsError, match=r"exists and was not written") as caught:
             calibrate._check_ours(out, report)
         assert caught.value.filename == str(out)
+    with out.open("wb") as file:
+        file.truncate(1 << 40)
+    for sha256 in (None, "0" * 64):
+        write_report(report, budgets_sha256=sha256)
+        with pytest.raises(FileExistsError):
+            calibrate._check_ours(out, report)
     out.unlink()
     for content in ("mine", "[]", json.dumps({"format": "mine"})):
         report.write_text(content)
         with pytest.raises(FileExistsError) as caught:
             calibrate._check_ours(out, report)
         assert caught.value.filename == str(report)
+
+
+def test_nothing_is_drawn_if_the_numbers_beside_it_cannot_be_written(tmp_path):
+    pytest.importorskip("matplotlib")
+    log = write_log(tmp_path / "log.jsonl", [record(1000, 0.5, True)])
+    (tmp_path / "x.csv").write_text("mine")
+    words = ["plot", "eval", log, "--out", tmp_path / "x.png", "--csv", tmp_path / "x.csv"]
+    assert main([str(word) for word in words]) == 2
+    assert not (tmp_path / "x.png").exists()
+    assert (tmp_path / "x.csv").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.png"])
+def test_a_picture_is_refused_before_the_model_is_opened(name, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    (tmp_path / name).write_text("mine")
+    words = ["plot", "plan", tmp_path / "none", "--file", tmp_path / "none"]
+    assert main([str(word) for word in [*words, "--out", tmp_path / name]]) == 2
+    assert name in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "mine"
