@@ -253,7 +253,7 @@ def without_paths(value: Any) -> Any:
         return [without_paths(each) for each in value]
     if not isinstance(value, str):
         return value
-    for known in sorted({str(Path.home()), os.getcwd(), tempfile.gettempdir(), sys.prefix}):
+    for known in sorted({os.path.expanduser("~"), os.getcwd(), tempfile.gettempdir(), sys.prefix}):
         if len(known) > 1:
             value = value.replace(known, "~")
     return _PATH.sub("…/", value)
