@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import io
 import math
 import re
 from pathlib import Path
@@ -73,22 +74,34 @@ def _is_ours(path: Path) -> bool:
         return _CSV.match(file.read(64)) is not None
 
 
+def check_csv(path: Path) -> None:
+    """Refuses what `write_csv` could not write.
+
+    Raises:
+        FileExistsError: if there is a file that does not begin with the names of our columns.
+        FileError: if there is a directory of that name.
+        OSError: if nothing can be written there.
+    """
+    disk.prepare(path, streams=True)
+    disk.check_ours(path, _is_ours)
+
+
 def write_csv(panels: Panels, path: Path) -> None:
     """One line a cell, map after map; the value of a cell that was not measured is empty.
 
     Raises:
-        FileExistsError: if there is a file that does not begin with the names of our columns.
+        FileExistsError, FileError: see `check_csv`.
         OSError: if it cannot be written.
     """
-    disk.prepare(path)
+    check_csv(path)
     first = panels.maps[0]
-    disk.check_ours(path, _is_ours)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["map", first.rows.name, first.columns.name, "value"])
-        for shown in panels.maps:
-            for row, key in enumerate(shown.rows.keys):
-                for column, other in enumerate(shown.columns.keys):
-                    value = float(shown.values[row, column])
-                    cell = "" if math.isnan(value) else value
-                    writer.writerow([shown.title, "" if key is None else key, other, cell])
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["map", first.rows.name, first.columns.name, "value"])
+    for shown in panels.maps:
+        for row, key in enumerate(shown.rows.keys):
+            for column, other in enumerate(shown.columns.keys):
+                value = float(shown.values[row, column])
+                cell = "" if math.isnan(value) else value
+                writer.writerow([shown.title, "" if key is None else key, other, cell])
+    disk.write(path, file.getvalue())
