@@ -55,7 +55,7 @@ def export(
         CheckpointError: if the checkpoint is damaged or `dst` cannot be written.
         qwen_jax.config.ConfigError: if config.json cannot be used.
     """
-    directory, output = Path(src).resolve(), Path(dst).resolve()
+    directory, output = Path(src).resolve(), publish.place(dst)
     publish.check_apart(directory, output)
     manifest = params.verify(directory)
     changed = sorted({t.dtype for t in manifest.tensors if t.dtype != t.source_dtype})

@@ -14,18 +14,26 @@ import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from convert import files, publish, source
 from qwen_jax.manifest import CheckpointError
-from qwen_jax.reading import shown
+from qwen_jax.reading import printable, shown
 
 _INDEX = "pytorch_model.bin.index.json"
 _SINGLE = "pytorch_model.bin"
 _BIN_NAME = re.compile(r"[\w.-]+\.bin", re.ASCII)
 _MARK = "qwen-jax unpickled 1"  # a file that says whose the directory is, and locks it
 _WEIGHTS = "weights"
+_KINDS = {"bfloat16": "BF16", "bool": "BOOL", "uint8": "U8"} | {
+    f"{kind}{bits}": f"{kind[0].upper()}{bits}"
+    for kind in ("float", "int")
+    for bits in (8, 16, 32, 64)
+    if (kind, bits) != ("float", 8)
+}
 _TORCH = (2, 10)  # the first version whose weights_only unpickler has no known hole
 
 
@@ -54,6 +62,18 @@ def as_safetensors(src: str | os.PathLike, output: Path) -> Iterator[Path]:
             (directory / _MARK).unlink(missing_ok=True)
             directory.rmdir()
             os.close(lock)
+
+
+@contextlib.contextmanager
+def headers(src: str | os.PathLike) -> Iterator[Path]:
+    """A temporary directory that holds `src` as safetensors whose weights are holes.
+
+    Raises:
+        CheckpointError: as `as_safetensors`.
+    """
+    with tempfile.TemporaryDirectory(prefix="qwen-jax-") as scratch:
+        _run(Path(src), Path(scratch) / _WEIGHTS, "--headers")
+        yield Path(scratch) / _WEIGHTS
 
 
 def _begin(directory: Path) -> int:
@@ -85,7 +105,7 @@ def _begin(directory: Path) -> int:
     return lock
 
 
-def _run(src: Path, dst: Path) -> None:
+def _run(src: Path, dst: Path, *flags: str) -> None:
     """Run this module in a process of its own.
 
     Raises:
@@ -103,7 +123,7 @@ def _run(src: Path, dst: Path) -> None:
         name: value for name, value in os.environ.items() if not name.startswith("TORCH_")
     }
     child = subprocess.run(
-        [sys.executable, "-m", "convert.pickled", str(src), str(dst)],
+        [sys.executable, "-m", "convert.pickled", str(src), str(dst), *flags],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -116,8 +136,11 @@ def _run(src: Path, dst: Path) -> None:
         raise CheckpointError(f"{src}: {lines[-1]}")
 
 
-def main(src: Path, dst: Path) -> None:
+def main(src: Path, dst: Path, *, headers_only: bool = False) -> None:
     """What the process does.
+
+    Args:
+        headers_only: leave holes where the weights would be.
 
     Raises:
         CheckpointError: if a file is not what it should be.
@@ -145,20 +168,41 @@ def main(src: Path, dst: Path) -> None:
         shard = f"model-{number:05d}-of-{len(paths):05d}.safetensors"
         weight_map |= dict.fromkeys(tensors, shard)
         seen = set()
-        for key, value in tensors.items():
+        for key, value in tensors.items() if not headers_only else ():
             shared = value.untyped_storage().data_ptr() in seen
             seen.add(value.untyped_storage().data_ptr())
             tensors[key] = value.clone() if shared else value.contiguous()
-        save_file(tensors, dst / shard, {"format": "pt"})
+        if headers_only:
+            _save_header(tensors, dst / shard)
+        else:
+            save_file(tensors, dst / shard, {"format": "pt"})
     (dst / source.INDEX).write_text(json.dumps({"weight_map": weight_map}))
     for name in source.COMPANIONS:
         if os.path.lexists(root / name):
             shutil.copyfile(files.regular_file(root, name), dst / name)
 
 
+def _save_header(tensors: dict[str, Any], path: Path) -> None:
+    """Writes a safetensors file with a hole in place of the tensors' bytes.
+
+    Raises:
+        CheckpointError: if a tensor is of a kind that checkpoints do not have.
+    """
+    rows, end = {}, 0
+    for name, tensor in tensors.items():
+        kind = str(tensor.dtype).removeprefix("torch.")
+        if kind not in _KINDS:
+            raise CheckpointError(f"{printable(name)} is of {kind}, which no checkpoint has")
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        rows[name] = {"dtype": _KINDS[kind], "shape": [*tensor.shape], "data_offsets": [begin, end]}
+    header = json.dumps(rows).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(path, 8 + len(header) + end)
+
+
 if __name__ == "__main__":
     try:
-        main(Path(sys.argv[1]), Path(sys.argv[2]))
+        main(Path(sys.argv[1]), Path(sys.argv[2]), headers_only="--headers" in sys.argv[3:])
     except Exception as error:
         # Whatever the file provoked becomes one line for the parent.
         sys.exit(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}")

@@ -48,6 +48,17 @@ _PARTS = re.compile(r"[\w.-]+\.json(\.[0-9a-f]{8})?(\.partial)?")
 _BEFORE_STATE = re.compile(r"checkpoint|lock|ready|state\.json(\.[0-9a-f]{8})?\.partial")
 
 
+def place(output: str | os.PathLike) -> Path:
+    """Where an output goes, through links.
+
+    Raises:
+        CheckpointError: if it is a pipe, a device or an open descriptor.
+    """
+    if disk.is_stream(Path(output)):
+        raise CheckpointError(f"{shown(output)} is no place for a directory: name another path")
+    return Path(output).resolve()
+
+
 class Staging:
     """The sibling of an output directory in which it is prepared; closed on leaving `with`.
 
@@ -74,6 +85,25 @@ class Staging:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def check(self, *, overwrite: bool, check_ours: Callable[[Path], None]) -> None:
+        """Refuse what is in the way of a run that continues none, before it does anything.
+
+        Raises:
+            CheckpointError: as `begin`.
+        """
+        with errors(self.output):
+            left = self._left() is not None and not (self.partial / "ready").exists()
+            if left and not overwrite:
+                raise CheckpointError(self._stopped())
+            self._check_ours, self._replace = check_ours, overwrite
+            self._check_output()
+
+    def _stopped(self) -> str:
+        return (
+            f"{shown(self.partial)} is left of a stopped run: continue it with --resume, or start "
+            "again with --overwrite"
+        )
 
     def begin(
         self,
@@ -116,10 +146,7 @@ class Staging:
             self._replace = overwrite
             if self.partial.exists():
                 if not resume and not overwrite:
-                    raise CheckpointError(
-                        f"{shown(self.partial)} is left of a stopped run: continue it with "
-                        "--resume, or start again with --overwrite"
-                    )
+                    raise CheckpointError(self._stopped())
                 if resume and left is not None and left["work"] != state:
                     raise CheckpointError(
                         f"{shown(self.partial)} was made from another source or with another "

@@ -55,6 +55,12 @@ def shown(label: str, *, team: Team = ALONE) -> Iterator[Progress]:
     yield line
 
 
+def say(text: str) -> None:
+    """One line for the user on stderr, unless nothing but errors is wanted."""
+    if verbosity.get() is not Level.NONE:
+        print(reading.shown(text), file=sys.stderr, flush=True)
+
+
 def described(label: str, done: int, total: int, elapsed_s: float) -> str:
     """Progress in a line: `convert: 1.2 of 15.2 GB, 240 MB/s, 58 s left`."""
     speed = done / elapsed_s

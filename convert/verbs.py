@@ -5,7 +5,6 @@ import os
 import shlex
 import shutil
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,9 +13,9 @@ import jax
 import typer
 
 from convert import export as exports
-from convert import source, weights
+from convert import pickled, publish, source, weights
 from convert.team import ALONE, Team
-from convert.terminal import show, shown
+from convert.terminal import say, show, shown
 from qwen_jax import locate
 from qwen_jax.config import notes
 from qwen_jax.manifest import DTYPES, Progress
@@ -70,7 +69,14 @@ def convert_with(team: Team) -> Callable[..., None]:
         """
         stored = {"keep": "keep", "f32": "float32", "bf16": "bfloat16"}[dtype]
         if dry_run:
-            checked = source.check(src)
+            publish.place(dst)
+            directory = locate.checkpoint(src)
+            with contextlib.ExitStack() as stack:
+                read, what = directory, "all intact"
+                if allow_pickle_weights and pickled.only(directory):
+                    read = stack.enter_context(pickled.headers(directory))
+                    what = "whose tensors are those of config.json"
+                checked = source.check(read)
             _say_notes(src, team)
             sizes = [
                 tensor.size
@@ -81,7 +87,7 @@ def convert_with(team: Team) -> Callable[..., None]:
             parent = next(path for path in dst.resolve().parents if path.exists())
             show(
                 [
-                    ("source", f"{checked.directory}, {len(checked.shards)} file(s), all intact"),
+                    ("source", f"{directory}, {len(checked.shards)} file(s), {what}"),
                     ("tensors", f"{len(checked.tensors)}"),
                     ("would write", f"{dst}, {sum(sizes) / 1e9:.2f} GB, dtype {dtype}"),
                     ("free there", f"{shutil.disk_usage(parent).free / 1e9:.2f} GB"),
@@ -142,7 +148,7 @@ def _say_notes(src: Path, team: Team) -> None:
     """Print what of a checkpoint is left unread."""
     if team.is_first():
         for sentence in notes(locate.checkpoint(src)):
-            print(sentence, file=sys.stderr)
+            say(sentence)
 
 
 @contextlib.contextmanager
@@ -172,7 +178,7 @@ def _stoppable(label: str, hint: str, *, team: Team = ALONE) -> Iterator[Progres
 
             yield step
     except KeyboardInterrupt:
-        print(f"stopped; {hint}", file=sys.stderr)
+        say(f"stopped; {hint}")
         raise typer.Exit(130) from None
     finally:
         for number, handler in previous.items():

@@ -113,7 +113,7 @@ def convert(
     """
     if dtype not in ("keep", "bfloat16", "float32"):
         raise ValueError(f"{dtype=} must be 'keep', 'bfloat16' or 'float32'")
-    output = Path(dst).resolve()
+    output = publish.place(dst)
     with contextlib.ExitStack() as stack:
         src = locate.checkpoint(src)
         publish.check_apart(Path(src).resolve(), output)
@@ -124,6 +124,8 @@ def convert(
                     f"{src} has weights in .bin files, which one process converts: start it "
                     "alone, with --num-processes 1"
                 )
+            if not resume:
+                publish.Staging(output).check(overwrite=overwrite, check_ours=_check_ours)
             src = stack.enter_context(pickled.as_safetensors(src, output))
         checked = source.check(src)
         outline = checked.outline()

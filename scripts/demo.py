@@ -45,10 +45,10 @@ def run(model: Path) -> bool:
     """Whether the answer with Dual Chunk Attention was right.
 
     Args:
-        model: where the model is kept; the converted checkpoint lies beside it.
+        model: where the model is kept; the converted checkpoint lies beside it where that can be.
     """
-    checkpoint = model.with_name(f"{model.name}-checkpoint")
     demo_model.fetch(model)
+    checkpoint = demo_model.checkpoint_of(model)
     qwen_jax("convert", model, checkpoint, "--overwrite")
     qwen_jax("verify", checkpoint, "--full")
     ask = ("ask", checkpoint, "--file", DOCUMENT, "--max-new-tokens", 32, QUESTION)

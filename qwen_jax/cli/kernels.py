@@ -18,9 +18,10 @@ from pallas_kernels.programs import PROGRAMS, inputs, program
 from qwen_jax import devices
 from qwen_jax.cli import placement
 from qwen_jax.cli.console import console
-from qwen_jax.cli.flags import Json, option
+from qwen_jax.cli.flags import Json, Within, option
 from qwen_jax.config import ConfigError
 
+FULL = "out of memory: end what else uses the device, or take a smaller shape"
 _SOON = {"cpu": "small at 2k"}
 _USUAL = "7B at 32k,7B at 1M"
 
@@ -30,7 +31,7 @@ def kernels(
     backends: Annotated[
         str | None, option("Of those that run here; all but the reference.")
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Runs of each; the median counts.")] = 5,
+    repeats: Annotated[int, typer.Option(help="Runs of each; the median counts."), Within(1)] = 5,
     json: Json = False,
 ):
     """Time prefill, sparse prefill, decode and selection on random values.
@@ -54,8 +55,6 @@ def kernels(
         chosen = backends.split(",")
         for each in chosen:
             backend.choose(here.platform, each)
-    if repeats < 1:
-        raise ConfigError(f"--repeats must be at least 1, got {repeats}")
     preferences = {kind: each._asdict() for kind, each in backend.preferences().items()}
     rows = []
     table = Table("shape", "program", "backend", "ms (median)")
@@ -78,17 +77,24 @@ def measure(
     dtype = jnp.float32 if backend.device().platform == "cpu" else jnp.bfloat16
     for name, case in cases.items():
         for what in PROGRAMS:
-            # From inside a program, so that no more is made than is needed.
-            args = jax.jit(lambda what=what, case=case: inputs(what, case, dtype))()
+            args = None
             for each in backends:
                 row = {"shape": name, "program": what, "backend": each, "refused": None}
                 row["dtype"] = jnp.dtype(dtype).name
                 try:
+                    if args is None:  # from inside a program, so that no more is made than needed
+                        args = jax.jit(lambda what=what, case=case: inputs(what, case, dtype))()
                     row["seconds"] = time_of(what, case, each, args, repeats)
                     row["median_s"] = statistics.median(row["seconds"])
                 except (Unsupported, jax.errors.JaxRuntimeError) as error:
-                    row["refused"] = str(error).splitlines()[0]
+                    full = is_out_of_memory(error)
+                    row["refused"] = FULL if full else str(error).splitlines()[0]
                 yield row
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether XLA says that a device has no room for something."""
+    return any(word in str(error) for word in ("RESOURCE_EXHAUSTED", "Out of memory"))
 
 
 def time_of(what: str, case: Served, name: str, args, repeats: int, **keywords: Any) -> list[float]:

@@ -9,6 +9,7 @@ import typer
 from qwen_jax.cli import command, documents
 from qwen_jax.cli.console import console
 from qwen_jax.cli.flags import (
+    Model,
     ModelArgument,
     ModelFlags,
     Within,
@@ -19,6 +20,7 @@ from qwen_jax.cli.flags import (
 )
 from qwen_jax.cli.placement import one_device
 from qwen_jax.cli.quantities import tokens_option
+from qwen_jax.config import ConfigError
 from qwen_jax.engine.engine import Engine
 from qwen_jax.eval import heatmap, plot, sources, terminal
 from qwen_jax.eval.plan_picture import PlanPicture
@@ -86,8 +88,12 @@ def recall(
 
 
 def _deliver(panels: heatmap.Panels, out: Path | None, csv: Path | None) -> None:
-    if csv:
+    if out is not None:
+        plot.check_picture(out)
+    if csv is not None:
         heatmap.check_csv(csv)
+        if out is not None and out.resolve() == csv.resolve():
+            raise ConfigError(f"--out and --csv are one file, {out}: give two")
     if out:
         plot.save_heat_maps(panels, out)
         note(f"wrote {out}")
@@ -105,8 +111,8 @@ def plan(
     file: Annotated[
         list[Path], option("A text file or a directory; may be given repeatedly.", metavar="PATH")
     ],
-    layer: Annotated[int, typer.Option(help="From 0; the last is never sparse.")] = 0,
-    head: Annotated[int, typer.Option(help="Query head, from 0.")] = 0,
+    layer: Annotated[int, typer.Option(help="From 0; the last is never sparse."), Within(0)] = 0,
+    head: Annotated[int, typer.Option(help="Query head, from 0."), Within(0)] = 0,
     tokens: Annotated[int | None, tokens_option("Read only so many tokens."), Within(1)] = None,
     out: Out = None,
 ):
@@ -123,9 +129,10 @@ def plan(
         DocumentError: if a named path holds no text.
     """
     if out is not None:
-        plot.check(out)
+        plot.check_picture(out)
     mesh = one_device(model_flags.mesh, "plans are made")
     opened = open_model(model, dataclasses.replace(model_flags, sparse="on", mesh=mesh))
+    _check_head(opened, layer, head)
     ids = tuple(
         opened.tokenizer().encode_prompt(documents.joined(documents.read(file, skipped=note), ""))
     )
@@ -159,6 +166,23 @@ def plan(
     else:
         plot.save_plan(picture, out)
         note(f"wrote {out}")
+
+
+def _check_head(opened: Model, layer: int, head: int) -> None:
+    """Refuses a head whose prefill is never sparse, before weights are loaded.
+
+    Raises:
+        ConfigError: naming the flag.
+    """
+    if opened.config.num_layers == 1:
+        raise ConfigError("a model of one layer is prefilled densely: its only one is the last")
+    counts = {
+        "--layer": (layer, opened.config.num_layers - 1),
+        "--head": (head, opened.config.num_heads),
+    }
+    for flag, (value, count) in counts.items():
+        if value >= count:
+            raise ConfigError(f"{flag} {value} must be from 0 to {count - 1}")
 
 
 app.verb("plan")(plan)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from qwen_jax import hosts
+from qwen_jax import hosts, sharding
 from qwen_jax.cli import documents, sessions
 from qwen_jax.cli import tokens as token_file
 from qwen_jax.cli.answer import interrupts, prefill_progress
@@ -20,6 +20,7 @@ from qwen_jax.cli.flags import (
     ModelArgument,
     ModelFlags,
     System,
+    Within,
     note,
     open_model,
     option,
@@ -52,6 +53,7 @@ def prefill(
         tokens_option(
             "Tokens between two savings, in memory twice while they are saved.", shown=True
         ),
+        Within(1),
     ] = 65536,
     overwrite: Annotated[
         bool, option("Replace another session that is there.", "--overwrite")
@@ -77,10 +79,12 @@ def prefill(
         raise ConfigError(f"--system contradicts {named[0]}, which is raw: leave it out")
     if exclude and not file:
         raise ConfigError(f"--exclude contradicts {named[0]}, which is raw: leave it out")
-    if not 1 <= save_every < 2**31:
-        raise ConfigError(f"--save-every {save_every} must be at least 1")
     began = time.monotonic()
     with interrupts(signal.SIGTERM) as stopped:
+        if model_flags.mesh is not None and sharding.parse(model_flags.mesh).data > 1:
+            raise ConfigError(
+                f"--mesh {model_flags.mesh}: one prompt has no replicas: leave data out"
+            )
         opened = open_model(model, model_flags)
         rows, ids = _prompt(opened, file, exclude, system, prompt_file, tokens)
         if rows:
@@ -157,8 +161,7 @@ def _fill(
     kept = sessions.Kept(directory=writer.directory, session=writer.session, tokens=ids)
     window = max(min(save_every, len(ids) - held), kept.window)
     engine = opened.engine(len(ids) + _NEW, held=held, window=window)
-    if not isinstance(engine, Engine):
-        raise ConfigError(f"--mesh {opened.flags.mesh}: one prompt has no replicas: leave data out")
+    assert isinstance(engine, Engine)  # one prompt has no replicas
     if held:
         kept.restore(engine)
     number = engine.add(Request(prompt=ids, max_new_tokens=_NEW))

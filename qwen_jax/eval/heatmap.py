@@ -75,13 +75,14 @@ def _is_ours(path: Path) -> bool:
 
 
 def check_csv(path: Path) -> None:
-    """Refuses what `write_csv` would not replace, or could not write.
+    """Refuses what `write_csv` could not write.
 
     Raises:
         FileExistsError: if there is a file that does not begin with the names of our columns.
-        OSError: if it cannot be written.
+        FileError: if there is a directory of that name.
+        OSError: if nothing can be written there.
     """
-    disk.prepare(path)
+    disk.prepare(path, streams=True)
     disk.check_ours(path, _is_ours)
 
 
@@ -89,12 +90,12 @@ def write_csv(panels: Panels, path: Path) -> None:
     """One line a cell, map after map; the value of a cell that was not measured is empty.
 
     Raises:
-        FileExistsError: if there is a file that does not begin with the names of our columns.
+        FileExistsError, FileError: see `check_csv`.
         OSError: if it cannot be written.
     """
     check_csv(path)
     first = panels.maps[0]
-    file = io.StringIO(newline="")
+    file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["map", first.rows.name, first.columns.name, "value"])
     for shown in panels.maps:

@@ -1,5 +1,6 @@
 """Pictures as PNG files, by matplotlib: heat maps and plans."""
 
+import io
 import math
 import warnings
 from pathlib import Path
@@ -28,7 +29,7 @@ def save_heat_maps(panels: Panels, path: Path) -> None:
         PlotError: if matplotlib is not installed, or the file is not to be a PNG.
         OSError: if the file cannot be written.
     """
-    figures = _matplotlib(path)
+    figures = check_picture(path)
     maps = panels.maps
     widest = max(each.values.shape[1] for each in maps)
     across = min(panels.across, 3 if widest <= 8 else 2)
@@ -113,7 +114,7 @@ def save_plan(picture: PlanPicture, path: Path) -> None:
         PlotError: if matplotlib is not installed, or the file is not to be a PNG.
         OSError: if the file cannot be written.
     """
-    figures = _matplotlib(path)
+    figures = check_picture(path)
     from matplotlib.patches import Patch
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -171,25 +172,19 @@ def _hex(colour: tuple[int, int, int]) -> str:
     return "#" + bytes(colour).hex()
 
 
-def check(path: Path) -> None:
-    """Refuses before the work what could not become a picture after it.
+def check_picture(path: Path) -> Any:
+    """Refuses what no picture can be written to.
 
-    Raises:
-        PlotError: see `_matplotlib`.
-        OSError: if there is something else at `path`, or it cannot be written.
-    """
-    _matplotlib(path)
-    disk.prepare(path)
-
-
-def _matplotlib(path: Path) -> Any:
-    """The module `matplotlib.figure`; figures made from it need no display.
+    Returns:
+        The module `matplotlib.figure`; figures made from it need no display.
 
     Raises:
         PlotError: if it is not installed, or `path` is no name of a PNG.
         FileExistsError: if something else than a picture of ours is at `path`.
+        FileError: if there is a directory of that name.
+        OSError: if nothing can be written there.
     """
-    if path.suffix.lower() != ".png":
+    if path.suffix.lower() != ".png" and not disk.is_stream(path):
         raise PlotError(f"--out {path}: pictures are PNG files, so the name must end in .png")
     try:
         from matplotlib import figure
@@ -197,16 +192,18 @@ def _matplotlib(path: Path) -> Any:
         raise PlotError(
             "--out needs matplotlib: pip install -e '.[plot]' in a checkout of qwen-jax"
         ) from None
+    disk.prepare(path, streams=True)
     disk.check_ours(path, _is_ours)
     return figure
 
 
 def _save(figure: Any, path: Path) -> None:
-    disk.prepare(path)
+    picture = io.BytesIO()
     with warnings.catch_warnings():
         # A name in letters that the font lacks is drawn as boxes; the figures are what counts.
         warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)
-        figure.savefig(path, format="png", facecolor="white", metadata={"Software": _SOFTWARE})
+        figure.savefig(picture, format="png", facecolor="white", metadata={"Software": _SOFTWARE})
+    disk.write(path, picture.getvalue())
 
 
 def _is_ours(path: Path) -> bool:

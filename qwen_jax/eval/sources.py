@@ -34,6 +34,7 @@ _REPORT = schema.fields(
         "vertical": _BUDGETS,
         "slash": _BUDGETS,
         "budgets_sha256": schema.sha256,
+        "replaced_budgets_sha256": schema.sha256,
     },
 )
 

@@ -191,7 +191,7 @@ MISTAKES = {
         "backend 'triton' runs on gpu; on this device (cpu) there are xla, reference",
     ),
     "no such kernel": (None, "bench kernels --backends x", "no backend 'x'"),
-    "no runs": (None, "bench kernels --repeats 0", "--repeats must be at least 1"),
+    "no runs": (None, "bench kernels --repeats 0", "--repeats 0 must be at least 1"),
     "no requests": (None, "batch MODEL I O", "I: No such file"),
     "a directory of requests": (None, "batch MODEL EMPTY O", "EMPTY is not a regular file"),
     "blank requests": (("I", "\n\n"), "batch MODEL I O", "I has no lines"),

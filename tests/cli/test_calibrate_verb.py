@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 
+from qwen_jax import disk
 from qwen_jax.cli.flags import Model
 from qwen_jax.config import last_q, model_config, sparse_config
 from qwen_jax.engine.engine import Engine
@@ -111,10 +112,10 @@ def test_budgets_are_found_read_and_drawn(calibrate, surveyed, tiny, text, tmp_p
     assert png.read_bytes().startswith(b"\x89PNG")
     code, _, err = run(*plan, "--layer", 1)
     assert code == 2
-    assert err.splitlines()[-1] == "error: layer=1 must be from 0 to 0"
+    assert err.splitlines()[-1] == "error: --layer 1 must be from 0 to 0"
     code, _, err = run(*plan, "--head", 4)
     assert code == 2
-    assert err.splitlines()[-1] == "error: head=4 must be from 0 to 3"
+    assert err.splitlines()[-1] == "error: --head 4 must be from 0 to 3"
 
 
 @pytest.mark.parametrize(("target", "short"), [(0.3, False), (0.95, True)])
@@ -151,6 +152,46 @@ def test_a_killed_calibration_goes_on_and_ends_as_if_it_had_not_been(calibrate, 
         ours, whole = (tmp_path / name.format(stem) for stem in ("b", "whole"))
         assert ours.read_bytes() == whole.read_bytes()
     assert not (tmp_path / "b.progress").exists()
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("stopped", ["report", "budgets"])
+def test_a_calibration_killed_while_it_writes_its_files_is_repeated(
+    again, stopped, calibrate, tmp_path, monkeypatch
+):
+    """Before it writes the report or the budgets, over none or over those of another target."""
+    budgets = tmp_path / "b.json"
+    before = None
+    if again:
+        assert calibrate(target=0.3)[0] == 0
+        before = budgets.read_bytes()
+    write = disk.write
+    name = {"report": "b.report.json", "budgets": "b.json"}[stopped]
+
+    def killed(path, content):
+        if path.name == name:
+            raise KeyboardInterrupt
+        write(path, content)
+
+    monkeypatch.setattr(disk, "write", killed)
+    assert calibrate(target=0.99)[0] == 130
+    assert (budgets.read_bytes() if budgets.exists() else None) == before
+    monkeypatch.setattr(disk, "write", write)
+    assert calibrate(target=0.97)[0] == 0  # other budgets than those that were not written
+    assert budgets.read_bytes() != before
+    assert calibrate(target=0.99)[0] == 0
+    budgets.write_text("mine")
+    code, _, err = calibrate()
+    assert code == 2
+    assert f"error: {budgets}: exists and was not written by this command" in err
+
+
+@pytest.mark.parametrize("flag", ["--out", "--report"])
+def test_files_where_texts_are_kept_are_refused_first(flag, calibrate, surveyed, tmp_path):
+    code, _, err = calibrate(flag, tmp_path / "b.progress")
+    assert code == 2
+    assert f"error: {tmp_path / 'b.progress'} is where texts are kept" in err.splitlines()[-1]
+    assert not surveyed
 
 
 def test_samples_of_other_settings_are_not_taken(calibrate, surveyed, text, tmp_path):

@@ -194,6 +194,23 @@ def test_flags_that_cannot_be_used_end_in_one_line(arguments, said, run):
     assert said in err
 
 
+def test_ceilings_that_memory_does_not_allow_are_said_and_the_report_is_written(
+    agreeing, run, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(kernel_report, "_COPY", ({"cpu": 1 << 50}, 1 << 30))
+    file = tmp_path / "report.json"
+    code, out, err = run("doctor", "--kernels", "--report", file)
+    assert (code, err) == (0, "")
+    assert "copy, GB/s: out of memory: end what else uses the device, or" in out
+    found = json.loads(file.read_text())
+    assert found["ceilings"]["copy, GB/s"] is None
+    assert found["ceilings"]["float32 product, TFLOP/s"] > 0
+    shares = {row["program"]: (row["rate"], row["share"]) for row in found["speeds"]}
+    assert shares["decode"][0] > 0
+    assert shares["decode"][1] is None
+    assert shares["prefill"][1] > 0
+
+
 @pytest.mark.long
 def test_the_real_thing_on_a_cpu(run, monkeypatch, tmp_path):
     monkeypatch.undo()

@@ -1,5 +1,6 @@
 """bench kernels, and kernels that refuse a model."""
 
+import dataclasses
 import json
 
 import jax
@@ -49,6 +50,24 @@ def test_bench_times_every_program_by_every_backend_that_runs_here(names, monkey
     for row in rows:
         assert len(row["seconds"]) == 2
         assert min(row["seconds"]) <= row["median_s"] <= max(row["seconds"])
+
+
+def test_shapes_that_memory_does_not_hold_are_a_line_with_the_way_out(monkeypatch, run):
+    huge = dataclasses.replace(SMALL, num_pages=1 << 27, num_layers=1 << 14)
+    monkeypatch.setitem(SERVED, "huge", huge)
+    monkeypatch.setitem(SERVED, "tiny", SMALL)
+    flags = ["--shapes", "huge,tiny", "--backends", "xla", "--repeats", 1]
+    code, out, _ = run("bench", "kernels", *flags, "--json")
+    assert code == 0
+    rows = {(row["shape"], row["program"]): row["refused"] for row in json.loads(out)["rows"]}
+    for (shape, _), refused in rows.items():
+        if shape == "tiny":
+            assert refused is None
+        else:
+            assert refused == (
+                "out of memory: end what else uses the device, or take a smaller shape"
+            )
+    assert len(rows) == 2 * len(PROGRAMS)
 
 
 def test_bench_shows_a_refusal_in_the_place_of_a_time(monkeypatch, run):

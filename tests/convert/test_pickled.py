@@ -9,9 +9,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import typer
 from checkpoints import Tiny, assert_trees_equal, expected_tree
+from typer.testing import CliRunner
 
 from convert import weights
+from qwen_jax.cli.convert import convert
 from qwen_jax.manifest import CheckpointError
 
 torch = pytest.importorskip("torch")
@@ -142,3 +145,76 @@ def test_honest_bin_files_convert_like_safetensors(shards, directory, tmp_path):
     weights.convert(directory, tmp_path / "ours", allow_pickle=True)
     assert_trees_equal(weights.load(tmp_path / "ours"), expected_tree(tiny, tensors))
     assert sorted(os.listdir(tmp_path)) == ["hf", "ours", "same"]
+
+
+@pytest.fixture
+def honest(directory, tmp_path):
+    """A directory of one honest .bin file; returns what is in it."""
+    tiny = Tiny(layers=1, tied=True, dtype="bfloat16")
+    tensors = tiny.write(tmp_path / "same")
+    shutil.copy(tmp_path / "same" / "config.json", directory)
+    state = {name: torch.from_numpy(each.astype("f4")).bfloat16() for name, each in tensors.items()}
+    torch.save(state, directory / BIN)
+    return state
+
+
+def planned(directory, tmp_path, *flags):
+    app = typer.Typer()
+    app.command()(convert)
+    arguments = [str(directory), str(tmp_path / "ours"), "--dry-run", *flags]
+    return CliRunner().invoke(app, arguments)
+
+
+def test_a_dry_run_says_what_bin_files_would_become_and_writes_nothing(
+    honest, directory, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "scratch"))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    (tmp_path / "scratch").mkdir()
+    refused = planned(directory, tmp_path)
+    assert isinstance(refused.exception, CheckpointError)
+    assert "convert with --allow-pickle-weights" in str(refused.exception)
+    done = planned(directory, tmp_path, "--allow-pickle-weights")
+    assert done.exit_code == 0
+    rows = dict(line.split("  ", 1) for line in done.stdout.splitlines())
+    size = sum(2 * tensor.numel() for tensor in honest.values())
+    assert (
+        rows["source"].strip() == f"{directory}, 1 file(s), whose tensors are those of config.json"
+    )
+    assert rows["tensors"].strip() == str(len(honest))
+    assert f"{size / 1e9:.2f} GB, dtype keep" in rows["would write"]
+    assert sorted(os.listdir(tmp_path)) == ["hf", "same", "scratch"]
+    assert os.listdir(tmp_path / "scratch") == []
+
+
+def test_a_dry_run_finds_what_is_wrong_with_bin_files(honest, directory, tmp_path):
+    faults = {
+        "model.norm.weight is missing": {
+            name: each for name, each in honest.items() if name != "model.norm.weight"
+        },
+        "model.norm.weight has shape [3]": honest | {"model.norm.weight": torch.zeros(3)},
+        "is of complex64": honest | {"model.norm.weight": torch.zeros(4, dtype=torch.complex64)},
+    }
+    for said, state in faults.items():
+        torch.save(state, directory / BIN)
+        error = planned(directory, tmp_path, "--allow-pickle-weights").exception
+        assert isinstance(error, CheckpointError)
+        assert said in str(error)
+    (directory / BIN).write_bytes(hostile(tmp_path / "ran")["exec, bare pickle"])
+    error = planned(directory, tmp_path, "--allow-pickle-weights").exception
+    assert isinstance(error, CheckpointError)
+    assert sorted(os.listdir(tmp_path)) == ["hf", "same"]
+
+
+@pytest.mark.parametrize("flags", [{}, {"overwrite": True}])
+def test_what_is_in_the_way_is_refused_before_bin_files_are_read(
+    flags, honest, directory, tmp_path, monkeypatch
+):
+    from convert import pickled
+
+    monkeypatch.setattr(pickled, "_run", None)
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "cat.jpg").write_text("meow")
+    with pytest.raises(CheckpointError, match=r"exists: replace it|will not be replaced"):
+        weights.convert(directory, tmp_path / "ours", allow_pickle=True, **flags)
+    assert os.listdir(tmp_path / "ours") == ["cat.jpg"]

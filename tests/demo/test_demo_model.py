@@ -3,6 +3,8 @@
 import os
 import shutil
 import subprocess
+import tempfile
+from pathlib import Path
 
 import demo_checkpoint
 import numpy as np
@@ -164,3 +166,86 @@ def test_shards_are_files_that_safetensors_reads(tmp_path):
         assert set(file.keys()) == set(tensors)
         for name, tensor in tensors.items():
             np.testing.assert_array_equal(file.get_tensor(name), tensor)
+
+
+@pytest.fixture
+def scratch_only(tmp_path, monkeypatch):
+    """A place for temporary files, and no other that can be written; returns the first."""
+    scratch, file = tmp_path / "scratch", tmp_path / "file"
+    scratch.mkdir()
+    file.write_text("")
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file / "cache"))
+    return scratch
+
+
+@pytest.mark.parametrize("cause", ["XDG_CACHE_HOME", "HOME", "no home"])
+def test_where_no_cache_can_be_written_the_model_is_among_temporary_files(
+    cause, scratch_only, monkeypatch, capsys
+):
+    if cause != "XDG_CACHE_HOME":
+        monkeypatch.delenv("XDG_CACHE_HOME")
+        monkeypatch.setenv("HOME", str(scratch_only.parent / "file"))
+    if cause == "no home":
+        monkeypatch.delenv("HOME")
+
+        def home():
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.setattr(Path, "home", home)
+    place = demo_model.cache_dir()
+    assert place == scratch_only / f"qwen-jax-{os.getuid()}" / "smollm2-135m"
+    assert place.parent.stat().st_mode & 0o777 == 0o700
+    assert demo_model.cache_dir() == place  # a second run finds it
+    said = capsys.readouterr().err.splitlines()
+    assert said == 2 * [
+        "demo model: the user's cache directory cannot be written: the model is kept in "
+        f"{place.parent}"
+    ]
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "open to others"])
+def test_temporary_files_go_nowhere_that_others_can_write(kind, scratch_only):
+    usual = scratch_only / f"qwen-jax-{os.getuid()}"
+    if kind == "link":
+        usual.symlink_to(scratch_only.parent, target_is_directory=True)
+    elif kind == "file":
+        usual.write_text("")
+    else:
+        usual.mkdir()
+        usual.chmod(0o777)
+    place = demo_model.cache_dir().parent
+    assert place.parent == scratch_only
+    assert place != usual
+    assert place.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_model_in_a_cache_that_cannot_be_written_is_used_and_converted_elsewhere(
+    scratch_only, monkeypatch, capsys
+):
+    cache = scratch_only.parent / "cache"
+    there = cache / "qwen-jax" / "smollm2-135m"
+    there.mkdir(parents=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    assert demo_model.checkpoint_of(there) == there.with_name("smollm2-135m-checkpoint")
+    writable = os.access
+    monkeypatch.setattr(
+        os,
+        "access",
+        lambda path, mode: not Path(path).is_relative_to(cache) and writable(path, mode),
+    )
+    assert demo_model.cache_dir() == there
+    assert capsys.readouterr().err == ""
+    checkpoint = demo_model.checkpoint_of(there)
+    assert checkpoint.parent == scratch_only / f"qwen-jax-{os.getuid()}"
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.endswith(f"cannot be written: the checkpoint is kept in {checkpoint.parent}")
+
+
+def test_without_any_place_to_write_a_demo_ends_in_one_line(scratch_only, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch_only.parent / "file"))
+    monkeypatch.setattr("sys.argv", ["demo.py"])
+    assert demo_model.demonstrate(lambda model: True, "A demo.") == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("error: ")
+    assert str(scratch_only.parent / "file") in said

@@ -2,12 +2,13 @@
 
 import base64
 import json
-import os
 import zipfile
 from pathlib import Path
 
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from qwen_jax import user_cache
 
 # arXiv:2309.16609, section 2.2: byte-level BPE that splits numbers into digits.
 PATTERN = (
@@ -123,7 +124,4 @@ def qwen_vocabulary(wheel: Path) -> tuple[dict[str, int], list[tuple[str, str]]]
 
 def cache_directory() -> Path:
     """Where downloads outlive a test run."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(base) / "qwen-jax"
-    path.mkdir(parents=True, exist_ok=True)
-    return path
+    return user_cache.directory() or user_cache.temporary()
