@@ -42,8 +42,6 @@ COMPANIONS = (
     *READ_FILES,
     "vocab.json",
     "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
 )
 
 _SHARD_NAME = re.compile(r"[\w.-]+\.safetensors", re.ASCII)

@@ -41,6 +41,8 @@ class Tokenizer:
             are padding of the embedding.
         names: special tokens by the names that templates know them by, as far as they are said.
         template: the checkpoint's chat template, or None.
+        before: ids that the post-processor puts before a raw prompt (a bos token, say).
+        after: those that it puts after it.
         turns_fault: why the library itself makes other ids of turns in ChatML, or None.
     """
 
@@ -53,6 +55,8 @@ class Tokenizer:
     size: int
     names: Mapping[str, str | None]
     template: str | None
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
     turns_fault: str | None = None
 
     @classmethod
@@ -75,6 +79,8 @@ class Tokenizer:
             size=files.size,
             names=files.names,
             template=files.template,
+            before=files.before,
+            after=files.after,
         )
         # Before anybody encodes with it: the library's own ids need a switch that all share.
         return dataclasses.replace(tokenizer, turns_fault=tokenizer._compare_turns())
@@ -107,6 +113,16 @@ class Tokenizer:
                 "plain text: its vocabulary can be spelled, do not use it"
             )
         return ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a raw prompt: those of `text` and what the post-processor puts around them.
+
+        That is what `tokenizer(text)` of transformers gives; chat templates bring their own.
+
+        Raises:
+            TokenizerError: see `encode_text`.
+        """
+        return [*self.before, *self.encode_text(text), *self.after]
 
     def encode_turn(self, role: str, content: str) -> list[int]:
         """Ids of one ChatML turn; its control tokens are placed here, never parsed from text.

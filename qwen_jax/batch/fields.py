@@ -171,7 +171,8 @@ class Reader:
         if not prompt:
             raise LineError("prompt must be a text or token ids, at least one", param="prompt")
         if isinstance(prompt, str):
-            return tuple(self.tokenizer.encode_text(prompt))
+            encode = self.tokenizer.encode_text if self.prefix else self.tokenizer.encode_prompt
+            return tuple(encode(prompt))
         if any(isinstance(each, (str, list)) for each in prompt):
             raise LineError("prompt holds several prompts: give each a line", param="prompt")
         check_ids("prompt", tuple(prompt), self.vocab_size)

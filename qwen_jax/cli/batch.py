@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
-import math
 import os
 import signal
 import sys
@@ -32,6 +31,7 @@ from qwen_jax.cli.flags import (
     Model,
     ModelArgument,
     ModelFlags,
+    Within,
     note,
     open_model,
     option,
@@ -62,10 +62,14 @@ def batch(
     model_flags: ModelFlags,
     answer_flags: AnswerFlags,
     max_seqs: Annotated[
-        int, typer.Option(help="Requests that run at once; with data=N, in each replica.")
+        int,
+        typer.Option(help="Requests that run at once; with data=N, in each replica."),
+        Within(1),
     ] = 8,
     price_per_hour: Annotated[
-        float | None, option("Dollars that a device costs in an hour, to say what requests cost.")
+        float | None,
+        option("Dollars that a device costs in an hour, to say what requests cost."),
+        Within(0, 1_000_000),
     ] = None,
     dry_run: Annotated[
         bool, option("Say what the lines come to and whether it fits; run nothing.", "--dry-run")
@@ -90,10 +94,6 @@ def batch(
         qwen-jax batch ckpt/7b-1m requests.jsonl results.jsonl --dry-run --topology v5e:4x4
     """
     began = time.monotonic()
-    if not 1 <= max_seqs < 2**31:
-        raise ConfigError(f"--max-seqs {max_seqs} must be at least 1")
-    if price_per_hour is not None and not 0 <= price_per_hour < math.inf:
-        raise ConfigError(f"--price-per-hour {price_per_hour} must be at least 0")
     if topology is not None and not dry_run:
         raise ConfigError(f"--topology {topology} is for --dry-run: add it or leave this out")
     if dry_run and not hosts.is_alone():
@@ -150,8 +150,6 @@ class _Total(Totals):
 def _reader(opened: Model, flags: AnswerFlags, kept: sessions.Kept | None) -> Reader:
     """Makes requests of lines, with what the flags say to those that do not."""
     sampling, stops = flags.sampling(opened.generation), flags.stops()
-    if not 1 <= flags.max_new_tokens < 2**31:
-        raise ConfigError(f"--max-new-tokens {flags.max_new_tokens} must be at least 1")
     tokenizer = opened.tokenizer()
     return Reader(
         tokenizer=tokenizer,

@@ -15,12 +15,20 @@ import typer
 
 from qwen_jax import calibrate as calibration
 from qwen_jax import disk, reading
-from qwen_jax.cli import documents
+from qwen_jax.cli import documents, quantities
 from qwen_jax.cli.answer import LINE_S
-from qwen_jax.cli.eval import split
-from qwen_jax.cli.flags import Model, ModelArgument, ModelFlags, expand, note, open_model, option
+from qwen_jax.cli.flags import (
+    Model,
+    ModelArgument,
+    ModelFlags,
+    Reads,
+    Within,
+    expand,
+    note,
+    open_model,
+    option,
+)
 from qwen_jax.cli.placement import one_device
-from qwen_jax.cli.quantities import whole_number
 from qwen_jax.config import ConfigError, last_q
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.scheduler import default_slices
@@ -42,14 +50,22 @@ def calibrate(
         typer.Option(help="The budgets, for --sparse-config or a Hugging Face directory."),
     ] = Path("sparse_attention_config.json"),
     lengths: Annotated[
-        str, typer.Option(help="Text lengths in tokens; 1K is 1,024, 1M is 1,048,576, 1k is 1,000.")
+        str,
+        typer.Option(help="Text lengths in tokens; 1K is 1,024, 1M is 1,048,576, 1k is 1,000."),
+        Reads(quantities.lengths),
     ] = "32K,128K",
-    samples: Annotated[int, typer.Option(help="Texts of each length, spread over the data.")] = 1,
+    samples: Annotated[
+        int, typer.Option(help="Texts of each length, spread over the data."), Within(1)
+    ] = 1,
     target_recall: Annotated[
-        float, typer.Option(help="Share of the attention that a mean head finds, at each length.")
+        float,
+        typer.Option(help="Share of the attention that a mean head finds, at each length."),
+        Within(over=0, most=1),
     ] = 0.9,
     margin: Annotated[
-        float, typer.Option(help="Found in --data beyond the target: other texts show less.")
+        float,
+        typer.Option(help="Found in --data beyond the target: other texts show less."),
+        Within(0, under=1),
     ] = 0.02,
     held_out: Annotated[
         list[Path] | None,
@@ -72,13 +88,7 @@ def calibrate(
     """
     mesh = one_device(model_flags.mesh, "texts are surveyed")
     opened = open_model(model, dataclasses.replace(model_flags, mesh=mesh))
-    sizes = sorted({whole_number(text) for text in split("--lengths", lengths)})
-    if not 0 < target_recall <= 1:
-        raise ConfigError(f"--target-recall {target_recall} must be over 0 and at most 1")
-    if not 0 <= margin < 1:
-        raise ConfigError(f"--margin {margin} must be at least 0 and under 1")
-    if samples < 1:
-        raise ConfigError(f"--samples {samples} must be at least 1")
+    sizes = sorted(set(quantities.lengths(lengths)))
     opened.check_fits(sizes[-1])
     disk.prepare(out)
     report = report or out.with_suffix(".report.json")

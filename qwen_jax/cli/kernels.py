@@ -18,7 +18,7 @@ from pallas_kernels.programs import PROGRAMS, inputs, program
 from qwen_jax import devices
 from qwen_jax.cli import placement
 from qwen_jax.cli.console import console
-from qwen_jax.cli.flags import Json, option
+from qwen_jax.cli.flags import Json, Within, option
 from qwen_jax.config import ConfigError
 
 _SOON = {"cpu": "small at 2k"}
@@ -30,7 +30,7 @@ def kernels(
     backends: Annotated[
         str | None, option("Of those that run here; all but the reference.")
     ] = None,
-    repeats: Annotated[int, typer.Option(help="Runs of each; the median counts.")] = 5,
+    repeats: Annotated[int, typer.Option(help="Runs of each; the median counts."), Within(1)] = 5,
     json: Json = False,
 ):
     """Time prefill, sparse prefill, decode and selection on random values.
@@ -54,8 +54,6 @@ def kernels(
         chosen = backends.split(",")
         for each in chosen:
             backend.choose(here.platform, each)
-    if repeats < 1:
-        raise ConfigError(f"--repeats must be at least 1, got {repeats}")
     preferences = {kind: each._asdict() for kind, each in backend.preferences().items()}
     rows = []
     table = Table("shape", "program", "backend", "ms (median)")

@@ -104,8 +104,8 @@ def plan(
     file: Annotated[
         list[Path], option("A text file or a directory; may be given repeatedly.", metavar="PATH")
     ],
-    layer: Annotated[int, typer.Option(help="From 0; the last is never sparse.")] = 0,
-    head: Annotated[int, typer.Option(help="Query head, from 0.")] = 0,
+    layer: Annotated[int, typer.Option(help="From 0; the last is never sparse."), Within(0)] = 0,
+    head: Annotated[int, typer.Option(help="Query head, from 0."), Within(0)] = 0,
     tokens: Annotated[int | None, tokens_option("Read only so many tokens."), Within(1)] = None,
     out: Out = None,
 ):
@@ -126,7 +126,7 @@ def plan(
     mesh = one_device(model_flags.mesh, "plans are made")
     opened = open_model(model, dataclasses.replace(model_flags, sparse="on", mesh=mesh))
     ids = tuple(
-        opened.tokenizer().encode_text(documents.joined(documents.read(file, skipped=note), ""))
+        opened.tokenizer().encode_prompt(documents.joined(documents.read(file, skipped=note), ""))
     )
     ids = ids[:tokens]
     opened.check_fits(len(ids))

@@ -20,6 +20,7 @@ from qwen_jax.cli.flags import (
     ModelArgument,
     ModelFlags,
     System,
+    Within,
     note,
     open_model,
     option,
@@ -52,6 +53,7 @@ def prefill(
         tokens_option(
             "Tokens between two savings, in memory twice while they are saved.", shown=True
         ),
+        Within(1),
     ] = 65536,
     overwrite: Annotated[
         bool, option("Replace another session that is there.", "--overwrite")
@@ -77,8 +79,6 @@ def prefill(
         raise ConfigError(f"--system contradicts {named[0]}, which is raw: leave it out")
     if exclude and not file:
         raise ConfigError(f"--exclude contradicts {named[0]}, which is raw: leave it out")
-    if not 1 <= save_every < 2**31:
-        raise ConfigError(f"--save-every {save_every} must be at least 1")
     began = time.monotonic()
     with interrupts(signal.SIGTERM) as stopped:
         opened = open_model(model, model_flags)
@@ -121,7 +121,7 @@ def _prompt(
         return [], tuple(hosts.shared(lambda: token_file.read(tokens, opened.config.vocab_size)))
     tokenizer = opened.tokenizer()
     if prompt_file is not None:
-        ids = hosts.shared(lambda: tokenizer.encode_text(documents.read_text(prompt_file)))
+        ids = hosts.shared(lambda: tokenizer.encode_prompt(documents.read_text(prompt_file)))
         if not ids:
             raise ConfigError(f"{prompt_file} is empty: give at least one character")
         return [], tuple(ids)

@@ -191,7 +191,7 @@ MISTAKES = {
         "backend 'triton' runs on gpu; on this device (cpu) there are xla, reference",
     ),
     "no such kernel": (None, "bench kernels --backends x", "no backend 'x'"),
-    "no runs": (None, "bench kernels --repeats 0", "--repeats must be at least 1"),
+    "no runs": (None, "bench kernels --repeats 0", "--repeats 0 must be at least 1"),
     "no requests": (None, "batch MODEL I O", "I: No such file"),
     "a directory of requests": (None, "batch MODEL EMPTY O", "EMPTY is not a regular file"),
     "blank requests": (("I", "\n\n"), "batch MODEL I O", "I has no lines"),
@@ -221,7 +221,7 @@ MISTAKES = {
     "a negative price": (
         ("I", "{}"),
         "batch MODEL I O --price-per-hour -1",
-        "--price-per-hour -1.0 must be at least 0",
+        "--price-per-hour -1.0 must be from 0 to 1000000",
     ),
     "devices for a run": (("I", "{}"), "batch MODEL I O --topology v5e:4x4", "is for --dry-run"),
     "no answers to requests": (
