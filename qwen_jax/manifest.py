@@ -32,6 +32,8 @@ READ_FILES = (
     "sparse_attention_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "chat_template.jinja",
     "added_tokens.json",
     "special_tokens_map.json",

@@ -39,9 +39,10 @@ class Tokenizer:
         special: ids among them that decoding leaves out.
         size: one more than the largest id that means something; ids from here on
             are padding of the embedding.
-        before: ids that the file puts before a text, such as that of a beginning (BOS).
         names: special tokens by the names that templates know them by, as far as they are said.
         template: the checkpoint's chat template, or None.
+        before: ids that the post-processor puts before a raw prompt (a bos token, say).
+        after: those that it puts after it.
         turns_fault: why the library itself makes other ids of turns in ChatML, or None.
     """
 
@@ -52,9 +53,10 @@ class Tokenizer:
     control_ids: frozenset[int]
     special: frozenset[int]
     size: int
-    before: tuple[int, ...]
     names: Mapping[str, str | None]
     template: str | None
+    before: tuple[int, ...] = ()
+    after: tuple[int, ...] = ()
     turns_fault: str | None = None
 
     @classmethod
@@ -75,9 +77,10 @@ class Tokenizer:
             control_ids=frozenset(files.added[content] for content in files.control),
             special=frozenset(files.added[content] for content in files.special),
             size=files.size,
-            before=files.before,
             names=files.names,
             template=files.template,
+            before=files.before,
+            after=files.after,
         )
         # Before anybody encodes with it: the library's own ids need a switch that all share.
         return dataclasses.replace(tokenizer, turns_fault=tokenizer._compare_turns())
@@ -112,13 +115,14 @@ class Tokenizer:
         return ids
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a text that begins a prompt, as transformers gives them; none of an empty one.
+        """Ids of a raw prompt: those of `text` and what the post-processor puts around them.
+
+        That is what `tokenizer(text)` of transformers gives; chat templates bring their own.
 
         Raises:
-            TokenizerError: as `encode_text`.
+            TokenizerError: see `encode_text`.
         """
-        ids = self.encode_text(text)
-        return [*self.before, *ids] if ids else ids
+        return [*self.before, *self.encode_text(text), *self.after]
 
     def encode_turn(self, role: str, content: str) -> list[int]:
         """Ids of one ChatML turn; its control tokens are placed here, never parsed from text.

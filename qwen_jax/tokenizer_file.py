@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ STEPS = 16
 NORMALIZERS = ("Sequence", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents")
 """Normalizers that make a text at most 11 times as long (NFKD of U+FDFA)."""
 PRE_TOKENIZERS = ("Sequence", "Split", "Digits", "ByteLevel")
+AROUND = 16
+"""Most tokens that a post-processor may add to a text."""
 
 QWEN_CONTROLS = frozenset(
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> "
@@ -48,14 +50,16 @@ KNOWN_PATTERNS = frozenset(
 PATTERN_SECONDS = 30
 """Processor time for trying a pre-tokenizer with other patterns."""
 
-OTHER_FILES = ("added_tokens.json", "special_tokens_map.json")
-"""Files that may name tokens too, by which transformers knows them."""
+_LISTS = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Files:
     """What `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` say.
+
+    `special_tokens_map.json` and `added_tokens.json` count, as in transformers, only where
+    `tokenizer_config.json` has no `added_tokens_decoder`.
 
     Attributes:
         model: the library's tokenizer, whose control tokens are its special ones; it neither cuts
@@ -65,9 +69,10 @@ class Files:
         control: contents of those that no text may become.
         special: contents of those that decoding leaves out.
         size: one more than the largest id that means something.
-        before: ids that the file puts before a text, such as that of a beginning (BOS).
         names: special tokens by the names that templates know them by, as far as they are said.
         template: the chat template, or None.
+        before: ids that the post-processor puts before a raw prompt.
+        after: those that it puts after it.
     """
 
     model: tokenizers.Tokenizer
@@ -76,9 +81,10 @@ class Files:
     control: frozenset[str]
     special: frozenset[str]
     size: int
-    before: tuple[int, ...]
     names: Mapping[str, str | None]
     template: str | None
+    before: tuple[int, ...]
+    after: tuple[int, ...]
 
 
 def read(directory: Path) -> Files:
@@ -92,8 +98,7 @@ def read(directory: Path) -> Files:
         raise TokenizerError(f"{shown(path)} is missing: text needs it, ids do not")
     raw = reading.read_object(path, error=TokenizerError)
     settings = directory / "tokenizer_config.json"
-    config = _settings(settings)
-    names = _names(settings, config)
+    config = _object(settings)
     template = _template(directory, settings, config)
     try:
         words = _check_model(raw.get("model"))
@@ -104,11 +109,14 @@ def read(directory: Path) -> Files:
     except TokenizerError as error:
         raise TokenizerError(f"{shown(path)}: {error}") from None
     _check_switches(settings, config, raw["pre_tokenizer"])
-    _compare_tokens(settings, config, added)
-    _check_named(directory, config, added)
-    for content in names.values():
-        if content in added:
-            added[content]["special"] = True  # as in transformers
+    sources = {settings: config}
+    if "added_tokens_decoder" in config:
+        _compare_tokens(settings, config["added_tokens_decoder"], added)
+    else:
+        named = directory / "special_tokens_map.json"
+        sources[named] = _object(named)
+        _compare_ids(directory / "added_tokens.json", added)
+    names = _names(sources, added)
     _try_patterns(path, raw["pre_tokenizer"])
     control = frozenset(
         content
@@ -123,8 +131,6 @@ def read(directory: Path) -> Files:
         token | {"special": content in control} for content, token in added.items()
     ]
     raw |= {"truncation": None, "padding": None}
-    before = _before(shown(path), raw)
-    raw["post_processor"] = None
     model = guarded(shown(path), tokenizers.Tokenizer.from_str, json.dumps(raw))
     for content, token in added.items():
         if model.token_to_id(content) != token["id"]:
@@ -133,35 +139,20 @@ def read(directory: Path) -> Files:
                 f"{token['id']}, in this place of the list it must be {model.token_to_id(content)}"
             )
     model.encode_special_tokens = True
+    size = 1 + max([*words.values(), *(token["id"] for token in added.values())])
+    before, after = _remove_post_processor(path, model, size)
     return Files(
         model=model,
         added={content: token["id"] for content, token in added.items()},
         contents={token["id"]: content for content, token in added.items() if content not in words},
         control=control,
         special=frozenset(content for content, token in added.items() if token["special"]),
-        size=1 + max([*words.values(), *(token["id"] for token in added.values())]),
-        before=before,
+        size=size,
         names=names,
         template=template,
+        before=before,
+        after=after,
     )
-
-
-def _before(where: str, raw: dict[str, Any]) -> tuple[int, ...]:
-    """Ids that a tokenizer puts before every text.
-
-    Raises:
-        TokenizerError: if it does other things to texts when they are tokens.
-    """
-    model = guarded(where, tokenizers.Tokenizer.from_str, json.dumps(raw))
-    whole, text = (
-        guarded(where, model.encode, "x", add_special_tokens=each).ids for each in (True, False)
-    )
-    if whole[len(whole) - len(text) :] != text:
-        raise TokenizerError(
-            f"{where}: post_processor puts tokens after every text, where answers are to begin: "
-            "remove it"
-        )
-    return tuple(whole[: len(whole) - len(text)])
 
 
 def guarded(where: str, function: Any, *arguments: Any, **flags: Any) -> Any:
@@ -301,32 +292,58 @@ def _added(tokens: Any) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _settings(path: Path) -> dict[str, Any]:
-    """`tokenizer_config.json`, where there is one."""
+def _object(path: Path) -> dict[str, Any]:
+    """The fields of a file; none where there is none."""
     return reading.read_object(path, error=TokenizerError) if os.path.lexists(path) else {}
 
 
-def _names(path: Path, config: dict[str, Any]) -> dict[str, str | None]:
-    """Special tokens by name."""
+def _names(
+    sources: Mapping[Path, dict[str, Any]], added: dict[str, dict[str, Any]]
+) -> dict[str, str | None]:
+    """Special tokens by name; `special` of the added tokens is set, as transformers does.
+
+    Args:
+        sources: fields of files, of which later ones go first.
+
+    Raises:
+        TokenizerError: if a name is no text, or its token is not in `tokenizer.json`.
+    """
     names: dict[str, str | None] = {}
-    for name, value in config.items():
-        content = value.get("content") if isinstance(value, dict) else value
+    said = {name: (path, each[name]) for path, each in sources.items() for name in each}
+    for name, (path, value) in said.items():
+        content = _content(value)
+        listed: Iterable[Any] = ()
         if name in SPECIAL_NAMES:
             if not (isinstance(content, str) or (value is None and content is None)):
                 raise TokenizerError(f"{shown(path)}: {name} must be a text, got {_value(value)}")
             names[name] = content
+            listed = () if content is None else (content,)
         elif name.endswith("_token") and isinstance(content, str):
             names[name] = content  # a model's own, such as image_token
+            listed = (content,)
+        elif name in _LISTS and isinstance(value, dict | list):
+            listed = map(_content, value.values() if isinstance(value, dict) else value)
+        for each in listed:
+            if not isinstance(each, str) or each not in added:
+                raise TokenizerError(
+                    f"{shown(path)}: {name} names {_value(each)}, which is not among the "
+                    "added_tokens of tokenizer.json: add it there, or do not name it"
+                )
+            added[each]["special"] = True
     return names
 
 
-def _compare_tokens(path: Path, config: dict[str, Any], added: dict[str, dict[str, Any]]) -> None:
+def _content(value: Any) -> Any:
+    """The content of a token, which files give alone or with its flags."""
+    return value.get("content") if isinstance(value, dict) else value
+
+
+def _compare_tokens(path: Path, decoder: Any, added: dict[str, dict[str, Any]]) -> None:
     """Takes `special` of the added tokens from the settings, as transformers does.
 
     Raises:
         TokenizerError: if the settings say other tokens, or that they match otherwise.
     """
-    decoder = config.get("added_tokens_decoder", {})
     if not isinstance(decoder, dict) or len(decoder) > ADDED_TOKENS:
         raise TokenizerError(
             f"{shown(path)}: added_tokens_decoder must be an object of at most {ADDED_TOKENS:,}"
@@ -343,6 +360,51 @@ def _compare_tokens(path: Path, config: dict[str, Any], added: dict[str, dict[st
                 f"{differs[0] if known and differs else 'meaning'} than in tokenizer.json"
             )
         known["special"] = flags["special"]
+    for number in sorted(by_id.keys() - decoder.keys()):
+        raise TokenizerError(
+            f"{shown(path)}: added_tokens_decoder lacks token {number}, "
+            f"{printable(by_id[number]['content'], 60)!r}, of tokenizer.json: list all or none"
+        )
+
+
+def _compare_ids(path: Path, added: dict[str, dict[str, Any]]) -> None:
+    """Checks that `added_tokens.json` says nothing else than `tokenizer.json`.
+
+    Raises:
+        TokenizerError: if it gives a token another id.
+    """
+    for content, number in _object(path).items():
+        if content not in added or added[content]["id"] != number:
+            raise TokenizerError(
+                f"{shown(path)}: {printable(content, 60)!r} has not the id {_value(number)} in "
+                "tokenizer.json: make the files agree, or remove this older one"
+            )
+
+
+def _remove_post_processor(
+    path: Path, model: tokenizers.Tokenizer, size: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Removes the post-processor; returns the ids that it puts before and after a text.
+
+    Raises:
+        TokenizerError: if it does more than that.
+    """
+    where = shown(path)
+    probes = ("a", "a b c")
+    whole = [guarded(where, model.encode, text) for text in probes]
+    model.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
+    bare = [guarded(where, model.encode, text).ids for text in probes]
+    start = [*whole[0].special_tokens_mask, 0].index(0)
+    before, after = whole[0].ids[:start], whole[0].ids[start + len(bare[0]) :]
+    for text, encoded in zip(bare, whole, strict=True):
+        if encoded.ids != before + text + after or (encoded.ids and not text):
+            raise TokenizerError(f"{where}: post_processor does not keep the text once, as it is")
+    if len(before + after) > AROUND or max(before + after, default=0) >= size:
+        raise TokenizerError(
+            f"{where}: post_processor adds {len(before + after):,} tokens up to "
+            f"{max(before + after)}: it may add {AROUND}, with ids under {size}"
+        )
+    return tuple(before), tuple(after)
 
 
 def _check_switches(path: Path, config: dict[str, Any], pre_tokenizer: dict[str, Any]) -> None:
@@ -361,45 +423,6 @@ def _check_switches(path: Path, config: dict[str, Any], pre_tokenizer: dict[str,
             raise TokenizerError(
                 f"{shown(path)}: {name} makes other tokens than tokenizer.json: set it to false"
             )
-
-
-def _check_named(
-    directory: Path, config: dict[str, Any], added: Mapping[str, Mapping[str, Any]]
-) -> None:
-    """Checks that tokens which other files name are in `tokenizer.json`.
-
-    To transformers they are tokens wherever they are named; here they would be pieces.
-
-    Raises:
-        TokenizerError: naming the file and the token.
-    """
-    said = {"tokenizer_config.json": config}
-    for name in OTHER_FILES:
-        if os.path.lexists(directory / name):
-            said[name] = reading.read_object(directory / name, error=TokenizerError)
-    for name, fields in said.items():
-        ids = fields if name == "added_tokens.json" else dict.fromkeys(_contents(fields))
-        for content, token in ids.items():
-            known = added.get(content, {}).get("id")
-            if known is None or token not in (None, known):
-                raise TokenizerError(
-                    f"{shown(directory / name)}: {printable(content, 60)!r} is another token than "
-                    "in tokenizer.json, or is not there: save the tokenizer again with "
-                    "transformers, or remove it here"
-                )
-
-
-def _contents(fields: Mapping[str, Any]) -> Iterator[str]:
-    """Contents of the tokens that a file names."""
-    for name, value in fields.items():
-        if not name.endswith(("_token", "_special_tokens")):
-            continue
-        if isinstance(value, dict) and "content" not in value:
-            value = list(value.values())
-        for each in value if isinstance(value, list) else [value]:
-            content = each.get("content") if isinstance(each, dict) else each
-            if isinstance(content, str) and content:
-                yield content
 
 
 def _template(directory: Path, path: Path, config: dict[str, Any]) -> str | None:

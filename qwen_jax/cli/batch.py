@@ -69,7 +69,7 @@ def batch(
     price_per_hour: Annotated[
         float | None,
         option("Dollars that a device costs in an hour, to say what requests cost."),
-        Within(0),
+        Within(0, 1_000_000),
     ] = None,
     dry_run: Annotated[
         bool, option("Say what the lines come to and whether it fits; run nothing.", "--dry-run")
@@ -150,8 +150,6 @@ class _Total(Totals):
 def _reader(opened: Model, flags: AnswerFlags, kept: sessions.Kept | None) -> Reader:
     """Makes requests of lines, with what the flags say to those that do not."""
     sampling, stops = flags.sampling(opened.generation), flags.stops()
-    if not 1 <= flags.max_new_tokens < 2**31:
-        raise ConfigError(f"--max-new-tokens {flags.max_new_tokens} must be at least 1")
     tokenizer = opened.tokenizer()
     return Reader(
         tokenizer=tokenizer,

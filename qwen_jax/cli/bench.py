@@ -10,12 +10,12 @@ import numpy as np
 import typer
 from rich.table import Table
 
+from qwen_jax.cli import quantities
 from qwen_jax.cli.console import console
-from qwen_jax.cli.eval import split
-from qwen_jax.cli.flags import Json, ModelArgument, ModelFlags, Within, open_model
+from qwen_jax.cli.flags import Json, ModelArgument, ModelFlags, Reads, Within, open_model
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
-from qwen_jax.cli.quantities import tokens_option, whole_number
+from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.engine.request import Request
 
 
@@ -27,6 +27,7 @@ def bench(
     lengths: Annotated[
         str,
         typer.Option(help="Prompt lengths in tokens; 1K is 1,024, 1M is 1,048,576, 1k is 1,000."),
+        Reads(quantities.lengths),
     ] = "2K,4K",
     new_tokens: Annotated[
         int,
@@ -43,8 +44,8 @@ def bench(
     Examples:
         qwen-jax bench ckpt/7b-1m --lengths 32K,128K --repeats 5
     """
-    sizes = [whole_number(text) for text in split("--lengths", lengths)]
     opened = open_model(model, model_flags)
+    sizes = quantities.lengths(lengths)
     opened.check_fits(max(sizes), new_tokens)
     engine = opened.engine(max(sizes) + new_tokens)
     rng = np.random.default_rng(0)

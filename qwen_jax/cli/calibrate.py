@@ -15,13 +15,13 @@ import typer
 
 from qwen_jax import calibrate as calibration
 from qwen_jax import disk, reading
-from qwen_jax.cli import documents
+from qwen_jax.cli import documents, quantities
 from qwen_jax.cli.answer import LINE_S
-from qwen_jax.cli.eval import split
 from qwen_jax.cli.flags import (
     Model,
     ModelArgument,
     ModelFlags,
+    Reads,
     Within,
     expand,
     note,
@@ -29,7 +29,6 @@ from qwen_jax.cli.flags import (
     option,
 )
 from qwen_jax.cli.placement import one_device
-from qwen_jax.cli.quantities import whole_number
 from qwen_jax.config import ConfigError, last_q
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.scheduler import default_slices
@@ -50,7 +49,9 @@ def calibrate(
         typer.Option(help="The budgets, for --sparse-config or a Hugging Face directory."),
     ] = Path("sparse_attention_config.json"),
     lengths: Annotated[
-        str, typer.Option(help="Text lengths in tokens; 1K is 1,024, 1M is 1,048,576, 1k is 1,000.")
+        str,
+        typer.Option(help="Text lengths in tokens; 1K is 1,024, 1M is 1,048,576, 1k is 1,000."),
+        Reads(quantities.lengths),
     ] = "32K,128K",
     samples: Annotated[
         int, typer.Option(help="Texts of each length, spread over the data."), Within(1)
@@ -84,9 +85,9 @@ def calibrate(
         qwen-jax calibrate ckpt/7b-1m --data books/ --lengths 128K,512K
         qwen-jax ask ckpt/7b-1m --sparse-config sparse_attention_config.json --file book.txt "Who?"
     """
-    sizes = sorted({whole_number(text) for text in split("--lengths", lengths)})
     mesh = one_device(model_flags.mesh, "texts are surveyed")
     opened = open_model(model, dataclasses.replace(model_flags, mesh=mesh))
+    sizes = sorted(set(quantities.lengths(lengths)))
     opened.check_fits(sizes[-1])
     disk.prepare(out)
     report = report or out.with_suffix(".report.json")

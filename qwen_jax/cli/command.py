@@ -191,7 +191,11 @@ class Command(_Helpful, typer.core.TyperCommand):
                 flags.MAY_BE_EMPTY not in metadata
             ):
                 raise ConfigError(f"{name} must not be empty")
-            flags.check_number(name, values.get(param.name), metadata)
+            value = values.get(param.name)
+            flags.check_number(name, value, metadata)
+            for mark in metadata:
+                if isinstance(mark, flags.Reads) and value is not None:
+                    mark.function(value)
 
 
 class Group(_Helpful, typer.core.TyperGroup):

@@ -7,12 +7,13 @@ from typing import Annotated
 import typer
 
 from qwen_jax import hosts
-from qwen_jax.cli import command, documents, evaluate, scores, variants
+from qwen_jax.cli import command, documents, evaluate, quantities, scores, variants
 from qwen_jax.cli.documents import DocumentError
 from qwen_jax.cli.flags import (
     Json,
     ModelArgument,
     ModelFlags,
+    Reads,
     Within,
     check_number,
     not_one_of,
@@ -21,7 +22,7 @@ from qwen_jax.cli.flags import (
 )
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
-from qwen_jax.cli.quantities import whole_number
+from qwen_jax.cli.quantities import split
 from qwen_jax.config import ConfigError
 from qwen_jax.eval import catalog
 from qwen_jax.eval.log import Log
@@ -37,6 +38,18 @@ sparse prefill too, and shows them side by side.
 """
 
 
+def _depths(text: str) -> list[float]:
+    """Numbers from 0 to 1 with commas between them, as `--depths` has them."""
+    found = []
+    for each in split("--depths", text):
+        try:
+            found.append(float(each))
+        except ValueError:
+            raise ConfigError(f"--depths {each!r} must be a number from 0 to 1") from None
+    check_number("--depths", found, [Within(0, 1)])
+    return found
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GridFlags:
     """Flags of every task: what is asked, where answers are kept, how they are shown."""
@@ -44,9 +57,12 @@ class GridFlags:
     lengths: Annotated[
         str,
         typer.Option(help="Prompt lengths in tokens; 1K is 1,024, 1M is 1,048,576, 1k is 1,000."),
+        Reads(quantities.lengths),
     ] = "2k,4k,8k"
     depths: Annotated[
-        str, typer.Option(help="Where the needle lies, from 0 (first) to 1 (last).")
+        str,
+        typer.Option(help="Where the needle lies, from 0 (first) to 1 (last)."),
+        Reads(_depths),
     ] = "0.1,0.5,0.9"
     samples: Annotated[
         int, typer.Option(help="Questions per length, task and depth."), Within(1)
@@ -69,8 +85,8 @@ class GridFlags:
         """
         return catalog.grid(
             tasks,
-            [whole_number(length) for length in split("--lengths", self.lengths)],
-            [_fraction(depth) for depth in split("--depths", self.depths)],
+            quantities.lengths(self.lengths),
+            _depths(self.depths),
             self.samples,
         )
 
@@ -213,24 +229,3 @@ def _run(
         scores.print_by_variant(results)
     else:
         scores.print_by_depth(results)
-
-
-def _fraction(text: str) -> float:
-    try:
-        depth = float(text)
-    except ValueError:
-        raise ConfigError(f"--depths {text!r} must be a number from 0 to 1") from None
-    check_number("--depths", depth, [Within(0, 1)])
-    return depth
-
-
-def split(flag: str, text: str) -> list[str]:
-    """Values with commas between them.
-
-    Raises:
-        ConfigError: if one is empty.
-    """
-    values = [value.strip() for value in text.split(",")]
-    if not all(values):
-        raise ConfigError(f"{flag} {text!r} must be values with commas between them")
-    return values

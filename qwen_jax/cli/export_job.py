@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from qwen_jax import devices
-from qwen_jax.cli.flags import ModelFlags, expand, note, open_model, option
+from qwen_jax.cli.flags import ModelFlags, Within, expand, note, open_model, option
 from qwen_jax.cli.plan import DeviceMemory, Topology, examine
 from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.config import ConfigError
@@ -53,10 +53,14 @@ class Place:
     time: Annotated[str | None, option("Time limit, as 4:00:00 (slurm).")] = None
     address: Annotated[str, typer.Option(help="Where Ray takes jobs (ray).")] = DASHBOARD
     max_restarts: Annotated[
-        int, typer.Option(help="Starts after failures; preemption is not counted.")
+        int,
+        typer.Option(help="Starts after failures; preemption is not counted."),
+        Within(0, 1 << 16),
     ] = 10
     grace: Annotated[
-        int, typer.Option(help="Seconds from SIGTERM to SIGKILL; a slice must fit.")
+        int,
+        typer.Option(help="Seconds from SIGTERM to SIGKILL; a slice must fit."),
+        Within(1, 86400),
     ] = 120
     spot: Annotated[
         bool, option("Rent what may be taken away at any time (jobset, gcloud).", "--spot")
@@ -77,13 +81,17 @@ def export_job(
         Path | None, option("Check that this model fits, before anything is written.")
     ] = None,
     tokens: Annotated[
-        int | None, tokens_option("Prompt and answer, in tokens; the longest of --model.")
+        int | None,
+        tokens_option("Prompt and answer, in tokens; the longest of --model."),
+        Within(1),
     ] = None,
     mesh: Annotated[
         str | None, option("How the command uses the devices, as seq=4,tensor=4.")
     ] = None,
     slice: Annotated[  # noqa: A002
-        int | None, tokens_option("Prompt tokens that the command computes at a time.")
+        int | None,
+        tokens_option("Prompt tokens that the command computes at a time."),
+        Within(1),
     ] = None,
     dtype: Annotated[
         Literal["f32", "bf16"] | None, option("Precision that the command has.")

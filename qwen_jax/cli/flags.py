@@ -86,6 +86,17 @@ class Within:
         return " and ".join(said) or "a finite number"
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reads:
+    """Beside a flag in `Annotated` whose text holds several numbers: what its verb reads it with.
+
+    Attributes:
+        function: raises `ConfigError`, naming the flag.
+    """
+
+    function: Callable[[str], object]
+
+
 def option(text: str, *names: str, metavar: str | None = None) -> Any:
     """A flag whose default is said in its help text, if anywhere."""
     return typer.Option(*names, help=text, metavar=metavar, show_default=False)
@@ -294,7 +305,7 @@ class AnswerFlags:
                 "give a --temperature above 0"
             )
         penalty = self.repetition_penalty
-        return Sampling(
+        found = Sampling(
             temperature=temperature,
             repetition_penalty=defaults.repetition_penalty if penalty is None else penalty,
             seed=self.seed,
@@ -303,6 +314,13 @@ class AnswerFlags:
                 for name in ("top_k", "top_p", "min_p")
             },
         )
+        used = [f"{name} {value}" for name, value in dataclasses.asdict(found).items()]
+        note(
+            f"sampling: {', '.join(used) if temperature else 'greedy'}; what "
+            "neither flags nor generation_config.json say is neutral, top_k 0 takes all",
+            Level.DETAIL,
+        )
+        return found
 
     def stops(self) -> tuple[str, ...]:
         """The stop strings.

@@ -66,10 +66,10 @@ def generate(
     else:
         tokenizer = opened.tokenizer()
         text = hosts.shared(lambda: read_text(prompt_file)) if prompt_file else prompt or ""
+        if not text:
+            raise ConfigError(f"{given[0]} is empty: give at least one character")
         encode = tokenizer.encode_prompt if kv is None else tokenizer.encode_text
         ids = tuple(encode(text))
-        if not ids:
-            raise ConfigError(f"{given[0]} is empty: give at least one character")
     kept = None if kv is None else sessions.open_kept(opened, kv)
     if kept is not None:
         ids = kept.tokens + ids

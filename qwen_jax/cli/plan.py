@@ -89,12 +89,15 @@ def plan(
             "Prompt and answer, in tokens: 128K, or 1M (1,048,576; Qwen2.5-1M declare 1,010,000); "
             "the longest that config.json declares."
         ),
+        Within(1),
     ] = None,
     mesh: Annotated[
         str | None, option("How to use the devices, as seq=4,tensor=4.", metavar="AXIS=N,...")
     ] = None,
     slice: Annotated[  # noqa: A002
-        int | None, tokens_option("Prompt tokens computed at a time; the engine's largest.")
+        int | None,
+        tokens_option("Prompt tokens computed at a time; the engine's largest."),
+        Within(1),
     ] = None,
     dtype: Annotated[
         Literal["f32", "bf16"] | None,

@@ -125,10 +125,10 @@ def _prompt(
         return [], tuple(hosts.shared(lambda: token_file.read(tokens, opened.config.vocab_size)))
     tokenizer = opened.tokenizer()
     if prompt_file is not None:
-        ids = hosts.shared(lambda: tokenizer.encode_prompt(documents.read_text(prompt_file)))
-        if not ids:
+        text = hosts.shared(lambda: documents.read_text(prompt_file))
+        if not text:
             raise ConfigError(f"{prompt_file} is empty: give at least one character")
-        return [], tuple(ids)
+        return [], tuple(tokenizer.encode_prompt(text))
     tokenizer.check_chatml()
 
     def read() -> tuple[list[tuple[str, int]], list[int]]:

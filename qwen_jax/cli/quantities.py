@@ -20,14 +20,40 @@ def whole_number(text: str) -> int:
     """Tokens as people write them: 12000, 12k (thousands), 12K (of 1,024), 1m, 1M.
 
     Raises:
-        ConfigError: if it is no positive whole number of tokens.
+        ConfigError: if it is no positive whole number of tokens, or one of over 31 bits.
     """
     number = _number(text)
-    if number is None or number < 1:
+    if number is None or not 1 <= number < 2**31:
         raise ConfigError(
-            f"length '{printable(text, 40)}' must be tokens such as 12000, 12k or 12K"
+            f"length '{printable(text, 40)}' must be tokens such as 12000, 12k or 12K, "
+            "at least 1 and under 2^31"
         )
     return number
+
+
+def lengths(text: str) -> list[int]:
+    """Numbers of tokens with commas between them, as `--lengths` has them.
+
+    Raises:
+        ConfigError: if one is missing or none (`whole_number`).
+    """
+    values = split("--lengths", text)
+    try:
+        return [whole_number(each) for each in values]
+    except ConfigError as error:
+        raise ConfigError(f"--lengths: {error}") from None
+
+
+def split(flag: str, text: str) -> list[str]:
+    """Values with commas between them.
+
+    Raises:
+        ConfigError: if one is empty.
+    """
+    values = [value.strip() for value in text.split(",")]
+    if not all(values):
+        raise ConfigError(f"{flag} {text!r} must be values with commas between them")
+    return values
 
 
 def tokens(text: str | int) -> int:

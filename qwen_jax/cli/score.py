@@ -15,7 +15,7 @@ from jaxtyping import Float32
 from qwen_jax import disk, hosts
 from qwen_jax.cli import tokens as token_file
 from qwen_jax.cli.answer import prefill_progress
-from qwen_jax.cli.flags import ModelArgument, ModelFlags, note, open_model, option
+from qwen_jax.cli.flags import ModelArgument, ModelFlags, Within, note, open_model, option
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
 from qwen_jax.cli.quantities import tokens_option
@@ -34,7 +34,7 @@ def score(
     ],
     out: Annotated[Path, option("The .npz file to write.")],
     last: Annotated[
-        int | None, tokens_option("Only this many last positions; all of them.")
+        int | None, tokens_option("Only this many last positions; all of them."), Within(1)
     ] = None,
 ):
     """Write the logits after each token of a file.
@@ -49,7 +49,7 @@ def score(
     """
     opened = open_model(model, model_flags)
     ids = tuple(hosts.shared(lambda: token_file.read(tokens, opened.config.vocab_size)))
-    if last is not None and not 1 <= last <= len(ids):
+    if last is not None and last > len(ids):
         raise ConfigError(f"--last {last} must be from 1 to {len(ids)}, the tokens in {tokens}")
     opened.check_fits(len(ids))
     shape = (last or len(ids), opened.config.vocab_size)

@@ -22,7 +22,11 @@ Kv = Annotated[
     Path | None,
     option("A KV session made by `prefill`, which the prompt goes on after.", metavar="DIR"),
 ]
-TOKENIZER_FILES = tuple(name for name in READ_FILES if name.startswith(("tokenizer", "chat")))
+_OLDER_FILES = ("special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = (
+    *(name for name in READ_FILES if name.startswith(("tokenizer", "chat"))),
+    *_OLDER_FILES,
+)
 _SAID_BYTES = 1e9  # of weights that take seconds to read
 
 
@@ -147,8 +151,10 @@ def tokenizer_fingerprint(directory: Path, names: tuple[str, ...] = TOKENIZER_FI
     digest = hashlib.sha256()
     for name in names:
         path, limit = directory / name, reading.JSON_BYTES
-        there = os.path.lexists(path)
-        digest.update(reading.read_bytes(path, limit=limit, error=ConfigError) if there else b"\0")
+        if os.path.lexists(path):
+            digest.update(reading.read_bytes(path, limit=limit, error=ConfigError))
+        elif name not in _OLDER_FILES:
+            digest.update(b"\0")
     return digest.hexdigest()[:16]
 
 

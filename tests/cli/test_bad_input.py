@@ -221,7 +221,7 @@ MISTAKES = {
     "a negative price": (
         ("I", "{}"),
         "batch MODEL I O --price-per-hour -1",
-        "--price-per-hour -1.0 must be at least 0",
+        "--price-per-hour -1.0 must be from 0 to 1000000",
     ),
     "devices for a run": (("I", "{}"), "batch MODEL I O --topology v5e:4x4", "is for --dry-run"),
     "no answers to requests": (

@@ -168,8 +168,9 @@ def test_notes_are_short_and_more_or_none_where_asked(tiny, run):
     assert first == "cpu, 1 device; xla kernels; float32"
     assert last.startswith("7 prompt tokens, first token after ")
     code, out, err = run(*words, "-v")
-    assert (code, out, err.count("\n")) == (0, answer, 3)
+    assert (code, out, err.count("\n")) == (0, answer, 4)
     assert "; slices " in err
+    assert "sampling: greedy; " in err
     assert run("-q", *words) == (0, answer, "")
 
 

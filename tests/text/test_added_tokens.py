@@ -149,7 +149,9 @@ def copied(small, path, **changes) -> Path:
 def test_tokens_that_only_another_file_names_are_not_split(small, tmp_path, file, fields):
     copied(small, tmp_path)
     (tmp_path / file).write_text(json.dumps(fields))
-    with pytest.raises(TokenizerError, match=f"{file}: '.*' is another token"):
+    with pytest.raises(
+        TokenizerError, match=f"{file}: .*(has not the id|is not among the added_tokens)"
+    ):
         Tokenizer.load(tmp_path)
 
 
@@ -180,39 +182,6 @@ def test_settings_that_make_other_tokens_are_refused(small, tmp_path, name):
     copied(small, tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({name: True}))
     with pytest.raises(TokenizerError, match=f"{name} makes other tokens"):
-        Tokenizer.load(tmp_path)
-
-
-def processor(*pieces) -> dict:
-    """Puts tokens around texts, as the library's own files say it."""
-    text = {"Sequence": {"id": "A", "type_id": 0}}
-    end = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
-    known = {"id": "<|endoftext|>", "ids": [269], "tokens": ["<|endoftext|>"]}
-    return {
-        "type": "TemplateProcessing",
-        "single": [end if piece else text for piece in pieces],
-        "pair": [text, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {"<|endoftext|>": known},
-    }
-
-
-@pytest.mark.parametrize("pieces", [(0,), (1, 0), (1, 1, 0)])
-def test_a_prompt_of_text_begins_as_in_transformers(small, tmp_path, pieces):
-    copied(small, tmp_path, post_processor=processor(*pieces))
-    (tmp_path / "tokenizer_config.json").write_text(
-        '{"tokenizer_class": "PreTrainedTokenizerFast"}'
-    )
-    library = transformers.AutoTokenizer.from_pretrained(str(tmp_path))
-    tokenizer = Tokenizer.load(tmp_path)
-    for text in ("the x", "  \n", "é"):
-        assert tokenizer.encode_prompt(text) == library(text)["input_ids"]
-        assert tokenizer.encode_text(text) == library(text, add_special_tokens=False)["input_ids"]
-    assert tokenizer.encode_prompt("") == []
-
-
-def test_tokens_after_every_text_are_refused(small, tmp_path):
-    copied(small, tmp_path, post_processor=processor(0, 1))
-    with pytest.raises(TokenizerError, match="after every text"):
         Tokenizer.load(tmp_path)
 
 

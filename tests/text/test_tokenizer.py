@@ -361,7 +361,13 @@ def test_every_field_of_its_settings_is_checked(small, tmp_path, settings, fault
 
 def test_settings_decide_what_is_special(small, tmp_path):
     (tmp_path / "tokenizer.json").write_bytes((small / "tokenizer.json").read_bytes())
-    said = {"283": {"content": "<tool_call>", "special": True, "normalized": False}}
+    said = {
+        str(token["id"]): {"content": token["content"], "special": token["special"]}
+        for token in json.loads((small / "tokenizer.json").read_text())["added_tokens"]
+    }
+    for token in said.values():
+        token["normalized"] = False
+    said["283"]["special"] = True
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": said}))
     tokenizer = Tokenizer.load(tmp_path)
     assert tokenizer.decode([283, 284]) == "</tool_call>"
