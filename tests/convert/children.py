@@ -9,7 +9,12 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 
+# The socket of the server lies among temporary files, and its name may have 107 bytes.
+if len(os.fsencode(tempfile.gettempdir())) > 60:
+    _SOCKETS = tempfile.TemporaryDirectory(dir="/tmp")
+    getattr(multiprocessing.current_process(), "_config")["tempdir"] = _SOCKETS.name  # noqa: B009
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["convert.weights", "convert.export"])
 
