@@ -25,7 +25,6 @@ import json
 import os
 import re
 import shutil
-import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -224,7 +223,7 @@ class Staging:
             known = _OURS
         for each in sorted(self.partial.iterdir()):
             foreign = None if known.fullmatch(each.name) else each
-            if foreign is None and left is None and _holds_something(each):
+            if foreign is None and left is None and not _is_left_of_ours(each):
                 foreign = each
             foreign = foreign or self._foreign_in(each)
             if foreign is not None:
@@ -294,12 +293,15 @@ class Staging:
             self._lock = None
 
 
-def _holds_something(path: Path) -> bool:
-    """Whether removing a path would lose more than its name: all but ours are empty so early."""
-    if path.is_dir() and not path.is_symlink():
-        return any(path.iterdir())
-    status = path.lstat()
-    return not stat.S_ISREG(status.st_mode) or status.st_size > 0
+def _is_left_of_ours(path: Path) -> bool:
+    """Whether a part of a sibling without a state, known by name, is what a stopped run leaves."""
+    if path.is_symlink() or not path.is_file():
+        return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
+    if path.name == "lock":
+        return not path.stat().st_size
+    if path.name == "ready":  # the number of an inode
+        return path.stat().st_size <= 20 and (path.read_text() or "0").isdigit()
+    return True  # a state that was not written to its end
 
 
 def check_written(
