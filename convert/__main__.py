@@ -7,7 +7,7 @@ import typer
 from convert.team import ALONE
 from convert.verbs import convert_with
 from qwen_jax.config import ConfigError
-from qwen_jax.manifest import CheckpointError
+from qwen_jax.storage.manifest import CheckpointError
 
 
 def main() -> None:

@@ -6,9 +6,10 @@ import os
 from typing import Any
 
 from convert import source
-from qwen_jax import locate, params
 from qwen_jax.config import model_config, sparse_config
-from qwen_jax.manifest import DTYPES
+from qwen_jax.models import params
+from qwen_jax.storage import hub
+from qwen_jax.storage.manifest import DTYPES
 
 
 def describe(directory: str | os.PathLike) -> dict[str, Any]:
@@ -21,7 +22,7 @@ def describe(directory: str | os.PathLike) -> dict[str, Any]:
         CheckpointError: if a header or the manifest is damaged.
         qwen_jax.config.ConfigError: if config.json cannot be used.
     """
-    directory = locate.checkpoint(directory)
+    directory = hub.checkpoint(directory)
     if params.is_converted(directory):
         kind = "converted"
         manifest = params.verify(directory)

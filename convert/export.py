@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from convert import publish, source
-from qwen_jax import disk, params, reading, schema
-from qwen_jax import manifest as manifests
-from qwen_jax.manifest import CheckpointError, File, Manifest, Progress
+from qwen_jax.files import reading, schema
+from qwen_jax.models import params
+from qwen_jax.storage import atomic
+from qwen_jax.storage import manifest as manifests
+from qwen_jax.storage.manifest import CheckpointError, File, Manifest, Progress
 
 RECORD = ".qwen-jax-export.json"
 _FORMAT = "qwen-jax export 1"
@@ -148,10 +150,10 @@ def _write(
             sum(tensor.num_bytes * len(names[tensor.name]) for tensor in manifest.tensors),
         )
     for path in output.iterdir():
-        disk.sync(path)
+        atomic.sync(path)
     source.check(output)
     files = {path.name: manifests.file_sums(path) for path in sorted(output.iterdir())}
-    disk.write(output / RECORD, Record(files).encode())
+    atomic.write(output / RECORD, Record(files).encode())
 
 
 def _layout(text: str, manifest: Manifest, changed: bool) -> tuple[bytes, dict[str, int]]:

@@ -11,9 +11,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from convert import names
-from qwen_jax import reading
-from qwen_jax.manifest import SAFETENSORS_DTYPES, CheckpointError
-from qwen_jax.reading import printable, shown
+from qwen_jax.files import reading
+from qwen_jax.files.reading import printable, shown
+from qwen_jax.storage.manifest import SAFETENSORS_DTYPES, CheckpointError
 
 CHUNK_BYTES = 16 << 20  # read at once
 HEADER_BYTES = 8 << 20

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.manifest import transpose
+from qwen_jax.storage.manifest import transpose
 
 # Buffers that old files carry; they follow from config.json.
 DROPPED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")

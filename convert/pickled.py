@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from convert import files, publish, source
-from qwen_jax.manifest import CheckpointError
-from qwen_jax.reading import printable, shown
+from qwen_jax.files.reading import printable, shown
+from qwen_jax.storage.manifest import CheckpointError
 
 _INDEX = "pytorch_model.bin.index.json"
 _SINGLE = "pytorch_model.bin"

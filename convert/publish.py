@@ -29,9 +29,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen_jax import disk, reading, schema
-from qwen_jax.manifest import CheckpointError, File, file_sums
-from qwen_jax.reading import shown
+from qwen_jax.files import reading, schema
+from qwen_jax.files.reading import shown
+from qwen_jax.storage import atomic
+from qwen_jax.storage.manifest import CheckpointError, File, file_sums
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -53,7 +54,7 @@ def place(output: str | os.PathLike) -> Path:
     Raises:
         CheckpointError: if it is a pipe, a device or an open descriptor.
     """
-    if disk.is_stream(Path(output)):
+    if atomic.is_stream(Path(output)):
         raise CheckpointError(f"{shown(output)} is no place for a directory: name another path")
     return Path(output).resolve()
 
@@ -157,7 +158,7 @@ class Staging:
             self._check_output()
             self.directory.mkdir(parents=True, exist_ok=True)
             self._take_lock()
-            disk.write(
+            atomic.write(
                 self.partial / "state.json",
                 json.dumps({"format": _FORMAT, "work": state, "replace": self._replace}),
             )
@@ -170,9 +171,9 @@ class Staging:
             CheckpointError: if the file system refuses.
         """
         with errors(self.output):
-            disk.sync(self.directory)
+            atomic.sync(self.directory)
             self._check_output()
-            disk.write(self.partial / "ready", str(self.directory.stat().st_ino))
+            atomic.write(self.partial / "ready", str(self.directory.stat().st_ino))
             self._swap()
             self._discard()
 
@@ -275,7 +276,7 @@ class Staging:
         else:
             os.rename(self.output, self.partial / "old")
             os.rename(self.directory, self.output)
-        disk.sync(self.output.parent)
+        atomic.sync(self.output.parent)
 
     def _discard(self) -> None:
         """Remove the sibling, what tells its state last."""

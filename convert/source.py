@@ -24,9 +24,11 @@ from convert.files import (
     same_bytes,
 )
 from convert.team import ALONE, Team
-from qwen_jax import locate, reading
 from qwen_jax.config import ModelConfig, model_config
-from qwen_jax.manifest import (
+from qwen_jax.files import reading
+from qwen_jax.files.reading import printable, reason, shown
+from qwen_jax.storage import hub
+from qwen_jax.storage.manifest import (
     DTYPES,
     READ_FILES,
     CheckpointError,
@@ -34,7 +36,6 @@ from qwen_jax.manifest import (
     file_sums,
     fingerprint,
 )
-from qwen_jax.reading import printable, reason, shown
 
 INDEX = "model.safetensors.index.json"
 # What ships with the weights and is copied byte for byte.
@@ -231,7 +232,7 @@ def check(directory: str | os.PathLike) -> Source:
         CheckpointError: naming every file and tensor that is wrong.
         qwen_jax.config.ConfigError: if config.json cannot be used.
     """
-    directory = locate.checkpoint(directory)
+    directory = hub.checkpoint(directory)
     if not os.path.isdir(directory):
         raise CheckpointError(f"{shown(directory)} is not a directory")
     root = directory.resolve()
@@ -300,7 +301,7 @@ def verify_blobs(checked: Source, progress: Progress | None = None, *, team: Tea
     known = [
         shard for shard in checked.shards.values() if re.fullmatch("[0-9a-f]{64}", shard.path.name)
     ]
-    own = team.dealt(known)
+    own = team.local_share(known)
     total = sum(shard.path.stat().st_size for shard in own)
     done = 0
 

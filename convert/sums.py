@@ -16,8 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from convert.files import Shard, Tensor
-from qwen_jax import disk, reading, schema, user_cache
-from qwen_jax.manifest import CheckpointError, Manifest, Progress, file_sums
+from qwen_jax.files import reading, schema, user_cache
+from qwen_jax.storage import atomic
+from qwen_jax.storage.manifest import CheckpointError, Manifest, Progress, file_sums
 
 _FORMAT = "qwen-jax sums 1"
 _SETTLED_NS = 3_000_000_000  # the coarsest times of files that are in use have two seconds
@@ -154,7 +155,7 @@ def _write(path: Path, state: list[int], began: int, tensors: dict[str, str]) ->
     if place is not None and began - max(state[-2:]) > _SETTLED_NS:
         content = json.dumps({"format": _FORMAT, "state": state, "tensors": tensors})
         try:
-            disk.write(place, content)
+            atomic.write(place, content)
         except OSError:  # a full disk costs no more than the time
             with contextlib.suppress(OSError):
                 place.unlink()

@@ -18,15 +18,15 @@ class Team(Protocol):
         """Whether this process does what only one may."""
         ...
 
-    def dealt(self, items: Sequence[T]) -> Sequence[T]:
+    def local_share(self, items: Sequence[T]) -> Sequence[T]:
         """Those of some items that this process works on."""
         ...
 
-    def shared(self, make: Callable[[], T]) -> T:
+    def broadcast_json(self, make: Callable[[], T]) -> T:
         """What the first process makes, on all of them."""
         ...
 
-    def gathered(self, value: T) -> list[T]:
+    def all_gather_json(self, value: T) -> list[T]:
         """What each process gives, on all of them."""
         ...
 
@@ -44,13 +44,13 @@ class Alone:
     def is_first(self) -> bool:
         return True
 
-    def dealt(self, items: Sequence[T]) -> Sequence[T]:
+    def local_share(self, items: Sequence[T]) -> Sequence[T]:
         return items
 
-    def shared(self, make: Callable[[], T]) -> T:
+    def broadcast_json(self, make: Callable[[], T]) -> T:
         return make()
 
-    def gathered(self, value: T) -> list[T]:
+    def all_gather_json(self, value: T) -> list[T]:
         return [value]
 
     def await_all(self) -> None:

@@ -16,9 +16,10 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 
 from convert.team import ALONE, Team
-from qwen_jax import reading, verbosity
-from qwen_jax.manifest import Progress
-from qwen_jax.verbosity import Level
+from qwen_jax.distributed import verbosity
+from qwen_jax.distributed.verbosity import Level
+from qwen_jax.files import reading
+from qwen_jax.storage.manifest import Progress
 
 _LINE_EVERY_S = 10.0
 

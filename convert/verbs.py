@@ -16,9 +16,9 @@ from convert import export as exports
 from convert import pickled, publish, source, weights
 from convert.team import ALONE, Team
 from convert.terminal import say, show, shown
-from qwen_jax import locate
 from qwen_jax.config import notes
-from qwen_jax.manifest import DTYPES, Progress
+from qwen_jax.storage import hub
+from qwen_jax.storage.manifest import DTYPES, Progress
 
 
 def convert_with(team: Team) -> Callable[..., None]:
@@ -70,7 +70,7 @@ def convert_with(team: Team) -> Callable[..., None]:
         stored = {"keep": "keep", "f32": "float32", "bf16": "bfloat16"}[dtype]
         if dry_run:
             publish.place(dst)
-            directory = locate.checkpoint(src)
+            directory = hub.checkpoint(src)
             with contextlib.ExitStack() as stack:
                 read, what = directory, "all intact"
                 if allow_pickle_weights and pickled.only(directory):
@@ -147,7 +147,7 @@ def export(
 def _say_notes(src: Path, team: Team) -> None:
     """Print what of a checkpoint is left unread."""
     if team.is_first():
-        for sentence in notes(locate.checkpoint(src)):
+        for sentence in notes(hub.checkpoint(src)):
             say(sentence)
 
 

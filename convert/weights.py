@@ -14,10 +14,11 @@ from typing import Any
 
 from convert import names, pickled, publish, source
 from convert.team import ALONE, Team
-from qwen_jax import disk, locate, params, store
-from qwen_jax import manifest as manifests
-from qwen_jax.manifest import DTYPES, CheckpointError, Manifest, Progress, Tensor, file_sums
-from qwen_jax.settings import own_settings
+from qwen_jax.distributed.jax_settings import own_settings
+from qwen_jax.models import params
+from qwen_jax.storage import atomic, hub, orbax_io
+from qwen_jax.storage import manifest as manifests
+from qwen_jax.storage.manifest import DTYPES, CheckpointError, Manifest, Progress, Tensor, file_sums
 
 _LIBRARIES = ("qwen-jax", "jax", "orbax-checkpoint", "safetensors", "numpy")
 _NAMES = {"manifest.json", source.INDEX, *source.COMPANIONS}  # beside params/
@@ -34,7 +35,7 @@ def load(
 ) -> dict:
     """The parameters in a converted checkpoint or a Hugging Face directory.
 
-    See `qwen_jax.params.load`; `verify` is for converted checkpoints, others have no sums.
+    See `qwen_jax.models.params.load`; `verify` is for converted checkpoints, others have no sums.
 
     Raises:
         CheckpointError: if a file is missing, damaged or does not fit config.json.
@@ -115,9 +116,9 @@ def convert(
         raise ValueError(f"{dtype=} must be 'keep', 'bfloat16' or 'float32'")
     output = publish.place(dst)
     with contextlib.ExitStack() as stack:
-        src = locate.checkpoint(src)
+        src = hub.checkpoint(src)
         publish.check_apart(Path(src).resolve(), output)
-        store.check_path(output)
+        orbax_io.check_path(output)
         if allow_pickle and pickled.only(src):
             if not team.is_alone():
                 raise CheckpointError(
@@ -141,7 +142,7 @@ def convert(
                 writes=_writes,
             )
 
-        if team.shared(begin):
+        if team.broadcast_json(begin):
             return params.read_manifest(output)
         with publish.errors(output):
             _check_one_disk(staging.partial, team)
@@ -180,7 +181,7 @@ def _writes(name: str) -> bool:
     """Whether a path in a checkpoint is of a file that a conversion writes."""
     folder, _, rest = name.partition("/")
     if folder == "params":
-        return store.wrote(rest.partition("/")[2])
+        return orbax_io.wrote(rest.partition("/")[2])
     return re.sub(r"(\.[0-9a-f]{8})?\.partial$", "", name) in _NAMES
 
 
@@ -192,10 +193,10 @@ def _check_one_disk(directory: Path, team: Team) -> None:
 
     def mark() -> str:
         text = os.urandom(8).hex()
-        disk.write(path, text)
+        atomic.write(path, text)
         return text
 
-    expected = team.shared(mark)
+    expected = team.broadcast_json(mark)
     if not path.is_file() or path.read_text() != expected:
         raise CheckpointError(
             f"{directory}, where process 0 writes, is not here: several processes convert onto "
@@ -229,7 +230,7 @@ def _write(
         files={},
     )
     grouped = _by_part(checked)
-    own = team.dealt(list(grouped))
+    own = team.local_share(list(grouped))
     sizes = {part: sum(checked.tensors[e.name].size for e in grouped[part]) for part in own}
     on_bytes = _counter(progress, sum(sizes.values()))
     done = {
@@ -238,7 +239,7 @@ def _write(
         )
         for part in own
     }
-    there = team.gathered([part for part, record in done.items() if record])
+    there = team.all_gather_json([part for part, record in done.items() if record])
     if team.is_first():
         kept = {part for parts in there for part in parts}
         _clean(staging.directory, kept)
@@ -248,14 +249,14 @@ def _write(
         if record is None:
             entries = grouped[part]
             record = _write_part(checked, staging.directory, part, entries, dtype, whole, on_bytes)
-            disk.write(records / f"{part}.json", record.encode())
+            atomic.write(records / f"{part}.json", record.encode())
     team.await_all()
     if team.is_first():
         parts = [manifests.read(records / f"{part}.json", record=True) for part in grouped]
         _write_manifest(checked, staging.directory, whole, parts)
     team.await_all()
     manifest = params.read_manifest(staging.directory)
-    files = frozenset(team.dealt(list(manifest.files)))
+    files = frozenset(team.local_share(list(manifest.files)))
     manifests.check_files(staging.directory, manifest, full=files, on_bytes=lambda _: on_bytes(0))
     team.await_all()
     return manifest
@@ -270,7 +271,7 @@ def _write_manifest(
     for name, path in checked.companions.items():
         copy = directory / name
         shutil.copyfile(path, copy)
-        disk.sync(copy)
+        atomic.sync(copy)
         files[name] = manifests.file_sums(copy)
     manifest = dataclasses.replace(
         whole,
@@ -278,7 +279,7 @@ def _write_manifest(
         tensors=tuple(tensors),
         files=files,
     )
-    disk.write(directory / "manifest.json", manifest.encode())
+    atomic.write(directory / "manifest.json", manifest.encode())
 
 
 def _write_part(

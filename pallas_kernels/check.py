@@ -27,13 +27,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pallas_kernels import backend
 from pallas_kernels.cases import Model
+from pallas_kernels.dispatch import backend
+from pallas_kernels.dispatch.tiles import Tiles, of_page, tables
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.plan import ABSENT, SparsePlan
 from pallas_kernels.programs import PLAN, PROGRAMS, VOTERS
 from pallas_kernels.shard import Shard
-from pallas_kernels.tiles import Tiles, of_page, tables
 
 LIMIT = {"float32": 1e-4, "bfloat16": 2e-2}
 """Largest error of a row relative to its norm, and of a log-sum-exp as it is.

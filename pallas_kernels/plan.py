@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from pallas_kernels.backend import LANES
+from pallas_kernels.dispatch.backend import LANES
+from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.shard import WHOLE, Shard
-from pallas_kernels.tiles import Tiles
 
 ABSENT = 2**31 - 1
 """Position of a column that is not there: after every key."""

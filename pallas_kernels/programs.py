@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pallas_kernels import backend, plan
+from pallas_kernels import plan
 from pallas_kernels.cases import Served
-from pallas_kernels.tiles import Tiles, of_page
+from pallas_kernels.dispatch import backend
+from pallas_kernels.dispatch.tiles import Tiles, of_page
 
 PROGRAMS = {
     "prefill": "prefill",

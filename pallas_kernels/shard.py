@@ -79,7 +79,9 @@ class Shard:
         parts = x.reshape(len(x), -1, self.count, self.part // unit)
         return jax.lax.dynamic_index_in_dim(parts, self.index, 2, False).reshape(len(x), -1)
 
-    def hand_on(self, over: Shaped[Array, "N pages R"], size: int) -> Shaped[Array, "N pages size"]:
+    def shift_overflow(
+        self, over: Shaped[Array, "N pages R"], size: int
+    ) -> Shaped[Array, "N pages size"]:
         """What falls into local pages of what reaches R places over the parts before them.
 
         Args:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pallas_kernels.geometry import ChunkGeometry
-from qwen_jax import hf_fields, reading
-from qwen_jax.reading import shown
+from qwen_jax import hf_fields
+from qwen_jax.files import reading
+from qwen_jax.files.reading import shown
 
 
 class ConfigError(ValueError):

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from qwen_jax.reading import printable
+from qwen_jax.files.reading import printable
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

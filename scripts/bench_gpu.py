@@ -68,12 +68,13 @@ from bench_gpu_truth import (  # noqa: E402
     some_rows,
 )
 
-from pallas_kernels import backend, plan  # noqa: E402
+from pallas_kernels import plan  # noqa: E402
 from pallas_kernels.cases import CASES, SERVED, Case, Served  # noqa: E402
+from pallas_kernels.dispatch import backend  # noqa: E402
+from pallas_kernels.dispatch.tiles import Tiles  # noqa: E402
 from pallas_kernels.prefill import prefill  # noqa: E402
 from pallas_kernels.programs import VOTERS, program  # noqa: E402
-from pallas_kernels.select import Votes, choose, vote  # noqa: E402
-from pallas_kernels.tiles import Tiles  # noqa: E402
+from pallas_kernels.select import Votes, select_keys, vote  # noqa: E402
 
 MOST_CALLS = 512  # of a group
 QUEUED = 16  # calls that fit a queue: jax waits for the GPU at 32
@@ -471,7 +472,7 @@ def budgets(bench: Bench) -> None:
         votes = vote(voters, keys, layer, *at, geometry=case.geometry, backend_name=name)
         votes = Votes(*(x + y for x, y in zip(votes, added, strict=True)))
         return plan.build(
-            *choose(votes, start + length, vertical, slash),
+            *select_keys(votes, start + length, vertical, slash),
             start,
             length,
             num_queries=case.slice_len,

@@ -9,8 +9,8 @@ import numpy as np
 
 from pallas_kernels import plan
 from pallas_kernels.cases import MODELS, Case, Model, Served
+from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
-from pallas_kernels.tiles import Tiles
 
 SETS = 3  # of inputs that calls take turns through
 RUN = 64  # neighbours of about the same weight, as in scripts/density.py

@@ -25,18 +25,19 @@ from demo_long import BUDGETS
 
 from convert import weights
 from pallas_kernels import plan
-from pallas_kernels.backend import compiler_options
+from pallas_kernels.dispatch.backend import compiler_options
+from pallas_kernels.dispatch.tiles import Tiles, of_page
 from pallas_kernels.prefill import prefill
 from pallas_kernels.select import select
-from pallas_kernels.tiles import Tiles, of_page
-from qwen_jax import rope, sparse
 from qwen_jax.cli.bench import run
 from qwen_jax.config import model_config, sparse_config
-from qwen_jax.engine import batch
+from qwen_jax.engine import inputs as batch
 from qwen_jax.engine.engine import Engine, EngineConfig
 from qwen_jax.engine.scheduler import default_slices
-from qwen_jax.model import PrefillStep, Qwen2
-from qwen_jax.tokenizer import Tokenizer
+from qwen_jax.models import rope
+from qwen_jax.models.qwen2 import PrefillStep, Qwen2
+from qwen_jax.sparse import budgets as sparse
+from qwen_jax.text.tokenizer import Tokenizer
 
 
 def main() -> None:
@@ -123,9 +124,9 @@ def attention(model, tree, budgets, ids, layers, slices):
             out, cache = module.prefill(x, state[0], i, slice_, angles, None)
             scale = slice_.query_scale * jnp.float32(module.scale)
             query = module.q(x)
-            queries = rope.views(query, angles.query, scale)
+            queries = rope.rotate_views(query, angles.query, scale)
             tail = jax.lax.dynamic_slice_in_dim(query, length - last_q, last_q)
-            voters = rope.views(tail, votes, scale)
+            voters = rope.rotate_views(tail, votes, scale)
             kept = jax.tree.map(
                 lambda new, old: jnp.where(i == layer, new, old), (queries, voters), state[1]
             )

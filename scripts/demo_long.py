@@ -19,7 +19,7 @@ from qwen_jax.engine.request import Request
 from qwen_jax.eval.catalog import KINDS
 from qwen_jax.eval.material import Material
 from qwen_jax.eval.tasks import Cell
-from qwen_jax.tokenizer import Stream
+from qwen_jax.text.tokenizer import Stream
 
 BUDGETS = Path(__file__).parents[1] / "docs" / "demo" / "sparse_attention_config.json"
 CELL = Cell(task="passkey", length=24_576, depth=0.1)

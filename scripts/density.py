@@ -22,11 +22,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import plan
+from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.select.api import FORCED_COLUMNS, FORCED_DIAGONALS
 from pallas_kernels.select.top import top
-from pallas_kernels.tiles import Tiles
-from qwen_jax import sparse
 from qwen_jax.config import ConfigError, SparseConfig, head_budgets, read_json
+from qwen_jax.sparse import budgets as sparse
 
 LENGTHS = {"128k": 2**17, "256k": 2**18, "512k": 2**19, "1M": 2**20}
 SLICE = 32768

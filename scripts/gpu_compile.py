@@ -253,7 +253,7 @@ def _mosaic_dumps() -> set[Path]:
 
 def missing(backend: str = "triton") -> str | None:
     """Which packages programs of a backend cannot be compiled without; None if all are there."""
-    from pallas_kernels.versions import mosaic_gpu_fault, triton_fault
+    from pallas_kernels.dispatch.versions import mosaic_gpu_fault, triton_fault
 
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
         return (

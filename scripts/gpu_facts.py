@@ -19,7 +19,7 @@ from pathlib import Path
 import gpu_compile
 import hlo
 
-from qwen_jax import published
+from qwen_jax.models import presets
 
 CONTEXT, SLICE, PAGE = 1_010_000, 32_768, 1024
 TENSOR = {"7B": 1, "14B": 4}
@@ -38,7 +38,7 @@ def kernels(gpu: str, model: str, backend: str, dtype: str) -> Iterator[dict]:
 
     from pallas_kernels.cases import MODELS
     from pallas_kernels.programs import PROGRAMS, inputs, program
-    from qwen_jax import sparse
+    from qwen_jax.sparse import budgets as sparse
 
     tiles = sparse.tiles_on("gpu")
     case = MODELS[model].served(CONTEXT, tensor=TENSOR[model])
@@ -60,18 +60,19 @@ def kernels(gpu: str, model: str, backend: str, dtype: str) -> Iterator[dict]:
 def steps(gpu: str, backend: str) -> Iterator[dict]:
     """Of the engine's steps of 7B, with all of a million tokens on one GPU."""
     from pallas_kernels.cases import MODELS
-    from qwen_jax import budget, compiled
     from qwen_jax.config import SparseConfig
+    from qwen_jax.engine import memory as budget
+    from qwen_jax.planner import aot
 
     with tempfile.TemporaryDirectory() as folder:
-        config = published.config(Path(folder), "7b")
+        config = presets.config(Path(folder), "7b")
     columns = MODELS["7B"].num_columns
     rows = ((columns,) * config.num_heads,) * config.num_layers
-    load = budget.Load(tokens=CONTEXT, page=PAGE, slice_len=SLICE, columns=columns)
+    load = budget.Workload(tokens=CONTEXT, page=PAGE, slice_len=SLICE, columns=columns)
     budgets = SparseConfig(vertical=rows, slash=rows, last_q=64)
     shape = config.num_kv_heads, load.pages + 1, PAGE, config.head_dim
     mesh = gpu_compile.mesh(gpu)
-    for name, step in compiled.steps(config, load, mesh, budgets, backend).items():
+    for name, step in aot.steps(config, load, mesh, budgets, backend).items():
         made = step()
         yield {
             "gpu": gpu,

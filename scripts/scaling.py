@@ -18,8 +18,8 @@ from pathlib import Path
 
 from tpu_compile import ENVIRONMENT
 
-from qwen_jax import published
-from qwen_jax.devices import DEVICES, topology
+from qwen_jax.models import presets
+from qwen_jax.planner.devices import DEVICES, topology
 
 DOCS = Path(__file__).parent.parent / "docs"
 SLICE = 32_768
@@ -49,34 +49,37 @@ SLICES = 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536
 def model(name: str):
     """The configuration of a published model."""
     with tempfile.TemporaryDirectory() as folder:
-        return published.config(Path(folder), name)
+        return presets.config(Path(folder), name)
 
 
-def load(name: str, mesh, tokens: int, *, sparse: bool, slice_len: int = SLICE, relaid=False):
+def load(
+    name: str, mesh, tokens: int, *, sparse: bool, slice_len: int = SLICE, relayouts_weights=False
+):
     """What so many tokens of a model run as on a mesh of TPUs."""
-    from qwen_jax.budget import Load
-    from qwen_jax.engine.pages import default_page
+    from qwen_jax.engine.memory import Workload
+    from qwen_jax.engine.page_pool import default_page
 
-    return Load(
+    return Workload(
         tokens=tokens,
         page=default_page("tpu", model(name).dual_chunk, parts=mesh.seq),
         slice_len=slice_len,
         columns=COLUMNS[name] if sparse else None,
-        relaid=relaid,
+        relayouts_weights=relayouts_weights,
     )
 
 
 def compile_case(name: str, where: str, tokens: int) -> Iterator[dict]:
     """What the compiler made of each program of a case."""
-    from qwen_jax import compiled, sharding
     from qwen_jax.config import SparseConfig
+    from qwen_jax.distributed import sharding
+    from qwen_jax.planner import aot
 
     config, found = model(name), topology(where)
-    mesh = sharding.choose(config, found.count)
+    mesh = sharding.default_mesh(config, found.count)
     rows = [((each,) * config.num_heads,) * config.num_layers for each in (COLUMNS[name], 8192)]
     budgets = SparseConfig(vertical=rows[0], slash=rows[1], last_q=64)
     asked = load(name, mesh, tokens, sparse=True)
-    for program in compiled.programs(config, asked, found, mesh, budgets):
+    for program in aot.programs(config, asked, found, mesh, budgets):
         yield {
             "model": name,
             "topology": where,
@@ -107,14 +110,16 @@ def _table(head: str, rows: list[list[str]]) -> list[str]:
 
 def proofs(found: list[dict]) -> list[str]:
     """A row for each program that was compiled."""
-    from qwen_jax import budget
-    from qwen_jax.sharding import MeshShape
+    from qwen_jax.distributed.sharding import MeshShape
+    from qwen_jax.engine import memory as budget
 
     rows = []
     for each in found:
         mesh, device = MeshShape(**each["mesh"]), topology(each["topology"]).device
         sparse = each["step"] == "prefill_sparse"
-        asked = load(each["model"], mesh, each["tokens"], sparse=sparse, relaid=device.relays)
+        asked = load(
+            each["model"], mesh, each["tokens"], sparse=sparse, relayouts_weights=device.relays
+        )
         planned = budget.memory(model(each["model"]), asked, mesh).total
         decodes = each["step"] == "decode"
         operations = sum(count for *_, count in each["collectives"])
@@ -158,11 +163,11 @@ def operations(found: list[dict]) -> list[str]:
 
 def schemes() -> list[str]:
     """Bytes on the wire a token, without the sums along `tensor`, if queries or if keys move."""
-    from qwen_jax import traffic
-    from qwen_jax.sharding import MeshShape
+    from qwen_jax.distributed.sharding import MeshShape
+    from qwen_jax.planner import roofline
 
     rows = []
-    for name in published.SIZES:
+    for name in presets.SIZES:
         config = model(name)
         for seq in (4, 16):
             mesh = MeshShape(seq=seq, tensor=config.num_kv_heads)
@@ -171,7 +176,7 @@ def schemes() -> list[str]:
                 dense = load(name, mesh, tokens, sparse=False)
                 queries, keys = (
                     of(config, dense, alone) - _sums(config, dense, alone)
-                    for of in (traffic.slice_sent, traffic.gathered_sent)
+                    for of in (roofline.slice_sent, roofline.gathered_sent)
                 )
                 rows.append(
                     [
@@ -188,40 +193,46 @@ def schemes() -> list[str]:
 
 def _sums(config, asked, mesh) -> float:
     """What a slice sends along `tensor` alone."""
-    from qwen_jax import traffic
-    from qwen_jax.sharding import MeshShape
+    from qwen_jax.distributed.sharding import MeshShape
+    from qwen_jax.planner import roofline
 
     part = dataclasses.replace(asked, slice_len=asked.slice_len // mesh.seq, columns=None)
-    return traffic.slice_sent(config, part, MeshShape(tensor=mesh.tensor))
+    return roofline.slice_sent(config, part, MeshShape(tensor=mesh.tensor))
 
 
 def _fits(config, asked, mesh, device) -> bool:
-    from qwen_jax import budget
+    from qwen_jax.engine import memory as budget
 
     return budget.memory(config, asked, mesh).total <= device.memory
 
 
 def _cost(name: str, kind: str, count: int, tokens: int, *, sparse: bool, slice_len: int = SLICE):
     """Cost of the last slice, None where it does not fit."""
-    from qwen_jax import sharding, traffic
+    from qwen_jax.distributed import sharding
+    from qwen_jax.planner import roofline
 
     config, device = model(name), DEVICES[kind]
-    mesh = sharding.choose(config, count)
-    relaid = device.relays
-    asked = load(name, mesh, tokens, sparse=sparse, slice_len=slice_len, relaid=relaid)
+    mesh = sharding.default_mesh(config, count)
+    relayouts_weights = device.relays
+    asked = load(
+        name, mesh, tokens, sparse=sparse, slice_len=slice_len, relayouts_weights=relayouts_weights
+    )
     if slice_len > tokens or not _fits(config, asked, mesh, device):
         return None
-    return traffic.of_slice(config, asked, mesh, SPARSE_KEYS[name] if sparse else None)
+    return roofline.of_slice(config, asked, mesh, SPARSE_KEYS[name] if sparse else None)
 
 
 def _decode_cost(name: str, kind: str, count: int, tokens: int):
-    from qwen_jax import sharding, traffic
+    from qwen_jax.distributed import sharding
+    from qwen_jax.planner import roofline
 
     config = model(name)
-    mesh = sharding.choose(config, count)
+    mesh = sharding.default_mesh(config, count)
     asked = load(name, mesh, tokens, sparse=False)
     return (
-        traffic.of_token(config, asked, mesh) if _fits(config, asked, mesh, DEVICES[kind]) else None
+        roofline.of_token(config, asked, mesh)
+        if _fits(config, asked, mesh, DEVICES[kind])
+        else None
     )
 
 
@@ -229,7 +240,7 @@ def growth(kind: str = "v5e") -> list[str]:
     """What a token of the last slice costs a device, and what takes longest at published rates."""
     words = "FLOPs", "memory", "wire"
     rows = []
-    for name in published.SIZES:
+    for name in presets.SIZES:
         for tokens in CONTEXTS:
             for count in COUNTS:
                 cells = []
@@ -269,7 +280,7 @@ def turning_points() -> list[str]:
     A mesh axis is taken to use the links of one dimension of the torus.
     """
     rows = []
-    for name in published.SIZES:
+    for name in presets.SIZES:
         for kind in ("v5e", "v6e", "v5p", "tpu7x"):
             device = DEVICES[kind]
             for sparse in (False, True):

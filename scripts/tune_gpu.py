@@ -118,12 +118,12 @@ def compiled(device: str, programs: list[str], model: str, candidates) -> Iterat
 
     from pallas_kernels.cases import MODELS
     from pallas_kernels.programs import inputs, program
-    from qwen_jax import sparse
+    from qwen_jax.sparse import budgets
 
     gpu, mesh = GPUS[device], gpu_compile.mesh(device)
     case = MODELS[model].served(CONTEXT)
     for name in programs:
-        args = jax.eval_shape(lambda name=name: inputs(name, case, tiles=sparse.tiles_on("gpu")))
+        args = jax.eval_shape(lambda name=name: inputs(name, case, tiles=budgets.tiles_on("gpu")))
         for sizes, keywords in candidates(name):
             value = None
             try:

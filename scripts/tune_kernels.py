@@ -26,7 +26,7 @@ from typing import Any
 import tune_gpu
 import tune_tpu
 
-from pallas_kernels.tiles import PACKAGED
+from pallas_kernels.dispatch.tiles import PACKAGED
 
 BACKENDS = {"mosaic_tpu": tune_tpu, "triton": tune_gpu}
 ROWS = 3  # compared of a prefill
@@ -73,7 +73,7 @@ def main() -> None:
 
 def of_this_machine() -> str:
     """The backend that is tuned on this machine."""
-    from pallas_kernels import backend
+    from pallas_kernels.dispatch import backend
 
     platform = backend.device().platform
     found = [name for name in BACKENDS if platform in backend.RUNS_ON[name]]
@@ -109,7 +109,7 @@ def candidates(
     table: dict[str, dict[str, list[Any]]], program: str
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Sizes as the table has them, and as keyword arguments."""
-    from pallas_kernels.tiles import Tiles
+    from pallas_kernels.dispatch.tiles import Tiles
 
     for values in itertools.product(*table[program].values()):
         sizes = dict(zip(table[program], values, strict=True))
@@ -128,14 +128,14 @@ def timed(
     import jax
     from bench_gpu_truth import WrongError
 
-    from pallas_kernels import backend
     from pallas_kernels.cases import SERVED
+    from pallas_kernels.dispatch import backend
     from pallas_kernels.programs import inputs, program
-    from qwen_jax import sparse
     from qwen_jax.cli.kernels import time_of
+    from qwen_jax.sparse import budgets
 
     here = backend.device()
-    case, tiles, rows = SERVED[shape], sparse.tiles_on(here.platform), []
+    case, tiles, rows = SERVED[shape], budgets.tiles_on(here.platform), []
     for what in programs:
         args = jax.jit(lambda what=what: inputs(what, case, tiles=tiles))()
         for sizes, keywords in candidates(what):

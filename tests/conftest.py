@@ -5,8 +5,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-FOLDERS = ". kernels model engine convert eval text cli jobs mesh batch ../scripts"
-for folder in FOLDERS.split():
+for folder in ". kernels model engine convert eval text cli jobs mesh batch ../scripts".split():
     sys.path.insert(0, str(Path(__file__).parent / folder))
 
 import tpu_compile  # noqa: E402

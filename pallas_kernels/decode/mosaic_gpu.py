@@ -21,10 +21,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import mosaic_gpu_call, tiles
-from pallas_kernels.backend import Unsupported
+from pallas_kernels.dispatch import tiles
+from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.geometry import ChunkGeometry
-from pallas_kernels.mosaic_gpu_call import BLOCK, ROWS, TILED, WARPGROUP, Warpgroup
+from pallas_kernels.mosaic_gpu import call
+from pallas_kernels.mosaic_gpu.call import BLOCK, ROWS, TILED, WARPGROUP, Warpgroup
 from pallas_kernels.regions import ends
 from pallas_kernels.shard import WHOLE, Shard
 
@@ -120,7 +121,7 @@ def decode(
     # One view more, in which no keys lie.
     of_rows = jnp.pad(of_rows, ((0, 1), (0, 0), (0, MOST_ROWS - M)))
 
-    launch = functools.partial(mosaic_gpu_call.launch, interpret=interpret)
+    launch = functools.partial(call.launch, interpret=interpret)
     warpgroup = Warpgroup(interpret is not None)
     places = (blocks + B * units) * CONSUMERS
     stage = functools.partial(plgpu.SMEM, dtype=keys.dtype, transforms=TILED)

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import softmax
-from pallas_kernels.backend import LANES, Unsupported
+from pallas_kernels.dispatch.backend import LANES, Unsupported
 from pallas_kernels.geometry import INTER, INTRA, ChunkGeometry
 from pallas_kernels.shard import WHOLE, Shard
 

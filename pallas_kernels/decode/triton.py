@@ -16,12 +16,13 @@ import triton
 import triton.language as tl
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import triton_call, triton_sizes
-from pallas_kernels.backend import TRITON_HEADS, Unsupported
+from pallas_kernels.dispatch import triton_sizes
+from pallas_kernels.dispatch.backend import TRITON_HEADS, Unsupported
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.regions import ends
 from pallas_kernels.shard import WHOLE, Shard
-from pallas_kernels.triton_keys import LOG2E, START, cut_logits, keys_at, pages_of
+from pallas_kernels.triton import call
+from pallas_kernels.triton.keys import LOG2E, START, cut_logits, keys_at, pages_of
 
 MOST_ROWS = 64  # of a program
 CUT = 16  # keys a step where a tile is cut
@@ -65,7 +66,7 @@ def decode(
     G, P = N // K, page_table.shape[1]
     rows = Q * G
     M = min(max(_power_of_two(rows), 16), MOST_ROWS)
-    usual = triton_sizes.decode(triton_call.capability(), keys.dtype.itemsize, H)
+    usual = triton_sizes.decode(call.capability(), keys.dtype.itemsize, H)
     tile, num_stages = tile or usual.tile, num_stages or usual.num_stages
     # Runs of less than a few tiles would end before their pipeline is full.
     least = num_stages
@@ -76,7 +77,7 @@ def decode(
     sizes = {"B": B, "Q": Q, "N": N, "G": G, "H": H, "TILE": tile}
     sizes |= {"SEQUENCES": _power_of_two(B), "WANTED": wanted, "LEAST": least}
     cache = {"VIEWS": len(seen), "K": K, "PAGES": pages, "PAGE": page, "P": P}
-    partial, partial_lse = triton_call.launch(
+    partial, partial_lse = call.launch(
         _attend,
         *(layer.reshape(1), page_table, seen, queries, keys, values),
         outputs=[
@@ -91,7 +92,7 @@ def decode(
         M=M,
         CUT=CUT,
     )
-    out, lse = triton_call.launch(
+    out, lse = call.launch(
         _merge,
         *(seen, partial, partial_lse),
         outputs=[

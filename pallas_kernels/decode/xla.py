@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.blockwise import attend_tile
+from pallas_kernels.dispatch.tiles import of_page
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.shard import WHOLE, Shard
-from pallas_kernels.tiles import of_page
 
 TILE = 1024  # keys a step
 

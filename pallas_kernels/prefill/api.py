@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import backend
+from pallas_kernels.dispatch import backend
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.plan import SparsePlan
 from pallas_kernels.shard import WHOLE, Shard

@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import mosaic_gpu_call
 from pallas_kernels import plan as plans
-from pallas_kernels.backend import HOPPER_HEADS, Unsupported
+from pallas_kernels.dispatch.backend import HOPPER_HEADS, Unsupported
 from pallas_kernels.geometry import ChunkGeometry
-from pallas_kernels.mosaic_gpu_call import WARPGROUP, Warpgroup
+from pallas_kernels.mosaic_gpu import call
+from pallas_kernels.mosaic_gpu.call import WARPGROUP, Warpgroup
 from pallas_kernels.plan import SparsePlan
 from pallas_kernels.prefill.mosaic_gpu_attend import attend
 from pallas_kernels.prefill.mosaic_gpu_block import COLUMNS, READERS, ROWS, Inputs, Scratch, Shape
@@ -144,7 +144,7 @@ def prefill(
         jax.lax.cond(reads, lambda: attend(*args, out, lse), lambda: fetch(*args))
 
     caches = (cache.reshape(-1, H) for cache in (keys, values))
-    out, lse = mosaic_gpu_call.launch(
+    out, lse = call.launch(
         kernel,
         *given,
         items,

@@ -12,9 +12,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.geometry import INTER, INTRA
-from pallas_kernels.mosaic_gpu_call import COLUMNS as BY_COLUMN
-from pallas_kernels.mosaic_gpu_call import ROWS as BY_ROW
-from pallas_kernels.mosaic_gpu_call import WARPGROUP
+from pallas_kernels.mosaic_gpu.call import COLUMNS as BY_COLUMN
+from pallas_kernels.mosaic_gpu.call import ROWS as BY_ROW
+from pallas_kernels.mosaic_gpu.call import WARPGROUP
 from pallas_kernels.plan import ABSENT
 from pallas_kernels.prefill.mosaic_gpu_block import (
     COLUMNS,

@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
 from pallas_kernels.geometry import ChunkGeometry
-from pallas_kernels.mosaic_gpu_call import BLOCK, TILED, Warpgroup
+from pallas_kernels.mosaic_gpu.call import BLOCK, TILED, Warpgroup
 from pallas_kernels.shard import Shard
 
 READERS = 2

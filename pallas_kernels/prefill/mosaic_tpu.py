@@ -17,14 +17,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import plan as plans
-from pallas_kernels.backend import Unsupported, check_heads
+from pallas_kernels.dispatch.backend import Unsupported, check_heads
+from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.plan import SparsePlan
 from pallas_kernels.prefill.mosaic_tpu_sweep import WORD, dense, sparse
 from pallas_kernels.prefill.mosaic_tpu_tile import LANES, Shape
 from pallas_kernels.prefill.packed import pack
 from pallas_kernels.shard import WHOLE, Shard
-from pallas_kernels.tiles import Tiles
 
 TILES = Tiles(q=1792, k=2048)
 STEP = 2048  # listed keys a step

@@ -24,8 +24,9 @@ import triton
 import triton.language as tl
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import triton_call, triton_sizes
-from pallas_kernels.backend import TRITON_HEADS, Unsupported
+from pallas_kernels.dispatch import triton_sizes
+from pallas_kernels.dispatch.backend import TRITON_HEADS, Unsupported
+from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.plan import SparsePlan
 from pallas_kernels.prefill.regions import ends
@@ -38,7 +39,7 @@ from pallas_kernels.prefill.triton_tile import (
     sweep_singles,
 )
 from pallas_kernels.shard import WHOLE, Shard
-from pallas_kernels.tiles import Tiles
+from pallas_kernels.triton import call
 
 LEAST = 16  # rows and keys of a product on tensor cores
 LEAST_STEPS = 32  # of keys, of a program that has a part of them
@@ -91,9 +92,7 @@ def prefill(
         raise Unsupported(
             f"{T} x {N} queries or {pages * page} keys of {H} numbers: more than 32 bits count"
         )
-    usual = triton_sizes.prefill(
-        triton_call.capability(), keys.dtype.itemsize, H, sparse=plan is not None
-    )
+    usual = triton_sizes.prefill(call.capability(), keys.dtype.itemsize, H, sparse=plan is not None)
     tiles = tiles or usual.tiles
     rows = T * (N // K) if plan is None else plan.tiles.q
     constants = {
@@ -136,7 +135,7 @@ def _launch_dense(args, bounds, BLOCK_N: int, programs: int, constants: dict[str
     ends = jnp.clip(stops, low, high), jnp.minimum(end[:, None], high * BLOCK_N)
     table = jnp.concatenate([low, *ends], -1)
     dtype = queries.dtype if parts == 1 else jnp.float32
-    out, lse = triton_call.launch(
+    out, lse = call.launch(
         _dense,
         *args,
         jnp.stack(jnp.broadcast_arrays(table, first[:, None]), -1),
@@ -174,7 +173,7 @@ def _launch_sparse(
     before = functools.partial(jnp.searchsorted, method="scan_unrolled")
     columns = jax.vmap(before, (0, None))(plan.columns, keys).astype(jnp.int32)
     programs = min(programs, N * first.size)
-    out, lse, *_ = triton_call.launch(
+    out, lse, *_ = call.launch(
         _sparse,
         *args,
         jnp.stack(jnp.broadcast_arrays(blocks, columns, first[..., None]), -1),

@@ -11,7 +11,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from pallas_kernels.triton_keys import LOG2E, START
+from pallas_kernels.triton.keys import LOG2E, START
 
 LN2 = tl.constexpr(0.6931471805599453)
 FAR = tl.constexpr(2**31 - 1)

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.blockwise import attend_tile
+from pallas_kernels.dispatch.tiles import Tiles, of_page, split
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.listed import attend_listed
 from pallas_kernels.plan import SparsePlan
 from pallas_kernels.shard import WHOLE, Shard
-from pallas_kernels.tiles import Tiles, of_page, split
 
 TILES = Tiles(q=1536, k=256)
 WIDTH = 128  # listed keys a step

@@ -2,6 +2,6 @@
 
 from pallas_kernels.select.api import Selection as Selection
 from pallas_kernels.select.api import Votes as Votes
-from pallas_kernels.select.api import choose as choose
 from pallas_kernels.select.api import select as select
+from pallas_kernels.select.api import select_keys as select_keys
 from pallas_kernels.select.api import vote as vote

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import backend
+from pallas_kernels.dispatch import backend
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.select.top import top
 from pallas_kernels.shard import WHOLE, Shard
@@ -89,7 +89,7 @@ def select(
         shard=shard,
         backend_name=backend_name,
     )
-    return choose(votes, start + length, vertical, slash, shard=shard)
+    return select_keys(votes, start + length, vertical, slash, shard=shard)
 
 
 def vote(
@@ -113,7 +113,7 @@ def vote(
     return Votes(*backend.call("select", backend_name, *args, geometry=geometry, shard=shard))
 
 
-def choose(
+def select_keys(
     votes: Votes,
     end: Int[Array, ""],
     vertical: Int[Array, " N"],

@@ -19,10 +19,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import mosaic_gpu_call
-from pallas_kernels.backend import HOPPER_HEADS, Unsupported
+from pallas_kernels.dispatch.backend import HOPPER_HEADS, Unsupported
 from pallas_kernels.geometry import ChunkGeometry
-from pallas_kernels.mosaic_gpu_call import BLOCK, ROWS, TILED, Warpgroup
+from pallas_kernels.mosaic_gpu import call
+from pallas_kernels.mosaic_gpu.call import BLOCK, ROWS, TILED, Warpgroup
 from pallas_kernels.regions import ends
 from pallas_kernels.shard import WHOLE, Shard
 
@@ -84,9 +84,7 @@ def vote(
         q,
         keys.reshape(-1, H),
     )
-    launch = functools.partial(
-        mosaic_gpu_call.launch, blocks=N * P, warpgroups=1, interpret=interpret
-    )
+    launch = functools.partial(call.launch, blocks=N * P, warpgroups=1, interpret=interpret)
     sizes = {"warpgroup": Warpgroup(interpret is not None), "K": K, "pages": pages, "page": page}
     scratch = {
         "q_smem": plgpu.SMEM((VOTERS, H), keys.dtype, transforms=TILED),
@@ -112,7 +110,7 @@ def vote(
         scratch=scratch | {"p_smem": plgpu.SMEM((VOTERS, STRIDE), jnp.float32)},
         name="select_sums",
     )
-    diagonals += shard.hand_on(over[..., :R], page).reshape(diagonals.shape)
+    diagonals += shard.shift_overflow(over[..., :R], page).reshape(diagonals.shape)
     return columns.reshape(N, -1), diagonals.reshape(N, -1)
 
 

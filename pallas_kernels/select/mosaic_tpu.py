@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.backend import LANES, Unsupported, check_heads
+from pallas_kernels.dispatch.backend import LANES, Unsupported, check_heads
 from pallas_kernels.geometry import INTER, INTRA, SUCC, ChunkGeometry
 from pallas_kernels.shard import WHOLE, Shard
 from pallas_kernels.softmax import MASKED
@@ -140,7 +140,7 @@ def vote(
         name="select_sums",
     )(scalars, page_table, rows, bounds, lse, keys)
     if over:
-        moved = shard.hand_on(over[0].swapaxes(0, 1), page)
+        moved = shard.shift_overflow(over[0].swapaxes(0, 1), page)
         diagonals += moved.reshape(N, S)
     return columns, diagonals
 

@@ -39,4 +39,4 @@ def vote(
     moved = [jnp.pad(of_page[:, r], ((0, 0), (0, 0), (R - 1 - r, r))) for r in range(R)]
     diagonals = sum(moved, jnp.zeros(()))
     own, over = diagonals[..., :page], diagonals[..., page:]
-    return weights.sum(1), (own + shard.hand_on(over, page)).reshape(N, -1)
+    return weights.sum(1), (own + shard.shift_overflow(over, page)).reshape(N, -1)

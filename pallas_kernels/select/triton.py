@@ -16,12 +16,13 @@ import triton
 import triton.language as tl
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import triton_call, triton_sizes
-from pallas_kernels.backend import TRITON_HEADS, Unsupported
+from pallas_kernels.dispatch import triton_sizes
+from pallas_kernels.dispatch.backend import TRITON_HEADS, Unsupported
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.regions import ends
 from pallas_kernels.shard import WHOLE, Shard
-from pallas_kernels.triton_keys import LOG2E, START, cut_logits, logits_in_parts
+from pallas_kernels.triton import call
+from pallas_kernels.triton.keys import LOG2E, START, cut_logits, logits_in_parts
 
 MOST_ROWS = 64
 MOST_BYTES = 512  # of a head
@@ -67,7 +68,7 @@ def vote(
     if queries.dtype != keys.dtype:
         raise Unsupported(f"queries are {queries.dtype}, keys {keys.dtype}; one dtype is needed")
     M = max(1 << (R - 1).bit_length(), 16)
-    usual = triton_sizes.select(triton_call.capability())
+    usual = triton_sizes.select(call.capability())
 
     row, end = jnp.arange(M, dtype=jnp.int32), start + length
     votes = row < jnp.minimum(R, length)
@@ -79,7 +80,7 @@ def vote(
     sizes = {"R": R, "N": N, "G": N // K, "H": H, "K": K, "PAGES": pages, "PAGE": page, "P": P}
     sizes |= {"VIEWS": len(seen), "M": M, "TILE": TILE}
     launch = functools.partial(
-        triton_call.launch,
+        call.launch,
         grid=(N * P,),
         num_warps=num_warps or usual.num_warps,
         num_stages=num_stages or usual.num_stages,
@@ -102,7 +103,7 @@ def vote(
             jax.ShapeDtypeStruct((N, P, R), jnp.float32),
         ],
     )
-    diagonals += shard.hand_on(over, page)
+    diagonals += shard.shift_overflow(over, page)
     return columns.reshape(N, -1), diagonals.reshape(N, -1)
 
 

@@ -6,9 +6,9 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import softmax
 from pallas_kernels.blockwise import dot, fetch, scores, whole_tiles
+from pallas_kernels.dispatch.tiles import of_page
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.shard import WHOLE, Shard
-from pallas_kernels.tiles import of_page
 
 TILE = 1024  # keys a step
 
@@ -80,7 +80,7 @@ def vote(
 
     empty = jnp.zeros((N, pages * page)), jnp.zeros((N, pages, page + R - 1))
     columns, diagonals = sweep(second_pass, empty)
-    own = diagonals[..., :page] + shard.hand_on(diagonals[..., page:], page)
+    own = diagonals[..., :page] + shard.shift_overflow(diagonals[..., page:], page)
     return columns, own.reshape(N, -1)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax.config import ConfigError
-from qwen_jax.reading import RepeatedKey, json_kind, parse_json, printable, shown
+from qwen_jax.files.reading import RepeatedKey, json_kind, parse_json, printable, shown
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 URLS = (CHAT, COMPLETIONS)

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen_jax import journal, reading, schema
-from qwen_jax.batch.fields import Asked
 from qwen_jax.batch.lines import BatchError, Line, LineError
-from qwen_jax.journal import Journal, JournalError, changes
-from qwen_jax.reading import shown
+from qwen_jax.batch.openai_schema import ParsedLine
+from qwen_jax.files import reading, schema
+from qwen_jax.files.reading import shown
+from qwen_jax.storage import jsonl
+from qwen_jax.storage.jsonl import Journal, JournalError, changes
 
 Record = dict[str, Any]
 
@@ -31,7 +32,7 @@ _RECORD = schema.fields(
 
 
 def answered(
-    asked: Asked, text: str, *, finish: Literal["stop", "length"], new_tokens: int, model: str
+    asked: ParsedLine, text: str, *, finish: Literal["stop", "length"], new_tokens: int, model: str
 ) -> Record:
     """The record of a line that has its answer.
 
@@ -118,7 +119,7 @@ class Results:
                 )
             self._journal.repair()
             if self._journal.is_empty:
-                journal.write(meta, {"format": _FORMAT, "settings": dict(settings)})
+                jsonl.write(meta, {"format": _FORMAT, "settings": dict(settings)})
             else:
                 _check(path, before or {}, settings)
             self._read()

@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, runtime_checkable
 
 from qwen_jax.batch import results
-from qwen_jax.batch.fields import Asked, Reader
 from qwen_jax.batch.lines import BatchError, Input, Line, LineError
+from qwen_jax.batch.openai_schema import ParsedLine, Reader
 from qwen_jax.batch.results import Record, Results
 from qwen_jax.engine.request import Event, Serving
-from qwen_jax.tokenizer import Stream, Tokenizer
+from qwen_jax.text.tokenizer import Stream, Tokenizer
 
 _REFUSALS = 64  # written at once
 
-Item = tuple[Line, Asked | LineError]
+Item = tuple[Line, ParsedLine | LineError]
 """A line, and the request that it makes or why it makes none."""
 
 
@@ -65,7 +65,7 @@ class Totals:
 class _Answering:
     """A line that the engine works on."""
 
-    asked: Asked
+    asked: ParsedLine
     stream: Stream
     parts: list[str] = dataclasses.field(default_factory=list)
     new_tokens: int = 0
@@ -128,7 +128,7 @@ def missing(asked: Iterable[Item], kept: Results, there: Totals) -> Iterator[Ite
     for line, request in asked:
         if not kept.has(line):
             yield line, request
-        elif isinstance(request, Asked):
+        elif isinstance(request, ParsedLine):
             there.answered += 1
             there.work += request.size
         else:

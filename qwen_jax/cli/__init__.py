@@ -12,15 +12,16 @@ from typing import Annotated, Any
 import typer
 import typer.main
 
-from pallas_kernels.backend import Unsupported
-from qwen_jax import devices, hosts, verbosity
+from pallas_kernels.dispatch.backend import Unsupported
 from qwen_jax.cli import command, flags
 from qwen_jax.cli.documents import DocumentError
 from qwen_jax.config import ConfigError
+from qwen_jax.distributed import multihost, verbosity
 from qwen_jax.engine.request import EngineError, RequestError
-from qwen_jax.manifest import CheckpointError
-from qwen_jax.reading import FileError, printable, reason, shown
-from qwen_jax.tokenizer import TokenizerError
+from qwen_jax.files.reading import FileError, printable, reason, shown
+from qwen_jax.planner import devices
+from qwen_jax.storage.manifest import CheckpointError
+from qwen_jax.text.tokenizer import TokenizerError
 
 # Verb -> module, object in it, summary. Modules are imported when their verb is used:
 # most need jax, for which `--help` should not wait.
@@ -138,17 +139,17 @@ def main(arguments: list[str] | None = None) -> int:
         if lost is not None and not code:
             code = 1 if isinstance(lost, BrokenPipeError) else _complain(_fault(lost))
     except BaseException as error:
-        if hosts.is_alone():
+        if multihost.is_alone():
             raise
-        hosts.say_native()
+        multihost.say_native()
         traceback.print_exc()
         code = 1
-        hosts.announce(f"{type(error).__name__}: {error}", code)
-    return hosts.leave(code)
+        multihost.announce(f"{type(error).__name__}: {error}", code)
+    return multihost.leave(code)
 
 
 def _run(arguments: list[str]) -> int:
-    verbosity.choose(verbosity.Level.SHORT)
+    verbosity.set_level(verbosity.Level.SHORT)
     devices.quiet_libtpu()
     app = typer.Typer(name="qwen-jax", cls=_Verbs, **command.PLAIN)
     app.callback(help=command.teach(_root))(_root)
@@ -160,11 +161,11 @@ def _run(arguments: list[str]) -> int:
         return _complain(str(error))
     except OSError as error:
         return _complain(_fault(error))
-    except hosts.Preempted as error:
+    except multihost.Preempted as error:
         print(shown(error), file=sys.stderr)
-        return hosts.PREEMPTED
+        return multihost.PREEMPTED
     except (KeyboardInterrupt, typer.Abort):
-        hosts.announce("it was interrupted", 130)
+        multihost.announce("it was interrupted", 130)
         return 130
     except RuntimeError as error:
         if str(error).startswith("Symlink loop"):  # pathlib's word for ELOOP
@@ -172,7 +173,7 @@ def _run(arguments: list[str]) -> int:
         if "Unable to initialize backend" in str(error):  # of JAX_PLATFORMS
             return _complain(f"jax: {str(error).splitlines()[0]}")
         if "RESOURCE_EXHAUSTED" not in str(error):
-            hosts.await_verdict()  # a process that dies takes a step of the others with it
+            multihost.await_verdict()  # a process that dies takes a step of the others with it
         raise
     except ValueError as error:
         if "jax" in sys.modules:
@@ -252,7 +253,7 @@ def _flush(*streams: Any) -> OSError | None:
 
 def _complain(text: str) -> int:
     text = shown(text.strip())
-    hosts.announce(text, 2)
+    multihost.announce(text, 2)
     with contextlib.suppress(OSError):  # then there is nobody to tell
         print("error:", text, file=sys.stderr)
     return 2

@@ -12,11 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, T
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from qwen_jax import hosts
 from qwen_jax.cli.console import console
 from qwen_jax.cli.flags import note, says
+from qwen_jax.distributed import multihost
 from qwen_jax.engine.request import Finish, Request, RequestError, Serving, Sparseness
-from qwen_jax.tokenizer import Stream
+from qwen_jax.text.tokenizer import Stream
 
 LINE_S = 10.0
 """Seconds between two lines of progress where there is no terminal."""
@@ -203,7 +203,7 @@ def interrupts(*also: signal.Signals) -> Iterator[Callable[[], int]]:
     Args:
         also: signals that are remembered too; none of them interrupts.
     """
-    if not hosts.is_alone():
+    if not multihost.is_alone():
         yield lambda: 0
         return
     came = 0

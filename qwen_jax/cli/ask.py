@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from qwen_jax import hosts
 from qwen_jax.cli import documents, sessions
 from qwen_jax.cli.answer import answer, write
 from qwen_jax.cli.flags import (
@@ -21,8 +20,9 @@ from qwen_jax.cli.flags import (
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
 from qwen_jax.config import ConfigError
+from qwen_jax.distributed import multihost
 from qwen_jax.engine.request import Request
-from qwen_jax.tokenizer import Stream, Tokenizer
+from qwen_jax.text.tokenizer import Stream, Tokenizer
 
 Files = Annotated[
     list[Path] | None,
@@ -92,7 +92,7 @@ def ask(
         return rows, tokenizer.encode_chat(messages)
 
     if kept is None:
-        rows, ids = hosts.shared(read)
+        rows, ids = multihost.broadcast_json(read)
     else:
         rows, ids = kept.documents, [*kept.tokens, *kept.question(tokenizer, question)]
     ids = tuple(ids)
@@ -108,7 +108,7 @@ def ask(
     engine = opened.engine(
         len(ids) + request.max_new_tokens,
         vocab_limit=tokenizer.size,
-        held=len(kept.tokens) if kept else 0,
+        prefix_tokens=len(kept.tokens) if kept else 0,
         window=kept.window if kept else 0,
     )
     if kept is not None:

@@ -16,11 +16,10 @@ import typer
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from qwen_jax import disk, hosts
-from qwen_jax.batch import everywhere
+from qwen_jax.batch import lockstep
 from qwen_jax.batch import run as batches
-from qwen_jax.batch.fields import Asked, Defaults, Reader
 from qwen_jax.batch.lines import Input
+from qwen_jax.batch.openai_schema import Defaults, ParsedLine, Reader
 from qwen_jax.batch.results import Results
 from qwen_jax.batch.run import Item, Totals
 from qwen_jax.cli import sessions
@@ -40,7 +39,9 @@ from qwen_jax.cli.flags import (
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
 from qwen_jax.config import ConfigError
-from qwen_jax.reading import shown
+from qwen_jax.distributed import multihost
+from qwen_jax.files.reading import shown
+from qwen_jax.storage import atomic
 
 
 @expand_on_hosts
@@ -96,14 +97,14 @@ def batch(
     began = time.monotonic()
     if topology is not None and not dry_run:
         raise ConfigError(f"--topology {topology} is for --dry-run: add it or leave this out")
-    if dry_run and not hosts.is_alone():
+    if dry_run and not multihost.is_alone():
         raise ConfigError("--dry-run is for one process: start it once, with --num-processes 1")
     with interrupts(signal.SIGTERM) as stopped:
         opened = open_model(model, model_flags)
         kept = None if kv is None else sessions.open_kept(opened, kv)
         reader = _reader(opened, answer_flags, kept)
         # Process 0 alone reads and writes files.
-        source = Input(requests) if hosts.is_first() else None
+        source = Input(requests) if multihost.is_first() else None
 
         def scan() -> dict[str, int]:
             assert source is not None
@@ -111,7 +112,7 @@ def batch(
                 _check_output(requests, results)
             return dataclasses.asdict(_scan(source, reader, stopped, show=dry_run))
 
-        total = _Total(**hosts.shared(scan))
+        total = _Total(**multihost.broadcast_json(scan))
         if stopped():
             _leave(stopped())
         if dry_run and source is not None:
@@ -130,8 +131,8 @@ def batch(
                 began,
                 stopped,
             )
-        except hosts.Preempted as error:
-            raise hosts.Preempted(f"{error}: the same command goes on") from None
+        except multihost.Preempted as error:
+            raise multihost.Preempted(f"{error}: the same command goes on") from None
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
@@ -164,7 +165,7 @@ def _reader(opened: Model, flags: AnswerFlags, kept: sessions.Kept | None) -> Re
 
 def _check_output(requests: Path, results: Path) -> None:
     """Refuses before the work what would fail after it."""
-    disk.prepare(results)
+    atomic.prepare(results)
     if results.exists() and os.path.samefile(requests, results):
         raise ConfigError(f"{results} is the file of the requests: name another output")
 
@@ -183,7 +184,7 @@ def _scan(
     for line, asked in batches.items(source, reader):
         if stopped():
             break
-        if isinstance(asked, Asked):
+        if isinstance(asked, ParsedLine):
             prompt, new = len(asked.request.prompt), asked.request.max_new_tokens
             total.answered += 1
             total.prompt_tokens += prompt
@@ -212,8 +213,10 @@ def _plan(
     price: float | None,
 ) -> None:
     """Prints sums over the lines, and what the planner says of the longest."""
-    from qwen_jax import budget, devices, sharding
     from qwen_jax.cli import plan
+    from qwen_jax.distributed import sharding
+    from qwen_jax.engine import memory
+    from qwen_jax.planner import devices
 
     print(
         f"\n{_count(total.answered, 'request')} and {_count(total.refused, 'error')}, "
@@ -230,14 +233,20 @@ def _plan(
     flags = opened.flags
     held = len(reader.prefix)
     found = plan.examine(
-        opened, topology, total.longest, flags.mesh, flags.dtype, sequences=max_seqs, held=held
+        opened,
+        topology,
+        total.longest,
+        flags.mesh,
+        flags.dtype,
+        sequences=max_seqs,
+        prefix_tokens=held,
     )
     plan.report(found)
-    read = budget.prefill_flops(opened.config, held) if held else 0.0
+    read = memory.prefill_flops(opened.config, held) if held else 0.0
     flops = sum(
-        budget.prefill_flops(opened.config, len(asked.request.prompt)) - read
+        memory.prefill_flops(opened.config, len(asked.request.prompt)) - read
         for _, asked in batches.items(source, reader)
-        if isinstance(asked, Asked)
+        if isinstance(asked, ParsedLine)
     )
     text = f"prefill of all lines: {flops / 1e15:,.3g} PFLOP if dense"
     device, count = devices.topology(topology).device, found["devices"]
@@ -278,7 +287,7 @@ def _answer(
             assert records is not None
             return batches.missing(batches.items(source, reader), records, there)
 
-        items = everywhere.items(missing, reader.prefix)
+        items = lockstep.items(missing, reader.prefix)
         first = next(items, None)
         if first is not None:
             engine = opened.engine(
@@ -286,7 +295,7 @@ def _answer(
                 max_seqs=max_seqs,
                 vocab_limit=reader.tokenizer.size,
                 whole_slices=True,
-                held=len(reader.prefix),
+                prefix_tokens=len(reader.prefix),
                 window=kept.window if kept else 0,
             )
             if kept is not None:
@@ -296,7 +305,7 @@ def _answer(
                     engine,
                     reader.tokenizer,
                     itertools.chain([first], items),
-                    everywhere.Nowhere() if records is None else records,
+                    lockstep.NullSink() if records is None else records,
                     model=opened.directory.resolve().name,
                     stopped=stopped,
                     on_step=on_step,
@@ -354,7 +363,7 @@ def _leave(number: int) -> None:
     """Ends a run that a signal has stopped."""
     if number == signal.SIGTERM:
         note("stopped by SIGTERM: the same command goes on")
-        raise typer.Exit(hosts.PREEMPTED)
+        raise typer.Exit(multihost.PREEMPTED)
     raise KeyboardInterrupt
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from qwen_jax import devices
 from qwen_jax.cli.answer import Answer, answer
 from qwen_jax.cli.console import console
 from qwen_jax.cli.flags import Json, Model, ModelFlags, Within, note, option
@@ -23,6 +22,7 @@ from qwen_jax.cli.profile import profiled
 from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Request
+from qwen_jax.planner import devices
 
 _Random = Annotated[
     bool, option("Make weights up; MODEL needs no more than a config.json.", "--random-weights")

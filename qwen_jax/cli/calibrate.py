@@ -13,8 +13,6 @@ import jax
 import numpy as np
 import typer
 
-from qwen_jax import calibrate as calibration
-from qwen_jax import disk, reading
 from qwen_jax.cli import documents, quantities
 from qwen_jax.cli.answer import LINE_S
 from qwen_jax.cli.flags import (
@@ -32,8 +30,11 @@ from qwen_jax.cli.placement import one_device
 from qwen_jax.config import ConfigError, last_q
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.scheduler import default_slices
-from qwen_jax.sparse import tiles_on
-from qwen_jax.survey import Grid
+from qwen_jax.files import reading
+from qwen_jax.sparse import calibrate as calibration
+from qwen_jax.sparse.budgets import tiles_on
+from qwen_jax.sparse.recall import Grid
+from qwen_jax.storage import atomic
 
 
 @expand
@@ -89,9 +90,9 @@ def calibrate(
     opened = open_model(model, dataclasses.replace(model_flags, mesh=mesh))
     sizes = sorted(set(quantities.lengths(lengths)))
     opened.check_fits(sizes[-1])
-    disk.prepare(out)
+    atomic.prepare(out)
     report = report or out.with_suffix(".report.json")
-    disk.prepare(report)
+    atomic.prepare(report)
     if out == report:
         raise ConfigError(f"--out and --report are one file, {out}: give two")
     kept = out.with_suffix(".progress")
@@ -120,8 +121,8 @@ def calibrate(
     _check_ours(out, report)
     if out.exists():  # so that these are known as ours until the others are in their place
         figures["replaced_budgets_sha256"] = _sha256(out)
-    disk.write(report, json.dumps(figures) + "\n")
-    disk.write(out, content)
+    atomic.write(report, json.dumps(figures) + "\n")
+    atomic.write(out, content)
     _print(budgets, figures["speedup"])
     if held_out:
         others = survey.samples(texts["--held-out"])
@@ -227,10 +228,10 @@ def _check_ours(out: Path, report: Path) -> None:
         with contextlib.suppress(ValueError):
             found = reading.read_object(report)
     ours = found.get("format") == calibration.REPORT_FORMAT
-    disk.check_ours(report, lambda _: ours)
+    atomic.check_ours(report, lambda _: ours)
     # Budgets are in a format that has no place for a mark: the report knows them.
     known = found.get("budgets_sha256"), found.get("replaced_budgets_sha256")
-    disk.check_ours(out, lambda path: _sha256(path) in {*known} - {None})
+    atomic.check_ours(out, lambda path: _sha256(path) in {*known} - {None})
 
 
 def _sha256(path: Path) -> str | None:

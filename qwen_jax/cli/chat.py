@@ -24,7 +24,7 @@ from qwen_jax.cli.flags import (
 from qwen_jax.cli.profile import profiled
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Request, RequestError, Sampling
-from qwen_jax.tokenizer import Stream, Tokenizer, TokenizerError
+from qwen_jax.text.tokenizer import Stream, Tokenizer, TokenizerError
 
 _LEN = 32768
 """Tokens that a conversation holds by default: its cache is allocated whole."""
@@ -78,7 +78,7 @@ def chat(
     room = model_flags.max_len or min(opened.max_len, held + _LEN)
     opened.check_fits(held + 1)
     window = kept.window if kept else 0
-    engine = opened.engine(room, vocab_limit=tokenizer.size, held=held, window=window)
+    engine = opened.engine(room, vocab_limit=tokenizer.size, prefix_tokens=held, window=window)
     if kept is not None:
         kept.restore(engine)
     Conversation(

@@ -12,10 +12,11 @@ import typer.core
 import typer.main
 from typer._click.shell_completion import CompletionItem
 
-from qwen_jax import reading, verbosity
 from qwen_jax.cli import flags
 from qwen_jax.config import ConfigError
-from qwen_jax.verbosity import Level
+from qwen_jax.distributed import verbosity
+from qwen_jax.distributed.verbosity import Level
+from qwen_jax.files import reading
 
 # Typer keeps a Click of its own; these are the bases of its complaints and of its help.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -266,7 +267,7 @@ def _quieter(wanted: bool) -> None:
 def _choose(level: Level) -> None:
     if verbosity.get() not in (Level.SHORT, level):
         raise ConfigError("--quiet contradicts --verbose: leave one out")
-    verbosity.choose(level)
+    verbosity.set_level(level)
 
 
 def _output(

@@ -12,14 +12,15 @@ from typing import Annotated, Any
 
 import typer
 
-from pallas_kernels import backend
-from pallas_kernels.backend import choose, preferences
-from pallas_kernels.versions import mosaic_gpu_fault, triton_fault
-from qwen_jax import compile_cache, devices
+from pallas_kernels.dispatch import backend
+from pallas_kernels.dispatch.backend import choose, preferences
+from pallas_kernels.dispatch.versions import mosaic_gpu_fault, triton_fault
 from qwen_jax.cli.flags import Json, option
 from qwen_jax.config import ConfigError
-from qwen_jax.published import NAMES
-from qwen_jax.reading import printable, shown
+from qwen_jax.files import compile_cache
+from qwen_jax.files.reading import printable, shown
+from qwen_jax.models.presets import NAMES
+from qwen_jax.planner import devices
 
 INSTALL = "pip install -e '.[{}]' in a checkout of qwen-jax"
 """How what an extra names is installed."""

@@ -14,10 +14,10 @@ from typing import Any
 import pathspec
 from rich.cells import cell_len
 
-from qwen_jax import reading
 from qwen_jax.cli.console import console, shorten
 from qwen_jax.cli.flags import says
-from qwen_jax.reading import printable, shown
+from qwen_jax.files import reading
+from qwen_jax.files.reading import printable, shown
 
 STDIN = Path("-")
 """The name of standard input."""

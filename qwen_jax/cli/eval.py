@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from qwen_jax import hosts
 from qwen_jax.cli import command, documents, evaluate, quantities, scores, variants
 from qwen_jax.cli.documents import DocumentError
 from qwen_jax.cli.flags import (
@@ -24,6 +23,7 @@ from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
 from qwen_jax.cli.quantities import split
 from qwen_jax.config import ConfigError
+from qwen_jax.distributed import multihost
 from qwen_jax.eval import catalog
 from qwen_jax.eval.log import Log
 from qwen_jax.eval.tasks import Cell
@@ -214,14 +214,14 @@ def _run(
         RequestError: if the longest prompt does not fit the model.
     """
     cells, names = flags.cells(tasks), flags.compared()
-    given = hosts.shared(text_flags.read) if text_flags else None
+    given = multihost.broadcast_json(text_flags.read) if text_flags else None
     opened = open_model(directory, model_flags)
     models = variants.models(opened, names)
     material = evaluate.material(opened, cells, seed=flags.seed, given=given)
     settings = evaluate.settings(family, opened, flags.seed, given, dense_to=0 if names else None)
-    log = Log(flags.out, settings) if flags.out and hosts.is_first() else None
+    log = Log(flags.out, settings) if flags.out and multihost.is_first() else None
     results = evaluate.results(models, cells, material, log)
-    if not hosts.is_first():
+    if not multihost.is_first():
         return
     if flags.json:
         scores.print_json(settings, results)

@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from qwen_jax import hosts
 from qwen_jax.cli.answer import prefill_progress
 from qwen_jax.cli.flags import Model, note
+from qwen_jax.distributed import multihost
 from qwen_jax.eval import score, text
 from qwen_jax.eval.catalog import FAMILIES, KINDS
 from qwen_jax.eval.log import Log
@@ -52,7 +52,9 @@ def results(
     known = log.results if log else {}
     found = {key: known[key] for key in asked if key in known}
     # Process 0 has the log; the others learn from it what need not be asked.
-    numbers = hosts.shared(lambda: [number for number, key in enumerate(asked) if key in known])
+    numbers = multihost.broadcast_json(
+        lambda: [number for number, key in enumerate(asked) if key in known]
+    )
     answered = {asked[number] for number in numbers}
     if log and found:
         note(f"{log.path} holds {len(found)} of {len(asked)} answers")

@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 
 import typer
 
-from qwen_jax import devices
 from qwen_jax.cli.flags import ModelFlags, Within, expand, note, open_model, option
 from qwen_jax.cli.plan import DeviceMemory, Topology, examine
 from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.config import ConfigError
+from qwen_jax.files.reading import shown
 from qwen_jax.jobs.job import DASHBOARD, Job, write
-from qwen_jax.reading import shown
+from qwen_jax.planner import devices
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,6 @@ from typing import Annotated, Any, ClassVar, Literal, cast, overload
 import typer
 
 from pallas_kernels.geometry import ChunkGeometry
-from qwen_jax import compile_cache, hosts, locate, reading, verbosity
 from qwen_jax.cli import placement
 from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.config import (
@@ -29,9 +28,12 @@ from qwen_jax.config import (
     notes,
     sparse_config,
 )
+from qwen_jax.distributed import multihost, verbosity
+from qwen_jax.distributed.verbosity import Level
 from qwen_jax.engine.request import LIMITS, RequestError, Sampling
-from qwen_jax.tokenizer import Tokenizer, TokenizerError, check_stop
-from qwen_jax.verbosity import Level
+from qwen_jax.files import compile_cache, reading
+from qwen_jax.storage import hub
+from qwen_jax.text.tokenizer import Tokenizer, TokenizerError, check_stop
 
 ModelArgument = Annotated[
     Path,
@@ -439,7 +441,7 @@ class Model:
         Raises:
             ConfigError: if there are none, or the model cannot be split over them.
         """
-        compile_cache.begin(not self.flags.no_compile_cache, shared=not hosts.is_alone())
+        compile_cache.begin(not self.flags.no_compile_cache, shared=not multihost.is_alone())
         return placement.mesh(self.config, self.flags.mesh)
 
     def weights(self, *, random: bool = False):
@@ -455,8 +457,8 @@ class Model:
         import jax.numpy as jnp
 
         from convert import weights
-        from qwen_jax import params
         from qwen_jax.engine.engine import EngineConfig
+        from qwen_jax.models import params
 
         mesh = self.mesh()
         name, _ = self.precision()
@@ -476,7 +478,7 @@ class Model:
         slices: tuple[int, ...] | None = None,
         attention: bool = True,
         whole_slices: bool = False,
-        held: int = 0,
+        prefix_tokens: int = 0,
         window: int = 0,
     ):
         """Builds an engine, or replicas on a mesh with data; says on stderr what runs where.
@@ -489,7 +491,7 @@ class Model:
             slices: lengths that prefill is compiled for, unless a flag says it.
             attention: False leaves it out (`EngineConfig.attention`).
             whole_slices: see `EngineConfig`.
-            held: likewise.
+            prefix_tokens: likewise.
             window: tokens that a session moves at a time.
 
         Raises:
@@ -499,8 +501,8 @@ class Model:
         import jax
 
         from qwen_jax.cli import profile
+        from qwen_jax.engine.data_parallel import build
         from qwen_jax.engine.engine import EngineConfig, kernels
-        from qwen_jax.engine.replicas import build
 
         mesh = self.mesh()
         name, why = self.precision()
@@ -516,7 +518,7 @@ class Model:
             dense_tail=self.flags.dense_tail,
             attention=attention,
             whole_slices=whole_slices,
-            held=held,
+            prefix_tokens=prefix_tokens,
         )
         placement.check_memory(self.config, settings, name, mesh, window=window)
         device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
@@ -567,9 +569,9 @@ def open_model(directory: Path, flags: ModelFlags) -> Model:
     if not os.path.exists(directory):
         raise FileNotFoundError(2, "there is no such model; give a local directory", str(directory))
     if not os.path.isdir(directory):
-        locate.checkpoint(directory)
+        hub.checkpoint(directory)
         raise NotADirectoryError(20, "is a file; give the directory that holds it", str(directory))
-    directory = locate.checkpoint(directory)
+    directory = hub.checkpoint(directory)
     check_numbers(flags)
     config = _with_dual_chunk(model_config(directory), flags)
     for sentence in notes(directory):
@@ -592,7 +594,7 @@ def open_model(directory: Path, flags: ModelFlags) -> Model:
 
 def says(level: Level = Level.SHORT) -> bool:
     """Whether this process says notes of a level: of several processes the first does."""
-    return level <= verbosity.get() and hosts.is_first()
+    return level <= verbosity.get() and multihost.is_first()
 
 
 def note(text: str, level: Level = Level.SHORT) -> None:

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-from qwen_jax import hosts
 from qwen_jax.cli import sessions
 from qwen_jax.cli import tokens as token_file
 from qwen_jax.cli.answer import answer, write
@@ -22,8 +21,9 @@ from qwen_jax.cli.flags import (
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
 from qwen_jax.config import ConfigError
+from qwen_jax.distributed import multihost
 from qwen_jax.engine.request import Request
-from qwen_jax.tokenizer import Stream
+from qwen_jax.text.tokenizer import Stream
 
 
 @expand_on_hosts
@@ -62,10 +62,16 @@ def generate(
     stops = answer_flags.stops()
     if tokens is not None:
         tokenizer = opened.tokenizer(required=bool(stops))
-        ids = tuple(hosts.shared(lambda: token_file.read(tokens, opened.config.vocab_size)))
+        ids = tuple(
+            multihost.broadcast_json(lambda: token_file.read(tokens, opened.config.vocab_size))
+        )
     else:
         tokenizer = opened.tokenizer()
-        text = hosts.shared(lambda: read_text(prompt_file)) if prompt_file else prompt or ""
+        text = (
+            multihost.broadcast_json(lambda: read_text(prompt_file))
+            if prompt_file
+            else prompt or ""
+        )
         if not text:
             raise ConfigError(f"{given[0]} is empty: give at least one character")
         encode = tokenizer.encode_prompt if kv is None else tokenizer.encode_text
@@ -83,7 +89,7 @@ def generate(
     engine = opened.engine(
         len(ids) + request.max_new_tokens,
         vocab_limit=tokenizer.size if tokenizer else None,
-        held=len(kept.tokens) if kept else 0,
+        prefix_tokens=len(kept.tokens) if kept else 0,
         window=kept.window if kept else 0,
     )
     if kept is not None:

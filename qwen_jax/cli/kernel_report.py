@@ -16,17 +16,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import backend, check
+from pallas_kernels import check
 from pallas_kernels.cases import Served
 from pallas_kernels.check import Result, Shape
+from pallas_kernels.dispatch import backend
 from pallas_kernels.programs import DENSE, PROGRAMS
-from qwen_jax import disk, first_contact, reading, sparse
 from qwen_jax.cli import kernels, placement
 from qwen_jax.cli.flags import ModelFlags
 from qwen_jax.cli.plan import opened_or_published
 from qwen_jax.config import ConfigError
-from qwen_jax.engine.pages import default_page
-from qwen_jax.engine.runner import own_settings
+from qwen_jax.distributed.jax_settings import own_settings
+from qwen_jax.engine import first_contact
+from qwen_jax.engine.page_pool import default_page
+from qwen_jax.files import reading
+from qwen_jax.sparse import budgets as sparse
+from qwen_jax.storage import atomic
 
 FORMAT = "qwen-jax kernel report 1"
 REPEATS = 5
@@ -115,7 +119,7 @@ def show(
     if json_output:
         print(json.dumps(content))
     if report is not None:
-        disk.write(report, json.dumps(content, indent=1) + "\n")
+        atomic.write(report, json.dumps(content, indent=1) + "\n")
         say(
             f"{reading.shown(report)} has all of this, versions and what doctor says; no paths, "
             "names or texts"
@@ -130,7 +134,7 @@ def _check_report(path: Path) -> None:
         ConfigError: if there is something else of that name.
         OSError: if nothing can be written there.
     """
-    disk.prepare(path, ConfigError)
+    atomic.prepare(path, ConfigError)
     if not path.exists():
         return
     try:

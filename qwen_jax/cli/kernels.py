@@ -11,15 +11,15 @@ import jax.numpy as jnp
 import typer
 from rich.table import Table
 
-from pallas_kernels import backend
-from pallas_kernels.backend import Unsupported
 from pallas_kernels.cases import SERVED, Served
+from pallas_kernels.dispatch import backend
+from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.programs import PROGRAMS, inputs, program
-from qwen_jax import devices
 from qwen_jax.cli import placement
 from qwen_jax.cli.console import console
 from qwen_jax.cli.flags import Json, Within, option
 from qwen_jax.config import ConfigError
+from qwen_jax.planner import devices
 
 FULL = "out of memory: end what else uses the device, or take a smaller shape"
 _SOON = {"cpu": "small at 2k"}

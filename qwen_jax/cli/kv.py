@@ -8,10 +8,11 @@ from typing import Annotated
 import typer
 
 from convert.terminal import show, shown
-from qwen_jax import reading, session
 from qwen_jax.cli import command
 from qwen_jax.cli.flags import Json
-from qwen_jax.session import Session, SessionError
+from qwen_jax.files import reading
+from qwen_jax.storage import kv_session
+from qwen_jax.storage.kv_session import Session, SessionError
 
 app = command.App("Look at what `prefill` keeps.")
 
@@ -32,7 +33,7 @@ def inspect(directory: Directory, json_output: Json = False):
     Examples:
         qwen-jax kv inspect kv/book
     """
-    found = session.read(directory)
+    found = kv_session.read(directory)
     identity = found.identity
     if json_output:
         body = dataclasses.asdict(found) | {
@@ -75,8 +76,8 @@ def verify(directory: Directory):
     """
     import jax
 
-    found = session.read(directory)
-    session.read_tokens(directory, found)
+    found = kv_session.read(directory)
+    kv_session.read_tokens(directory, found)
     done = 0
     with shown("verify") as progress:
 
@@ -85,9 +86,9 @@ def verify(directory: Directory):
             done += count
             progress(done, found.num_bytes)
 
-        session.check(directory, found, on_bytes=on_bytes)
+        kv_session.check(directory, found, on_bytes=on_bytes)
     jax.config.update("jax_platforms", "cpu")  # other programs may use the accelerators
-    session.check_arrays(directory, found)
+    kv_session.check_arrays(directory, found)
     if not found.is_complete:
         raise SessionError(
             f"{directory} is intact but not finished: {found.saved:,} of "

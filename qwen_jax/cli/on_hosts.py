@@ -9,9 +9,10 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
-from qwen_jax import hosts, locate
 from qwen_jax.cli.flags import Within, adding, expand, option
-from qwen_jax.manifest import READ_FILES, file_sums
+from qwen_jax.distributed import multihost
+from qwen_jax.storage import hub
+from qwen_jax.storage.manifest import READ_FILES, file_sums
 
 _FILES = (*READ_FILES, "manifest.json")
 _PACKAGES = ("qwen_jax", "pallas_kernels", "convert")
@@ -50,13 +51,13 @@ def expand_on_hosts(verb: Callable, *, devices: bool = True) -> Callable:
 
     @adding(verb, "host_flags", HostFlags)
     def started(host_flags: HostFlags, **given):
-        place = hosts.find(
+        place = multihost.find(
             host_flags.coordinator,
             host_flags.num_processes,
             host_flags.process_id,
             host_flags.init_timeout,
         )
-        hosts.start(
+        multihost.start(
             place,
             lambda: facts(verb.__name__, {"hosts": host_flags, **given}, whole=devices),
             heartbeat=host_flags.heartbeat,
@@ -85,8 +86,8 @@ def facts(verb: str, given: Mapping[str, Any], *, whole: bool = True) -> dict[st
         ConfigError: if config.json cannot be used.
     """
     from convert import source
-    from qwen_jax import params
     from qwen_jax.cli import sessions
+    from qwen_jax.models import params
 
     found = {
         "the code of qwen-jax": _code(),
@@ -106,7 +107,7 @@ def facts(verb: str, given: Mapping[str, Any], *, whole: bool = True) -> dict[st
                 found[flag] = str(each).encode("utf-8", "backslashreplace").decode()
     model = next((given[name] for name in _MODELS if given.get(name) is not None), None)
     if model is not None:
-        model = locate.checkpoint(model)
+        model = hub.checkpoint(model)
         found |= {
             name: file_sums(model / name).sha256[:16] for name in _FILES if (model / name).is_file()
         }

@@ -4,13 +4,14 @@ import contextlib
 import dataclasses
 from typing import TYPE_CHECKING
 
-from qwen_jax import devices, hosts
 from qwen_jax.config import ConfigError, ModelConfig
+from qwen_jax.distributed import multihost
+from qwen_jax.planner import devices
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-    from qwen_jax import sharding
+    from qwen_jax.distributed import sharding
     from qwen_jax.engine.layout import EngineConfig
 
 ONE = "seq=1"
@@ -25,7 +26,7 @@ def one_process(what: str) -> None:
     Raises:
         ConfigError: if the environment says that this process is one of several.
     """
-    place = hosts.find(None, None, None, _DETECTION_S)
+    place = multihost.find(None, None, None, _DETECTION_S)
     if place is not None:
         raise ConfigError(
             f"{what} in one process, but the environment says that this is process "
@@ -39,7 +40,7 @@ def one_device(mesh: str | None, what: str) -> str:
     Raises:
         ConfigError: if several devices or processes are asked for.
     """
-    from qwen_jax import sharding
+    from qwen_jax.distributed import sharding
 
     one_process(what)
     if mesh is not None and sharding.parse(mesh).size > 1:
@@ -59,10 +60,10 @@ def mesh(config: ModelConfig, wanted: str | None) -> "Mesh | None":
     """
     import jax
 
-    from qwen_jax import sharding
+    from qwen_jax.distributed import sharding
 
     shape = None if wanted is None else sharding.parse(wanted)
-    processes = hosts.count()
+    processes = multihost.count()
     if processes > 1 and shape is not None:
         _check_processes(shape, processes)
     if shape is not None and shape.size > 1:
@@ -71,7 +72,7 @@ def mesh(config: ModelConfig, wanted: str | None) -> "Mesh | None":
     found = devices.found()
     if shape is None:
         count = 1 if found[0].platform == "cpu" and processes == 1 else len(found)
-        shape = sharding.choose(config, count)
+        shape = sharding.default_mesh(config, count)
     if shape.size == 1:
         return None
     sharding.check(config, shape, len(found))
@@ -110,18 +111,21 @@ def check_memory(
     """
     import jax
 
-    from qwen_jax import budget, sharding
+    from qwen_jax.distributed import sharding
     from qwen_jax.engine import layout
+    from qwen_jax.engine import memory as budget
 
     shape = sharding.MeshShape(**mesh.shape) if mesh else sharding.MeshShape()
-    device = jax.local_devices()[0] if mesh is None or hosts.count() > 1 else mesh.devices.flat[0]
-    limit = devices.memory(device, share=-(-shape.size // hosts.count()))
+    device = (
+        jax.local_devices()[0] if mesh is None or multihost.count() > 1 else mesh.devices.flat[0]
+    )
+    limit = devices.memory(device, share=-(-shape.size // multihost.count()))
     load = layout.load(
         config,
         engine,
         shape,
         platform=device.platform,
-        relaid=devices.relays(device),
+        relayouts_weights=devices.relays(device),
         dtype=dtype,
         window=window,
     )
@@ -130,8 +134,8 @@ def check_memory(
         cache = f"{engine.max_len:,} tokens"
         if engine.max_seqs > 1:
             cache = f"{engine.max_seqs} x {cache}"
-        if engine.held:
-            cache += f" of which {engine.held:,} are shared"
+        if engine.prefix_tokens:
+            cache += f" of which {engine.prefix_tokens:,} are shared"
         way_out = "`qwen-jax plan` says what would fit"
         without = dataclasses.replace(load, window=0)
         if budget.memory(config, without, shape).total <= limit:

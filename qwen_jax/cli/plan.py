@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from convert.terminal import show
-from qwen_jax import compile_cache, devices, published
 from qwen_jax.cli import quantities
 from qwen_jax.cli.flags import (
     Json,
@@ -25,10 +24,13 @@ from qwen_jax.cli.flags import (
 )
 from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.config import ConfigError, ModelConfig
+from qwen_jax.files import compile_cache
+from qwen_jax.models import presets
+from qwen_jax.planner import devices
 
 if TYPE_CHECKING:
-    from qwen_jax.budget import Load
-    from qwen_jax.sharding import MeshShape
+    from qwen_jax.distributed.sharding import MeshShape
+    from qwen_jax.engine.memory import Workload
 
 OptionalModel = Annotated[
     Path | None,
@@ -36,7 +38,7 @@ OptionalModel = Annotated[
 ]
 PublishedModel = Annotated[
     str | None,
-    option(f"A published model in place of MODEL: {', '.join(published.NAMES)}.", metavar="NAME"),
+    option(f"A published model in place of MODEL: {', '.join(presets.NAMES)}.", metavar="NAME"),
 ]
 Topology = Annotated[
     str,
@@ -73,10 +75,10 @@ def opened_or_published(
     if model is not None:
         yield open_model(model, flags)
         return
-    if config not in published.NAMES:
-        raise ConfigError(not_one_of("--config", str(config), published.NAMES))
+    if config not in presets.NAMES:
+        raise ConfigError(not_one_of("--config", str(config), presets.NAMES))
     with tempfile.TemporaryDirectory() as scratch:
-        yield open_model(published.write(Path(scratch) / config, config.removesuffix("-1m")), flags)
+        yield open_model(presets.write(Path(scratch) / config, config.removesuffix("-1m")), flags)
 
 
 def plan(
@@ -141,7 +143,7 @@ def examine(
     dtype: str | None,
     *,
     sequences: int = 1,
-    held: int = 0,
+    prefix_tokens: int = 0,
     memory: int | None = None,
     compiled: bool = False,
 ) -> dict[str, Any]:
@@ -150,13 +152,14 @@ def examine(
     Args:
         memory: bytes of a device, in place of what is published.
         sequences: that are in the cache at once, of so many tokens each.
-        held: of these, with which all begin alike.
+        prefix_tokens: of these, with which all begin alike.
 
     Raises:
         ConfigError: if a flag cannot be used with this model.
     """
-    from qwen_jax import budget, sharding
+    from qwen_jax.distributed import sharding
     from qwen_jax.engine import layout
+    from qwen_jax.engine import memory as budget
 
     config, topology = opened.config, devices.topology(name)
     device = topology.device
@@ -165,21 +168,25 @@ def examine(
         raise ConfigError(f"--tokens {tokens} must be at least 1 and under 2^31")
     if tokens > config.max_len:
         note(f"{tokens:,} tokens are over the {config.max_len:,} that config.json declares")
-    chosen = sharding.choose(config, topology.count)
+    chosen = sharding.default_mesh(config, topology.count)
     shape = chosen if mesh is None else sharding.parse(mesh)
     sharding.check(config, shape, topology.count)
     slices = None if opened.flags.slice is None else (opened.flags.slice,)
 
-    def load_of(tokens: int) -> budget.Load:
+    def load_of(tokens: int) -> budget.Workload:
         engine = layout.EngineConfig(
-            max_len=tokens, max_seqs=sequences, slices=slices, sparse=opened.sparse, held=held
+            max_len=tokens,
+            max_seqs=sequences,
+            slices=slices,
+            sparse=opened.sparse,
+            prefix_tokens=prefix_tokens,
         )
         return layout.load(
             config,
             engine,
             shape,
             platform=device.platform,
-            relaid=device.relays,
+            relayouts_weights=device.relays,
             dtype=_precision(dtype, device, config),
         )
 
@@ -229,7 +236,7 @@ def examine(
 
 def _compiled(
     opened: Model,
-    load: "Load",
+    load: "Workload",
     topology: devices.Topology,
     shape: "MeshShape",
     limit: int,
@@ -237,7 +244,7 @@ def _compiled(
     """What the compiler makes of each step."""
     import jax
 
-    from qwen_jax.compiled import programs
+    from qwen_jax.planner.aot import programs
 
     jax.config.update("jax_platforms", "cpu")  # this process leaves TPUs to others
     compile_cache.begin(False)  # programs for other devices cannot be read back
@@ -297,19 +304,20 @@ def _reason(config: ModelConfig, count: int) -> str:
 def _advice(
     config: ModelConfig,
     topology: devices.Topology,
-    load: "Load",
+    load: "Workload",
     shape: "MeshShape",
     limit: int,
     longest: int,
 ):
     """Single changes that make it fit, each tried."""
-    from qwen_jax import budget, sharding
+    from qwen_jax.distributed import sharding
+    from qwen_jax.engine import memory as budget
 
     def fits(mesh: "MeshShape" = shape, **changes: Any) -> bool:
         changed = dataclasses.replace(load, **changes)
         return budget.memory(config, changed, mesh).total <= limit
 
-    chosen = sharding.choose(config, topology.count)
+    chosen = sharding.default_mesh(config, topology.count)
     if chosen != shape and fits(chosen):
         yield f"leave out --mesh: {chosen} fits"
     if load.dtype == "float32" and fits(dtype="bfloat16"):
@@ -322,7 +330,7 @@ def _advice(
     if longest:
         yield f"--tokens {longest}: a shorter context"
     for each in () if topology.device.platform == "cpu" else devices.larger(topology):
-        mesh = sharding.choose(config, each.count)
+        mesh = sharding.default_mesh(config, each.count)
         if fits(mesh):
             yield f"--topology {each.name}: {each.count} devices as {mesh}"
             break

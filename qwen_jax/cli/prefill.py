@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from qwen_jax import hosts, sharding
 from qwen_jax.cli import documents, sessions
 from qwen_jax.cli import tokens as token_file
 from qwen_jax.cli.answer import interrupts, prefill_progress
@@ -29,8 +28,9 @@ from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
 from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.config import ConfigError
+from qwen_jax.distributed import multihost, sharding
 from qwen_jax.engine.request import Event, Request, RequestError
-from qwen_jax.session import Session, Writer
+from qwen_jax.storage.kv_session import Session, Writer
 
 _NEW = 2  # tokens of an answer that is not waited for: a request has one, and this one goes on
 
@@ -122,10 +122,12 @@ def _prompt(
 ) -> tuple[list[tuple[str, int]], tuple[int, ...]]:
     """Names of the files with their tokens, and the ids of the prompt."""
     if tokens is not None:
-        return [], tuple(hosts.shared(lambda: token_file.read(tokens, opened.config.vocab_size)))
+        return [], tuple(
+            multihost.broadcast_json(lambda: token_file.read(tokens, opened.config.vocab_size))
+        )
     tokenizer = opened.tokenizer()
     if prompt_file is not None:
-        text = hosts.shared(lambda: documents.read_text(prompt_file))
+        text = multihost.broadcast_json(lambda: documents.read_text(prompt_file))
         if not text:
             raise ConfigError(f"{prompt_file} is empty: give at least one character")
         return [], tuple(tokenizer.encode_prompt(text))
@@ -137,7 +139,7 @@ def _prompt(
         rows = [(document.name, count) for document, count in texts.items()]
         return rows, tokenizer.open_chat(system) + tokenizer.open_turn("user", text)
 
-    rows, ids = hosts.shared(read)
+    rows, ids = multihost.broadcast_json(read)
     return [(name, count) for name, count in rows], tuple(ids)
 
 
@@ -160,7 +162,7 @@ def _fill(
     held = writer.session.saved
     kept = sessions.Kept(directory=writer.directory, session=writer.session, tokens=ids)
     window = max(min(save_every, len(ids) - held), kept.window)
-    engine = opened.engine(len(ids) + _NEW, held=held, window=window)
+    engine = opened.engine(len(ids) + _NEW, prefix_tokens=held, window=window)
     assert isinstance(engine, Engine)  # one prompt has no replicas
     if held:
         kept.restore(engine)
@@ -179,7 +181,7 @@ def _fill(
         while last.prefilled < len(ids):
             try:
                 (last,) = engine.step()
-            except hosts.Preempted:
+            except multihost.Preempted:
                 save()
                 note(_stopped(writer.session))
                 raise
@@ -197,7 +199,7 @@ def _leave(number: int, saved: Session) -> None:
     """Ends a run that a signal has stopped."""
     note(_stopped(saved))
     if number == signal.SIGTERM:
-        raise typer.Exit(hosts.PREEMPTED)
+        raise typer.Exit(multihost.PREEMPTED)
     raise KeyboardInterrupt
 
 

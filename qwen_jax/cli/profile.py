@@ -23,11 +23,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from qwen_jax import devices, hosts
 from qwen_jax.cli.flags import adding, note, option
 from qwen_jax.config import ConfigError
+from qwen_jax.distributed import multihost
 from qwen_jax.engine.observer import Observed, Step
-from qwen_jax.journal import Journal, JournalError
+from qwen_jax.planner import devices
+from qwen_jax.storage.jsonl import Journal, JournalError
 
 STEPS = range(64)
 """Steps that are traced unless a flag says it: a million tokens in slices of 32,768, and more."""
@@ -127,7 +128,7 @@ def running(directory: Path, steps: range) -> Iterator[None]:
     global _running
     check(directory)
     profile = Profile(directory, steps)
-    ends_at_once = hosts.is_alone() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    ends_at_once = multihost.is_alone() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     if ends_at_once:
         signal.signal(signal.SIGTERM, _stop)
     _running = profile
@@ -168,7 +169,7 @@ def check(directory: Path) -> None:
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ProfileError(f"--profile {directory}: {nearest} cannot be written to")
     figures = directory / _FIGURES
-    if hosts.is_first() and figures.exists():
+    if multihost.is_first() and figures.exists():
         if not figures.is_file() or not _holds_steps(figures):
             raise ProfileError(f"{figures} is not of a profile: name another directory")
         Journal(figures).close()
@@ -242,8 +243,8 @@ class Profile:
     def _open(self) -> None:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            self._run = hosts.shared(self._free_name)
-            if hosts.is_first():
+            self._run = multihost.broadcast_json(self._free_name)
+            if multihost.is_first():
                 self._journal = Journal(self._directory / _FIGURES)
                 self._journal.repair()
         except OSError as error:
@@ -343,7 +344,7 @@ class Profile:
         self._is_tracing = False
         import jax
 
-        prefix = f"{jax.process_index()}-" if hosts.count() > 1 else ""
+        prefix = f"{jax.process_index()}-" if multihost.count() > 1 else ""
         target = self._trace(self._run)
         try:
             jax.profiler.stop_trace()
@@ -369,4 +370,4 @@ def _count(steps: int) -> str:
 def _stop(*_) -> None:
     """What SIGTERM does while a profile is running; a second one ends the process."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    raise hosts.Preempted("stopped by SIGTERM")
+    raise multihost.Preempted("stopped by SIGTERM")

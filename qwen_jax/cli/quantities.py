@@ -6,7 +6,7 @@ from typing import Any
 import typer
 
 from qwen_jax.config import ConfigError
-from qwen_jax.reading import printable
+from qwen_jax.files.reading import printable
 
 _TOKENS = {"": 1, "k": 1000, "m": 1000**2, "K": 1024, "M": 1024**2}
 _BYTES = {

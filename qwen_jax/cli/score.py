@@ -12,7 +12,6 @@ from typing import Annotated
 import numpy as np
 from jaxtyping import Float32
 
-from qwen_jax import disk, hosts
 from qwen_jax.cli import tokens as token_file
 from qwen_jax.cli.answer import prefill_progress
 from qwen_jax.cli.flags import ModelArgument, ModelFlags, Within, note, open_model, option
@@ -20,6 +19,8 @@ from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
 from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.config import ConfigError
+from qwen_jax.distributed import multihost
+from qwen_jax.storage import atomic
 
 _COMMENT = b"qwen-jax score 1"  # of the archive
 
@@ -48,18 +49,18 @@ def score(
         qwen-jax score ckpt/7b-1m --tokens ids.txt --out logits.npz --dtype f32 --dca off
     """
     opened = open_model(model, model_flags)
-    ids = tuple(hosts.shared(lambda: token_file.read(tokens, opened.config.vocab_size)))
+    ids = tuple(multihost.broadcast_json(lambda: token_file.read(tokens, opened.config.vocab_size)))
     if last is not None and last > len(ids):
         raise ConfigError(f"--last {last} must be from 1 to {len(ids)}, the tokens in {tokens}")
     opened.check_fits(len(ids))
     shape = (last or len(ids), opened.config.vocab_size)
-    if hosts.is_first():
+    if multihost.is_first():
         _check_output(out, 4 * shape[0] * shape[1])
     engine = opened.engine(len(ids))
     progress = prefill_progress(shape[0])
     try:
         blocks = _counted(engine.score(ids, last=last), progress.update)
-        if hosts.is_first():
+        if multihost.is_first():
             write_npz(out, blocks, shape)
         else:
             collections.deque(blocks, maxlen=0)
@@ -90,7 +91,7 @@ def write_npz(
             for block in blocks:
                 member.write(np.ascontiguousarray(block, "<f4").data)
         os.chmod(name, 0o666 & ~_umask())
-        disk.check_ours(path, _is_ours)
+        atomic.check_ours(path, _is_ours)
         os.replace(name, path)
     except BaseException:
         os.unlink(name)
@@ -107,8 +108,8 @@ def _counted(blocks, update):
 
 def _check_output(path: Path, size: int) -> None:
     """Refuses before the work what would fail after it."""
-    disk.prepare(path)
-    disk.check_ours(path, _is_ours)
+    atomic.prepare(path)
+    atomic.check_ours(path, _is_ours)
     free = shutil.disk_usage(path.parent).free
     if size > free:
         raise ConfigError(

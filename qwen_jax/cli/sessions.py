@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from qwen_jax import reading, session
 from qwen_jax.cli.flags import Model, note, option
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Sparseness
-from qwen_jax.manifest import READ_FILES
-from qwen_jax.session import Identity, Session, SessionError
-from qwen_jax.tokenizer import Tokenizer
+from qwen_jax.files import reading
+from qwen_jax.storage import kv_session
+from qwen_jax.storage.kv_session import Identity, Session, SessionError
+from qwen_jax.storage.manifest import READ_FILES
+from qwen_jax.text.tokenizer import Tokenizer
 
 Kv = Annotated[
     Path | None,
@@ -35,7 +36,7 @@ def identity(opened: Model, tokens: tuple[int, ...], *, is_chat: bool) -> Identi
     return _identity(
         opened,
         num_tokens=len(tokens),
-        tokens_sha256=hashlib.sha256(session.encode_tokens(tokens)).hexdigest(),
+        tokens_sha256=hashlib.sha256(kv_session.encode_tokens(tokens)).hexdigest(),
         is_chat=is_chat,
     )
 
@@ -88,13 +89,13 @@ class Kept:
             Piece(
                 start=window.start,
                 stop=window.stop,
-                load=functools.partial(session.load, self.directory, self.session, window),
+                load=functools.partial(kv_session.load, self.directory, self.session, window),
             )
             for window in self.session.windows
         ]
         tokens = self.tokens[: self.session.saved]
         engine.restore(tokens, pieces, None if figures is None else _sparseness(figures))
-        if self.stamp not in (None, session.stamp(self.directory, self.session)):
+        if self.stamp not in (None, kv_session.stamp(self.directory, self.session)):
             raise SessionError(
                 f"{self.directory} was changed while it was read: start again when no other "
                 "program writes it"
@@ -116,7 +117,7 @@ def open_kept(opened: Model, directory: Path, *, chat: bool = False) -> Kept:
         SessionError: if it is damaged, not finished, or another model's.
         ConfigError: if it ends where no question can follow.
     """
-    found = session.read(directory)
+    found = kv_session.read(directory)
     here = _identity(
         opened,
         num_tokens=found.identity.num_tokens,
@@ -139,10 +140,10 @@ def open_kept(opened: Model, directory: Path, *, chat: bool = False) -> Kept:
             f"{directory} holds raw text, after which no question can follow: use `generate`, or "
             "prefill with --file"
         )
-    session.check_shared(directory, found)
-    stamp = session.stamp(directory, found)
-    tokens = session.read_tokens(directory, found)
-    session.check(directory, found)
+    kv_session.check_shared(directory, found)
+    stamp = kv_session.stamp(directory, found)
+    tokens = kv_session.read_tokens(directory, found)
+    kv_session.check(directory, found)
     return Kept(directory=directory, session=found, tokens=tokens, stamp=stamp)
 
 
@@ -167,7 +168,7 @@ def weights_fingerprint(directory: Path) -> str:
         CheckpointError: if they are missing or damaged.
     """
     from convert import source, sums
-    from qwen_jax import params
+    from qwen_jax.models import params
 
     said = False
 

@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-from qwen_jax import reading
 from qwen_jax.config import ConfigError
-from qwen_jax.reading import printable, shown
+from qwen_jax.files import reading
+from qwen_jax.files.reading import printable, shown
 
 _LARGEST_BYTES = 1 << 27  # over ten million ids
 

@@ -11,17 +11,18 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float32
 
-from pallas_kernels import backend
 from pallas_kernels.check import Shape
+from pallas_kernels.dispatch import backend
 from pallas_kernels.plan import SparsePlan
 from pallas_kernels.programs import DENSE, PROGRAMS
-from qwen_jax import first_contact, hosts, sparse
-from qwen_jax.attention import LEFT_OUT
 from qwen_jax.config import ConfigError, ModelConfig
-from qwen_jax.engine import batch, interrupts
+from qwen_jax.distributed import multihost
+from qwen_jax.distributed.jax_settings import own_settings
+from qwen_jax.engine import first_contact, inputs, interrupts
 from qwen_jax.engine.layout import EngineConfig, EngineLayout
+from qwen_jax.engine.model_runner import Runner, Window
 from qwen_jax.engine.observer import Kind, Observer, Step
-from qwen_jax.engine.pages import Pages
+from qwen_jax.engine.page_pool import Pages
 from qwen_jax.engine.request import (
     EngineError,
     Event,
@@ -34,11 +35,11 @@ from qwen_jax.engine.request import (
     Sparseness,
     check_ids,
 )
-from qwen_jax.engine.runner import Runner, Window
-from qwen_jax.engine.scheduler import Decode, Scheduler, Slice, cut
-from qwen_jax.settings import own_settings
-from qwen_jax.sparse import Report
-from qwen_jax.survey import Grid, Survey
+from qwen_jax.engine.scheduler import Decode, Scheduler, Slice, slice_bounds
+from qwen_jax.models.attention import LEFT_OUT
+from qwen_jax.sparse import budgets as sparse
+from qwen_jax.sparse.budgets import Report
+from qwen_jax.sparse.recall import Grid, Survey
 
 _GREEDY = Sampling()
 WINDOW_UNIT = 1024
@@ -144,7 +145,7 @@ class Engine:
         self._is_dead = False
         self._prefix: Prefix | None = None
         self._num_requests = 0
-        self._roster: tuple[tuple[int, ...], batch.Roster] | None = None
+        self._roster: tuple[tuple[int, ...], inputs.DecodeSlots] | None = None
         self.num_prefilled = 0
         self._observer: Observer | None = None
 
@@ -255,7 +256,7 @@ class Engine:
             Preempted: before the step, in all processes of a job, if it is to end.
         """
         self._check_alive()
-        hosts.check_preemption()
+        multihost.check_preemption()
         with self._unstopped():
             self._step()
         events, self._events = self._events, []
@@ -305,14 +306,14 @@ class Engine:
         if self._prefix is not None:
             raise RequestError("the engine holds restored tokens already: build another engine")
         with self._borrowed(len(tokens)) as pages:
-            table = batch.table(pages, self._table_len)
+            table = inputs.table(pages, self._table_len)
             for piece in pieces:
-                hosts.check_preemption()
+                multihost.check_preemption()
                 length = piece.stop - piece.start
                 shape = self.window(length)
                 with self._unstopped():
                     # No name keeps a piece on the device while the next one is loaded.
-                    self._runner.put_in(piece.load(shape), table, piece.start, length)
+                    self._runner.insert_kv(piece.load(shape), table, piece.start, length)
             with self._unstopped(), self._all_or_nothing():
                 for page in pages:
                     self._pages.share(page)
@@ -332,8 +333,8 @@ class Engine:
         if sequence is None or not 0 <= start < stop <= filled:
             raise RequestError(f"request {request_id} holds {filled} tokens, not {start}:{stop}")
         size = self.window(stop - start).shape[1]
-        table = batch.table(sequence.pages, self._table_len)
-        return self._runner.take_out(table, start, size)
+        table = inputs.table(sequence.pages, self._table_len)
+        return self._runner.extract_kv(table, start, size)
 
     def window(self, tokens: int) -> jax.ShapeDtypeStruct:
         """Shape [layers, tokens, kv_heads, head_dim], dtype and placement of what `take` gives."""
@@ -441,12 +442,12 @@ class Engine:
                 listed = self._runner.sparse_plan(step, layer, head)
             yield start, length, listed, jax.device_get(report)
 
-    def _cuts(self, tokens: tuple[int, ...]) -> Iterator[tuple[int, int, batch.Prefill]]:
+    def _cuts(self, tokens: tuple[int, ...]) -> Iterator[tuple[int, int, inputs.Prefill]]:
         """Start, length and step of each slice of a text."""
         with self._borrowed(len(tokens)) as pages:
             start = 0
             while start < len(tokens):
-                length, size = cut(start, len(tokens), self._slices, self._boundary)
+                length, size = slice_bounds(start, len(tokens), self._slices, self._boundary)
                 yield start, length, self._step_of(tokens, start, length, size, pages)
                 start += length
 
@@ -458,11 +459,11 @@ class Engine:
         with self._borrowed(len(tokens)) as pages:
             start = 0
             while start < len(tokens):
-                hosts.check_preemption()
+                multihost.check_preemption()
                 length, size, is_sparse = self._scheduler.cut(start, len(tokens), sparsely=sparsely)
                 is_scored = start + length > first
                 if is_scored and not is_sparse:
-                    length, size = cut(start, len(tokens), small, self._boundary)
+                    length, size = slice_bounds(start, len(tokens), small, self._boundary)
                     is_scored = start + length > first
                 step = self._step_of(tokens, start, length, size, pages)
                 kind = "score" if is_scored else "prefill_sparse" if is_sparse else "prefill"
@@ -476,7 +477,7 @@ class Engine:
                 start += length
 
     def _scored(
-        self, step: batch.Prefill, first: int, _: int, seen: Step | None
+        self, step: inputs.Prefill, first: int, _: int, seen: Step | None
     ) -> Iterable[np.ndarray]:
         """Logits of the tokens of a slice from `first` on; of one that has none it is only read."""
         if first < int(step.length):
@@ -487,7 +488,7 @@ class Engine:
         return ()
 
     def _scored_sparsely(
-        self, step: batch.Prefill, first: int, rows: int, seen: Step | None
+        self, step: inputs.Prefill, first: int, rows: int, seen: Step | None
     ) -> Iterable[np.ndarray]:
         """The same of a sparse slice, so many rows at a time, while they are taken."""
         length = int(step.length)
@@ -523,8 +524,8 @@ class Engine:
                 self._pages.give(pages)
                 self._scheduler.freed()
 
-    def _step_of(self, tokens, start: int, length: int, size: int, pages) -> batch.Prefill:
-        return batch.prefill(
+    def _step_of(self, tokens, start: int, length: int, size: int, pages) -> inputs.Prefill:
+        return inputs.prefill(
             tokens[start : start + length],
             size=size,
             start=start,
@@ -606,11 +607,11 @@ class Engine:
         sequence = piece.sequence
         sampling = sequence.request.sampling if piece.is_last else _GREEDY
         if sampling.repetition_penalty != 1:
-            self._runner.mark(sequence.row, sequence.request.prompt)
+            self._runner.set_seen_tokens(sequence.row, sequence.request.prompt)
         if piece.copied is not None:
             self._runner.copy_page(piece.copied, sequence.pages[piece.start // self._page])
         stop = piece.start + piece.length
-        step = batch.prefill(
+        step = inputs.prefill(
             sequence.span(piece.start, stop),
             size=piece.size,
             start=piece.start,
@@ -627,7 +628,9 @@ class Engine:
         else:
             logits = self._runner.prefill(step)
         # After every slice, to wait for it and to see at once when numbers go wrong.
-        token = self._runner.choose(logits, batch.choice(sampling, row=sequence.row, position=stop))
+        token = self._runner.sample(
+            logits, inputs.sample_step(sampling, row=sequence.row, position=stop)
+        )
         with self._all_or_nothing():
             if sequence.sparse is not None:
                 sequence.sparse = sequence.sparse.plus(piece.start, piece.length, density, recall)
@@ -650,9 +653,9 @@ class Engine:
         sequences, max_seqs = work.sequences, self._config.max_seqs
         ids = tuple(sequence.id for sequence in sequences)
         if self._roster is None or self._roster[0] != ids:
-            roster = batch.roster(sequences, max_seqs=max_seqs, table_len=self._table_len)
+            roster = inputs.decode_slots(sequences, max_seqs=max_seqs, table_len=self._table_len)
             self._roster = ids, self._runner.place(roster)
-        step = batch.tokens(sequences, max_seqs=max_seqs, scales=self._scales)
+        step = inputs.tokens(sequences, max_seqs=max_seqs, scales=self._scales)
         new = self._runner.decode(self._roster[1], step).tolist()
         with self._all_or_nothing():
             for sequence in sequences:

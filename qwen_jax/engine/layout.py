@@ -2,12 +2,12 @@
 
 import dataclasses
 
-from qwen_jax import budget
 from qwen_jax.config import ConfigError, ModelConfig, SparseConfig
-from qwen_jax.engine.pages import default_page
-from qwen_jax.engine.scheduler import cut, default_slices
-from qwen_jax.sharding import MeshShape
-from qwen_jax.sparse import most_columns
+from qwen_jax.distributed.sharding import MeshShape
+from qwen_jax.engine import memory
+from qwen_jax.engine.page_pool import default_page
+from qwen_jax.engine.scheduler import default_slices, slice_bounds
+from qwen_jax.sparse.budgets import most_columns
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +35,7 @@ class EngineConfig:
             all else takes can be measured.
         whole_slices: share the beginnings of prompts by whole slices only, not by pages, so
             that a prompt is computed in the same slices whatever else the engine is serving.
-        held: tokens that `restore` will put into the cache, for which there is room beside
+        prefix_tokens: tokens that `restore` will put into the cache, for which there is room beside
             what the requests add to them; 0 for none.
 
     Raises:
@@ -55,7 +55,7 @@ class EngineConfig:
     dense_tail: int = 64
     attention: bool = True
     whole_slices: bool = False
-    held: int = 0
+    prefix_tokens: int = 0
 
     def __post_init__(self):
         least = {
@@ -65,7 +65,7 @@ class EngineConfig:
             "page": 1,
             "vocab_limit": 1,
             "dense_tail": 0,
-            "held": 0,
+            "prefix_tokens": 0,
         }
         for name, low in least.items():
             value = getattr(self, name)
@@ -80,8 +80,8 @@ class EngineConfig:
         """Pages of the cache, if they have so many tokens."""
         if self.num_pages is not None:
             return self.num_pages
-        own = -(-self.max_len // page) - self.held // page
-        return self.max_seqs * own + -(-self.held // page) + 1
+        own = -(-self.max_len // page) - self.prefix_tokens // page
+        return self.max_seqs * own + -(-self.prefix_tokens // page) + 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,7 +136,7 @@ class EngineLayout:
             table_len=table_len,
             num_pages=config.pages_of(page),
             columns=columns,
-            slice_len=cut(0, config.max_len, slices, boundary)[1],
+            slice_len=slice_bounds(0, config.max_len, slices, boundary)[1],
         )
 
 
@@ -146,20 +146,20 @@ def load(
     mesh: MeshShape,
     *,
     platform: str,
-    relaid: bool,
+    relayouts_weights: bool,
     dtype: str,
     window: int = 0,
-) -> budget.Load:
+) -> memory.Workload:
     """What an engine runs on each part of a mesh along `data`, to be measured by `budget`.
 
     Args:
         platform: of the devices ("cpu", "gpu" or "tpu").
-        relaid: see `budget.Load`, as `dtype`.
+        relayouts_weights: see `memory.Workload`, as `dtype`.
         window: tokens of a session, at least, that are outside the cache too: they are moved
             in whole slices.
     """
     layout = EngineLayout.resolve(model, config, platform=platform, seq=mesh.seq)
-    return budget.Load(
+    return memory.Workload(
         tokens=config.max_len,
         page=layout.page,
         slice_len=layout.slice_len,
@@ -167,5 +167,5 @@ def load(
         dtype=dtype,
         columns=layout.columns,
         window=-(-window // layout.slice_len) * layout.slice_len,
-        relaid=relaid,
+        relayouts_weights=relayouts_weights,
     )

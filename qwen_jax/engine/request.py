@@ -198,8 +198,8 @@ class Sequence:
         row: its row in decode batches; -1 while it waits.
         pages: its cache pages in order, enough for prompt and longest answer.
         filled: tokens whose keys and values are in the cache.
-        num_linked: leading pages that `link` covers.
-        link: identity of those pages' content; see `pages.Pages.record`.
+        num_shared_pages: leading pages that `prefix_key` covers.
+        prefix_key: identity of those pages' content; see `pages.Pages.record`.
     """
 
     id: int
@@ -211,8 +211,8 @@ class Sequence:
     pages: list[int] = dataclasses.field(default_factory=list)
     filled: int = 0
     answer: list[int] = dataclasses.field(default_factory=list)
-    num_linked: int = 0
-    link: object = None
+    num_shared_pages: int = 0
+    prefix_key: object = None
     cancelled: bool = False
 
     @property
@@ -221,7 +221,7 @@ class Sequence:
 
     @property
     def origin(self) -> object:
-        """What keys and values depend on besides the tokens: the first `link`."""
+        """What keys and values depend on besides the tokens: the first `prefix_key`."""
         return self.scales, self.sparse is not None, self.prefix
 
     @property

@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Callable, Hashable
 
 from pallas_kernels.geometry import ChunkGeometry
-from qwen_jax.engine.pages import Pages, divisor
+from qwen_jax.engine.page_pool import Pages, divisor
 from qwen_jax.engine.request import Sequence
 
 _CPU_SLICES = (2048, 1024, 512, 256, 64)
@@ -65,7 +65,9 @@ def _slices(platform: str, geometry: ChunkGeometry | None, *, sparse: bool) -> t
     return (largest, *(size for size in _CPU_SLICES if size < largest))
 
 
-def cut(start: int, stop: int, slices: tuple[int, ...], boundary: int | None) -> tuple[int, int]:
+def slice_bounds(
+    start: int, stop: int, slices: tuple[int, ...], boundary: int | None
+) -> tuple[int, int]:
     """Tokens that the slice at `start` takes of those before `stop`, and its padded size."""
     length = min(stop - start, slices[0])
     if boundary is not None:
@@ -124,7 +126,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         sequence.scales = self._scales(sequence.prompt_len)
-        sequence.link = sequence.origin
+        sequence.prefix_key = sequence.origin
         self._waiting.append(sequence)
 
     def cancelled(self) -> list[Sequence]:
@@ -191,8 +193,8 @@ class Scheduler:
             missing = -(-sequence.capacity // self._page) - len(sequence.pages)
             if missing > self._pages.free:
                 self._pages.give(sequence.pages)
-                sequence.pages, sequence.filled, sequence.num_linked = [], 0, 0
-                sequence.link = sequence.origin
+                sequence.pages, sequence.filled, sequence.num_shared_pages = [], 0, 0
+                sequence.prefix_key = sequence.origin
                 # Not tried again, which costs a walk over the prompt, until something is freed.
                 self._is_full = True
                 return
@@ -205,31 +207,31 @@ class Scheduler:
         if sequence.prefix is None:
             return
         sequence.filled = len(sequence.prefix.tokens)
-        sequence.num_linked = sequence.filled // self._page
-        for page in sequence.prefix.pages[: sequence.num_linked]:
+        sequence.num_shared_pages = sequence.filled // self._page
+        for page in sequence.prefix.pages[: sequence.num_shared_pages]:
             self._pages.share(page)
             sequence.pages.append(page)
 
     def _share(self, sequence: Sequence) -> None:
         """Put known pages in the place of those that the sequence would fill next."""
-        while not self._whole_slices or sequence.filled == sequence.num_linked * self._page:
+        while not self._whole_slices or sequence.filled == sequence.num_shared_pages * self._page:
             found = self._known(sequence)
             if not found:
                 return
-            for page, link in found:
+            for page, prefix_key in found:
                 self._pages.share(page)
-                sequence.link = link
-                if sequence.num_linked < len(sequence.pages):
-                    self._pages.give([sequence.pages[sequence.num_linked]])
-                    sequence.pages[sequence.num_linked] = page
+                sequence.prefix_key = prefix_key
+                if sequence.num_shared_pages < len(sequence.pages):
+                    self._pages.give([sequence.pages[sequence.num_shared_pages]])
+                    sequence.pages[sequence.num_shared_pages] = page
                 else:
                     sequence.pages.append(page)
-                sequence.num_linked += 1
-            sequence.filled = max(sequence.filled, sequence.num_linked * self._page)
+                sequence.num_shared_pages += 1
+            sequence.filled = max(sequence.filled, sequence.num_shared_pages * self._page)
 
     def _known(self, sequence: Sequence) -> list[tuple[int, Hashable]]:
         """The next page that can be shared, or all pages of the next slice, with their links."""
-        start, limit = sequence.num_linked * self._page, sequence.prompt_len
+        start, limit = sequence.num_shared_pages * self._page, sequence.prompt_len
         stop = start + self._page
         if self._whole_slices:
             stop = self._slice_stop(start)
@@ -238,13 +240,13 @@ class Scheduler:
         # The last token is always computed: its logits choose the first new one.
         if stop >= limit or stop % self._page:
             return []
-        found, link = [], sequence.link
+        found, prefix_key = [], sequence.prefix_key
         for first in range(start, stop, self._page):
-            page = self._pages.find(link, sequence.span(first, first + self._page))
+            page = self._pages.find(prefix_key, sequence.span(first, first + self._page))
             if page is None:
                 return []
             found.append(page)
-            link = page[1]
+            prefix_key = page[1]
         return found
 
     def _is_whole(self, piece: Slice) -> bool:
@@ -255,15 +257,15 @@ class Scheduler:
 
     def _slice_stop(self, start: int) -> int:
         """Where the slice of a prompt without end stops."""
-        return start + cut(start, start + self._slices[0], self._slices, self._boundary)[0]
+        return start + slice_bounds(start, start + self._slices[0], self._slices, self._boundary)[0]
 
     def _record(self, sequence: Sequence) -> None:
         """Make the pages that have become full known to others."""
-        while (stop := (sequence.num_linked + 1) * self._page) <= sequence.filled:
+        while (stop := (sequence.num_shared_pages + 1) * self._page) <= sequence.filled:
             tokens = sequence.span(stop - self._page, stop)
-            page = sequence.pages[sequence.num_linked]
-            sequence.link = self._pages.record(sequence.link, tokens, page)
-            sequence.num_linked += 1
+            page = sequence.pages[sequence.num_shared_pages]
+            sequence.prefix_key = self._pages.record(sequence.prefix_key, tokens, page)
+            sequence.num_shared_pages += 1
 
     def cut(self, start: int, stop: int, *, sparsely: bool) -> tuple[int, int, bool]:
         """Tokens of the slice at `start` of a prompt of `stop`, its size, and whether it is sparse.
@@ -274,7 +276,7 @@ class Scheduler:
         is_sparse = sparsely and start < stop - self._dense_tail
         if is_sparse:
             stop -= self._dense_tail
-        return *cut(start, stop, self._slices, self._boundary), is_sparse
+        return *slice_bounds(start, stop, self._slices, self._boundary), is_sparse
 
     def _slice(self, sequence: Sequence) -> Slice:
         start, sparsely = sequence.filled, sequence.sparse is not None

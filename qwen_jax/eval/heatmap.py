@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from qwen_jax import disk
 from qwen_jax.config import ConfigError
+from qwen_jax.storage import atomic
 
 
 class PlotError(ConfigError):
@@ -82,8 +82,8 @@ def check_csv(path: Path) -> None:
         FileError: if there is a directory of that name.
         OSError: if nothing can be written there.
     """
-    disk.prepare(path, streams=True)
-    disk.check_ours(path, _is_ours)
+    atomic.prepare(path, streams=True)
+    atomic.check_ours(path, _is_ours)
 
 
 def write_csv(panels: Panels, path: Path) -> None:
@@ -104,4 +104,4 @@ def write_csv(panels: Panels, path: Path) -> None:
                 value = float(shown.values[row, column])
                 cell = "" if math.isnan(value) else value
                 writer.writerow([shown.title, "" if key is None else key, other, cell])
-    disk.write(path, file.getvalue())
+    atomic.write(path, file.getvalue())

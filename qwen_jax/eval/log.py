@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen_jax import disk, reading, schema
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Sparseness
 from qwen_jax.eval.score import Result
 from qwen_jax.eval.tasks import Cell
-from qwen_jax.journal import Journal, changes
+from qwen_jax.files import reading, schema
+from qwen_jax.storage import atomic
+from qwen_jax.storage.jsonl import Journal, changes
 
 _OPENING = b'{"settings"'
 _LOG_BYTES = 1 << 30
@@ -61,7 +62,7 @@ class Log:
         """
         self.path = path
         self.results: dict[tuple[str | None, Cell], Result] = {}
-        disk.prepare(path, LogError)
+        atomic.prepare(path, LogError)
         there = os.path.lexists(path)
         data = reading.read_bytes(path, limit=_LOG_BYTES, error=LogError) if there else b""
         whole = data[: data.rfind(b"\n") + 1]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 from qwen_jax.eval import prompt, text
 from qwen_jax.eval.tasks import Cell
-from qwen_jax.tokenizer import Tokenizer
+from qwen_jax.text.tokenizer import Tokenizer
 
 _AHEAD = 6  # sentences from which one is broken off, so that some break has the right length
 

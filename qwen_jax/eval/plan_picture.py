@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
+from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.plan import ABSENT, SparsePlan
-from pallas_kernels.tiles import Tiles
 
 # Colour-blind-safe (Okabe and Ito): blue and vermilion differ in lightness and in hue.
 BLOCKS = (0, 90, 160)

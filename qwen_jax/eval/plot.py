@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from qwen_jax import disk
 from qwen_jax.eval.heatmap import HeatMap, Panels, PlotError
 from qwen_jax.eval.plan_picture import BLOCKS, COLUMNS, PlanPicture, colours, rasterise
+from qwen_jax.storage import atomic
 
 _SOFTWARE = "qwen-jax plot"
 _DPI = 100
@@ -184,7 +184,7 @@ def check_picture(path: Path) -> Any:
         FileError: if there is a directory of that name.
         OSError: if nothing can be written there.
     """
-    if path.suffix.lower() != ".png" and not disk.is_stream(path):
+    if path.suffix.lower() != ".png" and not atomic.is_stream(path):
         raise PlotError(f"--out {path}: pictures are PNG files, so the name must end in .png")
     try:
         from matplotlib import figure
@@ -192,8 +192,8 @@ def check_picture(path: Path) -> Any:
         raise PlotError(
             "--out needs matplotlib: pip install -e '.[plot]' in a checkout of qwen-jax"
         ) from None
-    disk.prepare(path, streams=True)
-    disk.check_ours(path, _is_ours)
+    atomic.prepare(path, streams=True)
+    atomic.check_ours(path, _is_ours)
     return figure
 
 
@@ -203,7 +203,7 @@ def _save(figure: Any, path: Path) -> None:
         # A name in letters that the font lacks is drawn as boxes; the figures are what counts.
         warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)
         figure.savefig(picture, format="png", facecolor="white", metadata={"Software": _SOFTWARE})
-    disk.write(path, picture.getvalue())
+    atomic.write(path, picture.getvalue())
 
 
 def _is_ours(path: Path) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 from qwen_jax.eval.tasks import Cell, TaskError
-from qwen_jax.tokenizer import Tokenizer
+from qwen_jax.text.tokenizer import Tokenizer
 
 _TURN = "user\n"  # what `Tokenizer.encode_turn` puts before the text of a user
 _ATTEMPTS = 4

@@ -3,12 +3,12 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 
+from qwen_jax.engine.data_parallel import Replicas
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.replicas import Replicas
 from qwen_jax.engine.request import Request, RequestError, Sparseness
 from qwen_jax.eval.catalog import KINDS
 from qwen_jax.eval.tasks import Cell, Task
-from qwen_jax.tokenizer import Tokenizer
+from qwen_jax.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from qwen_jax import reading, schema
 from qwen_jax.eval.heatmap import Axis, HeatMap, Panels, PlotError
-from qwen_jax.reading import printable
+from qwen_jax.files import reading, schema
+from qwen_jax.files.reading import printable
 
 _REPORT_FORMAT = "qwen-jax calibration 1"
 _LOG_BYTES = 1 << 30

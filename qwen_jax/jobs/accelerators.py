@@ -13,7 +13,7 @@ import dataclasses
 import math
 
 from qwen_jax.config import ConfigError
-from qwen_jax.devices import DEVICES, SMALL_CUBES, Topology
+from qwen_jax.planner.devices import DEVICES, SMALL_CUBES, Topology
 
 # Of several topologies with as many chips, the one that an accelerator type means.
 _TYPED_CUBES = [*SMALL_CUBES, *"4x4x4 4x4x8 4x8x8 8x8x8".split()]

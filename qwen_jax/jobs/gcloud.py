@@ -3,7 +3,7 @@
 import shlex
 
 from qwen_jax.config import ConfigError
-from qwen_jax.hosts import PREEMPTED
+from qwen_jax.distributed.multihost import PREEMPTED
 from qwen_jax.jobs.job import Job, flag, script
 
 _USER = 1000  # of the image

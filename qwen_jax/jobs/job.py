@@ -8,11 +8,11 @@ from pathlib import Path
 
 import yaml
 
-from qwen_jax import disk
 from qwen_jax.config import ConfigError
-from qwen_jax.devices import Topology
+from qwen_jax.files.reading import shown
 from qwen_jax.jobs import accelerators
-from qwen_jax.reading import shown
+from qwen_jax.planner.devices import Topology
+from qwen_jax.storage import atomic
 
 FORMAT = "qwen-jax job 1"
 """In every file of a job, by which it is known to be ours and may be overwritten."""
@@ -208,10 +208,10 @@ def write(directory: Path, files: dict[str, str], *, overwrite: bool) -> list[Pa
         names = ", ".join(map(shown, there))
         raise ConfigError(f"{names} exists: take another --out, or add --overwrite")
     for path in there:
-        disk.check_ours(path, _is_ours)
+        atomic.check_ours(path, _is_ours)
     directory.mkdir(parents=True, exist_ok=True)
     for path, text in zip(paths, files.values(), strict=True):
-        disk.write(path, _marked(text))
+        atomic.write(path, _marked(text))
         if text.startswith("#!"):
             path.chmod(0o755)
     return paths

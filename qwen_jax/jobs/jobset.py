@@ -9,7 +9,7 @@ its pod failure policy, for which the JobSet starts anew without counting; other
 import shlex
 from typing import Any
 
-from qwen_jax.hosts import PREEMPTED
+from qwen_jax.distributed.multihost import PREEMPTED
 from qwen_jax.jobs.job import PORT, Job, numbered, yaml_text
 
 _TAKES = "image namespace service_account claim bucket mount compile_cache max_restarts grace spot"

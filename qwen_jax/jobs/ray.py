@@ -3,7 +3,7 @@
 import json
 import shlex
 
-from qwen_jax.hosts import PREEMPTED
+from qwen_jax.distributed.multihost import PREEMPTED
 from qwen_jax.jobs.job import FORMAT, PORT, Job, flag, numbered, script, yaml_text
 
 

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from typing import Any
 
-from qwen_jax import reading, schema
+from qwen_jax.files import reading, schema
 from qwen_jax.jobs.job import FORMAT
 
 _COUNT = schema.whole(1, 1 << 20)

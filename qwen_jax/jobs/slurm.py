@@ -8,7 +8,7 @@ and a killed one would hide exit code 75 behind a larger one.
 import shlex
 
 from qwen_jax.config import ConfigError
-from qwen_jax.hosts import PREEMPTED
+from qwen_jax.distributed.multihost import PREEMPTED
 from qwen_jax.jobs.job import Job, script
 
 

@@ -4,7 +4,7 @@ import base64
 import shlex
 
 from qwen_jax.config import ConfigError
-from qwen_jax.hosts import PREEMPTED
+from qwen_jax.distributed.multihost import PREEMPTED
 from qwen_jax.jobs import accelerators
 from qwen_jax.jobs.job import PORT, Job, flag, numbered, script
 

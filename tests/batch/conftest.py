@@ -1,9 +1,9 @@
 """A tokenizer for all tests of batches."""
 
-import batches
 import pytest
+from support import batches
 
-from qwen_jax.tokenizer import Tokenizer
+from qwen_jax.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")

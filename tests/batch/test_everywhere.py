@@ -3,15 +3,15 @@
 import json
 
 import pytest
-from batches import END, MAX_LEN, chat, completion, engine, reader, write
-from fake_runner import VOCAB
+from support.batches import END, MAX_LEN, chat, completion, engine, reader, write
+from support.fake_runner import VOCAB
 from test_run import mixed
 
-from qwen_jax import hosts
-from qwen_jax.batch import everywhere
+from qwen_jax.batch import lockstep
 from qwen_jax.batch import run as batches
-from qwen_jax.batch.fields import Asked
 from qwen_jax.batch.lines import Input
+from qwen_jax.batch.openai_schema import ParsedLine
+from qwen_jax.distributed import multihost
 
 
 class Logged:
@@ -45,13 +45,13 @@ def sent(monkeypatch):
     texts = []
 
     def shared(make):
-        if hosts.is_first():
+        if multihost.is_first():
             texts.append(json.dumps(make()))
             return json.loads(texts[-1])
         return json.loads(texts.pop(0))
 
-    monkeypatch.setattr(hosts, "is_alone", lambda: False)
-    monkeypatch.setattr(hosts, "shared", shared)
+    monkeypatch.setattr(multihost, "is_alone", lambda: False)
+    monkeypatch.setattr(multihost, "shared", shared)
     return texts
 
 
@@ -61,10 +61,10 @@ def test_a_process_that_reads_nothing_sees_the_same_events(sent, tmp_path, token
     source = write(tmp_path / "in", lines)
 
     def run(first):
-        monkeypatch.setattr(hosts, "is_first", lambda: first)
+        monkeypatch.setattr(multihost, "is_first", lambda: first)
         serving = Logged()
-        found = everywhere.items(lambda: read(source, tokenizer))
-        done = batches.run(serving, tokenizer, found, everywhere.Nowhere(), model="tiny")
+        found = lockstep.items(lambda: read(source, tokenizer))
+        done = batches.run(serving, tokenizer, found, lockstep.NullSink(), model="tiny")
         return done, serving.log
 
     done, log = run(first=True)
@@ -75,7 +75,7 @@ def test_a_process_that_reads_nothing_sees_the_same_events(sent, tmp_path, token
 
 
 def test_all_but_the_body_of_a_line_arrives(sent, tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(hosts, "is_first", lambda: True)
+    monkeypatch.setattr(multihost, "is_first", lambda: True)
     sampling = {"temperature": 0.5, "top_p": 0.9, "top_k": 3, "min_p": 0.1, "seed": 2**32 - 1}
     lines = [
         completion("all", (1, 2), max_tokens=3, stop=["x", "é"], **sampling),
@@ -84,11 +84,11 @@ def test_all_but_the_body_of_a_line_arrives(sent, tmp_path, tokenizer, monkeypat
         b"{",
     ]
     source = write(tmp_path / "in", lines)
-    found = list(everywhere.items(lambda: read(source, tokenizer)))
+    found = list(lockstep.items(lambda: read(source, tokenizer)))
     for (line, asked), (other, other_asked) in zip(found, read(source, tokenizer), strict=True):
         names = ("number", "custom_id", "id", "url")
         assert [getattr(line, name) for name in names] == [getattr(other, name) for name in names]
-        if isinstance(other_asked, Asked):
+        if isinstance(other_asked, ParsedLine):
             assert (asked.request, asked.stop) == (other_asked.request, other_asked.stop)
         else:
             assert str(asked) == str(other_asked)
@@ -96,6 +96,6 @@ def test_all_but_the_body_of_a_line_arrives(sent, tmp_path, tokenizer, monkeypat
 
 
 def test_alone_nothing_is_sent(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(hosts, "shared", None)
+    monkeypatch.setattr(multihost, "shared", None)
     source = write(tmp_path / "in", [chat("a"), completion("b")])
-    assert len(list(everywhere.items(lambda: read(source, tokenizer)))) == 2
+    assert len(list(lockstep.items(lambda: read(source, tokenizer)))) == 2

@@ -4,12 +4,12 @@ import dataclasses
 import json
 
 import pytest
-from batches import chat, completion, line, reader
+from support.batches import chat, completion, line, reader
 
-from qwen_jax.batch.fields import IGNORED, LineError
 from qwen_jax.batch.lines import CHAT, parse
+from qwen_jax.batch.openai_schema import IGNORED, LineError
 from qwen_jax.engine.request import Sampling
-from qwen_jax.tokenizer import TokenizerError
+from qwen_jax.text.tokenizer import TokenizerError
 
 
 def asked(made, each):

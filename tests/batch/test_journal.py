@@ -6,8 +6,8 @@ import resource
 
 import pytest
 
-from qwen_jax import journal
-from qwen_jax.journal import Journal, JournalError, changes
+from qwen_jax.storage import jsonl
+from qwen_jax.storage.jsonl import Journal, JournalError, changes
 
 
 def lines(path):
@@ -15,7 +15,7 @@ def lines(path):
 
 
 def test_whatever_a_line_is_cut_at_the_others_stay(tmp_path, monkeypatch):
-    monkeypatch.setattr(journal, "_CHUNK_BYTES", 5)
+    monkeypatch.setattr(jsonl, "_CHUNK_BYTES", 5)
     path = tmp_path / "log"
     with Journal(path) as log:
         log.append({"a": 1}, {"b": "x" * 20})
@@ -46,7 +46,7 @@ def test_a_disk_that_cannot_lock_is_named(tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(journal.fcntl, "flock", refuse)
+    monkeypatch.setattr(jsonl.fcntl, "flock", refuse)
     with pytest.raises(JournalError, match="log cannot be locked \\(No locks available\\)"):
         Journal(tmp_path / "log")
 
@@ -79,7 +79,7 @@ def test_a_disk_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch, call
     with Journal(tmp_path / "log") as log:
         log.append({"a": 1})
         with monkeypatch.context() as patched:
-            patched.setattr(journal.os, call, fail)
+            patched.setattr(jsonl.os, call, fail)
             with pytest.raises(JournalError, match=f"{os.strerror(number)}.*{says}"):
                 log.append({"b": 2})
         assert lines(tmp_path / "log") == [b'{"a": 1}']
@@ -87,15 +87,15 @@ def test_a_disk_that_fails_leaves_the_file_as_it_was(tmp_path, monkeypatch, call
 
 def test_an_object_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "settings"
-    journal.write(path, {"a": 1})
+    jsonl.write(path, {"a": 1})
     before = path.read_bytes()
 
     def fail(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(journal.os, "fsync", fail)
+    monkeypatch.setattr(jsonl.os, "fsync", fail)
     with pytest.raises(JournalError, match="settings: No space left"):
-        journal.write(path, {"a": 2})
+        jsonl.write(path, {"a": 2})
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["settings"]
 

@@ -5,8 +5,8 @@ import os
 import random
 
 import pytest
-from batches import chat, completion, line, reader, write
-from json_mutants import mutated
+from support.batches import chat, completion, line, reader, write
+from support.json_mutants import mutated
 
 from qwen_jax.batch import lines
 from qwen_jax.batch.lines import BatchError, Input, LineError, parse

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from batches import chat, completion, reader
+from support.batches import chat, completion, reader
 
 from qwen_jax.batch import results
 from qwen_jax.batch.lines import LineError, parse

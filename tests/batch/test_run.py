@@ -5,7 +5,7 @@ import resource
 
 import numpy as np
 import pytest
-from batches import (
+from support.batches import (
     END,
     MAX_LEN,
     SETTINGS,
@@ -18,12 +18,12 @@ from batches import (
     run,
     write,
 )
-from fake_runner import POISON, VOCAB
+from support.fake_runner import POISON, VOCAB
 
 from qwen_jax.batch import run as batches
 from qwen_jax.batch.lines import BatchError, Input
 from qwen_jax.batch.results import Results
-from qwen_jax.journal import JournalError
+from qwen_jax.storage.jsonl import JournalError
 
 FAULTY = [
     b"{",

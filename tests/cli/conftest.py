@@ -6,10 +6,10 @@ from pathlib import Path
 
 import jax
 import pytest
-from fake_engine import FakeEngine
 from safetensors.numpy import save_file
-from tiny_model import CONFIG, random_weights
-from vocabularies import byte_level, save, small_vocabulary
+from support.fake_engine import FakeEngine
+from support.tiny_model import CONFIG, random_weights
+from support.vocabularies import byte_level, save, small_vocabulary
 
 from qwen_jax.cli import main
 from qwen_jax.cli.flags import Model

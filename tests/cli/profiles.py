@@ -10,12 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from qwen_jax import journal
 from qwen_jax.cli import profile
 from qwen_jax.cli.profile import ProfileError
+from qwen_jax.distributed.multihost import Preempted
 from qwen_jax.engine.observer import Step
-from qwen_jax.hosts import Preempted
-from qwen_jax.journal import Journal, JournalError
+from qwen_jax.storage import jsonl as journal
+from qwen_jax.storage.jsonl import Journal, JournalError
 
 # jaxlib declares it when a trace is read, and Python 3.12 ends where that is an error.
 pytestmark = pytest.mark.filterwarnings(

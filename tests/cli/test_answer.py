@@ -4,11 +4,11 @@ import itertools
 import signal
 
 import pytest
-from fake_engine import FakeEngine
+from support.fake_engine import FakeEngine
 
 from qwen_jax.cli.answer import LINE_S, Lines, answer
 from qwen_jax.engine.request import Request, RequestError
-from qwen_jax.tokenizer import Stream, Tokenizer
+from qwen_jax.text.tokenizer import Stream, Tokenizer
 
 
 @pytest.fixture(scope="module")

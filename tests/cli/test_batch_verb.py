@@ -7,13 +7,13 @@ import time
 
 import numpy as np
 import pytest
-from batches import chat, completion, engine, line, read, write
-from children import Child
+from support.batches import chat, completion, engine, line, read, write
+from support.children import Child
 
 from qwen_jax.batch.run import Totals
 from qwen_jax.cli.batch import lines as progress_lines
-from qwen_jax.hosts import PREEMPTED
-from qwen_jax.journal import Journal
+from qwen_jax.distributed.multihost import PREEMPTED
+from qwen_jax.storage.jsonl import Journal
 
 COUNT = 16
 
@@ -46,7 +46,9 @@ class Batch:
         self.size = (directory / "out.jsonl").stat().st_size
 
     def start(self, output, *flags) -> Child:
-        return Child("batch_child", "batch", self.compiled, self.model, self.source, output, *flags)
+        return Child(
+            "support.batch_child", "batch", self.compiled, self.model, self.source, output, *flags
+        )
 
 
 @pytest.fixture(scope="module")

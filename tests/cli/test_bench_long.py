@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from qwen_jax import params
 from qwen_jax.cli import bench_long
 from qwen_jax.cli.flags import Model, ModelFlags, open_model
 from qwen_jax.config import SparseConfig, model_config
+from qwen_jax.models import params
 
 
 def shapes(tree):

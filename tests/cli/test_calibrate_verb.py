@@ -7,10 +7,10 @@ import os
 import numpy as np
 import pytest
 
-from qwen_jax import disk
 from qwen_jax.cli.flags import Model
 from qwen_jax.config import last_q, model_config, sparse_config
 from qwen_jax.engine.engine import Engine
+from qwen_jax.storage import atomic
 
 SLICE = ("--slice", 64)
 
@@ -165,7 +165,7 @@ def test_a_calibration_killed_while_it_writes_its_files_is_repeated(
     if again:
         assert calibrate(target=0.3)[0] == 0
         before = budgets.read_bytes()
-    write = disk.write
+    write = atomic.write
     name = {"report": "b.report.json", "budgets": "b.json"}[stopped]
 
     def killed(path, content):
@@ -173,10 +173,10 @@ def test_a_calibration_killed_while_it_writes_its_files_is_repeated(
             raise KeyboardInterrupt
         write(path, content)
 
-    monkeypatch.setattr(disk, "write", killed)
+    monkeypatch.setattr(atomic, "write", killed)
     assert calibrate(target=0.99)[0] == 130
     assert (budgets.read_bytes() if budgets.exists() else None) == before
-    monkeypatch.setattr(disk, "write", write)
+    monkeypatch.setattr(atomic, "write", write)
     assert calibrate(target=0.97)[0] == 0  # other budgets than those that were not written
     assert budgets.read_bytes() != before
     assert calibrate(target=0.99)[0] == 0

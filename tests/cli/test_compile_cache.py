@@ -10,10 +10,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from children import run as in_child
+from support.children import run as in_child
 
-from qwen_jax import compile_cache
 from qwen_jax.cli import main
+from qwen_jax.files import compile_cache
 
 COMPILED = "/jax/compilation_cache/cache_misses"  # and kept
 

@@ -11,9 +11,10 @@ import jax
 import pytest
 from jax._src import config as settings
 
-from pallas_kernels import backend
-from qwen_jax import compile_cache, devices
+from pallas_kernels.dispatch import backend
 from qwen_jax.cli.doctor import missing
+from qwen_jax.files import compile_cache
+from qwen_jax.planner import devices
 
 
 def test_doctor_tells_versions_devices_memory_disk_and_extras(run):

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from qwen_jax import reading
 from qwen_jax.cli import documents
 from qwen_jax.cli.documents import Document, DocumentError
+from qwen_jax.files import reading
 
 
 def read(*paths, exclude=()):

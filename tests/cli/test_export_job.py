@@ -7,7 +7,7 @@ import stat
 import pytest
 import yaml
 
-from qwen_jax import published
+from qwen_jax.models import presets
 
 JOBSET = ["export-job", "jobset", "--image", "image:1", "--bucket", "texts", "--command", "true"]
 
@@ -35,14 +35,14 @@ def test_scripts_may_be_executed(tmp_path, run):
 
 
 def test_a_job_that_fits_says_so(tmp_path, run):
-    model = published.write(tmp_path / "m", "7b")
+    model = presets.write(tmp_path / "m", "7b")
     code, _, err = exported(run, tmp_path / "o", "--model", model, "--tokens", "1010000")
     assert code == 0
     assert "fits: 1,010,000 tokens take 8.27 GiB of 15.75 GiB on each of 16 devices" in err
 
 
 def test_a_job_that_does_not_fit_is_not_written(tmp_path, run):
-    model = published.write(tmp_path / "m", "14b")
+    model = presets.write(tmp_path / "m", "14b")
     code, out, err = exported(run, tmp_path / "o", "--model", model)
     assert (code, out) == (2, "")
     assert re.search(r"error: does not fit: 1,010,000 tokens take [\d.]+ GiB of 15.75 GiB", err)

@@ -8,7 +8,7 @@ import os
 import re
 
 import pytest
-from kept import TEXT
+from support.kept import TEXT
 from test_sessions import PREFILL, checksums
 
 CODES = [

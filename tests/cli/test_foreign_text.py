@@ -6,12 +6,14 @@ import shutil
 
 import numpy as np
 import pytest
-from kept import sign
 from safetensors.numpy import save_file
-from tiny_model import CONFIG, random_weights
+from support.kept import sign
+from support.tiny_model import CONFIG, random_weights
 
-from qwen_jax import hosts, reading, session
 from qwen_jax.cli import flags
+from qwen_jax.distributed import multihost
+from qwen_jax.files import reading
+from qwen_jax.storage import kv_session
 
 EVIL = "e\x1b[2J\n\x07\u202ev\x9b"
 SHOWN = reading.printable(EVIL)
@@ -132,7 +134,7 @@ def test_names_in_a_batch(tiny, tmp_path, run):
 def test_words_of_a_session(tmp_path, run):
     directory = tmp_path / f"kv{EVIL}"
     directory.mkdir()
-    identity = session.Identity(
+    identity = kv_session.Identity(
         weights=EVIL,
         tokenizer=EVIL,
         settings={"dca": None, "dca_original": 0, "sparse": None},
@@ -142,7 +144,7 @@ def test_words_of_a_session(tmp_path, run):
         tokens_sha256="0",
         is_chat=True,
     )
-    found = session.Session(
+    found = kv_session.Session(
         versions={EVIL: EVIL}, identity=identity, documents=((EVIL, 1),), sparse=None, windows=()
     )
     (directory / "session.json").write_bytes(found.encode())
@@ -164,6 +166,6 @@ def test_variants_of_a_log(tmp_path, run):
 
 
 def test_words_of_a_peer(capfd):
-    hosts._say(f"error: {EVIL}")
+    multihost._say(f"error: {EVIL}")
     flags.note(EVIL)
     assert capfd.readouterr().err == f"error: {SHOWN}\n{SHOWN}\n"

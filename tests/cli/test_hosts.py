@@ -7,15 +7,16 @@ import shutil
 import signal
 import time
 
-import children
 import jax
 import pytest
-from checkpoints import Tiny, assert_trees_equal, expected_tree
-from jobs import Job
+from support import children
+from support.checkpoints import Tiny, assert_trees_equal, expected_tree
+from support.jobs import Job
 
 from convert import weights
-from qwen_jax import hosts, params
 from qwen_jax.cli import main, on_hosts
+from qwen_jax.distributed import multihost
+from qwen_jax.models import params
 
 PROMPT = "The bee and the bear"
 MESH = "seq=2,tensor=2"
@@ -139,7 +140,7 @@ def test_sigterm_of_one_ends_all_after_the_same_step(idle, told):
     with idle() as job:
         job.wait_for("up")
         job.send(told, signal.SIGTERM)
-        assert job.codes() == [hosts.PREEMPTED] * 2, job.err(0) + job.err(1)
+        assert job.codes() == [multihost.PREEMPTED] * 2, job.err(0) + job.err(1)
         said = [job.err(index).splitlines()[-1] for index in range(2)]
         assert said == ["stopped by SIGTERM, all 2 processes alike"] * 2
 
@@ -152,7 +153,7 @@ def test_sigterm_ends_an_answer(tiny, tmp_path):
         while not job.out(0):
             time.sleep(0.1)
         job.send(1, signal.SIGTERM)
-        assert job.codes() == [hosts.PREEMPTED] * 2, job.err(0) + job.err(1)
+        assert job.codes() == [multihost.PREEMPTED] * 2, job.err(0) + job.err(1)
         for index in range(2):
             assert "stopped by SIGTERM, all 2 processes alike" in job.err(index)
 
@@ -162,7 +163,7 @@ def test_a_dead_worker_is_named_and_all_end(idle, number):
     with idle() as job:
         job.wait_for("up")
         job.send(1, number)
-        assert job.codes(0, seconds=60) == [hosts.LOST]
+        assert job.codes(0, seconds=60) == [multihost.LOST]
         assert job.errors()[0] == [
             f"error: process 1 of 2 did not answer for {HEARTBEAT} s: "
             "killed, stopped or cut off; all end"
@@ -173,7 +174,7 @@ def test_without_its_coordinator_a_worker_ends(idle):
     with idle() as job:
         job.wait_for("up")
         job.send(0, signal.SIGKILL)
-        assert job.codes(1, seconds=60) == [hosts.LOST]
+        assert job.codes(1, seconds=60) == [multihost.LOST]
         assert job.err(1).splitlines()[1:] == [
             "up",
             f"error: process 0, the coordinator at 127.0.0.1:{job.port}, is gone: "
@@ -188,7 +189,7 @@ def test_proxies_for_http_are_passed_by_and_libraries_are_silent(idle, monkeypat
     with idle() as job:
         job.wait_for("\nup\n")
         job.send(1, signal.SIGTERM)
-        assert job.codes() == [hosts.PREEMPTED] * 2, job.err(0) + job.err(1)
+        assert job.codes() == [multihost.PREEMPTED] * 2, job.err(0) + job.err(1)
         for index, role in enumerate(["the coordinator; it listens on", "coordinator"]):
             assert job.err(index) == (
                 f"process {index} of 2, {role} 127.0.0.1:{job.port}\nup\n"
@@ -199,11 +200,11 @@ def test_proxies_for_http_are_passed_by_and_libraries_are_silent(idle, monkeypat
 def test_no_proxy_keeps_what_it_says(monkeypatch):
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
-    hosts._pass_proxies("10.0.0.1")
+    multihost._pass_proxies("10.0.0.1")
     assert "no_proxy" not in os.environ
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
     monkeypatch.setenv("no_proxy", "localhost,.corp")
-    hosts._pass_proxies("10.0.0.1")
+    multihost._pass_proxies("10.0.0.1")
     assert os.environ["no_proxy"] == "localhost,.corp,10.0.0.1"
     assert "no_grpc_proxy" not in os.environ  # or gRPC would not read no_proxy
 
@@ -218,7 +219,7 @@ def test_of_four_processes_three_end(idle, victim, number):
     with idle(4) as job:
         job.wait_for("up")
         job.send(victim, number)
-        assert job.codes(*others, seconds=60) == [hosts.LOST] * 3
+        assert job.codes(*others, seconds=60) == [multihost.LOST] * 3
         for index in others:
             (error,) = job.errors()[index]
             assert error.startswith(f"error: process {victim}"), error
@@ -232,7 +233,7 @@ def test_who_is_killed_in_a_step_is_named(tiny, tmp_path, victim):
         while not job.out(0):
             time.sleep(0.1)
         job.send(victim, signal.SIGKILL)
-        assert job.codes(1 - victim, seconds=60) == [hosts.LOST]
+        assert job.codes(1 - victim, seconds=60) == [multihost.LOST]
         *notes, error = job.err(1 - victim).splitlines()
         assert error.startswith(f"error: process {victim}"), error
         assert len(notes) == 1 + victim, notes
@@ -243,7 +244,7 @@ def test_who_is_killed_while_weights_are_loading_is_named(tiny, tmp_path):
     weights.convert(tiny, tmp_path / "ours")
     arguments = [tmp_path / "ours", "--prompt", PROMPT, *GREEDY, "--heartbeat", HEARTBEAT]
     with Job(2, tmp_path, "generate", *arguments, code=DIES) as job:
-        assert job.codes(0, seconds=120) == [hosts.LOST], job.err(0)
+        assert job.codes(0, seconds=120) == [multihost.LOST], job.err(0)
         (error,) = job.errors()[0]
         assert error.startswith("error: process 1 of 2 did not answer"), error
 
@@ -315,39 +316,39 @@ def test_places_come_from_slurm_and_open_mpi(monkeypatch):
     }
     for name, value in slurm.items():
         monkeypatch.setenv(name, value)
-    place = hosts.find(None, None, None, 1)
+    place = multihost.find(None, None, None, 1)
     assert place is not None
     assert (place.coordinator, place.process, place.count) == ("node003:61447", 5, 8)
     monkeypatch.setenv("JAX_COORDINATOR_PORT", "1234")
-    assert hosts.find(None, None, 3, 1) == dataclasses.replace(
+    assert multihost.find(None, None, 3, 1) == dataclasses.replace(
         place, coordinator="node003:1234", bind="node003:1234", process=3
     )
     monkeypatch.setenv("JAX_COORDINATOR_BIND_ADDRESS", "0.0.0.0:1234")
-    bound = hosts.find("10.0.0.1:9", 2, 1, 1)
+    bound = multihost.find("10.0.0.1:9", 2, 1, 1)
     assert bound is not None
     assert (bound.coordinator, bound.bind, bound.detected) == ("10.0.0.1:9", "0.0.0.0:1234", False)
-    assert hosts.find(None, 1, None, 1) is None
+    assert multihost.find(None, 1, None, 1) is None
     # An interactive step: SLURM_NTASKS is of the job.
     for step, count in (("1", None), ("6", 6)):
         monkeypatch.setenv("SLURM_STEP_NUM_TASKS", step)
-        found = hosts.find(None, None, None, 1)
+        found = multihost.find(None, None, None, 1)
         assert (found and found.count) == count
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "many")
-    with pytest.raises(hosts.ConfigError, match="jax finds slurm but not who is who"):
-        hosts.find(None, None, None, 1)
+    with pytest.raises(multihost.ConfigError, match="jax finds slurm but not who is who"):
+        multihost.find(None, None, None, 1)
     monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
     monkeypatch.setenv("SLURM_NTASKS", "1")
-    assert hosts.find(None, None, None, 1) is None
+    assert multihost.find(None, None, None, 1) is None
     monkeypatch.delenv("SLURM_NTASKS")
     monkeypatch.setenv("OMPI_MCA_orte_hnp_uri", "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911")
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
-    place = hosts.find(None, None, None, 1)
+    place = multihost.find(None, None, None, 1)
     assert place is not None
     assert (place.coordinator, place.process, place.count) == ("10.96.0.1:1234", 0, 2)
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "first")
-    with pytest.raises(hosts.ConfigError, match="jax finds ompi but not who is who"):
-        hosts.find(None, None, None, 1)
+    with pytest.raises(multihost.ConfigError, match="jax finds ompi but not who is who"):
+        multihost.find(None, None, None, 1)
 
 
 def test_paths_may_differ_between_hosts_but_not_what_a_model_is(tiny, model):

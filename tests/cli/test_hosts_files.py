@@ -6,15 +6,16 @@ import shutil
 import signal
 import time
 
-import children
 import pytest
-from batches import chat, completion, read, write
-from checkpoints import Tiny, assert_trees_equal, expected_tree
-from jobs import Job
+from support import children
+from support.batches import chat, completion, read, write
+from support.checkpoints import Tiny, assert_trees_equal, expected_tree
+from support.jobs import Job
 
 from convert import weights
-from qwen_jax import hosts, params
 from qwen_jax.cli import main
+from qwen_jax.distributed import multihost
+from qwen_jax.models import params
 
 pytestmark = pytest.mark.long
 
@@ -96,7 +97,7 @@ def test_sigterm_ends_a_batch_after_whole_records(told, batch, tmp_path):
     with start(batch, tmp_path) as job:
         wait_for(job, output, batch.size // 3)
         job.send(told, signal.SIGTERM)
-        assert job.codes() == [hosts.PREEMPTED] * 2, job.err(0) + job.err(1)
+        assert job.codes() == [multihost.PREEMPTED] * 2, job.err(0) + job.err(1)
         said = "stopped by SIGTERM, all 2 processes alike: the same command goes on"
         assert [job.err(index).splitlines()[-1] for index in range(2)] == [said] * 2
     kept = output.read_bytes()
@@ -116,7 +117,7 @@ def test_a_batch_whose_process_dies_ends_and_goes_on(victim, name, attempt, batc
     with start(batch, tmp_path) as job:
         wait_for(job, output, batch.size * (attempt + 1) // 8)
         job.send(victim, SIGNALS[name])
-        assert job.codes(1 - victim, seconds=60) == [hosts.LOST]
+        assert job.codes(1 - victim, seconds=60) == [multihost.LOST]
         (error,) = job.errors()[1 - victim]
         assert error.startswith(f"error: process {victim}"), error
     with start(batch, tmp_path) as job:
@@ -199,7 +200,7 @@ def test_a_conversion_whose_process_dies_ends_and_goes_on(victim, name, attempt,
             assert job.processes[0].poll() is None, job.err(0)
             time.sleep(0.01)
         job.send(victim, SIGNALS[name])
-        assert job.codes(1 - victim, seconds=60) == [hosts.LOST]
+        assert job.codes(1 - victim, seconds=60) == [multihost.LOST]
         (error,) = job.errors()[1 - victim]
         assert error.startswith(f"error: process {victim}"), error
     assert not (tmp_path / "ours").exists()

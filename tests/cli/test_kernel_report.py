@@ -10,12 +10,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from broken_kernels import break_, install
+from support.broken_kernels import break_, install
 
 from pallas_kernels.check import Result
 from pallas_kernels.programs import DENSE, PROGRAMS
-from qwen_jax import first_contact, user_cache
 from qwen_jax.cli import kernel_report, kernels
+from qwen_jax.engine import first_contact
+from qwen_jax.files import user_cache
 
 FIGURES = {"context": 224, "truth": "reference", "limit": 1e-4}
 

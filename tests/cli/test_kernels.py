@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from broken_kernels import break_
+from support.broken_kernels import break_
 
 from convert import weights
-from pallas_kernels import backend
-from pallas_kernels.backend import Unsupported
 from pallas_kernels.cases import SERVED, Served
+from pallas_kernels.dispatch import backend
+from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.programs import PROGRAMS, inputs, program
 from qwen_jax.cli import kernels

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
-import children
 import jax
 import pytest
+from support import children
 
-from qwen_jax import sharding
 from qwen_jax.cli import main, placement
 from qwen_jax.config import model_config
+from qwen_jax.distributed import sharding
 
 PROMPT = ["--prompt", "The bee and the bear", "--greedy", "--max-new-tokens", "4", "--json"]
 
@@ -74,7 +74,7 @@ def test_all_accelerators_are_used_unless_the_flag_says_less(
 
 
 def test_weights_that_no_device_holds_are_refused_before_they_are_read(tiny, monkeypatch, run):
-    monkeypatch.setattr("qwen_jax.devices.host_bytes", lambda: 1 << 16)
+    monkeypatch.setattr("qwen_jax.planner.devices.host_bytes", lambda: 1 << 16)
     monkeypatch.setattr("convert.weights.load", None)
     for arguments in ["eval", "passkey", tiny, "--lengths", "1k"], ["generate", tiny, *PROMPT]:
         code, out, err = run(*arguments)

@@ -10,9 +10,9 @@ import threading
 from pathlib import Path
 
 import pytest
-from plot_files import write_report
+from support.plot_files import write_report
 
-from qwen_jax import disk
+from qwen_jax.storage import atomic
 
 THROUGH = {
     "csv": "plot recall REPORT --csv PATH",
@@ -148,7 +148,7 @@ def test_links_that_lead_nowhere_or_in_circles_are_no_streams(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "d").symlink_to("file")
     for name in ("a", "c", "d", "file", "none"):
-        assert not disk.is_stream(tmp_path / name)
+        assert not atomic.is_stream(tmp_path / name)
 
 
 EARLY = {

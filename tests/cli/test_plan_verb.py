@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
-from qwen_jax import published
-from qwen_jax.collectives import Collective
-from qwen_jax.compiled import Program
+from qwen_jax.models import presets
+from qwen_jax.planner.aot import Program
+from qwen_jax.planner.hlo import Collective
 
 pytestmark = pytest.mark.optimized
 
@@ -42,7 +42,7 @@ def examine(run, directory, *arguments):
 @pytest.mark.parametrize("topology", TOPOLOGIES)
 def test_every_topology_is_answered(topology, model, tmp_path, run):
     devices, *fits = TOPOLOGIES[topology]
-    found, err = examine(run, published.write(tmp_path, model), "--topology", topology)
+    found, err = examine(run, presets.write(tmp_path, model), "--topology", topology)
     assert err == ""
     assert found["tokens"] == 1_010_000
     assert found["devices"] == devices == found["mesh"]["seq"] * found["mesh"]["tensor"]
@@ -76,7 +76,7 @@ def follow(advice, arguments):
     ],
 )
 def test_every_piece_of_advice_makes_it_fit(arguments, kinds, tmp_path, run):
-    model, arguments = published.write(tmp_path, "7b"), arguments.split()
+    model, arguments = presets.write(tmp_path, "7b"), arguments.split()
     found, _ = examine(run, model, "--topology", "v5e:2x4", *arguments)
     assert not found["fits"]
     assert " ".join(advice.split()[0] for advice in found["advice"]) == kinds
@@ -85,7 +85,7 @@ def test_every_piece_of_advice_makes_it_fit(arguments, kinds, tmp_path, run):
 
 
 def test_the_longest_context_is_what_memory_holds_or_the_model_declares(tmp_path, run):
-    model = published.write(tmp_path, "7b")
+    model = presets.write(tmp_path, "7b")
     found, _ = examine(run, model, "--topology", "v5e-64")
     assert found["longest"] == found["declared"] == 1_010_000 < found["longest_in_memory"]
     found, _ = examine(run, model, "--topology", "v5e-8", "--dtype", "f32")
@@ -97,7 +97,7 @@ def test_the_longest_context_is_what_memory_holds_or_the_model_declares(tmp_path
 def test_a_published_model_needs_no_directory(tmp_path, run):
     asked = "--topology", "v5e:4x4", "--json"
     named, _ = examine(run, "--config", "14b-1m", *asked)
-    there, _ = examine(run, published.write(tmp_path, "14b"), *asked)
+    there, _ = examine(run, presets.write(tmp_path, "14b"), *asked)
     assert named | {"model": ""} == there | {"model": ""}
     assert named["model"] == "14b-1m"
 
@@ -129,7 +129,7 @@ def test_a_mistake_gets_one_line(arguments, message, run):
 
 
 def test_memory_can_be_said_of_any_device(tmp_path, run):
-    model = published.write(tmp_path, "7b")
+    model = presets.write(tmp_path, "7b")
     asked = "--tokens", "128K", "--topology"
     other, _ = examine(run, model, *asked, "gpu:8", "--memory", "40GiB")
     known, _ = examine(run, model, *asked, "a100-80:8", "--memory", "40GiB")
@@ -144,7 +144,7 @@ def test_memory_can_be_said_of_any_device(tmp_path, run):
 
 def test_the_longest_context_fits_when_it_is_asked_for(tmp_path, run):
     """Though it is read in larger slices than the short one that was asked for."""
-    model = published.write(tmp_path, "7b")
+    model = presets.write(tmp_path, "7b")
     where = "--topology", "v6e:2x2", "--tokens"
     found, _ = examine(run, model, *where, "1000")
     longest, _ = examine(run, model, *where, str(found["longest"]))
@@ -154,7 +154,7 @@ def test_the_longest_context_fits_when_it_is_asked_for(tmp_path, run):
 
 
 def test_bounds_on_time_come_from_published_rates(tmp_path, run):
-    model = published.write(tmp_path, "7b")
+    model = presets.write(tmp_path, "7b")
     asked = ["--topology", "v5e:4x4"]
     found, _ = examine(run, model, *asked)
     assert found["least_prefill_seconds"] == found["prefill_flops"] / (16 * 197e12)
@@ -167,7 +167,7 @@ def test_bounds_on_time_come_from_published_rates(tmp_path, run):
 
 
 def test_the_text_names_mesh_bytes_headroom_and_the_longest_context(tmp_path, run):
-    model = published.write(tmp_path, "7b")
+    model = presets.write(tmp_path, "7b")
     code, out, err = run("plan", model, "--topology", "v5e:4x4", "--tokens", "1010000")
     assert (code, err) == (0, "")
     for text in (
@@ -183,7 +183,7 @@ def test_the_text_names_mesh_bytes_headroom_and_the_longest_context(tmp_path, ru
 
 
 def test_a_context_beyond_what_the_model_declares_is_noted(tmp_path, run):
-    model = published.write(tmp_path, "7b")
+    model = presets.write(tmp_path, "7b")
     _, err = examine(run, model, "--topology", "v6e:16x16", "--tokens", "10000000")
     assert err == "10,000,000 tokens are over the 1,010,000 that config.json declares\n"
 
@@ -199,7 +199,7 @@ def test_budgets_of_sparse_prefill_take_workspace(model, run):
 
 
 def test_virtual_devices_share_the_memory_of_the_machine(model, run, monkeypatch):
-    monkeypatch.setattr("qwen_jax.devices.host_bytes", lambda: 8 << 30)
+    monkeypatch.setattr("qwen_jax.planner.devices.host_bytes", lambda: 8 << 30)
     found, _ = examine(run, model, "--topology", "cpu:8")
     assert found["device"]["memory"] == 1 << 30
     assert found["dtype"] == "float32"
@@ -240,8 +240,8 @@ def test_the_text_names_what_the_compiler_made_or_why_it_refused(tmp_path, run, 
         ),
         Program(name="decode", peak=17 << 30, refusal="Used 17.00G of 15.75G hbm."),
     ]
-    monkeypatch.setattr("qwen_jax.compiled.programs", lambda *_: iter(made))
-    asked = "plan", published.write(tmp_path, "7b"), "--topology", "v5e:4x4", "--compile"
+    monkeypatch.setattr("qwen_jax.planner.aot.programs", lambda *_: iter(made))
+    asked = "plan", presets.write(tmp_path, "7b"), "--topology", "v5e:4x4", "--compile"
     code, out, _ = run(*asked)
     assert code == 1
     for text in (

@@ -16,16 +16,18 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kept import TEXT, Checksum, content, sign
 from safetensors.numpy import save_file
-from tiny_model import random_weights
+from support.kept import TEXT, Checksum, content, sign
+from support.tiny_model import random_weights
 
-from qwen_jax import budget, disk, hosts, session, store
 from qwen_jax.cli import main, sessions
 from qwen_jax.cli.flags import Model
+from qwen_jax.distributed import multihost
 from qwen_jax.engine import engine as engines
+from qwen_jax.engine import memory as budget
 from qwen_jax.engine.engine import Engine
-from qwen_jax.tokenizer import Tokenizer
+from qwen_jax.storage import atomic, kv_session, orbax_io
+from qwen_jax.text.tokenizer import Tokenizer
 
 GREEDY = ["--greedy", "--max-new-tokens", 8]
 PREFILL = ["--slice", 64, "--save-every", 200]  # saves after 256 and 512 tokens and at the end
@@ -96,7 +98,7 @@ def tokenizer(tiny):
 
 @pytest.fixture(scope="module")
 def dense(made):
-    found = session.read(made / "dense")
+    found = kv_session.read(made / "dense")
     return sessions.Kept(directory=made / "dense", session=found, tokens=())
 
 
@@ -130,7 +132,7 @@ def test_a_question_after_a_session_is_the_whole_prompt(tiny, text, made, asked,
     assert whole[:2] == after[:2]
     assert whole[0] == 0
     assert asked[0] == asked[1]
-    read = len(session.read_tokens(made / "dense", session.read(made / "dense")))
+    read = len(kv_session.read_tokens(made / "dense", kv_session.read(made / "dense")))
     assert f"({read:,} from the cache)" in after[2]
 
 
@@ -140,7 +142,7 @@ def test_files_and_a_system_text_are_those_of_the_session(tiny, tmp_path, asked,
     given = ["--file", tmp_path / "b.txt", "--file", tmp_path / "a.txt", "--system", "Be brief."]
     code, _, _ = run("prefill", tiny, *given, "--out", tmp_path / "kv")
     assert code == 0
-    assert asked.pop() == session.read_tokens(tmp_path / "kv", session.read(tmp_path / "kv"))
+    assert asked.pop() == kv_session.read_tokens(tmp_path / "kv", kv_session.read(tmp_path / "kv"))
     whole = run("ask", tiny, "Who?", *given, *GREEDY)
     after = run("ask", tiny, "Who?", "--kv", tmp_path / "kv", *GREEDY)
     assert whole[:2] == after[:2]
@@ -444,10 +446,10 @@ def test_what_is_no_manifest_is_said_to_be_damaged(kept, run):
 @pytest.mark.usefixtures("asked")
 def test_arrays_of_another_shape_are_refused(tiny, kept, run):
     directory = kept("dense")
-    window = session.read(directory).windows[0]
+    window = kv_session.read(directory).windows[0]
     whole = jnp.zeros((2, 2 * window.size, 2, 8))
-    store.save((directory / window.name).resolve(), {"keys": whole, "values": whole})
-    files = session._sums(directory, directory / window.name)
+    orbax_io.save((directory / window.name).resolve(), {"keys": whole, "values": whole})
+    files = kv_session._sums(directory, directory / window.name)
     sign(directory, lambda body: body["windows"][0].update(files=files))
     for command in ["kv", "verify", directory], ["ask", tiny, "Why?", "--kv", directory]:
         line = error(run(*command))
@@ -457,10 +459,10 @@ def test_arrays_of_another_shape_are_refused(tiny, kept, run):
 @pytest.mark.usefixtures("asked")
 def test_arrays_that_nobody_can_find_are_not_intact(tiny, kept, run):
     directory = kept("dense")
-    window = session.read(directory).windows[0]
+    window = kv_session.read(directory).windows[0]
     for path in (directory / window.name / "state").glob("*.ocdbt"):
         path.write_bytes(b"")
-    files = session._sums(directory, directory / window.name)
+    files = kv_session._sums(directory, directory / window.name)
     sign(directory, lambda body: body["windows"][0].update(files=files))
     for command in ["kv", "verify", directory], ["ask", tiny, "Why?", "--kv", directory]:
         assert f"{directory / window.name} holds no array keys" in error(run(*command))
@@ -479,12 +481,12 @@ def test_a_session_can_have_any_name(name, prefill, tiny, made, tmp_path, run):
 
 @pytest.mark.usefixtures("asked")
 def test_what_cannot_be_found_again_is_not_called_saved(prefill, tmp_path, monkeypatch):
-    saved = store.ocp.save
-    monkeypatch.setattr(store.ocp, "save", lambda path, _: saved(path, {"keys": jnp.ones(2)}))
+    saved = orbax_io.ocp.save
+    monkeypatch.setattr(orbax_io.ocp, "save", lambda path, _: saved(path, {"keys": jnp.ones(2)}))
     line = error(prefill())
     assert "window_000000: keys is float32(2,) instead of float32(2, 1024, 2, 8)" in line
     assert "0 tokens are saved, the same command goes on there" in line
-    assert session.read(tmp_path / "kv").windows == ()
+    assert kv_session.read(tmp_path / "kv").windows == ()
 
 
 @pytest.mark.usefixtures("asked")
@@ -492,13 +494,13 @@ def test_what_cannot_be_found_again_is_not_called_saved(prefill, tmp_path, monke
 def test_a_session_that_changes_while_it_is_read_is_not_used(
     change, tiny, kept, made, monkeypatch, run
 ):
-    directory, load = kept("dense"), session.load
+    directory, load = kept("dense"), kv_session.load
 
     def changed(*arguments):
         found = load(*arguments)
         if change == "begun anew":
             blank = dataclasses.replace(arguments[1], windows=())
-            disk.write(directory / "session.json", blank.encode())
+            atomic.write(directory / "session.json", blank.encode())
         elif change == "a file":
             path = largest(directory / DATA)
             path.write_bytes(path.read_bytes())
@@ -508,7 +510,7 @@ def test_a_session_that_changes_while_it_is_read_is_not_used(
                 shutil.copytree(made / "dense", directory)
         return found
 
-    monkeypatch.setattr(session, "load", changed)
+    monkeypatch.setattr(kv_session, "load", changed)
     line = error(run("ask", tiny, "Why?", "--kv", directory))
     if change in ("begun anew", "a file"):
         assert f"{directory} was changed while it was read" in line
@@ -556,12 +558,12 @@ def whole_partial(_, path, content):
 # Functions at whose calls the run ends, what they leave, and the calls, from 1.
 CUTS = {
     "before a slice": (Engine, "step", None, (1, 4, 5, 6, 9, 11)),
-    "before a window": (store, "save", None, (1, 3)),
-    "in a window": (store, "save", half_a_window, (1, 2, 3)),
-    "before its renaming": (store, "save", temporary_window, (1, 2)),
-    "after a window": (session, "_sums", None, (1, 2, 3)),
-    "in a file": (disk, "write", half_a_file, (1, 2, 3, 5)),
-    "before renaming a file": (disk, "write", whole_partial, (1, 2, 4)),
+    "before a window": (orbax_io, "save", None, (1, 3)),
+    "in a window": (orbax_io, "save", half_a_window, (1, 2, 3)),
+    "before its renaming": (orbax_io, "save", temporary_window, (1, 2)),
+    "after a window": (kv_session, "_sums", None, (1, 2, 3)),
+    "in a file": (atomic, "write", half_a_file, (1, 2, 3, 5)),
+    "before renaming a file": (atomic, "write", whole_partial, (1, 2, 4)),
 }
 POINTS = [
     pytest.param(name, at, marks=[] if (name, at) in SHORT else pytest.mark.long, id=f"{name} {at}")
@@ -580,14 +582,14 @@ def test_a_killed_prefill_goes_on_to_the_same_cache(name, at, prefill, made, tmp
             prefill()
     saved = 0
     if (tmp_path / "kv" / "session.json").exists():
-        saved = session.read(tmp_path / "kv").saved
+        saved = kv_session.read(tmp_path / "kv").saved
     code, _, err = prefill()
     assert code == 0
     assert ("going on there" in err) == (saved > 0)
-    assert f"{session.read(tmp_path / 'kv').saved - saved:,} tokens in " in err
+    assert f"{kv_session.read(tmp_path / 'kv').saved - saved:,} tokens in " in err
     assert content(tmp_path / "kv") == content(made / "dense")
     names = set(os.listdir(tmp_path / "kv"))
-    windows = {window.name for window in session.read(tmp_path / "kv").windows}
+    windows = {window.name for window in kv_session.read(tmp_path / "kv").windows}
     assert names == {"session.json", "tokens", "lock", *windows}
 
 
@@ -610,9 +612,9 @@ def test_sigterm_saves_all_that_was_read(at, prefill, made, tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(Engine, "step", stopped)
         code, _, err = prefill()
-    total = session.read(made / "dense").saved
+    total = kv_session.read(made / "dense").saved
     read = min(64 * at, total)
-    assert code == hosts.PREEMPTED
+    assert code == multihost.PREEMPTED
     assert steps == at  # none after the signal
     assert err.splitlines()[-1] == (
         f"stopped: {read:,} of {total:,} tokens are saved, the same command goes on there"
@@ -725,9 +727,9 @@ def test_two_writers_at_once_are_refused(kept, tiny, text, run):
 @pytest.mark.parametrize("target", ["window", "sums", "manifest"])
 def test_a_full_disk_leaves_earlier_windows(target, prefill, made, tmp_path, monkeypatch):
     place, name, at = {
-        "window": (store.ocp, "save", 2),
-        "sums": (store, "file_sums", FILES + 5),
-        "manifest": (disk, "write", 4),
+        "window": (orbax_io.ocp, "save", 2),
+        "sums": (orbax_io, "file_sums", FILES + 5),
+        "manifest": (atomic, "write", 4),
     }[target]
     real, calls = getattr(place, name), 0
 
@@ -771,7 +773,7 @@ def test_windows_that_a_device_does_not_hold_are_refused_before_weights_are_read
         assert prefill(name, name)[0] == 0
     one, many = totals
     assert one > many
-    monkeypatch.setattr("qwen_jax.devices.host_bytes", lambda: one - 1)
+    monkeypatch.setattr("qwen_jax.planner.devices.host_bytes", lambda: one - 1)
     ask = ["ask", tiny, "Why?", "--slice", 64, "--max-new-tokens", 1, "--kv"]
     with monkeypatch.context() as patch:
         patch.setattr(Model, "weights", None)

@@ -5,10 +5,11 @@ import signal
 import time
 
 import pytest
-from jobs import Job
-from kept import TEXT, content
+from support.jobs import Job
+from support.kept import TEXT, content
 
-from qwen_jax import hosts, session
+from qwen_jax.distributed import multihost
+from qwen_jax.storage import kv_session
 
 pytestmark = pytest.mark.long
 HEARTBEAT = 4
@@ -51,7 +52,7 @@ def saved(directory):
     """Tokens on disk, 0 before there is a session."""
     if not (directory / "session.json").exists():
         return 0
-    return session.read(directory).saved
+    return kv_session.read(directory).saved
 
 
 def wait_until_saved(job, directory, more_than):
@@ -70,11 +71,11 @@ def test_a_process_ended_five_times_loses_nothing(number, prefill, whole, tmp_pa
             wait_until_saved(job, kv, before)
             job.send(0, number)
             (code,) = job.codes(seconds=60)
-            found = session.read(kv)
+            found = kv_session.read(kv)
             assert found.saved > before
             assert f"{before:,} of " in job.err(0) or not before
             if number == signal.SIGTERM:
-                assert code == hosts.PREEMPTED
+                assert code == multihost.PREEMPTED
                 assert job.err(0).splitlines()[-1] == (
                     f"stopped: {found.saved:,} of {found.identity.num_tokens:,} tokens are "
                     "saved, the same command goes on there"
@@ -107,8 +108,8 @@ def test_sigterm_of_one_saves_in_both(told, prefill, whole, tmp_path):
     with prefill(2, tmp_path, kv) as job:
         wait_until_saved(job, kv, 0)
         job.send(told, signal.SIGTERM)
-        assert job.codes(seconds=60) == [hosts.PREEMPTED] * 2, job.err(0) + job.err(1)
-        before, total = saved(kv), session.read(kv).identity.num_tokens
+        assert job.codes(seconds=60) == [multihost.PREEMPTED] * 2, job.err(0) + job.err(1)
+        before, total = saved(kv), kv_session.read(kv).identity.num_tokens
         assert before < total
         assert f"stopped: {before:,} of {total:,} tokens are saved" in job.err(0)
         for index in range(2):
@@ -126,7 +127,7 @@ def test_a_killed_process_ends_the_other_and_what_was_saved_stays(victim, prefil
         wait_until_saved(job, kv, 0)
         killed = time.monotonic()
         job.send(victim, signal.SIGKILL)
-        assert job.codes(1 - victim, seconds=60) == [hosts.LOST]
+        assert job.codes(1 - victim, seconds=60) == [multihost.LOST]
         assert time.monotonic() - killed <= HEARTBEAT + 5
         (line,) = job.errors()[1 - victim]
         assert line.startswith(f"error: process {victim}")

@@ -8,9 +8,9 @@ import sys
 
 import numpy as np
 import pytest
-from vocabularies import NOT_SPECIAL, SPECIAL
+from support.vocabularies import NOT_SPECIAL, SPECIAL
 
-from qwen_jax.tokenizer import Tokenizer
+from qwen_jax.text.tokenizer import Tokenizer
 
 PROMPT = "in the other thing"
 

@@ -11,14 +11,14 @@ import time
 
 import pytest
 import typer
-from checkpoints import Tiny
-from children import run
+from support.checkpoints import Tiny
+from support.children import run
 from typer.testing import CliRunner
 
 from convert.terminal import described
 from qwen_jax.cli.convert import convert, export
 from qwen_jax.cli.inspect import inspect, verify
-from qwen_jax.manifest import CheckpointError
+from qwen_jax.storage.manifest import CheckpointError
 
 APP = typer.Typer()
 for verb in (convert, export, inspect, verify):

@@ -4,13 +4,13 @@ import os
 
 import pytest
 
-from qwen_jax import disk
+from qwen_jax.storage import atomic
 
 
 def test_a_file_takes_the_place_of_another(tmp_path):
     path = tmp_path / "file"
-    disk.write(path, "one\n")
-    disk.write(path, b"two \xff")
+    atomic.write(path, "one\n")
+    atomic.write(path, b"two \xff")
     assert path.read_bytes() == b"two \xff"
     assert os.listdir(tmp_path) == ["file"]
 
@@ -18,7 +18,7 @@ def test_a_file_takes_the_place_of_another(tmp_path):
 @pytest.mark.parametrize("call", ["fsync", "open"])
 def test_what_was_there_stays_if_the_disk_fails(call, tmp_path, monkeypatch):
     path = tmp_path / "file"
-    disk.write(path, "one")
+    atomic.write(path, "one")
 
     def fail(*_):
         raise OSError(28, "No space left on device")
@@ -29,7 +29,7 @@ def test_what_was_there_stays_if_the_disk_fails(call, tmp_path, monkeypatch):
         else:
             patch.setattr(os, call, fail)
         with pytest.raises(OSError, match="No space left"):
-            disk.write(path, "two")
+            atomic.write(path, "two")
     assert path.read_bytes() == b"one"
     assert os.listdir(tmp_path) == ["file"]
 
@@ -37,7 +37,7 @@ def test_what_was_there_stays_if_the_disk_fails(call, tmp_path, monkeypatch):
 def test_what_a_stranger_put_beside_it_is_not_written_through(tmp_path):
     (tmp_path / "theirs").write_text("theirs")
     (tmp_path / "file.partial").symlink_to(tmp_path / "theirs")
-    disk.write(tmp_path / "file", "ours")
+    atomic.write(tmp_path / "file", "ours")
     assert (tmp_path / "theirs").read_text() == "theirs"
     assert (tmp_path / "file").read_text() == "ours"
     assert not (tmp_path / "file").is_symlink()

@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from checkpoints import Tiny
+from support.checkpoints import Tiny
 
 from convert import weights
 

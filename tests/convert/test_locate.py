@@ -5,13 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
-from checkpoints import Tiny
 from safetensors.numpy import save_file
+from support.checkpoints import Tiny
 
 from convert import source, weights
-from qwen_jax import locate
 from qwen_jax.config import ConfigError
-from qwen_jax.manifest import CheckpointError
+from qwen_jax.storage import hub as locate
+from qwen_jax.storage.manifest import CheckpointError
 
 REVISIONS = ("0" * 40, "1" * 40)
 

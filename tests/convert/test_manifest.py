@@ -8,15 +8,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import Tiny, write_shards
-from json_mutants import mutated
+from support.checkpoints import Tiny, write_shards
+from support.json_mutants import mutated
 
 from convert import weights
 from convert.describe import describe
 from convert.export import export
-from qwen_jax import manifest, params
 from qwen_jax.config import ConfigError
-from qwen_jax.manifest import CheckpointError
+from qwen_jax.models import params
+from qwen_jax.storage import manifest
+from qwen_jax.storage.manifest import CheckpointError
 
 SHARD = "model.safetensors"
 NORM = "model.norm.weight"

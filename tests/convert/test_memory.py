@@ -5,8 +5,8 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import Tiny, write_shards
-from children import run
+from support.checkpoints import Tiny, write_shards
+from support.children import run
 
 MODEL = Tiny(
     layers=12, hidden=1024, heads=8, kv_heads=2, mlp=4096, vocab=32000, tied=True, dtype="bfloat16"
@@ -39,12 +39,12 @@ def test_memory_depends_on_shards_and_layers_not_on_the_model(large, tmp_path):
     assert sum(sizes) > bound
     for work in (
         ("convert.weights", "convert", large, tmp_path / "ours"),
-        ("qwen_jax.params", "verify", tmp_path / "ours", ("full", True)),
+        ("qwen_jax.models.params", "verify", tmp_path / "ours", ("full", True)),
         ("convert.export", "export", tmp_path / "ours", tmp_path / "back"),
     ):
         arguments = [argument for argument in work if not isinstance(argument, tuple)]
         options = dict(argument for argument in work if isinstance(argument, tuple))
-        before, peak = run("children", "peak_memory", *arguments, **options)
+        before, peak = run("support.children", "peak_memory", *arguments, **options)
         assert peak - before < bound, work
-    before, peak = run("children", "peak_memory", "convert.weights", "load", large)
+    before, peak = run("support.children", "peak_memory", "convert.weights", "load", large)
     assert peak - before < sum(sizes) + bound

@@ -5,14 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from checkpoints import Tiny
-from damaged import limits, mutants, processor_time
+from support.checkpoints import Tiny
+from support.damaged import limits, mutants, processor_time
 
 from convert import source
 from convert.describe import describe
 from qwen_jax import config as configs
 from qwen_jax.config import ConfigError
-from qwen_jax.manifest import CheckpointError
+from qwen_jax.storage.manifest import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SHARD = "model-00001-of-00002.safetensors"

@@ -2,11 +2,11 @@ import json
 
 import numpy as np
 import pytest
-from checkpoints import Tiny
+from support.checkpoints import Tiny
 
 from convert import names, source
-from qwen_jax import params
 from qwen_jax.config import model_config
+from qwen_jax.models import params
 
 # Sizes from the model cards of Qwen2.5-Instruct-1M.
 LARGE = {

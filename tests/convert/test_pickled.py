@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import typer
-from checkpoints import Tiny, assert_trees_equal, expected_tree
+from support.checkpoints import Tiny, assert_trees_equal, expected_tree
 from typer.testing import CliRunner
 
 from convert import weights
 from qwen_jax.cli.convert import convert
-from qwen_jax.manifest import CheckpointError
+from qwen_jax.storage.manifest import CheckpointError
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch

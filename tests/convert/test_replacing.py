@@ -5,12 +5,13 @@ import os
 from pathlib import Path
 
 import pytest
-from checkpoints import Tiny
+from support.checkpoints import Tiny
 
 from convert import pickled, publish, weights
 from convert.export import RECORD, export
-from qwen_jax import disk, params
-from qwen_jax.manifest import CheckpointError
+from qwen_jax.models import params
+from qwen_jax.storage import atomic
+from qwen_jax.storage.manifest import CheckpointError
 
 
 @pytest.fixture
@@ -241,7 +242,7 @@ def test_no_output_is_made_at_the_root_or_around_the_source(tmp_path):
 
 def test_a_file_of_the_name_for_writing_is_left_alone(tmp_path):
     (tmp_path / "file.partial").write_text("mine")
-    disk.write(tmp_path / "file", "ours")
+    atomic.write(tmp_path / "file", "ours")
     assert tree(tmp_path) == {"file.partial": b"mine", "file": b"ours"}
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from checkpoints import Tiny
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
+from support.checkpoints import Tiny
 
 from convert import source, weights
 from qwen_jax.config import ConfigError
-from qwen_jax.manifest import CheckpointError
+from qwen_jax.storage.manifest import CheckpointError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qwen_jax import store
-from qwen_jax.manifest import CheckpointError
+from qwen_jax.storage import orbax_io
+from qwen_jax.storage.manifest import CheckpointError
 
 # Without a limit on files, then with some: a disk that is full sooner or later.
 CHILD = """
@@ -46,8 +46,8 @@ def test_any_name_can_hold_arrays(name, tmp_path):
     arrays = {"a": {"b": np.arange(6.0).reshape(2, 3)}, "c": np.zeros(2, np.float32)}
     folder.parent.mkdir()
     for _ in range(2):  # over what an earlier attempt has left
-        store.save(folder, arrays, alone=True)
-    found = store.load(folder, {"a": {"b": np.empty((2, 3))}, "c": np.empty(2, np.float32)})
+        orbax_io.save(folder, arrays, alone=True)
+    found = orbax_io.load(folder, {"a": {"b": np.empty((2, 3))}, "c": np.empty(2, np.float32)})
     np.testing.assert_array_equal(found["a"]["b"], arrays["a"]["b"])
 
 
@@ -63,7 +63,7 @@ def test_any_name_can_hold_arrays(name, tmp_path):
 )
 def test_a_path_that_orbax_takes_for_another_is_refused(path):
     with pytest.raises(CheckpointError, match=r"name another"):
-        store.check_path(Path(path))
+        orbax_io.check_path(Path(path))
 
 
 @pytest.mark.parametrize(
@@ -76,6 +76,6 @@ def test_a_path_that_orbax_takes_for_another_is_refused(path):
     ],
 )
 def test_other_arrays_are_refused(target, message, tmp_path):
-    store.save(tmp_path / "x", {"a": np.zeros(2, np.float32)}, alone=True)
+    orbax_io.save(tmp_path / "x", {"a": np.zeros(2, np.float32)}, alone=True)
     with pytest.raises(CheckpointError, match=message):
-        store.load(tmp_path / "x", target)
+        orbax_io.load(tmp_path / "x", target)

@@ -7,12 +7,12 @@ import time
 
 import numpy as np
 import pytest
-from checkpoints import Tiny, write_shards
+from support.checkpoints import Tiny, write_shards
 
 from convert import source, sums, weights
-from qwen_jax import params
 from qwen_jax.cli.sessions import weights_fingerprint
-from qwen_jax.manifest import CheckpointError
+from qwen_jax.models import params
+from qwen_jax.storage.manifest import CheckpointError
 
 SHARD = "model.safetensors"
 

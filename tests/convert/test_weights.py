@@ -8,15 +8,15 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from checkpoints import Tiny, assert_trees_equal, expected_tree, write_shards
-from children import run
 from safetensors.numpy import load_file, save_file
+from support.checkpoints import Tiny, assert_trees_equal, expected_tree, write_shards
+from support.children import run
 
 from convert import source, weights
 from convert.export import RECORD, export
-from qwen_jax import params
 from qwen_jax.config import model_config
-from qwen_jax.manifest import CheckpointError
+from qwen_jax.models import params
+from qwen_jax.storage.manifest import CheckpointError
 
 CASES = {
     "untied, one file": Tiny(),

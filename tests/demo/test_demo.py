@@ -3,17 +3,17 @@
 import dataclasses
 import importlib.util
 
-import demo_checkpoint
 import demo_long
 import demo_mesh
 import jax
 import pytest
+from support import demo_checkpoint
 
 from qwen_jax.cli.answer import Answer, Timings
 from qwen_jax.cli.flags import Model
 from qwen_jax.config import model_config
 from qwen_jax.engine.request import Sparseness
-from qwen_jax.tokenizer import Tokenizer
+from qwen_jax.text.tokenizer import Tokenizer
 
 # By path: `demo` is also the name of this folder.
 SPEC = importlib.util.spec_from_file_location(

@@ -6,11 +6,11 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import demo_checkpoint
 import numpy as np
 import pytest
-from demo_checkpoint import demo_model
 from safetensors import safe_open
+from support import demo_checkpoint
+from support.demo_checkpoint import demo_model
 from tokenizers import Tokenizer
 
 TEXTS = [

@@ -1,13 +1,13 @@
 """No program that is given the cache copies it, or a layer of it: read off what was compiled."""
 
-import engine_programs
 import hlo
 import jax
 import pytest
-from children import run
+from support import engine_programs
+from support.children import run
 
-from qwen_jax import sharding
-from qwen_jax.engine.runner import Programs
+from qwen_jax.distributed import sharding
+from qwen_jax.engine.model_runner import Programs
 
 pytestmark = [pytest.mark.optimized, pytest.mark.usefixtures("unchecked")]
 
@@ -16,7 +16,7 @@ ON_ONE_DEVICE = {"sparse_plan", "survey"}
 
 
 def test_a_cache_of_one_page_and_one_row_is_written_in_place():
-    names = "prefill", "score", "decode", "take_out", "put_in", "copy_page"
+    names = "prefill", "score", "decode", "extract_kv", "insert_kv", "copy_page"
     engine = engine_programs.engine(pages=1, rows=1)
     assert engine_programs.check(engine, *names) == {*names}
 

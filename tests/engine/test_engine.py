@@ -7,18 +7,18 @@ import jax
 import jaxtyping
 import numpy as np
 import pytest
-from engine_programs import jitted
-from random_models import weights
+from support.engine_programs import jitted
+from support.random_models import weights
 
 from pallas_kernels.geometry import ChunkGeometry
 from qwen_jax.config import ModelConfig, SparseConfig
-from qwen_jax.engine import batch
+from qwen_jax.engine import inputs
 from qwen_jax.engine.engine import Engine, EngineConfig
+from qwen_jax.engine.model_runner import Programs
 from qwen_jax.engine.request import Request, RequestError, Sampling
-from qwen_jax.engine.runner import Programs
-from qwen_jax.engine.sampling import sample
-from qwen_jax.sparse import TILES
-from qwen_jax.survey import Grid
+from qwen_jax.engine.sampler import sample
+from qwen_jax.sparse.budgets import TILES
+from qwen_jax.sparse.recall import Grid
 
 MAX_LEN, MAX_SEQS, PAGE, SLICES = 240, 4, 16, (32, 8)
 CHUNK_LEN = 32
@@ -150,7 +150,7 @@ def test_answers_follow_from_scores_across_chunk_borders(setting):
     seen = np.zeros(MODEL.vocab_size, bool)
     seen[list(prompt)] = True
     for position, token in enumerate(answer, start=len(prompt)):
-        choice = batch.choice(settings, row=0, position=position)
+        choice = inputs.sample_step(settings, row=0, position=position)
         expected = choose(logits[[position - 1]], choice.sampling, seen[None], vocab_limit=POISON)
         assert token == int(expected[0]), position
         seen[token] = True
@@ -273,11 +273,11 @@ def test_no_compiled_step_makes_a_second_cache():
     cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(runner._cache))
     assert cache_bytes > 64e6  # more than the votes over the keys of one sequence take
     arrays = runner._weights, runner._rotary
-    piece = batch.prefill(
+    piece = inputs.prefill(
         (1,), size=SLICES[0], start=0, pages=[1], table_len=1024, scales=(1.0, 1.0)
     )
-    roster = batch.roster([], max_seqs=MAX_SEQS, table_len=1024)
-    step = batch.tokens([], max_seqs=MAX_SEQS, scales=lambda n: (1.0, 1.0))
+    roster = inputs.decode_slots([], max_seqs=MAX_SEQS, table_len=1024)
+    step = inputs.tokens([], max_seqs=MAX_SEQS, scales=lambda n: (1.0, 1.0))
     steps = Programs(*map(jitted, runner._programs))
     programs = {
         "prefill": steps.prefill.lower(*arrays, runner._cache, piece),

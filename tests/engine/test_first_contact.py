@@ -9,16 +9,18 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
-from broken_kernels import break_, install
+from support.broken_kernels import break_, install
 from test_engine import MODEL, weights
 
-from pallas_kernels import backend, check
-from pallas_kernels.backend import Unsupported
+from pallas_kernels import check
 from pallas_kernels.check import Result
+from pallas_kernels.dispatch import backend
+from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.programs import DENSE, PROGRAMS
-from qwen_jax import first_contact, user_cache
 from qwen_jax.config import ConfigError, SparseConfig
+from qwen_jax.engine import first_contact
 from qwen_jax.engine.engine import Engine, EngineConfig, kernels
+from qwen_jax.files import user_cache
 
 DEVICE = jax.local_devices()[0]
 SPARSE = SparseConfig(vertical=((8,) * 4,) * 2, slash=((8,) * 4,) * 2, last_q=8, threshold=0)

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import random_models
+from support import random_models
 
 from qwen_jax.config import SparseConfig
+from qwen_jax.engine import data_parallel, interrupts, model_runner, page_pool, scheduler
 from qwen_jax.engine import engine as engines
-from qwen_jax.engine import interrupts, pages, replicas, runner, scheduler
 from qwen_jax.engine.engine import Engine, EngineConfig, Piece
 from qwen_jax.engine.request import EngineError, Request, Sampling
 
@@ -48,7 +48,7 @@ REQUESTS = (
     ),
     Request(prompt=(5, 6, 7), max_new_tokens=1),
 )
-TRACED = {module.__file__ for module in (engines, runner, scheduler, pages)}
+TRACED = {module.__file__ for module in (engines, model_runner, scheduler, page_pool)}
 
 
 class Stopped(BaseException):
@@ -104,8 +104,8 @@ def programs():
         made.append(original(*args))
         return made[-1]
 
-    original = runner.programs
-    with mock.patch.object(runner, "programs", keep):
+    original = model_runner.programs
+    with mock.patch.object(model_runner, "programs", keep):
         _build()
     return made[0]
 
@@ -120,7 +120,7 @@ def _build():
 
 def build():
     made = programs()
-    with mock.patch.object(runner, "programs", return_value=made):
+    with mock.patch.object(model_runner, "programs", return_value=made):
         return _build()
 
 
@@ -313,10 +313,10 @@ def test_replicas_keep_their_requests_and_events_through_an_interrupt():
         max_len=48, max_seqs=2, page=8, slices=(16,), sparse=BUDGETS, dense_tail=4, num_pages=16
     )
     with (
-        mock.patch.object(runner, "programs", return_value=made),
-        mock.patch.object(replicas, "split", lambda weights: [weights] * 2),
+        mock.patch.object(model_runner, "programs", return_value=made),
+        mock.patch.object(data_parallel, "split", lambda weights: [weights] * 2),
     ):
-        serving = replicas.Replicas(CONFIG, weights, config)
+        serving = data_parallel.Replicas(CONFIG, weights, config)
     requests = REQUESTS[1:] * 2
     answers = serving.run(requests)
     numbers = [serving.add(each) for each in requests]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from qwen_jax.engine.pages import Pages
+from qwen_jax.engine.page_pool import Pages
 
 NUM_PAGES = 9
 

@@ -4,21 +4,19 @@ import contextlib
 import dataclasses
 import functools
 
-import definition
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import random_models
-import sparse_definition
+from support import definition, random_models, sparse_definition
 
 from pallas_kernels import plan as plans
+from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
-from pallas_kernels.tiles import Tiles
 from qwen_jax.config import ConfigError, SparseConfig
 from qwen_jax.engine.engine import Engine, EngineConfig
 from qwen_jax.engine.request import Request, RequestError
-from qwen_jax.survey import Grid
+from qwen_jax.sparse.recall import Grid
 
 # The last slice has 16 tokens: all of them are rows of the report, each equally often
 # of the survey.

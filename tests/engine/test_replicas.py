@@ -7,14 +7,14 @@ from unittest import mock
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fake_runner import POISON, FakeRunner
+from support.fake_runner import POISON, FakeRunner
 from test_serving import MAX_LEN, MODEL, alone
 
 from qwen_jax.config import ConfigError
+from qwen_jax.engine import data_parallel
 from qwen_jax.engine import engine as engines
-from qwen_jax.engine import replicas
+from qwen_jax.engine.data_parallel import Replicas
 from qwen_jax.engine.engine import EngineConfig
-from qwen_jax.engine.replicas import Replicas
 from qwen_jax.engine.request import Request, RequestError
 
 TREE = {"x": jnp.zeros(1)}
@@ -24,7 +24,7 @@ def build(count=2, runner=FakeRunner):
     config = EngineConfig(max_len=MAX_LEN, max_seqs=2, page=4, slices=(8, 2))
     with (
         mock.patch.object(engines, "Runner", runner),
-        mock.patch.object(replicas, "split", lambda weights: [weights] * count),
+        mock.patch.object(data_parallel, "split", lambda weights: [weights] * count),
     ):
         return Replicas(MODEL, TREE, config)
 
@@ -251,5 +251,5 @@ def test_replicas_need_a_mesh():
     with pytest.raises(ConfigError, match="weights on a mesh"):
         Replicas(MODEL, TREE, EngineConfig(max_len=8))
     with mock.patch.object(engines, "Runner", FakeRunner):
-        built = replicas.build(MODEL, TREE, EngineConfig(max_len=8))
+        built = data_parallel.build(MODEL, TREE, EngineConfig(max_len=8))
     assert isinstance(built, engines.Engine)

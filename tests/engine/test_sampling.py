@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qwen_jax.engine import sampling
-from qwen_jax.engine.sampling import CANDIDATES, Rows
+from qwen_jax.engine import sampler
+from qwen_jax.engine.sampler import CANDIDATES, Rows
 
 V = 400  # more than CANDIDATES, so that both ways to filter are taken
 NO_FILTER = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "penalty": 1.0}
 
-sample = jax.jit(sampling.sample, static_argnames="vocab_limit")
-filtered = jax.jit(sampling.filtered)
-penalised = jax.jit(sampling.penalised, static_argnames="vocab_limit")
+sample = jax.jit(sampler.sample, static_argnames="vocab_limit")
+filtered = jax.jit(sampler.filtered)
+penalised = jax.jit(sampler.penalised, static_argnames="vocab_limit")
 
 
 def rows(*settings, seed=0, position=0):
@@ -28,7 +28,7 @@ def rows(*settings, seed=0, position=0):
     return Rows(
         temperature=column("temperature", np.float32),
         top_k=column("top_k", np.int32),
-        tail=np.array([1 - each["top_p"] for each in full], np.float32),
+        top_p_complement=np.array([1 - each["top_p"] for each in full], np.float32),
         min_p=column("min_p", np.float32),
         penalty=column("penalty", np.float32),
         seed=np.broadcast_to(np.asarray(seed, np.uint32), (B,)),
@@ -257,7 +257,7 @@ def test_logits_without_any_choice_are_told():
 
 def test_a_greedy_step_sorts_nothing():
     seen = jnp.zeros((2, V), bool)
-    jaxpr = jax.make_jaxpr(sampling.sample)(jnp.zeros((2, V)), rows({}, {}), seen)
+    jaxpr = jax.make_jaxpr(sampler.sample)(jnp.zeros((2, V)), rows({}, {}), seen)
     outside_branches = {equation.primitive.name for equation in jaxpr.eqns}
     assert "cond" in outside_branches
     assert not outside_branches & {"sort", "top_k", "cumsum", "random_bits"}

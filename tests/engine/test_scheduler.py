@@ -5,9 +5,9 @@ import itertools
 import numpy as np
 import pytest
 
-from qwen_jax.engine.pages import Pages
+from qwen_jax.engine.page_pool import Pages
 from qwen_jax.engine.request import Request, Sequence, Sparseness
-from qwen_jax.engine.scheduler import Decode, Scheduler, Slice, cut
+from qwen_jax.engine.scheduler import Decode, Scheduler, Slice, slice_bounds
 
 PAGE = 4
 numbers = itertools.count()
@@ -62,7 +62,7 @@ def run(scheduler, steps):
 def test_slices_cover_the_prompt_in_compiled_shapes_within_the_boundary(length, boundary):
     start = 0
     while start < length:
-        taken, size = cut(start, length, (16, 8, 2), boundary)
+        taken, size = slice_bounds(start, length, (16, 8, 2), boundary)
         assert 1 <= taken <= size
         assert size in (16, 8, 2)
         assert not any(smaller >= taken for smaller in (16, 8, 2) if smaller < size)
@@ -223,7 +223,7 @@ def test_whole_slices_share_what_longer_prompts_would_compute_alike():
         queue.add(each)
         starts[length] = queue.next().start
         while each.filled < length:
-            taken, size = cut(each.filled, length, (16, 8, 2), None)
+            taken, size = slice_bounds(each.filled, length, (16, 8, 2), None)
             queue.prefilled(Slice(sequence=each, start=each.filled, length=taken, size=size))
         queue.finish(each)
     # The last slice of 40 is shared with none, nor is the last one of 32.
@@ -312,7 +312,7 @@ def test_pages_are_not_shared_between_different_scales():
         queue.add(each)
         assert queue.next().start == start, length
         while each.filled < length:
-            taken, size = cut(each.filled, length, (16, 8, 2), None)
+            taken, size = slice_bounds(each.filled, length, (16, 8, 2), None)
             queue.prefilled(Slice(sequence=each, start=each.filled, length=taken, size=size))
         queue.finish(each)
 
@@ -323,7 +323,7 @@ def test_an_answer_decoded_at_other_scales_is_not_shared():
     queue.add(first)
     run(queue, 12)
     assert first.filled == 17
-    assert first.num_linked == 2
+    assert first.num_shared_pages == 2
 
 
 def test_cancelled_sequences_free_their_rows_and_pages_wherever_they_are():

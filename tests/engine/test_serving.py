@@ -7,16 +7,16 @@ import hypothesis.strategies as st
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fake_runner import POISON, VOCAB, FakeRunner, following
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from support.fake_runner import POISON, VOCAB, FakeRunner, following
 
-from pallas_kernels import backend
+from pallas_kernels.dispatch import backend
 from pallas_kernels.geometry import ChunkGeometry
 from qwen_jax.config import ConfigError, ModelConfig
 from qwen_jax.engine import engine as engines
 from qwen_jax.engine.engine import Engine, EngineConfig, Piece
-from qwen_jax.engine.pages import default_page
+from qwen_jax.engine.page_pool import default_page
 from qwen_jax.engine.request import Request, RequestError
 from qwen_jax.engine.scheduler import default_slices
 
@@ -252,7 +252,7 @@ def test_prompts_of_different_temperature_share_nothing():
 
 @pytest.mark.parametrize("length", [1, 4, 10, 12, 26])
 def test_a_prefix_from_outside_is_not_computed_again(length):
-    engine = build(held=length)
+    engine = build(prefix_tokens=length)
     prefix = tuple(i % 7 for i in range(length))
     restore(engine, prefix)
     requests = [Request(prompt=(*prefix, last), max_new_tokens=1) for last in range(5)]
@@ -267,7 +267,7 @@ def test_a_prefix_from_outside_is_not_computed_again(length):
 
 
 def test_a_conversation_after_a_prefix_is_read_once():
-    engine = build(held=10)
+    engine = build(prefix_tokens=10)
     prefix = tuple(i % 7 for i in range(10))
     restore(engine, prefix)
     prompt = (*prefix, 1, 2, 3)
@@ -279,7 +279,7 @@ def test_a_conversation_after_a_prefix_is_read_once():
 
 
 def test_a_prefix_leaves_room_for_what_comes_after_it():
-    engine = build(held=30, max_seqs=2)
+    engine = build(prefix_tokens=30, max_seqs=2)
     prefix = tuple(i % 7 for i in range(30))
     assert engine._pages.total == 8 + 2 * (12 - 7)
     restore(engine, prefix)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import jax
 import pytest
-import settings_child
+from support import settings_child
 
 SETTINGS = {
     "JAX_ENABLE_X64": "1",
@@ -42,10 +42,9 @@ def test_settings_of_a_process_change_nothing(name, backend):
 
 def printed(backend, **settings):
     script = Path(settings_child.__file__)
-    path = os.pathsep.join([str(script.parent), str(script.parent.parent / "model")])
     done = subprocess.run(
         [sys.executable, str(script), backend],
-        env=os.environ | settings | {"PYTHONPATH": path},
+        env=os.environ | settings | {"PYTHONPATH": str(script.parents[1])},
         stdout=subprocess.PIPE,
         text=True,
         check=True,

@@ -6,12 +6,12 @@ import json
 
 import numpy as np
 import pytest
-from random_models import config
+from support.random_models import config
 
-from pallas_kernels.tiles import Tiles
-from qwen_jax import calibrate
-from qwen_jax.calibrate import CalibrationError, Progress, Sample
-from qwen_jax.survey import Grid, Survey
+from pallas_kernels.dispatch.tiles import Tiles
+from qwen_jax.sparse import calibrate
+from qwen_jax.sparse.calibrate import CalibrationError, Progress, Sample
+from qwen_jax.sparse.recall import Grid, Survey
 
 GRID = Grid(vertical=(10, 20, 40), slash=(5, 50), last_q=4, tiles=Tiles(q=8, k=4))
 CHOICES = tuple(itertools.product(range(len(GRID.vertical)), range(len(GRID.slash))))

@@ -5,8 +5,8 @@ import random
 from pathlib import Path
 
 import pytest
-from json_mutants import mutated
-from plot_files import write_report
+from support.json_mutants import mutated
+from support.plot_files import write_report
 
 from qwen_jax.batch.results import Results
 from qwen_jax.config import ConfigError

@@ -4,10 +4,9 @@ import json
 import weakref
 
 import pytest
-import random_models
-import readers
+from support import random_models, readers
+from support.vocabularies import byte_level, save, small_vocabulary
 from typer.testing import CliRunner
-from vocabularies import byte_level, save, small_vocabulary
 
 from qwen_jax.cli.documents import DocumentError
 from qwen_jax.cli.eval import app

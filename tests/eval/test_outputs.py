@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from plot_files import record, write_log, write_report
+from support.plot_files import record, write_log, write_report
 
 from qwen_jax.cli import calibrate, main, score
 from qwen_jax.eval import heatmap, plot, sources

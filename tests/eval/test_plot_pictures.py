@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from matplotlib import colormaps
 from PIL import Image
-from plan_pictures import small_picture
-from plot_files import record, write_log, write_report
 from rich.console import Console
+from support.plan_pictures import small_picture
+from support.plot_files import record, write_log, write_report
 
 from qwen_jax.cli import main
 from qwen_jax.eval import plan_picture, plot, sources, terminal

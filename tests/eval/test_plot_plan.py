@@ -5,10 +5,10 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from plan_pictures import pairs, random_picture, small_picture
+from support.plan_pictures import pairs, random_picture, small_picture
 
 from pallas_kernels import plan as plans
-from pallas_kernels.tiles import Tiles
+from pallas_kernels.dispatch.tiles import Tiles
 from qwen_jax.eval import plan_picture
 from qwen_jax.eval.plan_picture import Raster, colours, rasterise
 

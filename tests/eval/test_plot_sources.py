@@ -4,7 +4,7 @@ import csv
 
 import numpy as np
 import pytest
-from plot_files import record, write_log, write_report
+from support.plot_files import record, write_log, write_report
 
 from qwen_jax.eval import heatmap, sources
 from qwen_jax.eval.heatmap import PlotError

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-import readers
+from support import readers
 
 from qwen_jax.engine.request import Sparseness
 from qwen_jax.eval import catalog, score

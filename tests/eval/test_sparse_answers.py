@@ -2,8 +2,8 @@
 
 import dataclasses
 
-import demo_checkpoint
 import pytest
+from support import demo_checkpoint
 
 from qwen_jax.cli.flags import ModelFlags, open_model
 from qwen_jax.eval import catalog, score

@@ -6,7 +6,7 @@ import itertools
 import re
 
 import pytest
-import readers
+from support import readers
 
 from qwen_jax.eval import catalog, text
 from qwen_jax.eval.catalog import KINDS

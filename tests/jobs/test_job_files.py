@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 import yaml
 from kubeflow_trainer_api.models.jobset_v1alpha2_job_set import JobsetV1alpha2JobSet
-from places import PLACES, files, job
 from pydantic import ValidationError
+from support.places import PLACES, files, job
 
-from qwen_jax import devices
 from qwen_jax.config import ConfigError
 from qwen_jax.jobs import accelerators
 from qwen_jax.jobs.job import numbered
+from qwen_jax.planner import devices
 
 FLAGS = json.loads((Path(__file__).parent / "flags.json").read_text())
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hypothesis import given, settings, strategies
-from places import files
+from support.places import files
 
 from qwen_jax.jobs import ray_driver
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import backend, tiles
-from pallas_kernels.backend import Backends, Unsupported
 from pallas_kernels.decode import decode
+from pallas_kernels.dispatch import backend, tiles
+from pallas_kernels.dispatch.backend import Backends, Unsupported
 
 PLATFORMS = tuple(backend.PREFERRED)
 QUERY = np.zeros((1, 128))

@@ -8,13 +8,13 @@ import bench_gpu
 import bench_gpu_truth
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-import sparse_oracle
 from bench_gpu_inputs import REAL, TINY, Draw, served
+from support import oracle, sparse_oracle
 
-from pallas_kernels import backend, plan
+from pallas_kernels import plan
 from pallas_kernels.cases import CASES
+from pallas_kernels.dispatch import backend
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.prefill import xla
 

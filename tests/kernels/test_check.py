@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from broken_kernels import break_, install
+from support.broken_kernels import break_, install
 
 from pallas_kernels import check
-from pallas_kernels.backend import Unsupported
 from pallas_kernels.cases import MODELS
 from pallas_kernels.check import LIMIT, Shape
+from pallas_kernels.dispatch.backend import Unsupported
+from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.programs import DENSE, PROGRAMS
-from pallas_kernels.tiles import Tiles
 
 SHAPE = Shape(
     num_heads=4,

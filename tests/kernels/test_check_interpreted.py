@@ -3,14 +3,15 @@
 import functools
 
 import pytest
-from broken_kernels import install
-from mosaic_gpu_interpreter import INTERPRET as MOSAIC_GPU
-from mosaic_gpu_interpreter import interpreted  # noqa: F401
+from support.broken_kernels import install
+from support.mosaic_gpu_interpreter import INTERPRET as MOSAIC_GPU
+from support.mosaic_gpu_interpreter import interpreted  # noqa: F401
 
-from pallas_kernels import backend, check
+from pallas_kernels import check
 from pallas_kernels.check import Shape
+from pallas_kernels.dispatch import backend
+from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
-from pallas_kernels.tiles import Tiles
 
 pytestmark = pytest.mark.long
 USUAL = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "far": False}
@@ -61,7 +62,7 @@ def test_the_kernels_of_tpus_agree(dtype, parts, monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_kernels_of_triton_agree(dtype, geometry, monkeypatch):
     pytest.importorskip("triton", reason="Triton (pip install triton) is not installed")
-    import triton_interpreter
+    from support import triton_interpreter
 
     triton_interpreter.interpret(monkeypatch)
     shape = Shape(**USUAL, page=32, dtype=dtype, geometry=geometry, plan=Tiles(32, 16), rows=50)

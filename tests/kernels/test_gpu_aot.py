@@ -12,7 +12,7 @@ import pytest
 
 from pallas_kernels.cases import MODELS
 from pallas_kernels.programs import PROGRAMS
-from qwen_jax import sparse
+from qwen_jax.sparse import budgets
 
 MISSING = gpu_compile.missing()
 needs_triton = pytest.mark.skipif(bool(MISSING), reason=MISSING or "")
@@ -67,7 +67,7 @@ def bound(name, model):
     if name == "prefill":
         return 2**20
     if name == "sparse prefill":  # lists of blocks and columns of its programs
-        blocks = case.context // sparse.tiles_on("gpu").k + 32
+        blocks = case.context // budgets.tiles_on("gpu").k + 32
         return 4 * 1024 * (blocks + case.num_columns) + 2**24
     return 2**23 if name == "selection" else 2**22
 

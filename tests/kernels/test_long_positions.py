@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sparse_oracle
-from tolerances import assert_close
+from support import sparse_oracle
+from support.tolerances import assert_close
 
 from pallas_kernels import plan as plans
+from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.prefill import prefill
 from pallas_kernels.select import select
 from pallas_kernels.select.xla import vote
-from pallas_kernels.tiles import Tiles
 
 pytestmark = pytest.mark.optimized
 

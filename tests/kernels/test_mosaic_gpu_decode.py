@@ -6,15 +6,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sequences
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mosaic_gpu_interpreter import INTERPRET, interpreted  # noqa: F401
-from sequences import after
+from support import sequences
+from support.mosaic_gpu_interpreter import INTERPRET, interpreted  # noqa: F401
+from support.sequences import after
 from test_shards import merged
 
-from pallas_kernels.backend import Unsupported
 from pallas_kernels.decode import mosaic_gpu
+from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.shard import Shard
 

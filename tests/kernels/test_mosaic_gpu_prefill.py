@@ -9,25 +9,25 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 import test_shards
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+from support import oracle
+from support.tolerances import assert_close
 from test_prefill_decode import LAYER, poison, random_inputs
-from tolerances import assert_close
 
-from pallas_kernels import mosaic_gpu_call
 from pallas_kernels import plan as plans
-from pallas_kernels.backend import Unsupported
 from pallas_kernels.cases import Case
+from pallas_kernels.dispatch.backend import Unsupported
+from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.mosaic_gpu import call
 from pallas_kernels.prefill import mosaic_gpu
 from pallas_kernels.prefill.mosaic_gpu_block import COLUMNS as COLUMN_STEPS
 from pallas_kernels.prefill.mosaic_gpu_block import ENDS, FIRST, HEAD, ROW
 from pallas_kernels.shard import WHOLE
-from pallas_kernels.tiles import Tiles
 
-INTERPRET = mosaic_gpu_call.interpreter(detect_races=True, uninitialized_memory="nan")
+INTERPRET = call.interpreter(detect_races=True, uninitialized_memory="nan")
 COLUMNS = 80  # more than a step
 
 

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sparse_oracle
-from mosaic_gpu_interpreter import INTERPRET, interpreted  # noqa: F401
-from tolerances import assert_close
+from support import sparse_oracle
+from support.mosaic_gpu_interpreter import INTERPRET, interpreted  # noqa: F401
+from support.tolerances import assert_close
 
-from pallas_kernels.backend import Unsupported
+from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.select import mosaic_gpu
 

@@ -6,17 +6,17 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
-from tolerances import assert_close
+from support import oracle
+from support.tolerances import assert_close
 
 from pallas_kernels import softmax
-from pallas_kernels.backend import Unsupported
 from pallas_kernels.decode import mosaic_tpu
+from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.geometry import INTER, SUCC, ChunkGeometry
 
 LAYER, NOWHERE = 1, 2**30

@@ -5,21 +5,21 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
+from support import oracle
+from support.tolerances import assert_close
 from test_prefill_decode import LAYER, poison, random_inputs
-from tolerances import assert_close
 
 from pallas_kernels import plan as plans
-from pallas_kernels.backend import Unsupported
 from pallas_kernels.cases import Case
+from pallas_kernels.dispatch.backend import Unsupported
+from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.prefill import mosaic_tpu
-from pallas_kernels.tiles import Tiles
 
 INTERPRET = pltpu.InterpretParams(
     detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"

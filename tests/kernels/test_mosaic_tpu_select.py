@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sparse_oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
-from tolerances import assert_close
+from support import sparse_oracle
+from support.tolerances import assert_close
 
-from pallas_kernels.backend import Unsupported
+from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.select import mosaic_tpu
 

@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sparse_oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import sparse_oracle
 
 from pallas_kernels import plan as plans
+from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
-from pallas_kernels.tiles import Tiles
 
 S, T, V = 96, 40, 24
 GEOMETRIES = (None, ChunkGeometry(50, 10), ChunkGeometry(19, 3), ChunkGeometry(60, 4))

@@ -3,13 +3,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-from tolerances import assert_close
+from support import oracle
+from support.tolerances import assert_close
 
-from pallas_kernels import backend
 from pallas_kernels.cases import CASES
-from pallas_kernels.tiles import Tiles
+from pallas_kernels.dispatch import backend
+from pallas_kernels.dispatch.tiles import Tiles
 
 LAYERS, LAYER, PAGES = 2, 1, 12
 

@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sparse_oracle
+from support import sparse_oracle
+from support.tolerances import assert_close
 from test_prefill_decode import LAYER, poison, random_inputs
-from tolerances import assert_close
 
-from pallas_kernels import backend
 from pallas_kernels.cases import CASES
+from pallas_kernels.dispatch import backend
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.select import api
 from pallas_kernels.select.top import top

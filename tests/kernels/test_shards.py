@@ -9,17 +9,16 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-import sparse_oracle
 from jax.experimental.pallas import tpu as pltpu
-from tolerances import LIMIT, assert_close
+from support import oracle, sparse_oracle
+from support.tolerances import LIMIT, assert_close
 
-from pallas_kernels import backend
+from pallas_kernels.dispatch import backend
+from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.plan import ABSENT, SparsePlan
 from pallas_kernels.shard import Shard
-from pallas_kernels.tiles import Tiles
 
 LAYER, NOWHERE = 1, 2**30
 PART, PAGES, COUNT = 32, 12, 3

@@ -3,20 +3,19 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
-import sparse_oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import oracle, sparse_oracle
+from support.tolerances import assert_close
 from test_prefill_decode import LAYER, poison, random_inputs
-from tolerances import assert_close
 
-from pallas_kernels import backend
 from pallas_kernels import plan as plans
 from pallas_kernels.cases import CASES, Case
+from pallas_kernels.dispatch import backend
+from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.prefill import xla
-from pallas_kernels.tiles import Tiles
 
 COLUMNS = 11
 PREFILL = {name: backend.load("prefill", name).prefill for name in backend.on("cpu")}

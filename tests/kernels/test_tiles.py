@@ -1,6 +1,6 @@
 import pytest
 
-from pallas_kernels.tiles import of_page, split
+from pallas_kernels.dispatch.tiles import of_page, split
 
 
 @pytest.mark.parametrize("total", [1, 7, 512, 513, 1999, 2048])

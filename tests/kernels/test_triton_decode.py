@@ -3,14 +3,14 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sequences
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sequences import after
+from support import sequences
+from support.sequences import after
+from support.triton_interpreter import interpreted  # noqa: F401
 from test_shards import merged
-from triton_interpreter import interpreted  # noqa: F401
 
-from pallas_kernels.backend import Unsupported
+from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.shard import Shard
 

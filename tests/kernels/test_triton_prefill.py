@@ -5,22 +5,22 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 import test_shards
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import oracle
+from support.tolerances import assert_close
 from test_prefill_decode import LAYER, poison, random_inputs
-from tolerances import assert_close
 
 from pallas_kernels import plan as plans
-from pallas_kernels.backend import Unsupported
 from pallas_kernels.cases import Case
+from pallas_kernels.dispatch.backend import Unsupported
+from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
-from pallas_kernels.tiles import Tiles
 
 pytest.importorskip("triton", reason="Triton (pip install triton) is not installed")
-from triton_interpreter import interpreted  # noqa: F401
+from support.triton_interpreter import interpreted  # noqa: F401
 
 from pallas_kernels.prefill import triton
 

@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import sparse_oracle
 import test_shards
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tolerances import assert_close
-from triton_interpreter import interpreted  # noqa: F401
+from support import sparse_oracle
+from support.tolerances import assert_close
+from support.triton_interpreter import interpreted  # noqa: F401
 
-from pallas_kernels.backend import Unsupported
+from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.geometry import ChunkGeometry
 
 triton = pytest.importorskip("pallas_kernels.select.triton")

@@ -15,12 +15,13 @@ import tune_kernels
 import tune_tpu
 from bench_gpu_truth import WrongError
 
-from pallas_kernels import backend, tiles, triton_call
-from pallas_kernels.backend import Device
 from pallas_kernels.cases import SERVED
+from pallas_kernels.dispatch import backend, tiles
+from pallas_kernels.dispatch.backend import Device
+from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.programs import PROGRAMS, inputs, program
-from pallas_kernels.tiles import Tiles
+from pallas_kernels.triton import call
 
 pytestmark = pytest.mark.optimized
 
@@ -164,7 +165,7 @@ def test_the_table_has_sizes_for_every_gpu_that_is_compiled_for(name, monkeypatc
     for kind in row["device_kinds"]:
         monkeypatch.setattr(backend, "device", lambda kind=kind: Device("gpu", kind))
         major, minor = gpu.capability
-        assert triton_call.capability() == 10 * major + minor
+        assert call.capability() == 10 * major + minor
     for what, operation in PROGRAMS.items():
         found = tiles.tuned(
             "triton", tune_kernels.tabled(what), gpu.name, "bfloat16", tune_gpu.HEAD_DIM

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import backend, triton_call, versions
-from pallas_kernels.backend import Device, Unsupported
+from pallas_kernels.dispatch import backend, versions
+from pallas_kernels.dispatch.backend import Device, Unsupported
+from pallas_kernels.triton import call
 
 
 @pytest.fixture
@@ -69,7 +70,7 @@ def test_a_package_that_is_not_there_is_named(installed, package):
 def test_a_kernel_is_refused_where_the_packages_do_not_work(installed):
     installed["jax"] = "0.11.2"
     with pytest.raises(Unsupported, match=r"^jax-triton is not installed"):
-        triton_call.launch(None, jnp.zeros(1), outputs=[], grid=(1,), num_warps=4, num_stages=1)
+        call.launch(None, jnp.zeros(1), outputs=[], grid=(1,), num_warps=4, num_stages=1)
 
 
 def on(monkeypatch, kind, *present):
@@ -80,7 +81,7 @@ def on(monkeypatch, kind, *present):
 
 def test_the_capability_is_that_of_the_gpu_or_of_its_name(monkeypatch):
     on(monkeypatch, "NVIDIA Nameless", ("NVIDIA Nameless", "12.0"))
-    assert triton_call.capability() == 120
+    assert call.capability() == 120
     for kind, expected in {
         "NVIDIA H200": 90,
         "NVIDIA H100 80GB HBM3": 90,
@@ -92,16 +93,16 @@ def test_the_capability_is_that_of_the_gpu_or_of_its_name(monkeypatch):
         "NVIDIA GeForce RTX 4090": 89,
     }.items():
         on(monkeypatch, kind)
-        assert triton_call.capability() == expected
+        assert call.capability() == expected
 
 
 def test_a_gpu_that_is_too_old_or_unknown_is_refused(monkeypatch):
     on(monkeypatch, "Tesla T4", ("Tesla T4", "7.5"))
     with pytest.raises(Unsupported, match=r"^Tesla T4 has compute capability 7\.5; .* need 8\.0$"):
-        triton_call.capability()
+        call.capability()
     on(monkeypatch, "Tesla T4")
     with pytest.raises(Unsupported, match=r"no compute capability is known of .Tesla T4."):
-        triton_call.capability()
+        call.capability()
 
 
 def test_mosaic_gpu_runs_with_releases_of_jax_that_were_tried(installed):

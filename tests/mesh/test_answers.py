@@ -2,22 +2,22 @@
 
 import dataclasses
 
-import demo_checkpoint
 import jax
 import numpy as np
 import pytest
-import random_models
-from children import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import demo_checkpoint, random_models
+from support.children import run
 
 from convert import weights
 from pallas_kernels.geometry import ChunkGeometry
-from qwen_jax import params, sharding
 from qwen_jax.config import ConfigError, SparseConfig, model_config, sparse_config
+from qwen_jax.distributed import sharding
+from qwen_jax.engine.data_parallel import build, split
 from qwen_jax.engine.engine import Engine, EngineConfig
-from qwen_jax.engine.replicas import build, split
 from qwen_jax.engine.request import Request, Sampling
+from qwen_jax.models import params
 
 CONFIG = dataclasses.replace(
     random_models.config(

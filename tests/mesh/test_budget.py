@@ -6,26 +6,28 @@ import itertools
 import jax
 import jax.numpy as jnp
 import pytest
-from children import run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_models import CONFIGS
+from support.children import run
+from support.random_models import CONFIGS
 
-from qwen_jax import budget, cache, params, published, sharding
-from qwen_jax.budget import Load
-from qwen_jax.sharding import MeshShape
+from qwen_jax.distributed import sharding
+from qwen_jax.distributed.sharding import MeshShape
+from qwen_jax.engine import memory as budget
+from qwen_jax.engine.memory import Workload
+from qwen_jax.models import kv_cache, params, presets
 
 PUBLISHED = {
     # name: (parameters, bytes of cache a token in bfloat16)
     "7b": (7_615_616_512, 57_344),
     "14b": (14_770_033_664, 196_608),
 }
-MILLION = Load(tokens=1_010_000, page=1024, slice_len=32768)
+MILLION = Workload(tokens=1_010_000, page=1024, slice_len=32768)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_and_cache_are_as_published(name, tmp_path):
-    config = published.config(tmp_path, name)
+    config = presets.config(tmp_path, name)
     parameters, per_token = PUBLISHED[name]
     assert budget.weights(config, MeshShape()) == parameters
     one = budget.memory(config, MILLION, MeshShape())
@@ -45,11 +47,11 @@ def test_arguments_of_a_program_on_a_mesh_take_what_the_budget_says(tmp_path):
 def compile_on_meshes(directory):
     jax.config.update("jax_num_cpu_devices", 8)
     for name in PUBLISHED:
-        config = published.config(directory, name)
+        config = presets.config(directory, name)
         for seq, tensor, data in ((2, 4, 1), (8, 1, 1), (2, 2, 2)):
             shape = MeshShape(seq=seq, tensor=tensor, data=data)
             mesh = sharding.make_mesh(**dataclasses.asdict(shape))
-            placed = jax.sharding.NamedSharding(mesh, sharding.RULES.spec(cache.AXES))
+            placed = jax.sharding.NamedSharding(mesh, sharding.RULES.spec(kv_cache.AXES))
             pages = (987 + 1) * data
             stack = jax.ShapeDtypeStruct(
                 (config.num_layers, config.num_kv_heads, pages, 1024, config.head_dim),
@@ -68,7 +70,7 @@ def compile_on_meshes(directory):
 
 
 def test_slices_on_meshes_take_what_they_take_by_hand(tmp_path):
-    config = published.config(tmp_path, "7b")
+    config = presets.config(tmp_path, "7b")
     tables = 262_145 * 128 * 4 + 152_064 // 4 * 4
 
     # In a short slice the MLP weighs most, with the matrix that is taken from the stack.
@@ -85,7 +87,7 @@ def test_slices_on_meshes_take_what_they_take_by_hand(tmp_path):
 
 
 def test_sparse_slices_select_and_pack_by_hand(tmp_path):
-    config = published.config(tmp_path, "7b")
+    config = presets.config(tmp_path, "7b")
     mesh = MeshShape(seq=4, tensor=4)
     tables = 262_145 * 128 * 4 + 152_064 // 4 * 4
     dense = dataclasses.replace(MILLION, slice_len=1024)
@@ -106,10 +108,10 @@ def test_sparse_slices_select_and_pack_by_hand(tmp_path):
 
 
 def test_matrices_that_are_laid_out_anew_take_their_size_again(tmp_path):
-    config = published.config(tmp_path, "7b")
-    relaid = dataclasses.replace(MILLION, relaid=True)
+    config = presets.config(tmp_path, "7b")
+    relayouts_weights = dataclasses.replace(MILLION, relayouts_weights=True)
     for mesh in MeshShape(), MeshShape(seq=2, tensor=4):
-        more = budget.memory(config, relaid, mesh).workspace
+        more = budget.memory(config, relayouts_weights, mesh).workspace
         more -= budget.memory(config, MILLION, mesh).workspace
         assert more == 2 * 28 * (28 * 128 * 3584 + 3 * 3584 * 18944) // mesh.tensor
 
@@ -123,7 +125,9 @@ def test_matrices_that_are_laid_out_anew_take_their_size_again(tmp_path):
 )
 @settings(deadline=None, max_examples=50)
 def test_no_page_more_fits_than_the_longest_context_has(config, page, seq, sparse, limit):
-    load = Load(tokens=1, page=page, slice_len=256, dtype="float32", columns=99 if sparse else None)
+    load = Workload(
+        tokens=1, page=page, slice_len=256, dtype="float32", columns=99 if sparse else None
+    )
     mesh = MeshShape(seq=seq)
 
     def total(tokens):
@@ -138,8 +142,11 @@ def test_no_page_more_fits_than_the_longest_context_has(config, page, seq, spars
 
 
 def test_more_devices_never_hold_more(tmp_path):
-    config = published.config(tmp_path, "7b")
-    held = [budget.memory(config, MILLION, sharding.choose(config, 2**power)) for power in range(9)]
+    config = presets.config(tmp_path, "7b")
+    held = [
+        budget.memory(config, MILLION, sharding.default_mesh(config, 2**power))
+        for power in range(9)
+    ]
     for fewer, more in itertools.pairwise(held):
         assert more.weights <= fewer.weights
         assert more.cache < fewer.cache
@@ -160,8 +167,8 @@ COMPILED = {
 
 @pytest.mark.parametrize(("slice_len", "mlp_dim"), COMPILED)
 def test_a_slice_takes_what_the_compiler_for_tpus_takes(slice_len, mlp_dim, tmp_path):
-    config = dataclasses.replace(published.config(tmp_path, "7b"), mlp_dim=mlp_dim)
-    load = Load(tokens=252_928, page=1024, slice_len=slice_len)
+    config = dataclasses.replace(presets.config(tmp_path, "7b"), mlp_dim=mlp_dim)
+    load = Workload(tokens=252_928, page=1024, slice_len=slice_len)
     memory = budget.memory(config, load, MeshShape())
     tables = (262_145 * 128 + 152_064) * 4  # of rotary angles and logits: not temporary
     found = memory.activations + memory.workspace - tables
@@ -175,8 +182,8 @@ WINDOWS = {"data=1": 3584 + 192.1, "tensor=4": 896 + 32.6, "seq=4": 896 + 289.4}
 
 @pytest.mark.parametrize("shape", WINDOWS)
 def test_a_window_takes_what_the_compiler_for_tpus_takes(shape, tmp_path):
-    config = published.config(tmp_path, "7b")
-    load = Load(tokens=1_010_000, page=1024, slice_len=1024, window=65536)
+    config = presets.config(tmp_path, "7b")
+    load = Workload(tokens=1_010_000, page=1024, slice_len=1024, window=65536)
     memory = budget.memory(config, load, sharding.parse(shape))
     tables = (262_145 * 128 + 152_064 // (4 if shape == "tensor=4" else 1)) * 4
     found = memory.activations + memory.workspace - tables
@@ -190,7 +197,7 @@ def test_dense_prefill_costs_what_the_layers_but_one_cost(
     name, layers, attention, linear, tmp_path
 ):
     """PFLOP of all layers at 2^20 tokens, derived by hand from the published shapes."""
-    found = budget.prefill_flops(published.config(tmp_path, name), 2**20)
+    found = budget.prefill_flops(presets.config(tmp_path, name), 2**20)
     assert found == pytest.approx((attention + linear) * 1e15 * (layers - 1) / layers, rel=2e-3)
 
 

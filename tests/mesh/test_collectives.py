@@ -5,11 +5,11 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 import pytest
-from children import run
 from jax.sharding import PartitionSpec
+from support.children import run
 
-from qwen_jax import sharding
-from qwen_jax.collectives import Collective, collectives, sent
+from qwen_jax.distributed import sharding
+from qwen_jax.planner.hlo import Collective, collectives, sent
 
 MESH = {"data": 1, "seq": 2, "tensor": 4}
 TEXT = """HloModule step

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import pallas_kernels
-from pallas_kernels.backend import CAPABILITIES
-from qwen_jax import devices
+from pallas_kernels.dispatch.backend import CAPABILITIES
 from qwen_jax.config import ConfigError
+from qwen_jax.planner import devices
 
 TUNED = Path(pallas_kernels.__file__).parent / "tuned"
 

@@ -9,12 +9,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from qwen_jax import devices, published, sharding
 from qwen_jax.cli import placement, plan
 from qwen_jax.cli.flags import ModelFlags, open_model
 from qwen_jax.config import ConfigError
+from qwen_jax.distributed import sharding
+from qwen_jax.distributed.sharding import MeshShape
 from qwen_jax.engine.layout import EngineConfig, EngineLayout
-from qwen_jax.sharding import MeshShape
+from qwen_jax.models import presets
+from qwen_jax.planner import devices
 
 MODELS = {"7b": (28, 28), "14b": (48, 40)}  # layers and heads
 MESHES = {
@@ -30,7 +32,7 @@ def opened(tmp_path_factory):
     """The published models, with budgets of sparse prefill and without."""
     found = {}
     for name, (layers, heads) in MODELS.items():
-        directory = published.write(tmp_path_factory.mktemp(name), name)
+        directory = presets.write(tmp_path_factory.mktemp(name), name)
         row = {str(head): ["vertical_and_slash", 1000, 6096, 1.0] for head in range(heads)}
         path = directory / "sparse_attention_config.json"
         path.write_text(json.dumps([row] * layers))
@@ -77,7 +79,9 @@ def test_a_run_is_refused_at_a_byte_less_than_what_the_planner_says(kind, opened
         more = {"sequences": sequences, "held": held, "memory": 1 << 37}
         found = plan.examine(model, f"{kind}:{size}", tokens, str(shape), None, **more)
         assert found["sparse"] == (sparse == "auto" and tokens > 32768)
-        engine = EngineConfig(max_len=tokens, max_seqs=sequences, held=held, sparse=model.sparse)
+        engine = EngineConfig(
+            max_len=tokens, max_seqs=sequences, prefix_tokens=held, sparse=model.sparse
+        )
         run = model.config, engine, found["dtype"]
         total = found["bytes"]["total"]
         assert holds(kind, shape, total, monkeypatch, *run)
@@ -103,7 +107,7 @@ def test_matrices_that_are_laid_out_anew_are_counted_before_a_run(opened, monkey
 )
 def test_pages_of_the_cache_are_those_of_every_sequence(max_len, max_seqs, held, opened):
     """Each sequence ends in a page of its own; held pages are shared as far as they are full."""
-    engine = EngineConfig(max_len=max_len, max_seqs=max_seqs, held=held)
+    engine = EngineConfig(max_len=max_len, max_seqs=max_seqs, prefix_tokens=held)
     found = EngineLayout.resolve(opened["7b", "off"].config, engine, platform="tpu")
     own = -(-max_len // found.page) - held // found.page
     assert found.num_pages == max_seqs * own + -(-held // found.page) + 1

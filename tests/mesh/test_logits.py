@@ -7,16 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import random_models
-from children import run
 from flax import nnx
+from support import random_models
+from support.children import run
 
+from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
-from pallas_kernels.tiles import Tiles
-from qwen_jax import cache as caches
-from qwen_jax import params, rope, sharding, sparse
 from qwen_jax.config import SparseConfig
-from qwen_jax.model import DecodeStep, PrefillStep, Qwen2
+from qwen_jax.distributed import sharding
+from qwen_jax.models import kv_cache, params, rope
+from qwen_jax.models.qwen2 import DecodeStep, PrefillStep, Qwen2
+from qwen_jax.sparse import budgets as sparse
 
 CONFIG = dataclasses.replace(
     random_models.config(
@@ -78,8 +79,8 @@ def logits(shape, page, budgets):
     )
     nnx.replace_by_pure_dict(state, jax.device_put(tree, params.shardings(CONFIG, mesh)))
     per_prompt = -(-(max(PROMPTS) + ANSWER) // page)
-    lies = jax.sharding.NamedSharding(mesh, sharding.RULES.spec(caches.AXES))
-    cache = caches.init(CONFIG, 2 * per_prompt + 1, page, jnp.float32)
+    lies = jax.sharding.NamedSharding(mesh, sharding.RULES.spec(kv_cache.AXES))
+    cache = kv_cache.init(CONFIG, 2 * per_prompt + 1, page, jnp.float32)
     cache = jax.tree.map(lambda array: array.at[:].set(jnp.nan), cache)
     cache = jax.device_put(cache, lies)
     rotary = rope.table(CONFIG, per_prompt * page)

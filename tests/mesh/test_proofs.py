@@ -8,9 +8,12 @@ import pytest
 from hlo import sizes
 from scaling import CASES, COLUMNS, SLICE
 
-from qwen_jax import budget, compiled, devices, published, sharding
 from qwen_jax.config import SparseConfig
-from qwen_jax.engine.pages import default_page
+from qwen_jax.distributed import sharding
+from qwen_jax.engine import memory as budget
+from qwen_jax.engine.page_pool import default_page
+from qwen_jax.models import presets
+from qwen_jax.planner import aot, devices
 
 pytestmark = pytest.mark.optimized
 
@@ -62,18 +65,18 @@ def stated(config, load, shape, step):
 @pytest.mark.parametrize("step", ["prefill", "prefill_sparse", "decode"])
 @pytest.mark.parametrize(("model", "name", "tokens"), CASES)
 def test_it_fits_as_planned_and_nothing_else_is_sent(model, name, tokens, step, tmp_path):
-    config, topology = published.config(tmp_path, model), devices.topology(name)
-    shape = sharding.choose(config, topology.count)
+    config, topology = presets.config(tmp_path, model), devices.topology(name)
+    shape = sharding.default_mesh(config, topology.count)
     kept = budgets(config, model)
-    load = budget.Load(
+    load = budget.Workload(
         tokens=tokens,
         page=default_page("tpu", config.dual_chunk, parts=shape.seq),
         slice_len=SLICE,
         columns=COLUMNS[model] if step == "prefill_sparse" else None,
-        relaid=topology.device.relays,
+        relayouts_weights=topology.device.relays,
     )
-    mesh = compiled.mesh_of(topology, shape)
-    made = compiled.steps(config, load, mesh, kept)[step]()
+    mesh = aot.mesh_of(topology, shape)
+    made = aot.steps(config, load, mesh, kept)[step]()
 
     assert not made.refusal
     assert made.peak <= topology.device.memory
@@ -119,10 +122,10 @@ def without_logits(found, config, shape):
 @pytest.mark.tpu_aot
 @pytest.mark.usefixtures("unchecked")
 def test_what_does_not_fit_is_refused_by_the_compiler_too(tmp_path):
-    config, topology = published.config(tmp_path, "7b"), devices.topology("v5e:1x1")
-    load = budget.Load(tokens=SLICE, page=1024, slice_len=SLICE)
+    config, topology = presets.config(tmp_path, "7b"), devices.topology("v5e:1x1")
+    load = budget.Workload(tokens=SLICE, page=1024, slice_len=SLICE)
     shape = sharding.MeshShape()
-    made = compiled.steps(config, load, compiled.mesh_of(topology, shape))["prefill"]()
+    made = aot.steps(config, load, aot.mesh_of(topology, shape))["prefill"]()
     assert "available HBM" in made.refusal
     assert made.peak > topology.device.memory
     assert made.peak == pytest.approx(budget.memory(config, load, shape).total, rel=0.1)
@@ -131,7 +134,7 @@ def test_what_does_not_fit_is_refused_by_the_compiler_too(tmp_path):
 @pytest.mark.parametrize("mesh", ["seq=2,tensor=8", "data=2,tensor=8", "seq=8,tensor=2"])
 def test_an_axis_may_take_a_part_of_a_side_of_the_topology(mesh):
     shape = sharding.parse(mesh)
-    found = compiled.mesh_of(devices.topology("v6e:4x4"), shape)
+    found = aot.mesh_of(devices.topology("v6e:4x4"), shape)
     assert dict(found.shape) == {"data": 1, "seq": shape.seq, "tensor": shape.tensor}
     places = {tuple(device.coords) for device in found.devices.flat}
     assert len(places) == shape.seq * shape.tensor

@@ -5,11 +5,11 @@ import socket
 import threading
 
 import pytest
-from jobs import free_port
+from support.jobs import free_port
 
-from qwen_jax import rendezvous
 from qwen_jax.config import ConfigError
-from qwen_jax.rendezvous import Place
+from qwen_jax.distributed import rendezvous
+from qwen_jax.distributed.rendezvous import Place
 
 SECONDS = 20.0
 

@@ -9,17 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import random_models
-from children import run
 from jax.sharding import NamedSharding
+from support import random_models
+from support.children import run
 from test_answers import CONFIG, PART
 
-from qwen_jax import cache as caches
-from qwen_jax import params, session, sharding, transfer
+from qwen_jax.distributed import sharding
+from qwen_jax.engine.data_parallel import build
 from qwen_jax.engine.engine import EngineConfig, Piece
-from qwen_jax.engine.replicas import build
 from qwen_jax.engine.request import Request
-from qwen_jax.session import Identity, Writer
+from qwen_jax.models import kv_cache, kv_transfer, params
+from qwen_jax.storage import kv_session
+from qwen_jax.storage.kv_session import Identity, Writer
 
 # Without temperature, which depends on the length of the whole prompt.
 MODEL = dataclasses.replace(CONFIG, original_len=0)
@@ -41,7 +42,9 @@ def engine(text):
         tree, seq = jax.device_put(tree, params.shardings(MODEL, mesh)), mesh.shape["seq"]
     else:
         tree = jax.device_put(tree, jax.devices()[0])
-    return build(MODEL, tree, EngineConfig(max_len=256, held=203, page=PART * seq, slices=(48,)))
+    return build(
+        MODEL, tree, EngineConfig(max_len=256, prefix_tokens=203, page=PART * seq, slices=(48,))
+    )
 
 
 def keep(directory, engine, prompt, every):
@@ -71,13 +74,13 @@ def keep(directory, engine, prompt, every):
 
 def restore(engine, directory, prompt):
     """Puts a session into an engine; returns the bits of it that the engine has then."""
-    found = session.read(directory)
-    session.check(directory, found)
+    found = kv_session.read(directory)
+    kv_session.check(directory, found)
     pieces = [
         Piece(
             start=window.start,
             stop=window.stop,
-            load=functools.partial(session.load, directory, found, window),
+            load=functools.partial(kv_session.load, directory, found, window),
         )
         for window in found.windows
     ]
@@ -192,26 +195,26 @@ def noise(rng, text, dtype):
     ]
     placed = arrays
     if mesh:
-        where = NamedSharding(mesh, sharding.RULES.spec(caches.AXES))
+        where = NamedSharding(mesh, sharding.RULES.spec(kv_cache.AXES))
         placed = [jax.device_put(array, where) for array in arrays]
-    return mesh, caches.Cache(*map(jnp.asarray, placed)), arrays
+    return mesh, kv_cache.Cache(*map(jnp.asarray, placed)), arrays
 
 
 def check(rng, mesh, cache, arrays, other_mesh, other, others, start, length):
     table, other_table = (rng.permutation(11).astype(np.int32) + 1 for _ in range(2))
     with on(mesh):
-        window = take_out(cache, table, jnp.int32(start), size=SIZE)
+        window = extract_kv(cache, table, jnp.int32(start), size=SIZE)
     page, positions = cache.page, start + np.arange(length)
     for array, found in zip(arrays, window, strict=True):
         expected = array[:, :, table[positions // page], positions % page].swapaxes(1, 2)
         assert_same(np.asarray(found)[:, :length], expected)
     moved = [np.asarray(array) for array in window]
     if other_mesh is not None:
-        where = transfer.placement(other_mesh, SIZE)
+        where = kv_transfer.placement(other_mesh, SIZE)
         moved = [jax.device_put(array, where) for array in moved]
     with on(other_mesh):
         given = [*map(jnp.asarray, moved), other_table, jnp.int32(start), jnp.int32(length)]
-        written = put_in(other, *given)
+        written = insert_kv(other, *given)
     page = other.page
     for array, found, rows in zip(others, (written.keys, written.values), window, strict=True):
         expected = array.copy()
@@ -222,8 +225,8 @@ def check(rng, mesh, cache, arrays, other_mesh, other, others, start, length):
         assert_same(np.asarray(found)[:, :, 1:], expected[:, :, 1:])
 
 
-take_out = jax.jit(transfer.take_out, static_argnames="size")
-put_in = jax.jit(transfer.put_in)
+extract_kv = jax.jit(kv_transfer.extract_kv, static_argnames="size")
+insert_kv = jax.jit(kv_transfer.insert_kv)
 
 
 def on(mesh):

@@ -6,25 +6,27 @@ import math
 import jax
 import numpy as np
 import pytest
-from checkpoints import Tiny
-from children import run
 from hypothesis import given
 from hypothesis import strategies as st
-from random_models import CONFIGS
+from support.checkpoints import Tiny
+from support.children import run
+from support.random_models import CONFIGS
 
 from convert import weights
-from qwen_jax import budget, cache, params, published, sharding
 from qwen_jax.config import ConfigError, model_config
-from qwen_jax.sharding import MeshShape, Rules
+from qwen_jax.distributed import sharding
+from qwen_jax.distributed.sharding import MeshShape, Rules
+from qwen_jax.engine import memory
+from qwen_jax.models import kv_cache, params, presets
 
 
 @pytest.mark.parametrize(
     ("name", "tensor"), [("7b", (1, 2, 4, 4, 4, 4, 4, 4, 4)), ("14b", (1, 2, 4, 8, 8, 8, 8, 8, 8))]
 )
 def test_published_models_run_on_every_power_of_two(name, tensor, tmp_path):
-    config = published.config(tmp_path, name)
+    config = presets.config(tmp_path, name)
     for power, expected in enumerate(tensor):
-        shape = sharding.choose(config, 2**power)
+        shape = sharding.default_mesh(config, 2**power)
         assert (shape.tensor, shape.seq, shape.data) == (expected, 2**power // expected, 1)
         sharding.check(config, shape, 2**power)
 
@@ -44,7 +46,7 @@ def test_tensor_is_the_largest_divisor_of_all(kv_heads, group, mlp, vocab, count
         mlp_dim=mlp,
         vocab_size=vocab,
     )
-    shape = sharding.choose(config, count)
+    shape = sharding.default_mesh(config, count)
     sharding.check(config, shape, count)
     for tensor in range(shape.tensor + 1, count + 1):
         if count % tensor == 0:
@@ -54,10 +56,10 @@ def test_tensor_is_the_largest_divisor_of_all(kv_heads, group, mlp, vocab, count
 
 @pytest.mark.parametrize("vocab", [151_665, 151_643, 7])
 def test_no_vocabulary_keeps_a_model_from_being_divided(vocab, tmp_path):
-    config = dataclasses.replace(published.config(tmp_path, "7b"), vocab_size=vocab)
-    assert sharding.choose(config, 4) == MeshShape(tensor=4)
-    whole = budget.weights(config, MeshShape())
-    assert budget.weights(config, MeshShape(tensor=4)) < 0.2502 * whole
+    config = dataclasses.replace(presets.config(tmp_path, "7b"), vocab_size=vocab)
+    assert sharding.default_mesh(config, 4) == MeshShape(tensor=4)
+    whole = memory.weights(config, MeshShape())
+    assert memory.weights(config, MeshShape(tensor=4)) < 0.2502 * whole
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,7 @@ def test_no_vocabulary_keeps_a_model_from_being_divided(vocab, tmp_path):
 )
 def test_a_mesh_that_does_not_fit_is_refused_in_a_line(shape, message, tmp_path):
     with pytest.raises(ConfigError, match=message) as error:
-        sharding.check(published.config(tmp_path, "7b"), shape, 16)
+        sharding.check(presets.config(tmp_path, "7b"), shape, 16)
     assert "\n" not in str(error.value)
 
 
@@ -88,7 +90,7 @@ def test_what_is_no_mesh_is_refused(text):
 
 def test_a_mesh_axis_splits_an_array_once():
     assert Rules().spec(("embed", "mlp")) == jax.P(None, "tensor")
-    assert Rules().spec(cache.AXES) == jax.P(None, "tensor", "data", "seq", None)
+    assert Rules().spec(kv_cache.AXES) == jax.P(None, "tensor", "data", "seq", None)
     with pytest.raises(ValueError, match="one mesh axis on two dimensions"):
         Rules(embed="tensor").spec(("embed", "mlp"))
 
@@ -145,6 +147,6 @@ def load_on_meshes(*directories):
             for array in jax.tree.leaves(tree):
                 for shard in array.addressable_shards:
                     held[shard.device] += math.prod(shard.data.shape)
-            assert set(held.values()) == {budget.weights(config, shape)}
+            assert set(held.values()) == {memory.weights(config, shape)}
     with pytest.raises(ConfigError, match="has 4 devices, there are 8"):
         sharding.make_mesh(seq=4)

@@ -11,9 +11,8 @@ import pytest
 from pallas_kernels.decode import decode
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.prefill import prefill
-from qwen_jax import cache as caches
-from qwen_jax import rope
 from qwen_jax.config import ModelConfig
+from qwen_jax.models import kv_cache, rope
 
 CONFIG = ModelConfig(
     num_layers=1,
@@ -91,27 +90,27 @@ def test_any_slicing_of_any_geometry_equals_the_brute_force(seed):
 
     def rotated(tokens, positions):
         angles = rope.angles(config, rotary, positions)
-        queries = rope.views(tokens[:, :N], angles.query, jnp.float32(scale))
+        queries = rope.rotate_views(tokens[:, :N], angles.query, jnp.float32(scale))
         key = rope.Rotary(*(part[None] for part in angles.key))
-        keys = rope.views(tokens[:, N : N + K], key, jnp.float32(1))[0]
+        keys = rope.rotate_views(tokens[:, N : N + K], key, jnp.float32(1))[0]
         return queries, keys, tokens[:, N + K :]
 
     @jax.jit
     def run_slice(cache, tokens, start, size):
         positions = start + jnp.arange(SLICE, dtype=jnp.int32)
         queries, keys, values = rotated(tokens, positions)
-        cache = caches.write_slice(cache, jnp.int32(0), keys, values, table, start, size)
+        cache = kv_cache.write_slice(cache, jnp.int32(0), keys, values, table, start, size)
         args = (cache.keys, cache.values, jnp.int32(0), table, start, size)
         return prefill(queries, *args, geometry=geometry)[0], cache
 
     @jax.jit
     def run_token(cache, tokens, positions):
         queries, keys, values = rotated(tokens, positions)
-        cache = caches.write_tokens(cache, jnp.int32(0), keys, values, table[None], positions)
+        cache = kv_cache.write_tokens(cache, jnp.int32(0), keys, values, table[None], positions)
         args = (cache.keys, cache.values, jnp.int32(0), table[None], positions[None])
         return decode(queries[:, None], *args, geometry=geometry)[0][0], cache
 
-    cache = caches.init(config, config.max_len // PAGE + 1, PAGE, jnp.float32)
+    cache = kv_cache.init(config, config.max_len // PAGE + 1, PAGE, jnp.float32)
     for start, stop in itertools.pairwise(cuts):
         tokens = np.zeros((SLICE, *x.shape[1:]), np.float32)
         tokens[: stop - start] = x[start:stop]

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qwen_jax import cache
 from qwen_jax.config import ModelConfig
+from qwen_jax.models import kv_cache
 
 PAGE, PAGES, LAYERS, K, H = 4, 9, 3, 2, 2
 CONFIG = ModelConfig(
@@ -30,12 +30,12 @@ def rows(rng, count):
 def test_slices_land_in_their_pages_and_nowhere_else(size):
     rng = np.random.default_rng(size)
     table = np.array([5, 2, 8, 1, 7], np.int32)
-    write = jax.jit(cache.write_slice)
+    write = jax.jit(kv_cache.write_slice)
     for start in range(len(table) * PAGE - 1):
         for length in {1, size - 1, size} - {0}:
             if start + length > len(table) * PAGE:
                 continue
-            before = cache.init(CONFIG, PAGES, PAGE, jnp.float32)
+            before = kv_cache.init(CONFIG, PAGES, PAGE, jnp.float32)
             keys, values = rows(rng, size), rows(rng, size)
             after = write(
                 before,
@@ -61,8 +61,8 @@ def test_tokens_land_in_their_pages_and_idle_rows_in_the_trash():
     tables = np.array([[3, 4], [0, 0], [6, 1]], np.int32)
     positions = np.array([5, -1, 2], np.int32)
     keys, values = rows(rng, 3), rows(rng, 3)
-    after = jax.jit(cache.write_tokens)(
-        cache.init(CONFIG, PAGES, PAGE, jnp.float32),
+    after = jax.jit(kv_cache.write_tokens)(
+        kv_cache.init(CONFIG, PAGES, PAGE, jnp.float32),
         jnp.int32(2),
         jnp.asarray(keys),
         jnp.asarray(values),

@@ -1,12 +1,10 @@
 """The engine against recorded answers of PyTorch (scripts/record_goldens.py), without PyTorch."""
 
-import demo_checkpoint
-import goldens
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import random_models
+from support import demo_checkpoint, goldens, random_models
 
 from qwen_jax.engine.engine import Engine, EngineConfig
 from qwen_jax.engine.request import Request

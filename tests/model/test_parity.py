@@ -9,10 +9,8 @@ import pytest
 
 pytest.importorskip("torch")
 
-import demo_checkpoint
-import huggingface
-import random_models
 import torch
+from support import demo_checkpoint, huggingface, random_models
 from transformers import Qwen2ForCausalLM
 
 from qwen_jax.engine.engine import Engine, EngineConfig

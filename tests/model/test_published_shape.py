@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from pallas_kernels.backend import compiler_options
+from pallas_kernels.dispatch.backend import compiler_options
 from pallas_kernels.geometry import ChunkGeometry
-from qwen_jax import rope, sparse
-from qwen_jax.cache import Cache
 from qwen_jax.config import ModelConfig
-from qwen_jax.model import PrefillStep, Qwen2
+from qwen_jax.models import rope
+from qwen_jax.models.kv_cache import Cache
+from qwen_jax.models.qwen2 import PrefillStep, Qwen2
+from qwen_jax.sparse import budgets as sparse
 
 pytestmark = pytest.mark.optimized
 

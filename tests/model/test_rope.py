@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.geometry import ChunkGeometry
-from qwen_jax import rope
 from qwen_jax.config import ModelConfig
+from qwen_jax.models import rope
 
 CONFIG = ModelConfig(
     num_layers=1,
@@ -84,7 +84,7 @@ def test_successive_and_older_views_coincide_beyond_the_local_size():
     positions = jnp.arange(3 * geometry.chunk_len, dtype=jnp.int32)
     angles = rope.angles(config, rope.table(config, 1000), positions)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((len(positions), 1, 8)), jnp.float32)
-    _, succ, inter = rope.views(x, angles.query, jnp.float32(1))
+    _, succ, inter = rope.rotate_views(x, angles.query, jnp.float32(1))
     same = np.asarray(positions % geometry.chunk_len >= geometry.local_size)
     np.testing.assert_array_equal(succ[same], inter[same])
     assert (np.asarray(succ != inter).any((1, 2)) == ~same).all()

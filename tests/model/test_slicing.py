@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import random_models
+from support import random_models
 
 from pallas_kernels.geometry import ChunkGeometry
 from qwen_jax.engine.engine import Engine, EngineConfig

@@ -4,23 +4,21 @@ import dataclasses
 import functools
 import itertools
 
-import definition
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import random_models
-import sparse_definition
 from flax import nnx
+from support import definition, random_models, sparse_definition
 
+from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
-from pallas_kernels.tiles import Tiles
-from qwen_jax import cache as caches
-from qwen_jax import rope, sparse
 from qwen_jax.config import SparseConfig
 from qwen_jax.engine.engine import Engine, EngineConfig
 from qwen_jax.engine.request import Request
-from qwen_jax.model import PrefillStep, Qwen2
+from qwen_jax.models import kv_cache, rope
+from qwen_jax.models.qwen2 import PrefillStep, Qwen2
+from qwen_jax.sparse import budgets as sparse
 
 GEOMETRY = ChunkGeometry(chunk_size=144, local_size=16)
 SOME = [pytest.param(None, marks=pytest.mark.long), GEOMETRY]
@@ -79,7 +77,7 @@ def prefill(
     """
     config, _ = model(geometry)
     rotary = rope.table(config, LENGTH)
-    cache = caches.init(config, LENGTH // PAGE + 2, PAGE, jnp.float32)
+    cache = kv_cache.init(config, LENGTH // PAGE + 2, PAGE, jnp.float32)
     tokens = np.zeros(LENGTH + SLICE, np.int32)
     tokens[:LENGTH] = random_models.tokens(config, LENGTH, seed)
     if isinstance(budgets, tuple):
@@ -147,7 +145,7 @@ def test_votes_are_rotated_to_the_critical_positions():
     config, _ = model(geometry)
     long = rope.table(dataclasses.replace(config, dual_chunk=None), 64)
     positions = jnp.arange(20)
-    actual = rope.critical(config, rope.table(config, 20), positions)
+    actual = rope.selection_angles(config, rope.table(config, 20), positions)
     r = np.arange(20) % 6
     for view, offset in enumerate((0, 6, 8)):
         expected = long.at(jnp.asarray(r + offset))

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels import plan as plans
+from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
-from pallas_kernels.select import choose, vote
-from pallas_kernels.tiles import Tiles
-from qwen_jax.survey import Grid, Survey, survey
+from pallas_kernels.select import select_keys, vote
+from qwen_jax.sparse.recall import Grid, Survey, recall_grid
 
 PAGE, PAGES = 16, 24
 S, T, R, N, K, H = PAGE * PAGES, 160, 24, 4, 2, 8
@@ -27,7 +27,7 @@ def programs(geometry):
     def take(queries, lse, rows, voters, keys, table, start, length):
         places = jnp.int32(0), table, start, length
         votes = vote(voters, keys, *places, geometry=geometry)
-        found = survey(
+        found = recall_grid(
             queries,
             lse,
             rows,
@@ -43,7 +43,7 @@ def programs(geometry):
     def plan(votes, start, length, vertical, slash):
         budgets = jnp.full(N, vertical), jnp.full(N, slash)
         listed = plans.build(
-            *choose(votes, start + length, *budgets),
+            *select_keys(votes, start + length, *budgets),
             start,
             length,
             num_queries=T,

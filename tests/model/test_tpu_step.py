@@ -14,14 +14,15 @@ import tpu_compile
 from flax import nnx
 from hlo import sizes
 
-from pallas_kernels import backend
 from pallas_kernels.cases import MODELS
-from qwen_jax import rope, sparse
-from qwen_jax.cache import Cache
+from pallas_kernels.dispatch import backend
 from qwen_jax.config import ModelConfig
-from qwen_jax.engine import batch
-from qwen_jax.engine.runner import Steps, flatten
-from qwen_jax.model import Qwen2
+from qwen_jax.engine import inputs
+from qwen_jax.engine.model_runner import Steps, flatten
+from qwen_jax.models import rope
+from qwen_jax.models.kv_cache import Cache
+from qwen_jax.models.qwen2 import Qwen2
+from qwen_jax.sparse import budgets as sparse
 
 pytestmark = pytest.mark.optimized
 
@@ -73,11 +74,11 @@ def step_of(name, model):
     args = [weights, rope.Table(real(table)), cache]
     scale = real(())
     if name == "decode":
-        roster = batch.roster((), max_seqs=1, table_len=TABLE)
-        tokens = batch.tokens((), max_seqs=1, scales=lambda _: (1.0, 1.0))
+        roster = inputs.decode_slots((), max_seqs=1, table_len=TABLE)
+        tokens = inputs.tokens((), max_seqs=1, scales=lambda _: (1.0, 1.0))
         seen = jax.ShapeDtypeStruct((1, model.vocab_size), jnp.bool)
         return steps.decode, [*args, seen, roster, tokens], (2, 3)
-    step = batch.Prefill(
+    step = inputs.Prefill(
         integer((SLICE,)), integer(()), integer(()), integer((TABLE,)), scale, scale
     )
     if name == "prefill":

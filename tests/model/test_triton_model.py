@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import pytest
 import test_logits
-import triton_interpreter
-from children import run
+from support import triton_interpreter
+from support.children import run
 
-from pallas_kernels import backend, triton_call
-from qwen_jax import sharding
+from pallas_kernels.dispatch import backend
+from pallas_kernels.triton import call
+from qwen_jax.distributed import sharding
 
 
 @pytest.mark.parametrize(
@@ -37,7 +38,7 @@ def compare(devices, sparse):
 
     with pytest.MonkeyPatch.context() as patch:
         triton_interpreter.interpret(patch)
-        patch.setattr(triton_call, "launch", launch)
+        patch.setattr(call, "launch", launch)
         patch.setitem(backend.RUNS_ON, "triton", ("cpu",))
         patch.setitem(backend.PREFERRED, "cpu", ("triton",))
         patch.setattr(backend, "triton_fault", lambda: None)

@@ -6,9 +6,15 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from vocabularies import byte_level, cache_directory, qwen_vocabulary, save, small_vocabulary
+from support.vocabularies import (
+    byte_level,
+    cache_directory,
+    qwen_vocabulary,
+    save,
+    small_vocabulary,
+)
 
-from qwen_jax.tokenizer import Tokenizer
+from qwen_jax.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -10,9 +10,9 @@ import tokenizers
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from templates import loop
+from support.templates import loop
 
-from qwen_jax.tokenizer import Stream, Tokenizer, TokenizerError
+from qwen_jax.text.tokenizer import Stream, Tokenizer, TokenizerError
 
 NONE = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
 WORDS = {

@@ -6,11 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from templates import ACCEPTED, EMPTY_REFUSED, ENDLESS, NEEDS_SYSTEM, REFUSED
-from vocabularies import QWEN_TEMPLATE, SMOL_TEMPLATE
+from support.templates import ACCEPTED, EMPTY_REFUSED, ENDLESS, NEEDS_SYSTEM, REFUSED
+from support.vocabularies import QWEN_TEMPLATE, SMOL_TEMPLATE
 
-from qwen_jax import chat_template, limited
-from qwen_jax.tokenizer import Tokenizer, TokenizerError
+from qwen_jax.files import limited
+from qwen_jax.text import chat_template
+from qwen_jax.text.tokenizer import Tokenizer, TokenizerError
 
 SETTINGS = {
     "tokenizer_class": "PreTrainedTokenizerFast",
@@ -158,6 +159,6 @@ def test_the_child_opens_no_file_and_needs_no_environment(load, monkeypatch):
 
 
 def test_the_child_knows_jinja_alone():
-    code = "import qwen_jax.template_probe, sys; print('jax' in sys.modules)"
+    code = "import qwen_jax.text.template_probe, sys; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

@@ -11,10 +11,11 @@ FORMATS = ("tokenizer.json", "tokenizer_config.json", "template")
 
 def fuzz(kind, seed, count, seconds):
     done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("fuzz.py")), kind, str(seed), str(count)],
+        [sys.executable, "-m", "support.fuzz", kind, str(seed), str(count)],
         capture_output=True,
         text=True,
         timeout=seconds,
+        cwd=Path(__file__).parents[1],
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -5,7 +5,7 @@ import json
 import pytest
 import transformers
 
-from qwen_jax.tokenizer import Tokenizer, TokenizerError
+from qwen_jax.text.tokenizer import Tokenizer, TokenizerError
 
 BOS, EOS = "<|endoftext|>", "<|im_end|>"
 TEXTS = ("a b", "", " x\n", "né 深圳 12", "the end.")

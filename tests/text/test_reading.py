@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from qwen_jax import reading, user_cache
-from qwen_jax.reading import FileError, parse_json, printable, read_bytes
+from qwen_jax.files import reading, user_cache
+from qwen_jax.files.reading import FileError, parse_json, printable, read_bytes
 
 
 @pytest.mark.parametrize(

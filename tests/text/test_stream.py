@@ -3,9 +3,9 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vocabularies import NOT_SPECIAL, SPECIAL
+from support.vocabularies import NOT_SPECIAL, SPECIAL
 
-from qwen_jax.tokenizer import Stream, TokenizerError
+from qwen_jax.text.tokenizer import Stream, TokenizerError
 
 TEXTS = [
     "plain words",

@@ -9,10 +9,10 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from vocabularies import NOT_SPECIAL, QWEN_TEMPLATE, SMOL_TEMPLATE, SPECIAL
+from support.vocabularies import NOT_SPECIAL, QWEN_TEMPLATE, SMOL_TEMPLATE, SPECIAL
 
-from qwen_jax import reading
-from qwen_jax.tokenizer import Tokenizer, TokenizerError
+from qwen_jax.files import reading
+from qwen_jax.text.tokenizer import Tokenizer, TokenizerError
 
 TEXTS = [
     "",

@@ -1,0 +1,1 @@
+"""Which backend, and which tile sizes, run an operation on a device."""

@@ -1,0 +1,377 @@
+"""The model on its device or mesh: weights, cache and the compiled steps."""
+
+import contextlib
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jaxtyping import Array, Bool, Float, Float32, Int
+
+from pallas_kernels.dispatch.backend import Backends, compiler_options
+from pallas_kernels.plan import SparsePlan
+from qwen_jax.config import ModelConfig
+from qwen_jax.distributed import sharding
+from qwen_jax.distributed.jax_settings import own_settings
+from qwen_jax.engine import sampler
+from qwen_jax.engine.inputs import DecodeSlots, Prefill, SampleStep, Tokens
+from qwen_jax.models import kv_cache, kv_transfer, rope
+from qwen_jax.models.qwen2 import DecodeStep, PrefillStep, Qwen2
+from qwen_jax.sparse.budgets import Budgets, Report
+from qwen_jax.sparse.recall import Grid, Survey
+
+Window = tuple[Float[Array, "L T K H"], Float[Array, "L T K H"]]
+"""Keys and values of consecutive tokens, outside the cache (`transfer`)."""
+
+
+class Runner:
+    """Runs steps one at a time, each with one host synchronisation.
+
+    The cache is donated to every step and comes back from it, so that there is
+    never a second one. Shapes depend on the slice and on the sizes given here,
+    never on a prompt, and so does the number of programs.
+
+    Args:
+        weights: parameter tree, on the device or mesh.
+        mesh: where the weights lie; None for one device.
+        table_len: pages of the longest sequence.
+        vocab_limit: ids from here on are never sampled.
+        backend: of each attention operation.
+        budgets: of sparse prefill; None where there is none.
+
+    Raises:
+        ValueError: if the weights are not those of this configuration.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights,
+        *,
+        mesh: Mesh | None = None,
+        num_pages: int,
+        page: int,
+        table_len: int,
+        max_seqs: int,
+        vocab_limit: int | None,
+        backend: Backends,
+        budgets: Budgets | None = None,
+    ):
+        dtype = jax.tree.leaves(weights)[0].dtype
+        # As a plain list, which costs less to hand over at every step than a module's state.
+        tensor = mesh.shape["tensor"] if mesh is not None else 1
+        self._weights, structure = flatten(sharding.padded(config, tensor), weights, dtype)
+        whole, of_cache, platform = _placements(weights, mesh)
+        self._whole, self._mesh = whole, mesh
+        empty = functools.partial(kv_cache.init, config, num_pages, page, dtype)
+        with own_settings():
+            # Where steps return them, or the second step of each kind would be compiled anew.
+            self._rotary, self._seen, self._budgets = sharding.put(
+                (
+                    rope.table(config, table_len * page),
+                    jnp.zeros((max_seqs, config.vocab_size), bool),
+                    budgets,
+                ),
+                whole,
+            )
+            self._cache = jax.jit(empty, out_shardings=of_cache)()
+        self._steps = Steps(structure, vocab_limit, backend)
+        made = programs(self._steps, whole, of_cache, platform)
+        self._programs = Programs(*(_on(mesh, program) for program in made))
+
+    @property
+    def num_compilations(self) -> int:
+        """Programs traced so far."""
+        return self._steps.num_traced
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all that steps overwrite is there: not if one failed, or was stopped, midway."""
+        state = self._cache, self._seen
+        if any(array.is_deleted() for array in jax.tree.leaves(state)):
+            return False
+        try:
+            jax.block_until_ready(state)
+        except jax.errors.JaxRuntimeError:
+            return False
+        return True
+
+    @property
+    def cache_dtype(self) -> np.dtype:
+        return self._cache.keys.dtype
+
+    def prefill(self, step: Prefill) -> Float32[Array, " V"]:
+        """Fill the cache with a slice; returns the logits of its last token, on the device."""
+        logits, self._cache = self._programs.prefill(self._weights, self._rotary, self._cache, step)
+        return logits
+
+    def prefill_sparse(self, step: Prefill) -> tuple[Float32[Array, " V"], Report]:
+        """As `prefill`, by the budgets; also says how, on the device."""
+        logits, self._cache, report = self._programs.prefill_sparse(
+            self._weights, self._rotary, self._cache, step, self._budgets
+        )
+        return logits, report
+
+    def sparse_plan(self, step: Prefill, layer: int, head: int) -> SparsePlan:
+        """How `prefill_sparse` reads a slice in one layer and head, on the device."""
+        listed, self._cache = self._programs.sparse_plan(
+            self._weights, self._rotary, self._cache, step, self._budgets, layer=layer
+        )
+        return jax.tree.map(lambda array: array[head : head + 1], listed)
+
+    def survey(self, step: Prefill, grid: Grid) -> Survey:
+        """Fill the cache with a slice, densely; returns what budgets would find of it."""
+        self._cache, surveyed = self._programs.survey(
+            self._weights, self._rotary, self._cache, step, grid=grid
+        )
+        return jax.device_get(surveyed)
+
+    def sample(self, logits: Float32[Array, " V"], choice: SampleStep) -> int:
+        """A token by what `prefill` returned, -1 if that is not finite."""
+        return int(jax.device_get(self._programs.sample(logits, self._seen, choice)))
+
+    def score(self, step: Prefill) -> Float32[np.ndarray, "T V"]:
+        """Fill the cache with a slice; returns the logits of each of its tokens."""
+        logits, self._cache = self._programs.score(self._weights, self._rotary, self._cache, step)
+        return jax.device_get(logits)[: int(step.length)]
+
+    def score_sparse(self, step: Prefill) -> tuple[Float[Array, "T D"], Report]:
+        """As `prefill_sparse`, with what `logits` takes of every token."""
+        hidden, self._cache, report = self._programs.score_sparse(
+            self._weights, self._rotary, self._cache, step, self._budgets
+        )
+        return hidden, report
+
+    def logits(
+        self, hidden: Float[Array, "T D"], start: int, rows: int
+    ) -> Float32[np.ndarray, "n V"]:
+        """Logits of the tokens of a slice from `start` on, at most `rows` of them."""
+        first = min(start, len(hidden) - rows)
+        found = self._programs.logits(self._weights, hidden, np.int32(first), rows=rows)
+        return jax.device_get(found)[start - first :]
+
+    def place(self, roster: DecodeSlots) -> DecodeSlots:
+        """The roster on the device, for as long as it does not change."""
+        return sharding.put(roster, self._whole)
+
+    def decode(self, roster: DecodeSlots, step: Tokens) -> Int[np.ndarray, " B"]:
+        """The token after the given one in every row, -1 if not finite."""
+        token, self._cache, self._seen = self._programs.decode(
+            self._weights, self._rotary, self._cache, self._seen, roster, step
+        )
+        return jax.device_get(token)
+
+    def extract_kv(self, page_table: Int[np.ndarray, " P"], start: int, size: int) -> Window:
+        """Keys and values of `size` tokens of a sequence, on the device (`transfer.extract_kv`)."""
+        return self._programs.extract_kv(self._cache, page_table, np.int32(start), size=size)
+
+    def insert_kv(
+        self, window: Window, page_table: Int[np.ndarray, " P"], start: int, length: int
+    ) -> None:
+        """Write what `extract_kv` gave, of which `length` tokens mean something."""
+        keys, values = window
+        self._cache = self._programs.insert_kv(
+            self._cache, keys, values, page_table, np.int32(start), np.int32(length)
+        )
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Make a page of the cache the same as another."""
+        self._cache = self._programs.copy_page(self._cache, np.int32(source), np.int32(target))
+
+    def window(self, size: int) -> jax.ShapeDtypeStruct:
+        """Shape, dtype and placement of the two arrays that `insert_kv` takes for `size` tokens."""
+        layers, heads, _, _, head_dim = self._cache.keys.shape
+        placed = self._whole if self._mesh is None else kv_transfer.placement(self._mesh, size)
+        shape = layers, size, heads, head_dim
+        return jax.ShapeDtypeStruct(shape, self._cache.keys.dtype, sharding=placed)
+
+    def set_seen_tokens(self, row: int, prompt: tuple[int, ...]) -> None:
+        """Say which tokens the repetition penalty of a row begins with."""
+        mask = np.zeros(self._seen.shape[1], bool)
+        mask[np.asarray(prompt)] = True
+        self._seen = self._programs.set_seen_tokens(self._seen, np.asarray(row, np.int32), mask)
+
+
+class Steps:
+    """The functions that are compiled.
+
+    Apart from the runner and without arrays: compiled functions refer to what
+    they were made of, and a circle through the cache would keep it alive after
+    its engine until the garbage collector comes by.
+    """
+
+    def __init__(self, structure, vocab_limit: int | None, backend: Backends):
+        self.num_traced = 0
+        self._graph, self._tree = structure
+        self._vocab_limit = vocab_limit
+        self._backend = backend
+
+    def prefill(self, weights, rotary, cache, step):
+        return self._model(weights).prefill(cache, _slice(step), rotary, backend=self._backend)
+
+    def prefill_sparse(self, weights, rotary, cache, step, budgets):
+        return self._model(weights).prefill_sparse(
+            cache, _slice(step), rotary, budgets, backend=self._backend
+        )
+
+    def sparse_plan(self, weights, rotary, cache, step, budgets, layer):
+        return self._model(weights).sparse_plan(
+            cache, _slice(step), rotary, budgets, layer, backend=self._backend
+        )
+
+    def survey(self, weights, rotary, cache, step, grid):
+        return self._model(weights).survey(cache, _slice(step), rotary, grid, backend=self._backend)
+
+    def sample(self, logits, seen, choice):
+        self.num_traced += 1
+        rows, seen = choice.sampling, seen[choice.row][None]
+        return sampler.sample(logits[None], rows, seen, vocab_limit=self._vocab_limit)[0]
+
+    def score(self, weights, rotary, cache, step):
+        return self._model(weights).score(cache, _slice(step), rotary, backend=self._backend)
+
+    def score_sparse(self, weights, rotary, cache, step, budgets):
+        return self._model(weights).score_sparse(
+            cache, _slice(step), rotary, budgets, backend=self._backend
+        )
+
+    def logits(self, weights, hidden, first, rows):
+        return self._model(weights).logits(jax.lax.dynamic_slice_in_dim(hidden, first, rows))
+
+    def decode(self, weights, rotary, cache, seen, roster, step):
+        tokens = DecodeStep(**step._asdict(), page_table=roster.page_table)
+        logits, cache = self._model(weights).decode(cache, tokens, rotary, backend=self._backend)
+        rows = roster.sampling._replace(position=step.positions + 1)
+        seen = _see(seen, step, rows)
+        token = sampler.sample(logits, rows, seen, vocab_limit=self._vocab_limit)
+        return token, cache, seen
+
+    def set_seen_tokens(self, seen, row, mask):
+        self.num_traced += 1
+        return seen.at[row].set(mask)
+
+    def extract_kv(self, cache, page_table, start, size):
+        self.num_traced += 1
+        return kv_transfer.extract_kv(cache, page_table, start, size=size)
+
+    def insert_kv(self, cache, keys, values, page_table, start, length):
+        self.num_traced += 1
+        return kv_transfer.insert_kv(cache, keys, values, page_table, start, length)
+
+    def copy_page(self, cache, source, target):
+        self.num_traced += 1
+        return kv_transfer.copy_page(cache, source, target)
+
+    def _model(self, weights) -> Qwen2:
+        # Runs when a step is traced, which is once for each program.
+        self.num_traced += 1
+        return nnx.merge(self._graph, jax.tree.unflatten(self._tree, weights))
+
+
+class Programs(NamedTuple):
+    """The functions of `Steps`, each jitted."""
+
+    prefill: Any
+    prefill_sparse: Any
+    sparse_plan: Any
+    survey: Any
+    sample: Any
+    score: Any
+    score_sparse: Any
+    logits: Any
+    decode: Any
+    set_seen_tokens: Any
+    extract_kv: Any
+    insert_kv: Any
+    copy_page: Any
+
+
+def programs(steps: Steps, whole: Sharding, of_cache: Sharding, platform: str) -> Programs:
+    """How steps are compiled: what they overwrite, and where their results lie.
+
+    Args:
+        whole: where small arrays lie, the same on all devices.
+    """
+
+    def jit(step, outputs, donated: tuple[str, ...] = ("cache",), static=None):
+        return jax.jit(
+            step,
+            donate_argnames=donated,
+            static_argnames=static,
+            out_shardings=outputs,
+            compiler_options=compiler_options(platform),
+        )
+
+    return Programs(
+        prefill=jit(steps.prefill, (whole, of_cache)),
+        prefill_sparse=jit(steps.prefill_sparse, (whole, of_cache, whole)),
+        sparse_plan=jit(steps.sparse_plan, (whole, of_cache), static="layer"),
+        survey=jit(steps.survey, (of_cache, whole), static="grid"),
+        sample=jit(steps.sample, whole, donated=()),
+        score=jit(steps.score, (whole, of_cache)),
+        score_sparse=jit(steps.score_sparse, (whole, of_cache, whole)),
+        logits=jit(steps.logits, whole, donated=(), static="rows"),
+        decode=jit(steps.decode, (whole, of_cache, whole), ("cache", "seen")),
+        set_seen_tokens=jit(steps.set_seen_tokens, whole, ("seen",)),
+        extract_kv=jit(steps.extract_kv, None, donated=(), static="size"),
+        insert_kv=jit(steps.insert_kv, of_cache),
+        copy_page=jit(steps.copy_page, of_cache),
+    )
+
+
+def _placements(weights, mesh: Mesh | None):
+    """Where small arrays lie, the cache, and on what platform."""
+    leaf = jax.tree.leaves(weights)[0]
+    (platform,) = {device.platform for device in leaf.devices()}
+    if mesh is None:
+        (device,) = leaf.devices()
+        return SingleDeviceSharding(device), SingleDeviceSharding(device), platform
+    of_cache = NamedSharding(mesh, sharding.RULES.spec(kv_cache.AXES))
+    return NamedSharding(mesh, PartitionSpec()), of_cache, platform
+
+
+def _on(mesh: Mesh | None, function):
+    """A function that is traced and called with a mesh in use, and with settings of its own."""
+
+    @functools.wraps(function)
+    def call(*args, **keywords):
+        with own_settings(), contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            return function(*args, **keywords)
+
+    return call
+
+
+def flatten(config: ModelConfig, weights, dtype):
+    """The parameters as a list, and the structure that makes a model of them again.
+
+    Raises:
+        ValueError: if the weights are not those of this configuration.
+    """
+    model = nnx.eval_shape(lambda: Qwen2(config, key=jax.random.key(0), dtype=dtype))
+    graph, state = nnx.split(model)
+    expected = jax.tree.map(lambda leaf: leaf.shape, nnx.to_pure_dict(state))
+    actual = jax.tree.map(lambda leaf: leaf.shape, weights)
+    if actual != expected:
+        raise ValueError(f"the weights have shapes {actual}, the configuration asks for {expected}")
+    nnx.replace_by_pure_dict(state, weights)
+    leaves, structure = jax.tree.flatten(state)
+    return leaves, (graph, structure)
+
+
+def _slice(step: Prefill) -> PrefillStep:
+    return PrefillStep(**step._asdict())
+
+
+def _see(seen: Bool[Array, "B V"], step: Tokens, rows: sampler.Rows) -> Bool[Array, "B V"]:
+    """Tokens that are now part of the sequences marked, in rows that penalise them."""
+
+    def see():
+        B = seen.shape[0]
+        # Rows that need no mark point out of range, where `drop` leaves them.
+        row = jnp.where(rows.penalty != 1, jnp.arange(B), B)
+        return seen.at[row, step.tokens].set(True, mode="drop")
+
+    return jax.lax.cond((rows.penalty != 1).any(), see, lambda: seen)

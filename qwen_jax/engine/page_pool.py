@@ -1,0 +1,122 @@
+"""Cache pages: their size, who holds which, and which content can be shared."""
+
+import collections
+from collections.abc import Hashable, Sequence
+
+from pallas_kernels.geometry import ChunkGeometry
+
+_MESH_PAGE = 4096  # tokens a page on a mesh, if its parts are not too small then
+
+
+def default_page(platform: str, geometry: ChunkGeometry | None, *, parts: int = 1) -> int:
+    """Tokens a page, so that no part of it straddles two chunks if their length allows it.
+
+    On accelerators a part is a multiple of 128 tokens, as kernels want.
+
+    Args:
+        parts: devices that hold a part of each page.
+    """
+    least = 64 if platform == "cpu" else 128
+    most = min(1024, max(_MESH_PAGE // parts, least))
+    if platform == "cpu":
+        if geometry is None:
+            return parts * min(most, 512)
+        return parts * (divisor(geometry.chunk_len, least=64, most=most) or min(most, 256))
+    most -= most % least
+    if geometry is None:
+        return parts * most
+    fitting = (part for part in range(most, 0, -least) if geometry.chunk_len % part == 0)
+    return parts * next(fitting, most)
+
+
+def divisor(length: int, *, least: int, most: int) -> int | None:
+    """The largest divisor of a length from `least` to `most`, or None."""
+    return next((d for d in range(most, least - 1, -1) if length % d == 0), None)
+
+
+class Pages:
+    """Reference counts of cache pages, and an index of full pages by content.
+
+    Page 0 is never handed out: padding writes there. A page is *used* while a
+    sequence holds it and *free* otherwise; a free page whose content is known
+    keeps it, and can be shared again, until its turn comes to be taken, the
+    least recently used first.
+
+    Content is a chain: a page is known by its tokens and the prefix_key of the page
+    before it, where links are never used twice. Equal links therefore mean
+    equal token ids from the start of the sequence, compared exactly, not by a
+    hash that may collide. The first prefix_key of a chain stands for everything else
+    that keys and values depend on, such as the attention temperature.
+    """
+
+    def __init__(self, num_pages: int):
+        self.total = num_pages - 1
+        self._holders = [0] * num_pages
+        self._blank = list(range(num_pages - 1, 0, -1))
+        self._known: collections.OrderedDict[int, None] = collections.OrderedDict()
+        self._pages: dict[tuple[Hashable, tuple[int, ...]], tuple[int, int]] = {}
+        self._keys: dict[int, tuple[Hashable, tuple[int, ...]]] = {}
+        self._num_links = 0
+
+    @property
+    def free(self) -> int:
+        """Pages that `take` can hand out."""
+        return len(self._blank) + len(self._known)
+
+    @property
+    def used(self) -> int:
+        """Pages that at least one sequence holds."""
+        return sum(holders > 0 for holders in self._holders)
+
+    def take(self, count: int) -> list[int]:
+        """Pages for one new holder; the content of known ones is forgotten.
+
+        Raises:
+            ValueError: if fewer than `count` are free.
+        """
+        if count > self.free:
+            raise ValueError(f"{count} pages asked for, {self.free} of {self.total} are free")
+        taken = []
+        for _ in range(count):
+            if self._blank:
+                page = self._blank.pop()
+            else:
+                page, _ = self._known.popitem(last=False)
+                del self._pages[self._keys.pop(page)]
+            self._holders[page] = 1
+            taken.append(page)
+        return taken
+
+    def give(self, pages: Sequence[int]) -> None:
+        """Let go of pages, in the order of their sequence.
+
+        The last ones are taken first, because only a whole beginning can be shared.
+        """
+        for page in reversed(pages):
+            self._holders[page] -= 1
+            if self._holders[page] == 0:
+                if page in self._keys:
+                    self._known[page] = None
+                else:
+                    self._blank.append(page)
+
+    def find(self, prefix_key: Hashable, tokens: tuple[int, ...]) -> tuple[int, int] | None:
+        """The page that continues `prefix_key` with `tokens`, and the prefix_key after it."""
+        return self._pages.get((prefix_key, tokens))
+
+    def share(self, page: int) -> None:
+        """Add a holder to a page that `find` returned."""
+        self._known.pop(page, None)
+        self._holders[page] += 1
+
+    def record(self, prefix_key: Hashable, tokens: tuple[int, ...], page: int) -> int:
+        """Make a held page known by its content; returns the prefix_key after it.
+
+        If another page already has this content, that one stays the known one.
+        """
+        key = (prefix_key, tokens)
+        if key not in self._pages:
+            self._num_links += 1
+            self._pages[key] = page, self._num_links
+            self._keys[page] = key
+        return self._pages[key][1]

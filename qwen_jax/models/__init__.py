@@ -1,0 +1,1 @@
+"""The model: parameters, layers, attention, and its key and value cache."""

@@ -1,0 +1,1 @@
+"""Memory, time and compiled programs of devices that need not be there."""

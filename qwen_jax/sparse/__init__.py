@@ -1,0 +1,1 @@
+"""Sparse prefill: budgets of every head, the recall that they reach, their calibration."""

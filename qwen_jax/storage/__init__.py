@@ -1,0 +1,1 @@
+"""Checkpoints, KV sessions and results on disk."""

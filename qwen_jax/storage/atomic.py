@@ -1,0 +1,153 @@
+"""Files that are there whole or not at all, and stay when the machine fails."""
+
+import contextlib
+import errno
+import os
+import re
+import secrets
+import stat
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from qwen_jax.files.reading import FileError, kind_of, shown
+
+_DESCRIPTORS = re.compile(r"/proc/\d+(/task/\d+)?/fd")
+
+
+def is_stream(path: Path) -> bool:
+    """Whether `write` writes through a name: a pipe, a device of characters, an open descriptor.
+
+    Descriptors are `/dev/stdout` and all others under `/proc`, whatever they are open on.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or _descriptor(path) is not None
+
+
+def _descriptor(path: Path) -> str | None:
+    """The last name of the links that lead to a descriptor of a process, such as `/proc/7/fd/1`."""
+    while path.is_symlink():
+        folder = os.path.realpath(path.parent)
+        if _DESCRIPTORS.fullmatch(folder):
+            return f"{folder}/{path.name}"
+        path = path.parent / os.readlink(path)
+    return None
+
+
+def prepare(path: Path, error: type[ValueError] = FileError, *, streams: bool = False) -> None:
+    """Refuses before the work what could not be written after it; makes the directories above.
+
+    Args:
+        error: raised instead of `FileError`.
+        streams: also allow what `is_stream`.
+
+    Raises:
+        FileError: if there is a directory, a pipe or a device of that name.
+        OSError: if a directory cannot be made or nothing can be written there.
+    """
+    if is_stream(path):
+        if not streams:
+            kind = kind_of(path.stat().st_mode)
+            what = "an open descriptor" if kind == "a regular file" else kind
+            raise error(f"{shown(path)} is {what}: name a file to write")
+        if not os.access(path, os.W_OK):
+            raise PermissionError(13, "it cannot be written", str(path))
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as found:
+        raise NotADirectoryError(20, "it is not a directory", found.filename) from None
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    if not stat.S_ISREG(mode):
+        raise error(f"{shown(path)} is {kind_of(mode)}: name a file to write")
+    place = path if path.exists() else path.parent
+    if not os.access(place, os.W_OK):
+        raise PermissionError(13, "it cannot be written", str(place))
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """Puts a file in place of what was there; it is on the disk when this returns.
+
+    It is written beside it first, as `NAME.partial`, or under a name with eight more hexadecimal
+    digits if that exists. What `is_stream` is written through, and never replaced.
+
+    Raises:
+        OSError: if it cannot be written; what was there stays.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    if is_stream(path):
+        _write_through(path, data)
+        return
+    partial = path.with_name(f"{path.name}.partial")
+    if os.path.lexists(partial):
+        partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}.partial")
+    with naming(path):
+        file = partial.open("xb")  # not removed if another process has made it
+        try:
+            with file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise
+    sync(path.parent)
+
+
+def _write_through(path: Path, data: bytes) -> None:
+    """Writes into a pipe, a device or an open descriptor; waits for whoever reads it."""
+    folder, _, number = (_descriptor(path) or "").rpartition("/")
+    own = folder == os.path.realpath("/proc/self/fd")
+    with naming(path):
+        if own and sys.stdout is not None:
+            sys.stdout.flush()  # what was printed before comes first
+        # A file opened anew would be written from its beginning.
+        descriptor = os.dup(int(number)) if own else os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        with open(descriptor, "wb") as file:
+            file.write(data)
+
+
+def check_ours(path: Path, is_ours: Callable[[Path], bool]) -> None:
+    """Refuses to replace a file that this program did not write; what `is_stream` never is.
+
+    Args:
+        is_ours: whether a regular file carries what this program marks such files with.
+
+    Raises:
+        FileExistsError: naming it and the way out.
+        OSError: if it cannot be read.
+    """
+    if is_stream(path):
+        return
+    if os.path.lexists(path) and not (path.is_file() and is_ours(path)):
+        problem = "exists and was not written by this command: name another file, or remove it"
+        raise FileExistsError(errno.EEXIST, problem, str(path))
+
+
+def sync(path: Path) -> None:
+    """Flushes a file, or the entries of a directory, to the disk."""
+    with naming(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives an OSError the name of the file that it is about, which those of open files lack."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise

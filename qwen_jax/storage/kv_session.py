@@ -1,0 +1,668 @@
+"""Sessions: prompts that were prefilled once, kept on disk with their keys and values.
+
+A session is a directory:
+
+    session.json     what must be there, with checksums (see `Session`)
+    tokens           the prompt, four bytes an id, little-endian
+    window_000000    Orbax checkpoints of keys and values [layers, tokens, kv_heads, head_dim]
+    window_000001    of consecutive tokens, in order of their positions, without pages or
+    ...              shards, so that any mesh can take them
+    lock             held by the process that writes
+
+Windows are added one by one, each to be found in session.json once it is whole on disk; a
+stopped prefill goes on after the last of them. Several processes write and read one directory,
+which all of them must see; process 0 alone writes session.json.
+
+Nothing in a session is trusted: sizes are compared with the model's before anything is
+allocated, and content with its checksums before it is used.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qwen_jax.config import ConfigError
+from qwen_jax.distributed import multihost
+from qwen_jax.files.reading import JSON_BYTES, read_bytes, reason, shown
+from qwen_jax.storage import atomic, manifest
+from qwen_jax.storage.manifest import DTYPES, CheckpointError, File, file_sums
+
+FORMAT = "qwen-jax session 1"
+_MANIFEST, _TOKENS, _LOCK = "session.json", "tokens", "lock"
+_WINDOW = re.compile(r"window_\d{6}")
+_INSIDE = re.compile(r"window_\d{6}(/[\w.-]+)+")
+_PARTIAL = re.compile(rf"({_MANIFEST}|{_TOKENS})(\.[0-9a-f]{{8}})?\.partial")
+_OURS = re.compile(
+    rf"{_MANIFEST}|{_TOKENS}|{_LOCK}|{_PARTIAL.pattern}|{_WINDOW.pattern}(\.orbax-[\w.-]+)?"
+)
+_MOST_TOKENS = 1 << 28
+_READERS = 8  # threads that compute checksums
+_FIGURES = {"density", "recall", "least_recall", "pairs", "tokens"}
+_AGAIN = "prefill again with --overwrite"
+
+
+class SessionError(ConfigError):
+    """A session that cannot be used or written; the text names it and the way out."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """Keys and values of the tokens from `start` to `stop`.
+
+    Attributes:
+        size: tokens in the arrays, padding included.
+        files: by path in the session.
+    """
+
+    name: str
+    start: int
+    stop: int
+    size: int
+    files: dict[str, File]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files.values())
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What the keys and values of a prompt depend on.
+
+    Attributes:
+        weights: fingerprint of the model's weights.
+        tokenizer: fingerprint of the files that made tokens of the text.
+        settings: of attention and of sparse prefill, by name.
+        dtype: of keys and values.
+        shape: layers, kv_heads and head_dim.
+        num_tokens: of the prompt.
+        tokens_sha256: of the file with its ids.
+        is_chat: whether the prompt ends inside the turn of a user, where a question goes.
+    """
+
+    weights: str
+    tokenizer: str
+    settings: dict[str, Any]
+    dtype: str
+    shape: tuple[int, int, int]
+    num_tokens: int
+    tokens_sha256: str
+    is_chat: bool
+
+    def difference(self, other: "Identity") -> str | None:
+        """The first thing that differs, in words with both values; None if all is equal."""
+        words = {"weights": "weights", "tokenizer": "tokenizer files", "dtype": "dtype"}
+        for name, text in words.items():
+            if getattr(self, name) != getattr(other, name):
+                return f"{text}: {getattr(self, name)} there, {getattr(other, name)} here"
+        for name in {**self.settings, **other.settings}:
+            there, here = self.settings.get(name), other.settings.get(name)
+            if there != here:
+                return f"{name}: {_shown(there)} there, {_shown(here)} here"
+        if self.shape != other.shape:
+            return f"layers, kv_heads and head_dim: {self.shape} there, {other.shape} here"
+        if (self.num_tokens, self.tokens_sha256) != (other.num_tokens, other.tokens_sha256):
+            return f"the prompt: {self.num_tokens:,} tokens there, {other.num_tokens:,} here"
+        if self.is_chat != other.is_chat:
+            return "a prompt of raw text and one of a chat"
+        return None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """What a session holds.
+
+    Attributes:
+        versions: of this package and of the libraries that wrote the files.
+        documents: names of the files that the prompt holds, with their tokens.
+        sparse: figures of sparse prefill so far (`engine.request.Sparseness`); None if dense.
+        windows: in order; together the tokens that were saved.
+    """
+
+    versions: dict[str, str]
+    identity: Identity
+    documents: tuple[tuple[str, int], ...]
+    sparse: dict[str, float] | None
+    windows: tuple[Window, ...]
+
+    @property
+    def saved(self) -> int:
+        """Tokens on disk."""
+        return self.windows[-1].stop if self.windows else 0
+
+    @property
+    def is_complete(self) -> bool:
+        return self.saved == self.identity.num_tokens
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all windows."""
+        return sum(window.num_bytes for window in self.windows)
+
+    def encode(self) -> bytes:
+        """The content of session.json, which carries its own checksum."""
+        return manifest.seal(FORMAT, dataclasses.asdict(self))
+
+    @property
+    def sha256(self) -> str:
+        """Checksum of session.json, and so of all that it lists."""
+        return hashlib.sha256(self.encode()).hexdigest()
+
+
+def read(directory: Path) -> Session:
+    """What a session says that it holds, whose parts fit each other.
+
+    Raises:
+        SessionError: if there is none, or it is damaged or of another format.
+    """
+    path = directory / _MANIFEST
+    if _is_missing(path):
+        raise SessionError(
+            f"{shown(directory)} is not a KV session, it has no {_MANIFEST}: make one with "
+            "`qwen-jax prefill --out`"
+        )
+    content = _read(path, limit=JSON_BYTES)
+    try:
+        return manifest.unseal(path, content, FORMAT, _decoded, _AGAIN)
+    except CheckpointError as error:
+        raise SessionError(str(error)) from None
+
+
+def _decoded(body: dict[str, Any]) -> Session:
+    """A session of what `Session.encode` wrote.
+
+    Raises:
+        ValueError: if it holds what we never write; other errors if it is still stranger.
+    """
+    identity = {**body["identity"], "shape": tuple(body["identity"]["shape"])}
+    windows = (
+        Window(**{**row, "files": {name: File(**file) for name, file in row["files"].items()}})
+        for row in body["windows"]
+    )
+    found = Session(
+        **{
+            **body,
+            "identity": Identity(**identity),
+            "documents": tuple((name, count) for name, count in body["documents"]),
+            "windows": tuple(windows),
+        }
+    )
+    if not _is_sound(found):
+        raise ValueError("what is in the session does not fit together")
+    return found
+
+
+def read_tokens(directory: Path, session: Session) -> tuple[int, ...]:
+    """The prompt of a session.
+
+    Raises:
+        SessionError: if the file is missing or damaged.
+    """
+    path = directory / _TOKENS
+    data = _read(path, limit=4 * _MOST_TOKENS)
+    if hashlib.sha256(data).hexdigest() != session.identity.tokens_sha256:
+        raise SessionError(
+            f"{shown(path)} is damaged: its SHA-256 is not that of {_MANIFEST}; {_AGAIN}"
+        )
+    return tuple(np.frombuffer(data, "<i4").tolist())
+
+
+def encode_tokens(tokens: tuple[int, ...]) -> bytes:
+    """The content of the file of tokens."""
+    return np.asarray(tokens, "<i4").tobytes()
+
+
+def check(
+    directory: Path,
+    session: Session,
+    *,
+    share: bool = True,
+    on_bytes: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Compare every file of the windows with its size and checksum.
+
+    Args:
+        share: several processes share the files between them.
+        on_bytes: told of bytes that were read, from several threads.
+
+    Raises:
+        SessionError: naming the first file that differs, is missing or is too many.
+    """
+    listed = {name: file for window in session.windows for name, file in window.files.items()}
+    for window in session.windows:
+        folder = directory / window.name
+        for path in (folder, *sorted(folder.rglob("*"))):
+            if path.is_symlink():
+                raise SessionError(
+                    f"{shown(path)} is a link, a session holds its files itself: {_AGAIN}"
+                )
+            named = path.relative_to(directory).as_posix() in listed
+            if not named and path.exists() and not path.is_dir():
+                raise SessionError(f"{shown(path)} is not in {_MANIFEST}: remove it")
+    for name, file in listed.items():
+        path = directory / name
+        size = path.stat().st_size if path.is_file() else None
+        if size is None:
+            raise SessionError(f"{path} is missing or not a file: {_AGAIN}")
+        if size != file.size:
+            raise SessionError(f"{path} has {size} bytes instead of {file.size}: {_AGAIN}")
+
+    def compare(name: str) -> None:
+        path = directory / name
+        try:
+            same = file_sums(path, on_bytes) == listed[name]
+        except OSError as error:
+            raise SessionError(f"{shown(path)} cannot be read: {reason(error)}") from None
+        if not same:
+            raise SessionError(
+                f"{shown(path)} is damaged: its SHA-256 is not that of {_MANIFEST}; {_AGAIN}"
+            )
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        for _ in pool.map(compare, multihost.local_share(sorted(listed)) if share else listed):
+            pass
+    if share:
+        multihost.await_all()
+
+
+def check_arrays(directory: Path, session: Session) -> None:
+    """Finds the arrays of every window in its files; no number is read.
+
+    Raises:
+        SessionError: naming the first window whose arrays cannot be found, or are others.
+    """
+    import jax
+
+    from qwen_jax.storage import orbax_io
+
+    layers, heads, head_dim = session.identity.shape
+    for window in session.windows:
+        shape = layers, window.size, heads, head_dim
+        array = jax.ShapeDtypeStruct(shape, DTYPES[session.identity.dtype])
+        with _sentences():
+            orbax_io.check((directory / window.name).absolute(), {"keys": array, "values": array})
+
+
+def stamp(directory: Path, session: Session) -> tuple[tuple[int, ...] | None, ...]:
+    """What changes when one of a session's files is written or replaced: compare two."""
+    found = []
+    for name in (_MANIFEST, _TOKENS, *(name for each in session.windows for name in each.files)):
+        try:
+            status = (directory / name).stat()
+            found.append((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+        except OSError:
+            found.append(None)
+    return tuple(found)
+
+
+def load(directory: Path, session: Session, window: Window, target):
+    """Keys and values of a window, on the devices.
+
+    Args:
+        target: their shape, dtype and placement (`engine.Engine.window`).
+
+    Raises:
+        SessionError: if the files cannot be read, or hold other arrays.
+    """
+    import jax
+
+    from qwen_jax.storage import orbax_io
+
+    layers, heads, head_dim = session.identity.shape
+    shape = layers, window.size, heads, head_dim
+    dtype = DTYPES[session.identity.dtype]
+    if target.shape != shape or target.dtype != dtype:
+        raise SessionError(
+            f"{directory / window.name} holds {dtype}{shape}, "
+            f"the model takes {target.dtype}{target.shape}"
+        )
+    abstract = jax.ShapeDtypeStruct(shape, dtype, sharding=target.sharding)
+    folder = (directory / window.name).absolute()
+    with _sentences():
+        found = orbax_io.load(folder, {"keys": abstract, "values": abstract})
+    return found["keys"], found["values"]
+
+
+class Writer:
+    """A session that is being written, by one job at a time.
+
+    Args:
+        directory: an empty one, one to be made, or a session of the same prompt.
+        overwrite: delete another session that is there, or a damaged one.
+
+    Attributes:
+        session: what is on disk.
+
+    Raises:
+        SessionError: if something else is there, or another job writes it.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        identity: Identity,
+        tokens: tuple[int, ...],
+        *,
+        documents: tuple[tuple[str, int], ...],
+        versions: Mapping[str, str],
+        overwrite: bool = False,
+    ):
+        self.directory = directory
+        self._lock: int | None = None
+        blank = Session(
+            versions=dict(versions),
+            identity=identity,
+            documents=documents,
+            sparse=None,
+            windows=(),
+        )
+        self.session = blank
+
+        def begin() -> str:
+            """What tells others whether they see the same session."""
+            from qwen_jax.storage import orbax_io
+
+            with _writing(directory), _sentences():
+                orbax_io.check_path(directory)
+                self._refuse_foreign()
+                directory.mkdir(parents=True, exist_ok=True)
+                self._take_lock()
+                there = self._there(identity, overwrite)
+                if there is None:
+                    self._write(blank)  # first: what is there belongs to nothing any more
+                    self._drop_rest()
+                    atomic.write(directory / _TOKENS, encode_tokens(tokens))
+                else:
+                    self.session = there
+                    self._drop_rest()
+            return self.session.sha256
+
+        try:
+            digest = multihost.broadcast_json(begin)
+            if not multihost.is_first():
+                self.session = self._seen(digest)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def close(self) -> None:
+        """Lets other jobs have the session; harmless if done already."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def add(self, stop: int, keys, values, sparse: Mapping[str, float] | None = None) -> None:
+        """Puts the tokens up to `stop` on disk.
+
+        Args:
+            keys: [layers, tokens, kv_heads, head_dim], those after the last window, padded.
+            values: likewise.
+            sparse: figures of sparse prefill so far.
+
+        Raises:
+            SessionError: if the disk is full or fails; windows before it stay.
+        """
+        from qwen_jax.storage import orbax_io
+
+        before = self.session
+        name = f"window_{len(before.windows):06d}"
+        folder = self.directory.absolute() / name
+        try:
+            orbax_io.save(folder, {"keys": keys, "values": values})
+            files = multihost.broadcast_json(lambda: _sums(self.directory, folder))
+            window = Window(
+                name=name,
+                start=before.saved,
+                stop=stop,
+                size=keys.shape[1],
+                files={path: File(**file) for path, file in files.items()},
+            )
+            self.session = dataclasses.replace(
+                before,
+                sparse=None if sparse is None else dict(sparse),
+                windows=(*before.windows, window),
+            )
+            if multihost.is_first():
+                with _writing(self.directory):
+                    self._write(self.session)
+        except (CheckpointError, SessionError) as error:
+            self.session = before
+            raise SessionError(
+                f"{error}; {before.saved:,} tokens are saved, the same command goes on there"
+            ) from None
+
+    def _take_lock(self) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._lock = os.open(self.directory / _LOCK, flags, 0o666)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SessionError(
+                f"{self.directory} is being written by another run: wait for it or name another "
+                "directory"
+            ) from None
+
+    def _refuse_foreign(self) -> None:
+        """Refuses a directory that holds something else, which nothing would delete."""
+        if not self.directory.exists():
+            return
+        names = sorted(path.name for path in self.directory.iterdir() if path.name != _LOCK)
+        foreign = [name for name in names if not _OURS.fullmatch(name)]
+        if not foreign and not self._is_session():
+            foreign = [name for name in names if not _PARTIAL.fullmatch(name)]
+        foreign = foreign or list(map(str, self._foreign_in_windows()))
+        if foreign:
+            raise SessionError(
+                f"{shown(self.directory)} holds {shown(foreign[0])}, which is no part of a KV "
+                "session: name a directory of its own"
+            )
+
+    def _foreign_in_windows(self) -> Iterator[Path]:
+        """Files in the windows that no window has, from the session on."""
+        from qwen_jax.storage import orbax_io
+
+        for window in sorted(self.directory.glob("window_*")):
+            if window.is_symlink():
+                continue  # of which the link alone is removed
+            if not window.is_dir():
+                yield window.relative_to(self.directory)
+            for path in sorted(window.rglob("*")):
+                if not path.is_dir() and not orbax_io.wrote(path.relative_to(window).as_posix()):
+                    yield path.relative_to(self.directory)
+
+    def _is_session(self) -> bool:
+        """Whether there is a manifest of ours, be it damaged."""
+        if not _is_missing(self.directory / _MANIFEST):
+            return b'"format": "qwen-jax session' in _read(
+                self.directory / _MANIFEST, limit=JSON_BYTES
+            )
+        return False
+
+    def _there(self, identity: Identity, overwrite: bool) -> Session | None:
+        """The session to continue; None to begin one."""
+        if not self._is_session():
+            return None
+        try:
+            there = read(self.directory)
+            different = there.identity.difference(identity)
+            if different is not None:
+                raise SessionError(
+                    f"{self.directory} holds another session ({different}): name another "
+                    "directory or --overwrite it"
+                )
+            if there.windows:
+                read_tokens(self.directory, there)
+                check(self.directory, there, share=False)
+        except SessionError:
+            if overwrite:
+                return None
+            raise
+        return there if there.windows else None
+
+    def _drop_rest(self) -> None:
+        """Removes what a killed run has left of a window."""
+        kept = {_MANIFEST, _TOKENS, _LOCK, *(window.name for window in self.session.windows)}
+        for path in self.directory.iterdir():
+            if path.name not in kept:
+                _remove(path)
+
+    def _seen(self, digest: str) -> Session:
+        """The session as another process than the first one sees it."""
+        found = None
+        with contextlib.suppress(SessionError):
+            found = read(self.directory)
+        if found is None or found.sha256 != digest:
+            raise SessionError(_not_shared(self.directory))
+        return found
+
+    def _write(self, session: Session) -> None:
+        atomic.write(self.directory / _MANIFEST, session.encode())
+
+
+@contextlib.contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    """Turns what the disk complains about into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        path = shown(error.filename or directory)
+        raise SessionError(f"{path} cannot be written: {reason(error)}") from None
+
+
+@contextlib.contextmanager
+def _sentences() -> Iterator[None]:
+    """Turns what the store complains about into a complaint about a session."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise SessionError(str(error)) from None
+
+
+def check_shared(directory: Path, session: Session) -> None:
+    """Refuses a session that is not the same for all processes of a job.
+
+    Raises:
+        SessionError: in the processes that see another one than the first.
+    """
+    if multihost.broadcast_json(lambda: session.sha256) != session.sha256:
+        raise SessionError(_not_shared(directory))
+
+
+def _not_shared(directory: Path) -> str:
+    return (
+        f"{directory} is not the same directory for all processes: name one on a file system "
+        "that they share"
+    )
+
+
+def _is_sound(session: Session) -> bool:
+    """Whether all is of the kinds, and numbers that decide about memory and paths such as we write.
+
+    A session can come from a stranger, who can compute checksums too.
+    """
+    identity, at = session.identity, 0
+    numbers = (*identity.shape, identity.num_tokens)
+    if len(identity.shape) != 3 or not all(_is_count(number) for number in numbers):
+        return False
+    texts = (identity.weights, identity.tokenizer, identity.tokens_sha256)
+    if not all(type(text) is str for text in (*texts, *session.versions.values())):
+        return False
+    if identity.dtype not in DTYPES or type(identity.is_chat) is not bool:
+        return False
+    for name, count in session.documents:
+        if type(name) is not str or type(count) is not int:
+            return False
+    if session.sparse is not None:
+        figures = session.sparse.values()
+        if session.sparse.keys() != _FIGURES or not all(map(_is_number, figures)):
+            return False
+    if not _are_settings(identity.settings):
+        return False
+    for index, window in enumerate(session.windows):
+        if window.name != f"window_{index:06d}" or not window.files:
+            return False
+        if type(window.start) is not int or window.start != at:
+            return False
+        if not all(_is_count(number) for number in (window.stop, window.size)):
+            return False
+        spans = window.start < window.stop <= identity.num_tokens
+        if not spans or window.stop - window.start > window.size:
+            return False
+        for name, file in window.files.items():
+            inside = _INSIDE.fullmatch(name) and name.startswith(f"{window.name}/")
+            if not inside or ".." in name.split("/") or type(file.size) is not int:
+                return False
+        at = window.stop
+    return True
+
+
+def _is_count(number: Any) -> bool:
+    return type(number) is int and 0 < number <= _MOST_TOKENS
+
+
+def _is_number(figure: Any) -> bool:
+    return type(figure) in (int, float) and -1e18 < figure < 1e18
+
+
+def _are_settings(settings: dict[str, Any]) -> bool:
+    """Whether settings can be shown, which are only compared otherwise."""
+    sizes, original = settings["dca"], settings["dca_original"]
+    if sizes is not None and not (len(sizes) == 2 and all(_is_count(size) for size in sizes)):
+        return False
+    return type(original) is int and isinstance(settings["sparse"], dict | None)
+
+
+def _sums(directory: Path, folder: Path) -> dict[str, dict[str, Any]]:
+    """Checksums of a window's files, which are flushed to the disk."""
+    from qwen_jax.storage import orbax_io
+
+    with _writing(directory):
+        files = orbax_io.flush(folder, folder.parent)
+    return {name: dataclasses.asdict(file) for name, file in files.items()}
+
+
+def _read(path: Path, *, limit: int) -> bytes:
+    """The content of a file of a session, which is no link to somewhere else."""
+    if path.is_symlink():
+        raise SessionError(f"{shown(path)} is a link, not a regular file: remove it")
+    return read_bytes(path, limit=limit, error=SessionError)
+
+
+def _is_missing(path: Path) -> bool:
+    """Whether there is nothing of this name, or no such directory."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else json.dumps(value)

@@ -1,0 +1,1 @@
+"""Models, oracles, children and damage that tests share."""
