@@ -83,7 +83,7 @@ def check_csv(path: Path) -> None:
         OSError: if nothing can be written there.
     """
     atomic.prepare(path, streams=True)
-    atomic.check_ours(path, _is_ours)
+    atomic.check_ours(path, _is_ours, streams=True)
 
 
 def write_csv(panels: Panels, path: Path) -> None:
@@ -104,4 +104,4 @@ def write_csv(panels: Panels, path: Path) -> None:
                 value = float(shown.values[row, column])
                 cell = "" if math.isnan(value) else value
                 writer.writerow([shown.title, "" if key is None else key, other, cell])
-    atomic.write(path, file.getvalue())
+    atomic.write(path, file.getvalue(), streams=True)

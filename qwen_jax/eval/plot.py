@@ -193,7 +193,7 @@ def check_picture(path: Path) -> Any:
             "--out needs matplotlib: pip install -e '.[plot]' in a checkout of qwen-jax"
         ) from None
     atomic.prepare(path, streams=True)
-    atomic.check_ours(path, _is_ours)
+    atomic.check_ours(path, _is_ours, streams=True)
     return figure
 
 
@@ -203,7 +203,7 @@ def _save(figure: Any, path: Path) -> None:
         # A name in letters that the font lacks is drawn as boxes; the figures are what counts.
         warnings.filterwarnings("ignore", r"Glyph \d+", UserWarning)
         figure.savefig(picture, format="png", facecolor="white", metadata={"Software": _SOFTWARE})
-    atomic.write(path, picture.getvalue())
+    atomic.write(path, picture.getvalue(), streams=True)
 
 
 def _is_ours(path: Path) -> bool:

@@ -71,17 +71,20 @@ def prepare(path: Path, error: type[ValueError] = FileError, *, streams: bool = 
         raise PermissionError(13, "it cannot be written", str(place))
 
 
-def write(path: Path, content: str | bytes) -> None:
+def write(path: Path, content: str | bytes, *, streams: bool = False) -> None:
     """Puts a file in place of what was there; it is on the disk when this returns.
 
     It is written beside it first, as `NAME.partial`, or under a name with eight more hexadecimal
-    digits if that exists. What `is_stream` is written through, and never replaced.
+    digits if that exists.
+
+    Args:
+        streams: write through what `is_stream`, and replace it never; else it is replaced.
 
     Raises:
         OSError: if it cannot be written; what was there stays.
     """
     data = content.encode() if isinstance(content, str) else content
-    if is_stream(path):
+    if streams and is_stream(path):
         _write_through(path, data)
         return
     partial = path.with_name(f"{path.name}.partial")
@@ -115,17 +118,18 @@ def _write_through(path: Path, data: bytes) -> None:
             file.write(data)
 
 
-def check_ours(path: Path, is_ours: Callable[[Path], bool]) -> None:
-    """Refuses to replace a file that this program did not write; what `is_stream` never is.
+def check_ours(path: Path, is_ours: Callable[[Path], bool], *, streams: bool = False) -> None:
+    """Refuses to replace a file that this program did not write.
 
     Args:
         is_ours: whether a regular file carries what this program marks such files with.
+        streams: allow what `is_stream`, which is never replaced.
 
     Raises:
         FileExistsError: naming it and the way out.
         OSError: if it cannot be read.
     """
-    if is_stream(path):
+    if streams and is_stream(path):
         return
     if os.path.lexists(path) and not (path.is_file() and is_ours(path)):
         problem = "exists and was not written by this command: name another file, or remove it"

@@ -155,7 +155,7 @@ EARLY = {
     "picture of another kind": ("--out x.jpg", "must end in .png"),
     "picture where nothing can be": ("--out IDS/x.png", "IDS: it is not a directory"),
     "picture over another file": ("--out mine.png", "exists and was not written by this command"),
-    "layer": ("--layer 1 --out x.jpg", "--layer 1 must be from 0 to 0"),
+    "layer": ("--layer 1 --out x.png", "--layer 1 must be from 0 to 0"),
     "negative layer": ("--layer -1 --out x.jpg", "--layer -1 must be at least 0"),
     "head": ("--head 4", "--head 4 must be from 0 to 3"),
 }
