@@ -14,11 +14,11 @@ import typer.main
 
 from pallas_kernels.dispatch.backend import Unsupported
 from qwen_jax.cli import command, flags
-from qwen_jax.cli.documents import DocumentError
 from qwen_jax.config import ConfigError
 from qwen_jax.distributed import multihost, verbosity
 from qwen_jax.engine.request import EngineError, RequestError
 from qwen_jax.files.reading import FileError, printable, reason, shown
+from qwen_jax.llm.documents import DocumentError
 from qwen_jax.planner import devices
 from qwen_jax.storage.manifest import CheckpointError
 from qwen_jax.text.tokenizer import TokenizerError

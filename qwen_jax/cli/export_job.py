@@ -7,12 +7,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from qwen_jax.cli.flags import ModelFlags, Within, expand, note, open_model, option
+from qwen_jax.cli.flags import ModelFlags, expand, note, option
 from qwen_jax.cli.plan import DeviceMemory, Topology, examine
 from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.config import ConfigError
 from qwen_jax.files.reading import shown
 from qwen_jax.jobs.job import DASHBOARD, Job, write
+from qwen_jax.llm.model import open_model
+from qwen_jax.llm.options import Within
 from qwen_jax.planner import devices
 
 

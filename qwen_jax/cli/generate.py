@@ -5,24 +5,17 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-from qwen_jax.cli import sessions
 from qwen_jax.cli import tokens as token_file
 from qwen_jax.cli.answer import answer, write
-from qwen_jax.cli.documents import read_text
-from qwen_jax.cli.flags import (
-    AnswerFlags,
-    Json,
-    ModelArgument,
-    ModelFlags,
-    note,
-    open_model,
-    option,
-)
+from qwen_jax.cli.flags import AnswerFlags, Json, Kv, ModelArgument, ModelFlags, note, option
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
 from qwen_jax.config import ConfigError
 from qwen_jax.distributed import multihost
 from qwen_jax.engine.request import Request
+from qwen_jax.llm import sessions
+from qwen_jax.llm.documents import read_text
+from qwen_jax.llm.model import open_model
 from qwen_jax.text.tokenizer import Stream
 
 
@@ -37,7 +30,7 @@ def generate(
     tokens: Annotated[
         Path | None, option("A file of token ids: a JSON list, or integers between white space.")
     ] = None,
-    kv: sessions.Kv = None,
+    kv: Kv = None,
     ignore_eos: Annotated[bool, option("Do not end at end tokens.", "--ignore-eos")] = False,
     json_output: Json = False,
 ):
@@ -93,7 +86,7 @@ def generate(
         window=kept.window if kept else 0,
     )
     if kept is not None:
-        kept.restore(engine)
+        kept.restore(engine, note)
     done = answer(
         engine,
         request,
@@ -104,16 +97,16 @@ def generate(
         print(
             json.dumps(
                 {
-                    "token_ids": done.tokens,
+                    "token_ids": done.token_ids,
                     "text": done.text,
-                    "finish": done.finish,
+                    "finish": done.finish_reason,
                     "timings": done.timings.as_dict(),
                     "sparse": done.sparse and dataclasses.asdict(done.sparse),
                 }
             )
         )
     else:
-        print(*(done.tokens if tokenizer is None else ()))
+        print(*(done.token_ids if tokenizer is None else ()))
         note(done.summary)
-    if done.finish == "cancelled":
+    if done.finish_reason == "cancelled":
         raise KeyboardInterrupt

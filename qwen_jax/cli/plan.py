@@ -12,19 +12,12 @@ import typer
 
 from convert.terminal import show
 from qwen_jax.cli import quantities
-from qwen_jax.cli.flags import (
-    Json,
-    Model,
-    ModelFlags,
-    Within,
-    not_one_of,
-    note,
-    open_model,
-    option,
-)
+from qwen_jax.cli.flags import Json, ModelFlags, not_one_of, note, option
 from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.config import ConfigError, ModelConfig
 from qwen_jax.files import compile_cache
+from qwen_jax.llm.model import Model, open_model
+from qwen_jax.llm.options import Within
 from qwen_jax.models import presets
 from qwen_jax.planner import devices
 
@@ -171,7 +164,7 @@ def examine(
     chosen = sharding.default_mesh(config, topology.count)
     shape = chosen if mesh is None else sharding.parse(mesh)
     sharding.check(config, shape, topology.count)
-    slices = None if opened.flags.slice is None else (opened.flags.slice,)
+    slices = None if opened.options.slice is None else (opened.options.slice,)
 
     def load_of(tokens: int) -> budget.Workload:
         engine = layout.EngineConfig(
