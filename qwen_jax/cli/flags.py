@@ -39,7 +39,7 @@ ModelArgument = Annotated[
     Path,
     typer.Argument(
         metavar="MODEL",
-        help="A converted checkpoint or a Hugging Face directory.",
+        help="A converted checkpoint, a Hugging Face directory, or a hub id that is downloaded.",
         show_default=False,
     ),
 ]
@@ -566,12 +566,13 @@ def open_model(directory: Path, flags: ModelFlags) -> Model:
         FileNotFoundError, NotADirectoryError: if there is no such directory.
         ConfigError: if a file or a flag cannot be used, or flags contradict each other.
     """
-    if not os.path.exists(directory):
-        raise FileNotFoundError(2, "there is no such model; give a local directory", str(directory))
-    if not os.path.isdir(directory):
-        hub.checkpoint(directory)
-        raise NotADirectoryError(20, "is a file; give the directory that holds it", str(directory))
     directory = hub.checkpoint(directory)
+    if not os.path.exists(directory):
+        raise FileNotFoundError(
+            2, "there is no such model; give a local directory or a hub id", str(directory)
+        )
+    if not os.path.isdir(directory):
+        raise NotADirectoryError(20, "is a file; give the directory that holds it", str(directory))
     check_numbers(flags)
     config = _with_dual_chunk(model_config(directory), flags)
     for sentence in notes(directory):
