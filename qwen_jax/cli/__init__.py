@@ -32,6 +32,11 @@ VERBS = {
         "export",
         "Write a converted checkpoint as the Hugging Face directory it came from.",
     ),
+    "download": (
+        "download",
+        "download",
+        "Fetch a model from a Hugging Face hub into the local cache.",
+    ),
     "inspect": (
         "inspect",
         "inspect",
@@ -199,8 +204,8 @@ def _root(
 ):
     """Run Qwen2.5 models over long texts, up to a million tokens.
 
-    Every MODEL is a local directory: a checkpoint made by `convert`, or one in
-    Hugging Face format as it is.
+    Every MODEL is a local directory, a checkpoint made by `convert` or one in Hugging Face
+    format as it is, or the hub id of one that `download` fetched.
 
     Examples:
         qwen-jax convert ~/Qwen2.5-7B-Instruct-1M ckpt/7b-1m

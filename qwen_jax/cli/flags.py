@@ -24,7 +24,7 @@ ModelArgument = Annotated[
     Path,
     typer.Argument(
         metavar="MODEL",
-        help="A converted checkpoint or a Hugging Face directory.",
+        help="A converted checkpoint, a Hugging Face directory, or a hub id that is downloaded.",
         show_default=False,
     ),
 ]
@@ -207,13 +207,13 @@ def expand(verb: Callable) -> Callable:
                 default=field.default,
                 annotation=_in_section(field, parameter.annotation),
             )
-            for field in dataclasses.fields(parameter.annotation)
+            for field in _flags_of(parameter.annotation)
         )
 
     @functools.wraps(verb)
     def expanded(**given):
         for name, group in groups.items():
-            fields = [field.name for field in dataclasses.fields(group)]
+            fields = [field.name for field in _flags_of(group)]
             given[name] = group(**{field: given.pop(field) for field in fields})
         return verb(**given)
 
@@ -221,6 +221,12 @@ def expand(verb: Callable) -> Callable:
     setattr(expanded, "__signature__", inspect.Signature(parameters))  # noqa: B010
     expanded.__annotations__ = {each.name: each.annotation for each in parameters}
     return expanded
+
+
+def _flags_of(flags: Any) -> list[dataclasses.Field]:
+    """Fields of a class that are flags: those with a help text, where there is a table of them."""
+    helps = getattr(flags, "helps", None)
+    return [each for each in dataclasses.fields(flags) if helps is None or each.name in helps]
 
 
 def _in_section(field: dataclasses.Field, flags: Any) -> Any:

@@ -7,7 +7,15 @@ from collections.abc import Callable, Container, Iterable
 from typing import Protocol, runtime_checkable
 
 from qwen_jax.engine import interrupts
-from qwen_jax.engine.request import Event, Finish, Request, RequestError, Serving, Sparseness
+from qwen_jax.engine.request import (
+    Event,
+    Finish,
+    Request,
+    RequestError,
+    Serving,
+    Sparseness,
+    TokenLogprobs,
+)
 from qwen_jax.text.tokenizer import Stream
 
 
@@ -65,6 +73,7 @@ class Answer:
         text: what the tokens say, up to a stop string; None without a tokenizer.
         finish_reason: "stop" at an end token or stop string, "length" at the limit,
             "cancelled" by its user.
+        logprobs: of each of `token_ids`; None where the request asked for none.
         sparse: how the prompt was prefilled sparsely; None for densely.
     """
 
@@ -72,6 +81,7 @@ class Answer:
     text: str | None
     finish_reason: Finish
     timings: Timings
+    logprobs: tuple[TokenLogprobs, ...] | None = None
     sparse: Sparseness | None = None
 
     @property
@@ -117,6 +127,7 @@ class Pending:
         self.finish: Finish | None = None
         self._stream, self._clock = stream, clock
         self._tokens: list[int] = []
+        self._logprobs: list[TokenLogprobs] = []
         self._parts: list[str] = []
         self._num_read = 0  # parts that `text` gave
         self._computed = 0
@@ -144,6 +155,7 @@ class Pending:
         if event.tokens and not self.is_stopped:
             self._last_at = self._clock()
             self._tokens.extend(event.tokens)
+            self._logprobs.extend(event.logprobs)
             if self._stream is not None:
                 self._parts.append(self._stream.push(event.tokens))
         if event.finish is not None:
@@ -178,6 +190,7 @@ class Pending:
                 ttft_s=self._first_at - self._start_at,
                 decode_s=max(self._last_at - self._first_at, 0.0),
             ),
+            logprobs=None if self.request.logprobs is None else tuple(self._logprobs),
             sparse=self._sparse,
         )
 

@@ -16,7 +16,7 @@ from jaxtyping import Float32
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.data_parallel import Replicas
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.request import EngineError, Request, RequestError
+from qwen_jax.engine.request import EngineError, Request, RequestError, check_ids
 from qwen_jax.llm import documents, options, sessions
 from qwen_jax.llm.answer import Answer, Pending, Server
 from qwen_jax.llm.model import Model, open_model
@@ -49,6 +49,8 @@ class AnswerArguments(TypedDict, total=False):
         repetition_penalty: above 1 makes tokens that were seen less likely.
         seed: of the random choices; 0.
         stop: texts before which an answer ends.
+        logprobs: likeliest tokens, from 0 to 20, whose log-probabilities are given beside that of
+            each token of the answer; None for none.
         ignore_eos: do not end at end tokens.
     """
 
@@ -61,6 +63,7 @@ class AnswerArguments(TypedDict, total=False):
     repetition_penalty: float | None
     seed: int
     stop: str | Sequence[str] | None
+    logprobs: int | None
     ignore_eos: bool
 
 
@@ -271,7 +274,8 @@ class Front:
             tokenizer = self.tokenizer
             encode = tokenizer.encode_text if held else tokenizer.encode_prompt
             return (*held, *encode(prompt))
-        return (*held, *token_ids(name, prompt, self._opened.config.vocab_size))
+        ids = tuple(prompt) if isinstance(prompt, list) else prompt
+        return (*held, *check_ids(name, ids, self._opened.config.vocab_size))
 
     def _maker(
         self, arguments: AnswerArguments
@@ -293,7 +297,11 @@ class Front:
             except RequestError as error:
                 raise RequestError(f"{name}: {error}") from None
             request = Request(
-                prompt=ids, max_new_tokens=answer.max_new_tokens, sampling=sampling, eos_ids=ends
+                prompt=ids,
+                max_new_tokens=answer.max_new_tokens,
+                sampling=sampling,
+                eos_ids=ends,
+                logprobs=answer.logprobs,
             )
             return Call(request, Stream(self._tokenizer, stop=stops) if self._tokenizer else None)
 
@@ -668,27 +676,6 @@ def is_prompt(prompts: object) -> bool:
     if not isinstance(prompts, Sequence):
         raise ConfigError(f"prompts must be texts or token ids, got {type(prompts).__name__}")
     return bool(prompts) and isinstance(prompts[0], int | np.integer)
-
-
-def token_ids(name: str, ids: Ids, vocab_size: int) -> tuple[int, ...]:
-    """Token ids of one prompt as Python integers.
-
-    Raises:
-        RequestError: naming the prompt, if it has none, or holds what is no token id.
-    """
-    found = ids.tolist() if isinstance(ids, np.ndarray) else ids
-    if not isinstance(found, list | tuple) or not found:
-        raise RequestError(f"{name} must be a text or at least one token id, got {found!r:.60}")
-    made = []
-    for index, each in enumerate(found):
-        is_id = isinstance(each, int | np.integer) and not isinstance(each, bool)
-        if not is_id or not 0 <= each < vocab_size:
-            raise RequestError(
-                f"{name}[{index}]={each!r:.60} is not a token id: "
-                f"ids are integers from 0 to {vocab_size - 1}"
-            )
-        made.append(int(each))
-    return tuple(made)
 
 
 def _path(path: Path_) -> Path:

@@ -259,12 +259,13 @@ def open_model(directory: Path, options: ModelOptions) -> Model:
         FileNotFoundError, NotADirectoryError: if there is no such directory.
         ConfigError: if a file or an option cannot be used, or options contradict each other.
     """
-    if not os.path.exists(directory):
-        raise FileNotFoundError(2, "there is no such model; give a local directory", str(directory))
-    if not os.path.isdir(directory):
-        hub.checkpoint(directory)
-        raise NotADirectoryError(20, "is a file; give the directory that holds it", str(directory))
     directory = hub.checkpoint(directory)
+    if not os.path.exists(directory):
+        raise FileNotFoundError(
+            2, "there is no such model; give a local directory or a hub id", str(directory)
+        )
+    if not os.path.isdir(directory):
+        raise NotADirectoryError(20, "is a file; give the directory that holds it", str(directory))
     checks.check(options)
     config = _with_dual_chunk(model_config(directory), options)
     for sentence in notes(directory):

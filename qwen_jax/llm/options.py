@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, cast
 
 from qwen_jax.config import ConfigError, GenerationConfig
 from qwen_jax.distributed.verbosity import Level
-from qwen_jax.engine.request import LIMITS, Sampling
+from qwen_jax.engine.request import LIMITS, MOST_LOGPROBS, Sampling
 from qwen_jax.files import reading
 from qwen_jax.text.tokenizer import TokenizerError, check_stop
 
@@ -107,6 +107,7 @@ class AnswerOptions(Options):
     repetition_penalty: Annotated[float | None, Within(*LIMITS["repetition_penalty"])] = None
     seed: Annotated[int, Within(*LIMITS["seed"])] = 0
     stop: list[str] | None = None
+    logprobs: Annotated[int | None, Within(0, MOST_LOGPROBS)] = None
 
     def sampling(self, defaults: GenerationConfig) -> Sampling:
         """How tokens are chosen: these options over the checkpoint's defaults.

@@ -111,7 +111,7 @@ def test_published_models_have_no_weights(run, monkeypatch):
     for both in ((), (".", "--config", "7b-1m")):
         code, _, err = run("bench", "decode", *both)
         assert code == 2
-        assert "give MODEL, a directory, or --config NAME, and not both" in err
+        assert "give MODEL, a directory or a name, or --config NAME, and not both" in err
 
 
 @pytest.mark.parametrize(("sparse", "decode"), [(False, False), (True, False), (True, True)])
