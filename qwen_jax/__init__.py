@@ -1,3 +1,34 @@
 """Qwen2.5-1M inference in JAX."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qwen_jax.engine.engine import Engine
+    from qwen_jax.engine.layout import EngineConfig
+    from qwen_jax.engine.request import Request, Sampling
+    from qwen_jax.llm.async_llm import AsyncLLM
+    from qwen_jax.llm.llm import LLM
+
 __version__ = "0.1.0"
+__all__ = ["LLM", "AsyncLLM", "Engine", "EngineConfig", "Request", "Sampling", "__version__"]
+
+_HOMES = {
+    "LLM": "llm.llm",
+    "AsyncLLM": "llm.async_llm",
+    "Engine": "engine.engine",
+    "EngineConfig": "engine.layout",
+    "Request": "engine.request",
+    "Sampling": "engine.request",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for, and jax with it, not before."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -13,12 +13,14 @@ import demo_model
 from rich.console import Console
 from rich.table import Table
 
-from qwen_jax.cli.answer import Answer, answer, write
-from qwen_jax.cli.flags import Model, ModelFlags, open_model
+from qwen_jax.cli.answer import answer, write
+from qwen_jax.cli.flags import ModelFlags
 from qwen_jax.engine.request import Request
 from qwen_jax.eval.catalog import KINDS
 from qwen_jax.eval.material import Material
 from qwen_jax.eval.tasks import Cell
+from qwen_jax.llm.answer import Answer
+from qwen_jax.llm.model import Model, open_model
 from qwen_jax.text.tokenizer import Stream
 
 BUDGETS = Path(__file__).parents[1] / "docs" / "demo" / "sparse_attention_config.json"

@@ -12,8 +12,9 @@ import demo_long
 import demo_model
 import jax
 
-from qwen_jax.cli.flags import ModelFlags, open_model
+from qwen_jax.cli.flags import ModelFlags
 from qwen_jax.cli.placement import ONE
+from qwen_jax.llm.model import open_model
 
 CELL = dataclasses.replace(demo_long.CELL, length=12_288)
 MESH = "seq=8"

@@ -14,11 +14,11 @@ import typer.main
 
 from pallas_kernels.dispatch.backend import Unsupported
 from qwen_jax.cli import command, flags
-from qwen_jax.cli.documents import DocumentError
 from qwen_jax.config import ConfigError
 from qwen_jax.distributed import multihost, verbosity
 from qwen_jax.engine.request import EngineError, RequestError
 from qwen_jax.files.reading import FileError, printable, reason, shown
+from qwen_jax.llm.documents import DocumentError
 from qwen_jax.planner import devices
 from qwen_jax.storage.manifest import CheckpointError
 from qwen_jax.text.tokenizer import TokenizerError
@@ -31,6 +31,11 @@ VERBS = {
         "convert",
         "export",
         "Write a converted checkpoint as the Hugging Face directory it came from.",
+    ),
+    "download": (
+        "download",
+        "download",
+        "Fetch a model from a Hugging Face hub into the local cache.",
     ),
     "inspect": (
         "inspect",
@@ -199,8 +204,8 @@ def _root(
 ):
     """Run Qwen2.5 models over long texts, up to a million tokens.
 
-    Every MODEL is a local directory: a checkpoint made by `convert`, or one in
-    Hugging Face format as it is.
+    Every MODEL is a local directory, a checkpoint made by `convert` or one in Hugging Face
+    format as it is, or the hub id of one that `download` fetched.
 
     Examples:
         qwen-jax convert ~/Qwen2.5-7B-Instruct-1M ckpt/7b-1m

@@ -1,7 +1,6 @@
 """The loop behind ask, chat and generate: prefill with progress, then text as it comes."""
 
 import contextlib
-import dataclasses
 import signal
 import sys
 import time
@@ -15,95 +14,12 @@ from rich.text import Text
 from qwen_jax.cli.console import console
 from qwen_jax.cli.flags import note, says
 from qwen_jax.distributed import multihost
-from qwen_jax.engine.request import Finish, Request, RequestError, Serving, Sparseness
+from qwen_jax.engine.request import Request
+from qwen_jax.llm.answer import Answer, Engine, Server
 from qwen_jax.text.tokenizer import Stream
 
 LINE_S = 10.0
 """Seconds between two lines of progress where there is no terminal."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Timings:
-    """What an answer took.
-
-    Attributes:
-        prompt_tokens: length of the prompt.
-        computed_tokens: those of them that were not in the cache already.
-        new_tokens: length of the answer.
-        ttft_s: seconds from the request to its first token, compilation included.
-        decode_s: seconds from the first token to the last.
-    """
-
-    prompt_tokens: int
-    computed_tokens: int
-    new_tokens: int
-    ttft_s: float
-    decode_s: float
-
-    @property
-    def prefill_tokens_per_s(self) -> float:
-        """Prompt tokens computed in a second until the first token."""
-        return self.computed_tokens / self.ttft_s if self.ttft_s else 0.0
-
-    @property
-    def decode_tokens_per_s(self) -> float:
-        """Tokens in a second after the first one."""
-        return (self.new_tokens - 1) / self.decode_s if self.decode_s else 0.0
-
-    def as_dict(self) -> dict[str, int | float]:
-        """All of it, for JSON."""
-        return dataclasses.asdict(self) | {
-            "prefill_tokens_per_s": self.prefill_tokens_per_s,
-            "decode_tokens_per_s": self.decode_tokens_per_s,
-        }
-
-    def __str__(self) -> str:
-        shared = self.prompt_tokens - self.computed_tokens
-        return (
-            f"{self.prompt_tokens:,} prompt tokens"
-            f"{f' ({shared:,} from the cache)' if shared else ''}, "
-            f"first token after {self.ttft_s:.2f} s, "
-            f"prefill {self.prefill_tokens_per_s:,.1f} tokens/s; "
-            f"{self.new_tokens:,} new tokens, decode {self.decode_tokens_per_s:,.1f} tokens/s"
-        )
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """An answer that has ended.
-
-    Attributes:
-        text: what the tokens say, up to a stop string; None without a tokenizer.
-        finish: "stop" at an end token or stop string, "length" at the limit,
-            "cancelled" by Ctrl-C.
-        sparse: how the prompt was prefilled sparsely; None for densely.
-    """
-
-    tokens: tuple[int, ...]
-    text: str | None
-    finish: Finish
-    timings: Timings
-    sparse: Sparseness | None = None
-
-    @property
-    def summary(self) -> str:
-        """What the answer took, and how its prompt was read."""
-        if self.sparse is None:
-            return f"{self.timings}; dense prefill"
-        return (
-            f"{self.timings}; sparse prefill: {self.sparse.density:.1%} of the attention computed, "
-            f"recall {self.sparse.recall:.3f} ({self.sparse.least_recall:.3f} in the worst head)"
-        )
-
-
-@runtime_checkable
-class Engine(Serving, Protocol):
-    """What the loop needs of `qwen_jax.engine.engine.Engine`."""
-
-    @property
-    def num_prefilled(self) -> int:
-        """Prompt tokens computed so far; shared pages do not count."""
-        ...
 
 
 @runtime_checkable
@@ -141,49 +57,20 @@ def answer(
         RequestError: if the request does not fit, or the engine fails on it.
     """
     progress = progress or prefill_progress(len(request.prompt))
-    tokens: list[int] = []
-    parts: list[str] = []
-    finish, first_at, last_at, sparse = None, None, 0.0, None
-    computed_before = engine.num_prefilled
+    server = Server(engine, clock=clock)
     with contextlib.closing(progress), interrupts() as interrupted:
-        start_at = clock()
-        number = engine.add(request)
+        pending = server.add(request, stream)
         progress.update(0)
-        while finish is None:
-            if interrupted() or (stream is not None and stream.stopped):
-                engine.cancel(number)
-            for event in engine.step():
-                if event.error is not None:
-                    raise RequestError(event.error)
-                finish, sparse = event.finish, event.sparse
-                progress.update(event.prefilled)
-                if first_at is None and (event.tokens or finish):
-                    first_at = clock()
-                    progress.close()
-                if event.tokens and not (stream is not None and stream.stopped):
-                    last_at = clock()
-                    tokens.extend(event.tokens)
-                    if stream is not None:
-                        parts.append(stream.push(event.tokens))
-                        write(parts[-1])
-    if stream is not None:
-        finish = "stop" if stream.stopped else finish
-        parts.append(stream.finish())
-        write(parts[-1])
-    first_at = clock() if first_at is None else first_at
-    return Answer(
-        tokens=tuple(tokens),
-        text=None if stream is None else "".join(parts),
-        finish=finish,
-        timings=Timings(
-            prompt_tokens=len(request.prompt),
-            computed_tokens=engine.num_prefilled - computed_before,
-            new_tokens=len(tokens),
-            ttft_s=first_at - start_at,
-            decode_s=max(last_at - first_at, 0.0),
-        ),
-        sparse=sparse,
-    )
+        while pending.finish is None:
+            if interrupted():
+                server.cancel(pending)
+            server.step()
+            progress.update(pending.prefilled)
+            if pending.has_begun:
+                progress.close()
+            if text := pending.text():
+                write(text)
+    return pending.answer()
 
 
 def write(text: str) -> None:

@@ -1,27 +1,35 @@
 """ask: answer a question about text files."""
 
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.cells import cell_len
 
-from qwen_jax.cli import documents, sessions
 from qwen_jax.cli.answer import answer, write
+from qwen_jax.cli.console import console, shorten
 from qwen_jax.cli.flags import (
     AnswerFlags,
+    Kv,
     ModelArgument,
     ModelFlags,
     System,
     note,
-    open_model,
     option,
+    refuse_text,
+    says,
+    spelled,
 )
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
 from qwen_jax.config import ConfigError
 from qwen_jax.distributed import multihost
 from qwen_jax.engine.request import Request
+from qwen_jax.files.reading import shown
+from qwen_jax.llm import documents, sessions
+from qwen_jax.llm.model import open_model
 from qwen_jax.text.tokenizer import Stream, Tokenizer
 
 Files = Annotated[
@@ -52,7 +60,7 @@ def ask(
     file: Files = None,
     exclude: Exclude = None,
     system: System = None,
-    kv: sessions.Kv = None,
+    kv: Kv = None,
 ):
     """Answer a question about text files.
 
@@ -78,9 +86,7 @@ def ask(
     tokenizer.check_chatml()
     kept = None
     if kv is not None:
-        sessions.refuse_text(
-            {"--file": file or None, "--exclude": exclude or None, "--system": system}
-        )
+        refuse_text({"--file": file or None, "--exclude": exclude or None, "--system": system})
         kept = sessions.open_kept(opened, kv, chat=True)
 
     def read() -> tuple[list[tuple[str, int]], list[int]]:
@@ -103,7 +109,7 @@ def ask(
         eos_ids=opened.end_ids(tokenizer, chat=True),
     )
     if rows:
-        documents.print_table(rows, len(ids), opened.max_len)
+        print_table(rows, len(ids), opened.max_len)
     opened.check_fits(len(ids), request.max_new_tokens)
     engine = opened.engine(
         len(ids) + request.max_new_tokens,
@@ -112,11 +118,11 @@ def ask(
         window=kept.window if kept else 0,
     )
     if kept is not None:
-        kept.restore(engine)
+        kept.restore(engine, note)
     done = answer(engine, request, stream=Stream(tokenizer, stop=stops), write=write)
     print()
     note(done.summary)
-    if done.finish == "cancelled":
+    if done.finish_reason == "cancelled":
         raise KeyboardInterrupt
 
 
@@ -128,5 +134,19 @@ def read_files(
     Raises:
         DocumentError: if a named path holds no text or cannot be read.
     """
-    found = documents.read(paths, skipped=note, exclude=exclude)
+    found = documents.read(paths, skipped=note, exclude=exclude, spell=spelled)
     return {document: len(tokenizer.encode_text(document.text)) for document in found}
+
+
+def print_table(rows: Sequence[tuple[str, int]], total: int, limit: int) -> None:
+    """A table of tokens on stderr: per file, together, and what fits."""
+    if not says():
+        return
+    sums = [("with the question and the chat template", total), ("fits, with the answer", limit)]
+    counts = ["tokens", *(f"{count:,}" for _, count in [*rows, *sums])]
+    digits = max(map(len, counts))
+    room = console(stderr=True).width - digits - 2
+    names = ["file", *(shorten(shown(name), room) for name, _ in rows), *(text for text, _ in sums)]
+    width = min(room, max(map(cell_len, names)))
+    for name, count in zip(names, counts, strict=True):
+        print(f"{name}{' ' * (width - cell_len(name))}  {count:>{digits}}", file=sys.stderr)

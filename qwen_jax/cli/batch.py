@@ -22,25 +22,17 @@ from qwen_jax.batch.lines import Input
 from qwen_jax.batch.openai_schema import Defaults, ParsedLine, Reader
 from qwen_jax.batch.results import Results
 from qwen_jax.batch.run import Item, Totals
-from qwen_jax.cli import sessions
 from qwen_jax.cli.answer import LINE_S, interrupts
 from qwen_jax.cli.console import console
-from qwen_jax.cli.flags import (
-    AnswerFlags,
-    Model,
-    ModelArgument,
-    ModelFlags,
-    Within,
-    note,
-    open_model,
-    option,
-    says,
-)
+from qwen_jax.cli.flags import AnswerFlags, Kv, ModelArgument, ModelFlags, note, option, says
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
 from qwen_jax.config import ConfigError
 from qwen_jax.distributed import multihost
 from qwen_jax.files.reading import shown
+from qwen_jax.llm import sessions
+from qwen_jax.llm.model import Model, open_model
+from qwen_jax.llm.options import Within
 from qwen_jax.storage import atomic
 
 
@@ -75,7 +67,7 @@ def batch(
     dry_run: Annotated[
         bool, option("Say what the lines come to and whether it fits; run nothing.", "--dry-run")
     ] = False,
-    kv: sessions.Kv = None,
+    kv: Kv = None,
     topology: Annotated[
         str | None,
         option("Devices that --dry-run plans for, as in `plan`; the CPU.", metavar="KIND:SIZE"),
@@ -228,9 +220,9 @@ def _plan(
     if topology is None:
         if devices.found()[0].platform != "cpu":
             raise ConfigError("--dry-run plans for the CPU unless --topology says for what devices")
-        mesh = opened.flags.mesh
+        mesh = opened.options.mesh
         topology = f"cpu:{1 if mesh is None else sharding.parse(mesh).size}"
-    flags = opened.flags
+    flags = opened.options
     held = len(reader.prefix)
     found = plan.examine(
         opened,
@@ -299,7 +291,7 @@ def _answer(
                 window=kept.window if kept else 0,
             )
             if kept is not None:
-                kept.restore(engine)
+                kept.restore(engine, note)
             with _shown(total, there) as on_step:
                 done = batches.run(
                     engine,
@@ -328,14 +320,14 @@ def _answer(
 
 def _settings(opened: Model, reader: Reader, kept: sessions.Kept | None) -> dict[str, Any]:
     """What the results depend on, beside the lines."""
-    flags, defaults = opened.flags, reader.defaults
+    flags, defaults = opened.options, reader.defaults
     session = {} if kept is None else {"kv": kept.session.identity.tokens_sha256[:16]}
     return {
         **session,
         **opened.settings(),
         "model": _fingerprint(opened.directory),
         "dtype": opened.precision()[0],
-        "kernels": flags.backend or "auto",
+        "kernels": flags.kernels or "auto",
         "slice": flags.slice or "auto",
         "max_len": opened.max_len,
         "max_new_tokens": defaults.max_new_tokens,
@@ -349,7 +341,7 @@ def _fingerprint(directory: Path) -> str:
     files = sessions.tokenizer_fingerprint(
         directory, (*sessions.TOKENIZER_FILES, "generation_config.json")
     )
-    both = sessions.weights_fingerprint(directory) + files
+    both = sessions.weights_fingerprint(directory, note) + files
     return hashlib.sha256(both.encode()).hexdigest()[:16]
 
 

@@ -12,11 +12,13 @@ from rich.table import Table
 
 from qwen_jax.cli import quantities
 from qwen_jax.cli.console import console
-from qwen_jax.cli.flags import Json, ModelArgument, ModelFlags, Reads, Within, open_model
+from qwen_jax.cli.flags import Json, ModelArgument, ModelFlags, Reads
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
 from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.engine.request import Request
+from qwen_jax.llm.model import open_model
+from qwen_jax.llm.options import Within
 
 
 @expand_on_hosts

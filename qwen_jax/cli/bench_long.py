@@ -13,15 +13,19 @@ import numpy as np
 import typer
 from rich.table import Table
 
-from qwen_jax.cli.answer import Answer, answer
+from qwen_jax.cli.answer import answer
 from qwen_jax.cli.console import console
-from qwen_jax.cli.flags import Json, Model, ModelFlags, Within, note, option
+from qwen_jax.cli.flags import Json, ModelFlags, note, option
 from qwen_jax.cli.on_hosts import expand_on_hosts
-from qwen_jax.cli.plan import OptionalModel, PublishedModel, opened_or_published
+from qwen_jax.cli.plan import OptionalModel, PublishedModel, opened_or_published, published
 from qwen_jax.cli.profile import profiled
 from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Request
+from qwen_jax.llm.answer import Answer
+from qwen_jax.llm.model import Model
+from qwen_jax.llm.options import Within
+from qwen_jax.models import presets
 from qwen_jax.planner import devices
 
 _Random = Annotated[
@@ -185,7 +189,7 @@ def _runs(engine, opened: Model, tokens: int, new_tokens: int, repeats: int) -> 
     def run(length: int, new: int) -> Answer:
         prompt = tuple(rng.integers(0, opened.config.vocab_size, length).tolist())
         done = answer(engine, Request(prompt=prompt, max_new_tokens=new), write=lambda text: None)
-        if done.finish == "cancelled":
+        if done.finish_reason == "cancelled":
             raise KeyboardInterrupt
         return done
 
@@ -228,11 +232,14 @@ def _opened(
     Raises:
         ConfigError: if there is none, or more than one, or it has no weights.
     """
+    preset = published(model, config)
+    if preset is not None and not random:
+        name = f"--config {config}" if model is None else str(model)
+        raise ConfigError(
+            f"{name} has no weights here: add --random-weights, give MODEL, or fetch it with: "
+            f"qwen-jax download {presets.HUB_IDS[f'{preset}-1m']}"
+        )
     with opened_or_published(model, config, flags) as opened:
-        if config is not None and not random:
-            raise ConfigError(
-                f"--config {config} has no weights: add --random-weights, or give MODEL"
-            )
         yield opened
 
 

@@ -13,24 +13,17 @@ import jax
 import numpy as np
 import typer
 
-from qwen_jax.cli import documents, quantities
+from qwen_jax.cli import quantities
 from qwen_jax.cli.answer import LINE_S
-from qwen_jax.cli.flags import (
-    Model,
-    ModelArgument,
-    ModelFlags,
-    Reads,
-    Within,
-    expand,
-    note,
-    open_model,
-    option,
-)
+from qwen_jax.cli.flags import ModelArgument, ModelFlags, Reads, expand, note, option, spelled
 from qwen_jax.cli.placement import one_device
 from qwen_jax.config import ConfigError, last_q
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.scheduler import default_slices
 from qwen_jax.files import reading
+from qwen_jax.llm import documents
+from qwen_jax.llm.model import Model, open_model
+from qwen_jax.llm.options import Within
 from qwen_jax.sparse import calibrate as calibration
 from qwen_jax.sparse.budgets import tiles_on
 from qwen_jax.sparse.recall import Grid
@@ -156,7 +149,7 @@ class _Surveyor:
             ConfigError: if they are fewer than the longest text.
             DocumentError: if a named path holds no text.
         """
-        found = documents.read(paths, skipped=note)
+        found = documents.read(paths, skipped=note, spell=spelled)
         text = "\n\n".join(each.text for each in found)
         ids = tuple(self._opened.tokenizer().encode_prompt(text))
         if len(ids) < self._sizes[-1]:
@@ -175,7 +168,7 @@ class _Surveyor:
                 **dataclasses.replace(self._opened, sparse=None).settings(),
                 "config": repr(self._opened.config),
                 "dtype": self._opened.precision()[0],
-                "kernels": self._opened.flags.backend or "auto",
+                "kernels": self._opened.options.kernels or "auto",
                 "data": hashlib.sha256(np.asarray(ids, np.int32).tobytes()).hexdigest(),
                 "grid": repr(self._grid),
                 "slices": self._slices,
@@ -244,8 +237,8 @@ def _sha256(path: Path) -> str | None:
 
 def _slices(opened: Model) -> tuple[int, ...]:
     """Those of a sparse prefill, since the last queries of a slice choose for all of it."""
-    if opened.flags.slice is not None:
-        return (opened.flags.slice,)
+    if opened.options.slice is not None:
+        return (opened.options.slice,)
     return default_slices(jax.default_backend(), opened.config.dual_chunk, sparse=True)
 
 

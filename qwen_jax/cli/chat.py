@@ -8,22 +8,26 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from qwen_jax.cli import documents, placement, sessions
-from qwen_jax.cli.answer import Answer, Engine, answer, write
-from qwen_jax.cli.ask import read_files
-from qwen_jax.cli.documents import Document, DocumentError
+from qwen_jax.cli import placement
+from qwen_jax.cli.answer import answer, write
+from qwen_jax.cli.ask import print_table, read_files
 from qwen_jax.cli.flags import (
     AnswerFlags,
+    Kv,
     ModelArgument,
     ModelFlags,
     System,
     expand,
     note,
-    open_model,
+    refuse_text,
 )
 from qwen_jax.cli.profile import profiled
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Request, RequestError, Sampling
+from qwen_jax.llm import documents, sessions
+from qwen_jax.llm.answer import Answer, Engine
+from qwen_jax.llm.documents import Document, DocumentError
+from qwen_jax.llm.model import open_model
 from qwen_jax.text.tokenizer import Stream, Tokenizer, TokenizerError
 
 _LEN = 32768
@@ -48,7 +52,7 @@ def chat(
     model_flags: ModelFlags,
     answer_flags: AnswerFlags,
     system: System = None,
-    kv: sessions.Kv = None,
+    kv: Kv = None,
 ):
     """Talk to a model.
 
@@ -71,7 +75,7 @@ def chat(
     tokenizer.check_chatml()
     kept = None
     if kv is not None:
-        sessions.refuse_text({"--system": system})
+        refuse_text({"--system": system})
         kept = sessions.open_kept(opened, kv, chat=True)
     opening = list(kept.tokens) if kept else tokenizer.open_chat(system)
     held = len(kept.tokens) if kept else 0
@@ -80,7 +84,7 @@ def chat(
     window = kept.window if kept else 0
     engine = opened.engine(room, vocab_limit=tokenizer.size, prefix_tokens=held, window=window)
     if kept is not None:
-        kept.restore(engine)
+        kept.restore(engine, note)
     Conversation(
         engine=engine,
         tokenizer=tokenizer,
@@ -185,12 +189,12 @@ class Conversation:
         self._keep(prompt, request, done)
 
     def _keep(self, prompt: tuple[int, ...], request: Request, done: Answer) -> None:
-        if done.finish == "cancelled" and not done.tokens:
+        if done.finish_reason == "cancelled" and not done.token_ids:
             note("stopped before the first word: your message is not in the conversation")
             return
-        if done.finish == "length":
+        if done.finish_reason == "length":
             note(f"the answer was cut off after {request.max_new_tokens:,} tokens")
-        self._ids = [*prompt, *done.tokens, *self._tokenizer.close_turn()]
+        self._ids = [*prompt, *done.token_ids, *self._tokenizer.close_turn()]
         self._files = []
 
     def _attach(self, argument: str) -> None:
@@ -202,7 +206,7 @@ class Conversation:
         self._files += found
         rows = [(document.name, count) for document, count in found.items()]
         total = len(self._ids) + sum(found.values())
-        documents.print_table(rows, total, self._room)
+        print_table(rows, total, self._room)
 
     def _count(self, _: str) -> None:
         note(f"{len(self._ids):,} tokens of {self._room:,}")

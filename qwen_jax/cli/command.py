@@ -17,6 +17,7 @@ from qwen_jax.config import ConfigError
 from qwen_jax.distributed import verbosity
 from qwen_jax.distributed.verbosity import Level
 from qwen_jax.files import reading
+from qwen_jax.llm.options import check_number
 
 # Typer keeps a Click of its own; these are the bases of its complaints and of its help.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -193,7 +194,7 @@ class Command(_Helpful, typer.core.TyperCommand):
             ):
                 raise ConfigError(f"{name} must not be empty")
             value = values.get(param.name)
-            flags.check_number(name, value, metadata)
+            check_number(name, value, metadata)
             for mark in metadata:
                 if isinstance(mark, flags.Reads) and value is not None:
                     mark.function(value)

@@ -6,19 +6,8 @@ from typing import Annotated
 
 import typer
 
-from qwen_jax.cli import command, documents, evaluate, quantities, scores, variants
-from qwen_jax.cli.documents import DocumentError
-from qwen_jax.cli.flags import (
-    Json,
-    ModelArgument,
-    ModelFlags,
-    Reads,
-    Within,
-    check_number,
-    not_one_of,
-    open_model,
-    option,
-)
+from qwen_jax.cli import command, evaluate, quantities, scores, variants
+from qwen_jax.cli.flags import Json, ModelArgument, ModelFlags, Reads, not_one_of, option
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
 from qwen_jax.cli.quantities import split
@@ -27,6 +16,10 @@ from qwen_jax.distributed import multihost
 from qwen_jax.eval import catalog
 from qwen_jax.eval.log import Log
 from qwen_jax.eval.tasks import Cell
+from qwen_jax.llm import documents
+from qwen_jax.llm.documents import DocumentError
+from qwen_jax.llm.model import open_model
+from qwen_jax.llm.options import Within, check_number
 
 app = command.App("Measure what a model still finds in long texts.")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from qwen_jax.cli.answer import prefill_progress
-from qwen_jax.cli.flags import Model, note
+from qwen_jax.cli.flags import note
 from qwen_jax.distributed import multihost
 from qwen_jax.eval import score, text
 from qwen_jax.eval.catalog import FAMILIES, KINDS
@@ -15,6 +15,7 @@ from qwen_jax.eval.log import Log
 from qwen_jax.eval.material import Material
 from qwen_jax.eval.score import Result
 from qwen_jax.eval.tasks import Cell
+from qwen_jax.llm.model import Model
 
 
 def settings(

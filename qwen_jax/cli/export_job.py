@@ -7,12 +7,14 @@ from typing import Annotated, Literal
 
 import typer
 
-from qwen_jax.cli.flags import ModelFlags, Within, expand, note, open_model, option
-from qwen_jax.cli.plan import DeviceMemory, Topology, examine
+from qwen_jax.cli.flags import ModelFlags, expand, note, option
+from qwen_jax.cli.plan import DeviceMemory, Topology, examine, opened_or_published
 from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.config import ConfigError
 from qwen_jax.files.reading import shown
 from qwen_jax.jobs.job import DASHBOARD, Job, write
+from qwen_jax.llm.options import Within
+from qwen_jax.models import presets
 from qwen_jax.planner import devices
 
 
@@ -78,7 +80,11 @@ def export_job(
     out: Annotated[Path, option("Directory for the files.", metavar="DIR")],
     place: Place,
     model: Annotated[
-        Path | None, option("Check that this model fits, before anything is written.")
+        Path | None,
+        option(
+            "Check that this model fits, before anything is written: a directory, a hub id, or "
+            f"{' or '.join(presets.NAMES)}."
+        ),
     ] = None,
     tokens: Annotated[
         int | None,
@@ -159,8 +165,8 @@ def _check_fits(
                 raise ConfigError(f"--{name} has no effect without --model")
         note("whether a model fits was not asked: --model and --tokens do")
         return
-    opened = open_model(model, flags)
-    found = examine(opened, job.topology.name, tokens, mesh, dtype, memory=memory)
+    with opened_or_published(model, None, flags) as opened:
+        found = examine(opened, job.topology.name, tokens, mesh, dtype, memory=memory)
     total, limit = (
         f"{size / 2**30:,.2f} GiB" for size in (found["bytes"]["total"], found["device"]["memory"])
     )

@@ -2,27 +2,22 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from qwen_jax.cli import sessions
 from qwen_jax.cli import tokens as token_file
 from qwen_jax.cli.answer import answer, write
-from qwen_jax.cli.documents import read_text
-from qwen_jax.cli.flags import (
-    AnswerFlags,
-    Json,
-    ModelArgument,
-    ModelFlags,
-    note,
-    open_model,
-    option,
-)
+from qwen_jax.cli.flags import AnswerFlags, Json, Kv, ModelArgument, ModelFlags, note, option
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
 from qwen_jax.config import ConfigError
 from qwen_jax.distributed import multihost
-from qwen_jax.engine.request import Request
+from qwen_jax.engine.request import MOST_LOGPROBS, Request, TokenLogprobs
+from qwen_jax.llm import sessions
+from qwen_jax.llm.documents import read_text
+from qwen_jax.llm.model import open_model
+from qwen_jax.llm.options import Within
 from qwen_jax.text.tokenizer import Stream
 
 
@@ -37,8 +32,17 @@ def generate(
     tokens: Annotated[
         Path | None, option("A file of token ids: a JSON list, or integers between white space.")
     ] = None,
-    kv: sessions.Kv = None,
+    kv: Kv = None,
     ignore_eos: Annotated[bool, option("Do not end at end tokens.", "--ignore-eos")] = False,
+    logprobs: Annotated[
+        int | None,
+        option(
+            f"With --json, log-probabilities of each token and of this many likeliest, "
+            f"from 0 to {MOST_LOGPROBS}.",
+            metavar="K",
+        ),
+        Within(0, MOST_LOGPROBS),
+    ] = None,
     json_output: Json = False,
 ):
     """Continue a prompt.
@@ -57,6 +61,8 @@ def generate(
     given = [flag for flag, value in sources.items() if value is not None]
     if len(given) != 1:
         raise ConfigError(f"give one of {', '.join(sources)}, not {' and '.join(given) or 'none'}")
+    if logprobs is not None and not json_output:
+        raise ConfigError("--logprobs has no effect without --json: add it")
     opened = open_model(model, model_flags)
     sampling = answer_flags.sampling(opened.generation)
     stops = answer_flags.stops()
@@ -84,6 +90,7 @@ def generate(
         max_new_tokens=answer_flags.max_new_tokens,
         sampling=sampling,
         eos_ids=() if ignore_eos else opened.end_ids(tokenizer),
+        logprobs=logprobs,
     )
     opened.check_fits(len(ids), request.max_new_tokens)
     engine = opened.engine(
@@ -93,7 +100,7 @@ def generate(
         window=kept.window if kept else 0,
     )
     if kept is not None:
-        kept.restore(engine)
+        kept.restore(engine, note)
     done = answer(
         engine,
         request,
@@ -101,19 +108,26 @@ def generate(
         write=(lambda text: None) if json_output else write,
     )
     if json_output:
+        found = {} if done.logprobs is None else {"logprobs": _logprobs(done.logprobs)}
         print(
             json.dumps(
                 {
-                    "token_ids": done.tokens,
+                    "token_ids": done.token_ids,
                     "text": done.text,
-                    "finish": done.finish,
+                    "finish": done.finish_reason,
                     "timings": done.timings.as_dict(),
                     "sparse": done.sparse and dataclasses.asdict(done.sparse),
+                    **found,
                 }
             )
         )
     else:
-        print(*(done.tokens if tokenizer is None else ()))
+        print(*(done.token_ids if tokenizer is None else ()))
         note(done.summary)
-    if done.finish == "cancelled":
+    if done.finish_reason == "cancelled":
         raise KeyboardInterrupt
+
+
+def _logprobs(found: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
+    """Of each token its log-probability, and the likeliest ids with theirs, for JSON."""
+    return [{"logprob": each.logprob, "top": each.top} for each in found]

@@ -17,8 +17,9 @@ from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.programs import PROGRAMS, inputs, program
 from qwen_jax.cli import placement
 from qwen_jax.cli.console import console
-from qwen_jax.cli.flags import Json, Within, option
+from qwen_jax.cli.flags import Json, option
 from qwen_jax.config import ConfigError
+from qwen_jax.llm.options import Within
 from qwen_jax.planner import devices
 
 FULL = "out of memory: end what else uses the device, or take a smaller shape"

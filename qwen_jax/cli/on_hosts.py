@@ -9,8 +9,9 @@ from typing import Annotated, Any, ClassVar
 
 import typer
 
-from qwen_jax.cli.flags import Within, adding, expand, option
+from qwen_jax.cli.flags import adding, expand, note, option
 from qwen_jax.distributed import multihost
+from qwen_jax.llm.options import Within
 from qwen_jax.storage import hub
 from qwen_jax.storage.manifest import READ_FILES, file_sums
 
@@ -86,7 +87,7 @@ def facts(verb: str, given: Mapping[str, Any], *, whole: bool = True) -> dict[st
         ConfigError: if config.json cannot be used.
     """
     from convert import source
-    from qwen_jax.cli import sessions
+    from qwen_jax.llm import sessions
     from qwen_jax.models import params
 
     found = {
@@ -113,7 +114,11 @@ def facts(verb: str, given: Mapping[str, Any], *, whole: bool = True) -> dict[st
         }
         unread = bool(given.get("random_weights") or given.get("allow_pickle_weights"))
         if not unread and not params.is_converted(model) and model.is_dir():
-            known = sessions.weights_fingerprint(model) if whole else source.check(model).outline()
+            known = (
+                sessions.weights_fingerprint(model, note)
+                if whole
+                else source.check(model).outline()
+            )
             found["the weights"] = known[:16]
     return found
 

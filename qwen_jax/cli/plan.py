@@ -12,21 +12,15 @@ import typer
 
 from convert.terminal import show
 from qwen_jax.cli import quantities
-from qwen_jax.cli.flags import (
-    Json,
-    Model,
-    ModelFlags,
-    Within,
-    not_one_of,
-    note,
-    open_model,
-    option,
-)
+from qwen_jax.cli.flags import Json, ModelFlags, not_one_of, note, option
 from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.config import ConfigError, ModelConfig
 from qwen_jax.files import compile_cache
+from qwen_jax.llm.model import Model, open_model
+from qwen_jax.llm.options import Within
 from qwen_jax.models import presets
 from qwen_jax.planner import devices
+from qwen_jax.storage import hub
 
 if TYPE_CHECKING:
     from qwen_jax.distributed.sharding import MeshShape
@@ -34,11 +28,17 @@ if TYPE_CHECKING:
 
 OptionalModel = Annotated[
     Path | None,
-    typer.Argument(metavar="MODEL", help="A converted checkpoint or a Hugging Face directory."),
+    typer.Argument(
+        metavar="MODEL",
+        help=f"A checkpoint, a Hugging Face directory, a hub id, or {' or '.join(presets.NAMES)}.",
+    ),
 ]
 PublishedModel = Annotated[
     str | None,
-    option(f"A published model in place of MODEL: {', '.join(presets.NAMES)}.", metavar="NAME"),
+    option(
+        f"A published model in place of MODEL: {', '.join(presets.NAMES)} or its hub id.",
+        metavar="NAME",
+    ),
 ]
 Topology = Annotated[
     str,
@@ -65,20 +65,40 @@ _LEAST_SLICE = 128  # tokens that advice asks for
 def opened_or_published(
     model: Path | None, config: str | None, flags: ModelFlags
 ) -> Iterator[Model]:
-    """The model that was named, by its directory or as a published one, without weights.
+    """The model that was named, without weights.
+
+    A published one that is not on this machine has a config.json, and no budgets of sparse prefill.
 
     Raises:
-        ConfigError: if there is none, or more than one.
+        ConfigError: see `published`.
     """
-    if (model is None) == (config is None):
-        raise ConfigError("give MODEL, a directory, or --config NAME, and not both")
-    if model is not None:
+    preset = published(model, config)
+    if preset is None:
+        assert model is not None
         yield open_model(model, flags)
         return
-    if config not in presets.NAMES:
-        raise ConfigError(not_one_of("--config", str(config), presets.NAMES))
     with tempfile.TemporaryDirectory() as scratch:
-        yield open_model(presets.write(Path(scratch) / config, config.removesuffix("-1m")), flags)
+        yield open_model(presets.write(Path(scratch) / f"{preset}-1m", preset), flags)
+
+
+def published(model: Path | None, config: str | None) -> str | None:
+    """The key of `presets.SIZES` of a published model that is named; None if MODEL has files.
+
+    Args:
+        model: a directory, a hub id or a published name; files on this machine come first.
+        config: a published name.
+
+    Raises:
+        ConfigError: if there is none, or both, or no published model has the name.
+    """
+    if (model is None) == (config is None):
+        raise ConfigError("give MODEL, a directory or a name, or --config NAME, and not both")
+    if model is not None:
+        return None if hub.is_local(model) else presets.find(str(model))
+    preset = presets.find(str(config))
+    if preset is None:
+        raise ConfigError(not_one_of("--config", str(config), presets.NAMES))
+    return preset
 
 
 def plan(
@@ -119,7 +139,7 @@ def plan(
     Exits with 1 if it does not fit.
 
     Examples:
-        qwen-jax plan --config 7b-1m --topology v5e-16 --tokens 1M
+        qwen-jax plan 7b-1m --topology v5e-16 --tokens 1M
         qwen-jax plan ckpt/7b-1m --topology v5e:4x4 --tokens 1010000 --compile
         qwen-jax plan ckpt/14b-1m --topology v5p:2x2x2 --mesh seq=2,tensor=4 --json
     """
@@ -127,7 +147,8 @@ def plan(
         found = examine(
             opened, topology, tokens, mesh, dtype, memory=memory, compiled=compile_programs
         )
-    found["model"] = config or found["model"]
+    if published(model, config) is not None:
+        found["model"] = config or str(model)
     if json_output:
         print(json.dumps(found))
     else:
@@ -171,7 +192,7 @@ def examine(
     chosen = sharding.default_mesh(config, topology.count)
     shape = chosen if mesh is None else sharding.parse(mesh)
     sharding.check(config, shape, topology.count)
-    slices = None if opened.flags.slice is None else (opened.flags.slice,)
+    slices = None if opened.options.slice is None else (opened.options.slice,)
 
     def load_of(tokens: int) -> budget.Workload:
         engine = layout.EngineConfig(

@@ -6,24 +6,18 @@ from typing import Annotated
 
 import typer
 
-from qwen_jax.cli import command, documents
+from qwen_jax.cli import command
 from qwen_jax.cli.console import console
-from qwen_jax.cli.flags import (
-    Model,
-    ModelArgument,
-    ModelFlags,
-    Within,
-    expand,
-    note,
-    open_model,
-    option,
-)
+from qwen_jax.cli.flags import ModelArgument, ModelFlags, expand, note, option, spelled
 from qwen_jax.cli.placement import one_device
 from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.engine import Engine
 from qwen_jax.eval import heatmap, plot, sources, terminal
 from qwen_jax.eval.plan_picture import PlanPicture
+from qwen_jax.llm import documents
+from qwen_jax.llm.model import Model, open_model
+from qwen_jax.llm.options import Within
 
 app = command.App("Draw what `eval` and `calibrate` found.")
 
@@ -134,7 +128,9 @@ def plan(
     opened = open_model(model, dataclasses.replace(model_flags, sparse="on", mesh=mesh))
     _check_head(opened, layer, head)
     ids = tuple(
-        opened.tokenizer().encode_prompt(documents.joined(documents.read(file, skipped=note), ""))
+        opened.tokenizer().encode_prompt(
+            documents.joined(documents.read(file, skipped=note, spell=spelled), "")
+        )
     )
     ids = ids[:tokens]
     opened.check_fits(len(ids))

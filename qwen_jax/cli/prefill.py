@@ -1,7 +1,6 @@
 """prefill: read a long prompt once and keep its keys and values on disk."""
 
 import contextlib
-import dataclasses
 import signal
 import time
 from collections.abc import Callable
@@ -10,29 +9,19 @@ from typing import Annotated
 
 import typer
 
-from qwen_jax.cli import documents, sessions
 from qwen_jax.cli import tokens as token_file
 from qwen_jax.cli.answer import interrupts, prefill_progress
-from qwen_jax.cli.ask import Exclude, Files, read_files
-from qwen_jax.cli.flags import (
-    Model,
-    ModelArgument,
-    ModelFlags,
-    System,
-    Within,
-    note,
-    open_model,
-    option,
-)
+from qwen_jax.cli.ask import Exclude, Files, print_table
+from qwen_jax.cli.flags import ModelArgument, ModelFlags, System, note, option, spelled
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
 from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.config import ConfigError
 from qwen_jax.distributed import multihost, sharding
-from qwen_jax.engine.request import Event, Request, RequestError
+from qwen_jax.llm import documents, sessions
+from qwen_jax.llm.model import Model, open_model
+from qwen_jax.llm.options import Within
 from qwen_jax.storage.kv_session import Session, Writer
-
-_NEW = 2  # tokens of an answer that is not waited for: a request has one, and this one goes on
 
 
 @expand_on_hosts
@@ -88,7 +77,7 @@ def prefill(
         opened = open_model(model, model_flags)
         rows, ids = _prompt(opened, file, exclude, system, prompt_file, tokens)
         if rows:
-            documents.print_table(rows, len(ids), opened.max_len)
+            print_table(rows, len(ids), opened.max_len)
         opened.check_fits(len(ids))
         with Writer(
             out,
@@ -134,10 +123,9 @@ def _prompt(
     tokenizer.check_chatml()
 
     def read() -> tuple[list[tuple[str, int]], list[int]]:
-        texts = read_files(file or (), tokenizer, exclude=exclude or ())
-        text = documents.joined(list(texts), "")
-        rows = [(document.name, count) for document, count in texts.items()]
-        return rows, tokenizer.open_chat(system) + tokenizer.open_turn("user", text)
+        texts = documents.read(file or (), skipped=note, exclude=exclude or (), spell=spelled)
+        rows, ids = sessions.files_prompt(tokenizer, texts, system)
+        return rows, list(ids)
 
     rows, ids = multihost.broadcast_json(read)
     return [(name, count) for name, count in rows], tuple(ids)
@@ -157,42 +145,22 @@ def _fill(
         RequestError: if the model's numbers are not finite.
         SessionError: if the disk is full or fails.
     """
-    from qwen_jax.engine.engine import Engine
-
-    held = writer.session.saved
-    kept = sessions.Kept(directory=writer.directory, session=writer.session, tokens=ids)
-    window = max(min(save_every, len(ids) - held), kept.window)
-    engine = opened.engine(len(ids) + _NEW, prefix_tokens=held, window=window)
-    assert isinstance(engine, Engine)  # one prompt has no replicas
-    if held:
-        kept.restore(engine)
-    number = engine.add(Request(prompt=ids, max_new_tokens=_NEW))
-    last = Event(request_id=number, prefilled=held)
+    filling = sessions.Filling(opened, ids, writer, save_every)
     progress = prefill_progress(len(ids))
-
-    def save() -> None:
-        if last.prefilled > writer.session.saved:
-            keys, values = engine.take(number, writer.session.saved, last.prefilled)
-            figures = None if last.sparse is None else dataclasses.asdict(last.sparse)
-            writer.add(last.prefilled, keys, values, figures)
-
     with contextlib.closing(progress):
-        progress.update(held)
-        while last.prefilled < len(ids):
+        progress.update(filling.prefilled)
+        while not filling.is_complete:
             try:
-                (last,) = engine.step()
+                filling.step()
             except multihost.Preempted:
-                save()
+                filling.save()
                 note(_stopped(writer.session))
                 raise
-            if last.error is not None:
-                raise RequestError(last.error)
-            progress.update(last.prefilled)
-            if last.prefilled - writer.session.saved >= save_every or stopped():
-                save()
+            progress.update(filling.prefilled)
             if stopped():
+                filling.save()
                 _leave(stopped(), writer.session)
-        save()
+        filling.save()
 
 
 def _leave(number: int, saved: Session) -> None:

@@ -14,12 +14,14 @@ from jaxtyping import Float32
 
 from qwen_jax.cli import tokens as token_file
 from qwen_jax.cli.answer import prefill_progress
-from qwen_jax.cli.flags import ModelArgument, ModelFlags, Within, note, open_model, option
+from qwen_jax.cli.flags import ModelArgument, ModelFlags, note, option
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
 from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.config import ConfigError
 from qwen_jax.distributed import multihost
+from qwen_jax.llm.model import open_model
+from qwen_jax.llm.options import Within
 from qwen_jax.storage import atomic
 
 _COMMENT = b"qwen-jax score 1"  # of the archive

@@ -2,8 +2,9 @@
 
 import dataclasses
 
-from qwen_jax.cli.flags import Model, not_one_of
+from qwen_jax.cli.flags import not_one_of
 from qwen_jax.config import ConfigError
+from qwen_jax.llm.model import Model
 
 NAMES = ("rope", "dca", "sparse")
 
@@ -24,7 +25,7 @@ def models(opened: Model, names: list[str]) -> dict[str | None, Model]:
             raise ConfigError(not_one_of("--compare", name, NAMES))
     if len(set(names)) != len(names):
         raise ConfigError(f"--compare {','.join(names)} names one twice")
-    for flag, value in (("--dca", opened.flags.dca), ("--sparse", opened.flags.sparse)):
+    for flag, value in (("--dca", opened.options.dca), ("--sparse", opened.options.sparse)):
         if value == "off":
             raise ConfigError(f"{flag} off contradicts --compare, which chooses for each column")
     if opened.config.dual_chunk is None and set(names) != {"rope"}:

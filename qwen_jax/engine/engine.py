@@ -33,8 +33,10 @@ from qwen_jax.engine.request import (
     Sampling,
     Sequence,
     Sparseness,
+    TokenLogprobs,
     check_ids,
 )
+from qwen_jax.engine.sampler import Logprobs
 from qwen_jax.engine.scheduler import Decode, Scheduler, Slice, slice_bounds
 from qwen_jax.models.attention import LEFT_OUT
 from qwen_jax.sparse import budgets as sparse
@@ -424,8 +426,7 @@ class Engine:
 
     def _checked(self, tokens: Iterable[int]) -> tuple[int, ...]:
         self._check_alive()
-        tokens = tuple(tokens)
-        check_ids("tokens", tokens, self._model.vocab_size)
+        tokens = check_ids("tokens", tuple(tokens), self._model.vocab_size)
         self._check_length(f"{len(tokens)} tokens", len(tokens))
         return tokens
 
@@ -628,15 +629,18 @@ class Engine:
         else:
             logits = self._runner.prefill(step)
         # After every slice, to wait for it and to see at once when numbers go wrong.
-        token = self._runner.sample(
-            logits, inputs.sample_step(sampling, row=sequence.row, position=stop)
-        )
+        choice = inputs.sample_step(sampling, row=sequence.row, position=stop)
+        found = None
+        if piece.is_last and sequence.request.logprobs is not None:
+            token, found = self._runner.sample_logprobs(logits, choice)
+        else:
+            token = self._runner.sample(logits, choice)
         with self._all_or_nothing():
             if sequence.sparse is not None:
                 sequence.sparse = sequence.sparse.plus(piece.start, piece.length, density, recall)
-            self._events.append(self._prefilled(piece, token))
+            self._events.append(self._prefilled(piece, token, found))
 
-    def _prefilled(self, piece: Slice, token: int) -> Event:
+    def _prefilled(self, piece: Slice, token: int, found: Logprobs | None) -> Event:
         """Notes that a slice is in the cache, and the token after it."""
         sequence = piece.sequence
         if token < 0:
@@ -647,7 +651,7 @@ class Engine:
             return Event(
                 request_id=sequence.id, prefilled=sequence.prefilled, sparse=sequence.sparse
             )
-        return self._take(sequence, token)
+        return self._take(sequence, token, _logprobs(sequence.request, found, row=0))
 
     def _decode(self, work: Decode) -> None:
         sequences, max_seqs = work.sequences, self._config.max_seqs
@@ -656,26 +660,32 @@ class Engine:
             roster = inputs.decode_slots(sequences, max_seqs=max_seqs, table_len=self._table_len)
             self._roster = ids, self._runner.place(roster)
         step = inputs.tokens(sequences, max_seqs=max_seqs, scales=self._scales)
-        new = self._runner.decode(self._roster[1], step).tolist()
+        found = None
+        if any(sequence.request.logprobs is not None for sequence in sequences):
+            new, found = self._runner.decode_logprobs(self._roster[1], step)
+        else:
+            new = self._runner.decode(self._roster[1], step)
         with self._all_or_nothing():
             for sequence in sequences:
-                token = new[sequence.row]
+                token = int(new[sequence.row])
                 if token < 0:
                     self._events.append(self._fail(sequence))
                 else:
                     self._scheduler.decoded(sequence)
-                    self._events.append(self._take(sequence, token))
+                    logprobs = _logprobs(sequence.request, found, row=sequence.row)
+                    self._events.append(self._take(sequence, token, logprobs))
 
-    def _take(self, sequence: Sequence, token: int) -> Event:
+    def _take(self, sequence: Sequence, token: int, logprobs: tuple[TokenLogprobs, ...]) -> Event:
         """Add a token to an answer, which may end it."""
         if token in sequence.request.eos_ids:
             return self._end(sequence, "stop")
         sequence.answer.append(token)
         if len(sequence.answer) == sequence.request.max_new_tokens:
-            return self._end(sequence, "length", tokens=(token,))
+            return self._end(sequence, "length", tokens=(token,), logprobs=logprobs)
         return Event(
             request_id=sequence.id,
             tokens=(token,),
+            logprobs=logprobs,
             prefilled=sequence.prefilled,
             sparse=sequence.sparse,
         )
@@ -777,6 +787,15 @@ def _mesh_of(weights) -> Mesh | None:
     if mesh.shape["data"] > 1:
         raise ConfigError("an engine runs on a mesh without data: use Replicas")
     return mesh
+
+
+def _logprobs(request: Request, found: Logprobs | None, *, row: int) -> tuple[TokenLogprobs, ...]:
+    """Those of one token, if the request asks for them."""
+    if request.logprobs is None or found is None:
+        return ()
+    best = slice(request.logprobs)
+    top = zip(found.ids[row, best].tolist(), found.top[row, best].tolist(), strict=True)
+    return (TokenLogprobs(float(found.sampled[row]), tuple(top)),)
 
 
 def _scales(model: ModelConfig, vllm_parity: bool, length: int) -> tuple[float, float]:

@@ -18,6 +18,8 @@ from qwen_jax.distributed import sharding
 from qwen_jax.distributed.jax_settings import own_settings
 from qwen_jax.engine import sampler
 from qwen_jax.engine.inputs import DecodeSlots, Prefill, SampleStep, Tokens
+from qwen_jax.engine.request import MOST_LOGPROBS
+from qwen_jax.engine.sampler import Logprobs
 from qwen_jax.models import kv_cache, kv_transfer, rope
 from qwen_jax.models.qwen2 import DecodeStep, PrefillStep, Qwen2
 from qwen_jax.sparse.budgets import Budgets, Report
@@ -133,6 +135,13 @@ class Runner:
         """A token by what `prefill` returned, -1 if that is not finite."""
         return int(jax.device_get(self._programs.sample(logits, self._seen, choice)))
 
+    def sample_logprobs(
+        self, logits: Float32[Array, " V"], choice: SampleStep
+    ) -> tuple[int, Logprobs]:
+        """As `sample`, with the log-probabilities of one row."""
+        token, found = jax.device_get(self._programs.sample_logprobs(logits, self._seen, choice))
+        return int(token), found
+
     def score(self, step: Prefill) -> Float32[np.ndarray, "T V"]:
         """Fill the cache with a slice; returns the logits of each of its tokens."""
         logits, self._cache = self._programs.score(self._weights, self._rotary, self._cache, step)
@@ -163,6 +172,15 @@ class Runner:
             self._weights, self._rotary, self._cache, self._seen, roster, step
         )
         return jax.device_get(token)
+
+    def decode_logprobs(
+        self, roster: DecodeSlots, step: Tokens
+    ) -> tuple[Int[np.ndarray, " B"], Logprobs]:
+        """As `decode`, with the log-probabilities of every row."""
+        token, found, self._cache, self._seen = self._programs.decode_logprobs(
+            self._weights, self._rotary, self._cache, self._seen, roster, step
+        )
+        return jax.device_get((token, found))
 
     def extract_kv(self, page_table: Int[np.ndarray, " P"], start: int, size: int) -> Window:
         """Keys and values of `size` tokens of a sequence, on the device (`transfer.extract_kv`)."""
@@ -230,6 +248,10 @@ class Steps:
         rows, seen = choice.sampling, seen[choice.row][None]
         return sampler.sample(logits[None], rows, seen, vocab_limit=self._vocab_limit)[0]
 
+    def sample_logprobs(self, logits, seen, choice):
+        token = self.sample(logits, seen, choice)
+        return token, sampler.logprobs(logits[None], token[None], count=MOST_LOGPROBS)
+
     def score(self, weights, rotary, cache, step):
         return self._model(weights).score(cache, _slice(step), rotary, backend=self._backend)
 
@@ -242,12 +264,20 @@ class Steps:
         return self._model(weights).logits(jax.lax.dynamic_slice_in_dim(hidden, first, rows))
 
     def decode(self, weights, rotary, cache, seen, roster, step):
+        _, token, cache, seen = self._decode(weights, rotary, cache, seen, roster, step)
+        return token, cache, seen
+
+    def decode_logprobs(self, weights, rotary, cache, seen, roster, step):
+        logits, token, cache, seen = self._decode(weights, rotary, cache, seen, roster, step)
+        return token, sampler.logprobs(logits, token, count=MOST_LOGPROBS), cache, seen
+
+    def _decode(self, weights, rotary, cache, seen, roster, step):
         tokens = DecodeStep(**step._asdict(), page_table=roster.page_table)
         logits, cache = self._model(weights).decode(cache, tokens, rotary, backend=self._backend)
         rows = roster.sampling._replace(position=step.positions + 1)
         seen = _see(seen, step, rows)
         token = sampler.sample(logits, rows, seen, vocab_limit=self._vocab_limit)
-        return token, cache, seen
+        return logits, token, cache, seen
 
     def set_seen_tokens(self, seen, row, mask):
         self.num_traced += 1
@@ -279,10 +309,12 @@ class Programs(NamedTuple):
     sparse_plan: Any
     survey: Any
     sample: Any
+    sample_logprobs: Any
     score: Any
     score_sparse: Any
     logits: Any
     decode: Any
+    decode_logprobs: Any
     set_seen_tokens: Any
     extract_kv: Any
     insert_kv: Any
@@ -311,10 +343,14 @@ def programs(steps: Steps, whole: Sharding, of_cache: Sharding, platform: str) -
         sparse_plan=jit(steps.sparse_plan, (whole, of_cache), static="layer"),
         survey=jit(steps.survey, (of_cache, whole), static="grid"),
         sample=jit(steps.sample, whole, donated=()),
+        sample_logprobs=jit(steps.sample_logprobs, whole, donated=()),
         score=jit(steps.score, (whole, of_cache)),
         score_sparse=jit(steps.score_sparse, (whole, of_cache, whole)),
         logits=jit(steps.logits, whole, donated=(), static="rows"),
         decode=jit(steps.decode, (whole, of_cache, whole), ("cache", "seen")),
+        decode_logprobs=jit(
+            steps.decode_logprobs, (whole, whole, of_cache, whole), ("cache", "seen")
+        ),
         set_seen_tokens=jit(steps.set_seen_tokens, whole, ("seen",)),
         extract_kv=jit(steps.extract_kv, None, donated=(), static="size"),
         insert_kv=jit(steps.insert_kv, of_cache),

@@ -1,10 +1,12 @@
 """Request, its sampling settings, its events, and the counters of one that runs."""
 
 import dataclasses
-from typing import Literal, Protocol, runtime_checkable
+import operator
+from typing import Any, Literal, Protocol, runtime_checkable
 
 Finish = Literal["stop", "length", "cancelled", "error"]
-
+TokenIds = tuple[int, ...] | Any
+"""A tuple of Python's integers; made of what `check_ids` takes."""
 
 LIMITS: dict[str, tuple[int | float, int | float]] = {
     "temperature": (1e-5, 1e5),
@@ -15,6 +17,8 @@ LIMITS: dict[str, tuple[int | float, int | float]] = {
     "seed": (0, 2**32 - 1),
 }
 """Ranges of the fields of `Sampling`; a temperature may also be 0."""
+MOST_LOGPROBS = 20
+"""Likeliest tokens that a request may ask for beside each token of its answer."""
 
 
 class RequestError(ValueError):
@@ -25,22 +29,38 @@ class EngineError(RuntimeError):
     """An engine that can serve nothing more; the text says why and how to go on."""
 
 
-def check_ids(field: str, ids, vocab_size: int) -> None:
-    """Refuse token ids that are no integers in `[0, vocab_size)`.
+def check_ids(field: str, ids: Any, vocab_size: int) -> tuple[int, ...]:
+    """Token ids as Python integers in `[0, vocab_size)`.
+
+    Args:
+        ids: a tuple of integers, numpy's among them, or an array of one dimension.
 
     Raises:
         RequestError: naming the field, the place and the value.
     """
+    if getattr(ids, "ndim", 0) == 1:
+        ids = tuple(ids.tolist())
     if not isinstance(ids, tuple):
-        raise RequestError(f"{field} must be a tuple of token ids, got {type(ids).__name__}")
+        kind = f"{ids.ndim} dimensions" if hasattr(ids, "ndim") else type(ids).__name__
+        raise RequestError(
+            f"{field} must be a tuple of token ids or an array of one dimension, got {kind}"
+        )
     if not ids:
         raise RequestError(f"{field} is empty: give at least one token id")
-    for index, token in enumerate(ids):
-        if type(token) is not int or not 0 <= token < vocab_size:
-            raise RequestError(
-                f"{field}[{index}]={token!r} is not a token id: "
-                f"ids are integers from 0 to {vocab_size - 1}"
-            )
+    return tuple(_token_id(field, index, token, vocab_size) for index, token in enumerate(ids))
+
+
+def _token_id(field: str, index: int, token: Any, vocab_size: int) -> int:
+    try:
+        number = -1 if isinstance(token, bool) else operator.index(token)
+    except TypeError:
+        number = -1
+    if not 0 <= number < vocab_size:
+        raise RequestError(
+            f"{field}[{index}]={token!r} is not a token id: "
+            f"ids are integers from 0 to {vocab_size - 1}"
+        )
+    return number
 
 
 def _check_number(field: str, value, low: int | float, high: int | float, hint: str = "") -> None:
@@ -49,9 +69,9 @@ def _check_number(field: str, value, low: int | float, high: int | float, hint: 
         raise RequestError(f"{field}={value!r} must be a number from {low} to {high}{hint}")
 
 
-def _check_integer(field: str, value, low: int | float, high: int | float) -> None:
+def _check_integer(field: str, value, low: int | float, high: int | float, hint: str = "") -> None:
     if type(value) is not int or not low <= value <= high:
-        raise RequestError(f"{field}={value!r} must be an integer from {low} to {high}")
+        raise RequestError(f"{field}={value!r} must be an integer from {low} to {high}{hint}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,24 +115,29 @@ class Request:
     """A prompt and what to do with it.
 
     Attributes:
-        prompt: token ids, at least one.
+        prompt: token ids, at least one; arrays and numpy's integers become Python's.
         max_new_tokens: longest answer, in tokens; at least one.
-        eos_ids: token ids that end the answer.
+        eos_ids: token ids that end the answer; given as `prompt` is.
+        logprobs: likeliest tokens, from 0 to `MOST_LOGPROBS`, that events name for each token of
+            the answer, beside the log-probability of that token itself; None for neither.
 
     Raises:
         RequestError: if a field is malformed.
     """
 
-    prompt: tuple[int, ...]
+    prompt: TokenIds
     max_new_tokens: int
     sampling: Sampling = Sampling()
-    eos_ids: tuple[int, ...] = ()
+    eos_ids: TokenIds = ()
+    logprobs: int | None = None
 
     def __post_init__(self):
         _check_integer("max_new_tokens", self.max_new_tokens, 1, 2**31 - 1)
-        check_ids("prompt", self.prompt, 2**31)
-        if self.eos_ids:
-            check_ids("eos_ids", self.eos_ids, 2**31)
+        object.__setattr__(self, "prompt", check_ids("prompt", self.prompt, 2**31))
+        if not isinstance(self.eos_ids, tuple) or self.eos_ids:
+            object.__setattr__(self, "eos_ids", check_ids("eos_ids", self.eos_ids, 2**31))
+        if self.logprobs is not None:
+            _check_integer("logprobs", self.logprobs, 0, MOST_LOGPROBS, hint=", or None for none")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,12 +172,30 @@ class Sparseness:
         )
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities where one token of an answer was sampled.
+
+    They are the log-softmax, in float32, of the logits as the model gives them: before
+    temperature, repetition penalty, filters and the limit of the vocabulary.
+
+    Attributes:
+        logprob: of the token that was sampled.
+        top: the likeliest token ids with theirs, the likeliest first: as many as the request's
+            `logprobs`, or as the vocabulary has.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
     """What one step did for one request.
 
     Attributes:
         tokens: new tokens of the answer; never the one that ended it.
+        logprobs: of each of `tokens`, if the request asks for them; else ().
         prefilled: prompt tokens that are in the cache, computed or shared.
         sparse: of a prompt that is prefilled sparsely, how.
         finish: why the request has ended, or None while it goes on.
@@ -161,6 +204,7 @@ class Event:
 
     request_id: int
     tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
     prefilled: int
     sparse: Sparseness | None = None
     finish: Finish | None = None

@@ -10,12 +10,26 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jaxtyping import Array, Bool, Float, Float32, Int, UInt32
 
 CANDIDATES = 128
 """Filters that keep fewer tokens than this look at so many and sort nothing."""
 
 _Numbers = np.ndarray | jax.Array
+
+
+class Logprobs(NamedTuple):
+    """Log-softmax of logits at a sampled token and at the likeliest ones.
+
+    Attributes:
+        sampled: of the token.
+        ids: the likeliest tokens, the likeliest first.
+        top: of `ids`.
+    """
+
+    sampled: Float32[_Numbers, " B"]
+    ids: Int[_Numbers, "B K"]
+    top: Float32[_Numbers, "B K"]
 
 
 class Rows(NamedTuple):
@@ -64,6 +78,19 @@ def sample(
         lambda: greedy,
     )
     return jnp.where(jnp.isfinite(best), token, -1)
+
+
+def logprobs(logits: Float[Array, "B V"], token: Int[Array, " B"], *, count: int) -> Logprobs:
+    """Log-probabilities, in float32, of logits that nothing has filtered.
+
+    Args:
+        token: as `sample` gives them; rows of -1 mean nothing.
+        count: of the likeliest tokens; all, if the vocabulary is smaller.
+    """
+    scores = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    top, ids = jax.lax.top_k(scores, min(count, logits.shape[-1]))
+    sampled = jnp.take_along_axis(scores, jnp.maximum(token, 0)[:, None], axis=-1)[:, 0]
+    return Logprobs(sampled=sampled, ids=ids, top=top)
 
 
 def penalised(

@@ -26,10 +26,19 @@ SIZES = {
     "14b": (48, 5120, 13824, 40, 8),
 }
 NAMES = tuple(f"{name}-1m" for name in SIZES)
-"""Names of the published models, for users."""
+"""Short names of the published models, for users."""
+HUB_IDS = {f"{name}-1m": f"Qwen/Qwen2.5-{name.upper()}-Instruct-1M" for name in SIZES}
+"""Hub ids of the published models, by short name."""
 _FIELDS = (
     "num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads"
 ).split()
+
+
+def find(name: str) -> str | None:
+    """The key of `SIZES` that a short name or a hub id means; None for any other text."""
+    keys = {alias: size for size, alias in zip(SIZES, NAMES, strict=True)}
+    keys |= {HUB_IDS[alias]: size for alias, size in keys.items()}
+    return keys.get(name)
 
 
 def write(directory: Path, name: str) -> Path:

@@ -1,25 +1,33 @@
-"""Directory of a checkpoint that a path means: itself, or a snapshot in a Hugging Face cache."""
+"""Directory of a checkpoint that a path or a hub id means; nothing here uses the network."""
 
 import os
+import re
 from pathlib import Path
 
 from qwen_jax.config import ConfigError
 from qwen_jax.files import reading
 from qwen_jax.files.reading import printable, shown
 
+_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+?)(?:@(\w[\w./-]*))?", re.ASCII)
+
 
 def checkpoint(path: str | os.PathLike) -> Path:
     """The directory that holds a checkpoint's files.
 
-    The cache directory of a repository (`models--Qwen--X`) or its `snapshots` stand for the
-    snapshot that its `refs/main` names, or for its only one. Any other directory stands for
-    itself, whatever it lacks.
+    A hub id (`Qwen/X`, or `Qwen/X@REVISION`) that is no local path stands for its snapshot in the
+    local hub cache. The cache directory of a repository (`models--Qwen--X`) or its `snapshots`
+    stand for the snapshot that its `refs/main` names, or for its only one. Any other directory
+    stands for itself, whatever it lacks.
 
     Raises:
-        ConfigError: if a cache has several snapshots and does not name one, or there is another
-            kind of model at the path: an adapter, or files of llama.cpp.
+        ConfigError: if a hub id is not in the cache, a cache has several snapshots and does not
+            name one, or there is another kind of model at the path: an adapter, or files of
+            llama.cpp.
     """
     path = Path(path)
+    hub_id = split_id(os.fspath(path))
+    if hub_id is not None and not os.path.lexists(path):
+        return checkpoint(_cached(*hub_id))
     if path.suffix == ".gguf":
         raise ConfigError(_gguf(path))
     names = _names(path)
@@ -40,6 +48,53 @@ def checkpoint(path: str | os.PathLike) -> Path:
     if any(name.endswith(".gguf") for name in names):
         raise ConfigError(_gguf(path))
     return path
+
+
+def split_id(name: str) -> tuple[str, str | None] | None:
+    """The id and the revision, if any, of `Qwen/X@REVISION`; None for what is no hub id."""
+    found = _ID.fullmatch(name)
+    return None if found is None or ".." in name or "--" in name else (found[1], found[2])
+
+
+def is_local(path: str | os.PathLike) -> bool:
+    """Whether there is something at a path, or a snapshot of a hub id in the local cache."""
+    hub_id = split_id(os.fspath(path))
+    in_cache = hub_id is not None and _names(_repository(hub_id[0]) / "snapshots")
+    return bool(in_cache) or os.path.lexists(path)
+
+
+def cache() -> Path:
+    """The local hub cache, where huggingface_hub has it: HF_HUB_CACHE, else under HF_HOME."""
+    given = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    home = os.environ.get("HF_HOME") or os.path.join(base, "huggingface")
+    return Path(os.path.expanduser(os.path.expandvars(given or os.path.join(home, "hub"))))
+
+
+def _repository(name: str) -> Path:
+    """Where the cache has the repository of a hub id."""
+    return cache() / f"models--{name.replace('/', '--')}"
+
+
+def _cached(name: str, revision: str | None) -> Path:
+    """A repository in the hub cache, or the snapshot that a revision of it names."""
+    repository = _repository(name)
+    command = f"qwen-jax download {name}" + (f" --revision {revision}" if revision else "")
+    if not _names(repository / "snapshots"):
+        raise ConfigError(
+            f"{name}: there is no such model, neither a directory here nor a snapshot in "
+            f"{shown(cache())}; fetch it with: {command}"
+        )
+    if revision is None:
+        return repository
+    ref = repository / "refs" / revision
+    commit = reading.read_text(ref, limit=1 << 10, error=ConfigError) if ref.is_file() else revision
+    if commit.strip() not in _names(repository / "snapshots"):
+        raise ConfigError(
+            f"{name} has no snapshot of revision {revision} in {shown(cache())}; fetch it with: "
+            f"{command}"
+        )
+    return repository / "snapshots" / commit.strip()
 
 
 def _names(path: Path) -> set[str]:

@@ -12,7 +12,7 @@ from support.tiny_model import CONFIG, random_weights
 from support.vocabularies import byte_level, save, small_vocabulary
 
 from qwen_jax.cli import main
-from qwen_jax.cli.flags import Model
+from qwen_jax.llm.model import Model
 
 
 @pytest.fixture(scope="session")

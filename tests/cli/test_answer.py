@@ -34,33 +34,33 @@ def test_text_is_written_as_it_comes_and_returned_whole(tokenizer):
     engine = FakeEngine([*tokenizer.encode_text(text), 290])
     done, pieces = ask(engine, tokenizer)
     assert done.text == "".join(pieces) == text
-    assert done.tokens == tuple(tokenizer.encode_text(text))
-    assert done.finish == "stop"
+    assert done.token_ids == tuple(tokenizer.encode_text(text))
+    assert done.finish_reason == "stop"
     assert len([piece for piece in pieces if piece]) > 10
 
 
 def test_the_answer_ends_at_its_longest_length(tokenizer):
     done, _ = ask(FakeEngine(range(65, 80)), tokenizer, max_new_tokens=5)
-    assert done.tokens == tuple(range(65, 70))
-    assert done.finish == "length"
+    assert done.token_ids == tuple(range(65, 70))
+    assert done.finish_reason == "length"
 
 
 def test_without_a_tokenizer_there_are_only_ids():
     done, pieces = ask(FakeEngine([70, 71]), None)
-    assert (done.tokens, done.text, pieces) == ((70, 71), None, [])
+    assert (done.token_ids, done.text, pieces) == ((70, 71), None, [])
 
 
 def test_a_stop_string_ends_the_answer_and_frees_the_engine(tokenizer):
     engine = FakeEngine(tokenizer.encode_text("one two STOP three four"))
     done, pieces = ask(engine, tokenizer, stop=["STOP"])
     assert done.text == "".join(pieces) == "one two "
-    assert done.finish == "stop"
+    assert done.finish_reason == "stop"
     assert not engine.busy
 
 
 def test_an_end_token_first_gives_an_empty_answer(tokenizer):
     done, _ = ask(FakeEngine([290]), tokenizer)
-    assert (done.text, done.tokens, done.finish) == ("", (), "stop")
+    assert (done.text, done.token_ids, done.finish_reason) == ("", (), "stop")
     assert str(done.timings)
 
 
@@ -69,8 +69,8 @@ def test_ctrl_c_cancels_the_answer_and_keeps_what_was_said(tokenizer, step, toke
     before = signal.getsignal(signal.SIGINT)
     engine = FakeEngine([65] * 50, interrupt_at=[step])
     done, _ = ask(engine, tokenizer)
-    assert done.finish == "cancelled"
-    assert len(done.tokens) == tokens + (step == 7)
+    assert done.finish_reason == "cancelled"
+    assert len(done.token_ids) == tokens + (step == 7)
     assert not engine.busy
     assert signal.getsignal(signal.SIGINT) is before
 

@@ -119,7 +119,7 @@ def test_sigterm_ends_a_run_with_75_and_a_new_one_goes_on(batch, tmp_path):
 
 
 def test_a_finished_batch_loads_nothing(batch, tmp_path, run, monkeypatch):
-    monkeypatch.setattr("qwen_jax.cli.flags.Model.engine", None)
+    monkeypatch.setattr("qwen_jax.llm.model.Model.engine", None)
     before = batch.alone.read_bytes()
     code, out, err = run("batch", batch.model, batch.source, batch.alone, "--price-per-hour", 2)
     assert (code, out) == (0, "")
@@ -155,7 +155,7 @@ def test_two_runs_at_once_are_refused(batch, run, tmp_path):
 
 
 def test_the_summary_has_tokens_errors_and_cost(tiny, tmp_path, run, monkeypatch):
-    monkeypatch.setattr("qwen_jax.cli.flags.Model.engine", lambda *_, **__: engine())
+    monkeypatch.setattr("qwen_jax.llm.model.Model.engine", lambda *_, **__: engine())
     lines = [completion(f"r{i}", (1, 2, 3), max_tokens=1, ignore_eos=True) for i in range(3)]
     source = write(tmp_path / "in", [*lines, b"{"])
     code, _, err = run("batch", tiny, source, tmp_path / "out", "--price-per-hour", 3600)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from qwen_jax.cli import bench_long
-from qwen_jax.cli.flags import Model, ModelFlags, open_model
+from qwen_jax.cli.flags import ModelFlags
 from qwen_jax.config import SparseConfig, model_config
+from qwen_jax.llm.model import Model, open_model
 from qwen_jax.models import params
 
 
@@ -110,7 +111,7 @@ def test_published_models_have_no_weights(run, monkeypatch):
     for both in ((), (".", "--config", "7b-1m")):
         code, _, err = run("bench", "decode", *both)
         assert code == 2
-        assert "give MODEL, a directory, or --config NAME, and not both" in err
+        assert "give MODEL, a directory or a name, or --config NAME, and not both" in err
 
 
 @pytest.mark.parametrize(("sparse", "decode"), [(False, False), (True, False), (True, True)])

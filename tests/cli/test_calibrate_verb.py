@@ -7,9 +7,9 @@ import os
 import numpy as np
 import pytest
 
-from qwen_jax.cli.flags import Model
 from qwen_jax.config import last_q, model_config, sparse_config
 from qwen_jax.engine.engine import Engine
+from qwen_jax.llm.model import Model
 from qwen_jax.storage import atomic
 
 SLICE = ("--slice", 64)
@@ -31,7 +31,7 @@ def engines():
 
     def engine(self, length, **more):
         assert length <= 1024
-        key = self.directory, dataclasses.replace(self.flags, mesh=None)
+        key = self.directory, dataclasses.replace(self.options, mesh=None)
         if key not in made:
             made[key] = build(self, 1024, **more)
         return made[key]

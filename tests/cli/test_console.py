@@ -15,7 +15,7 @@ from rich.table import Table
 
 import convert
 import qwen_jax
-from qwen_jax.cli import documents
+from qwen_jax.cli.ask import print_table
 from qwen_jax.cli.console import console, shorten
 
 NAME = "a rather long name of a file, with words in it.txt"
@@ -39,7 +39,7 @@ def on_a_terminal(monkeypatch, write):
 def test_what_is_no_terminal_gets_whole_lines(columns, monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", columns)
     long = f"{FOLDERS * 5}/{NAME}"
-    documents.print_table([(long, 12), ("c.txt", 3456)], 3500, 8192)
+    print_table([(long, 12), ("c.txt", 3456)], 3500, 8192)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 5
     assert lines[1] == f"{long}      12"
@@ -58,7 +58,7 @@ def test_a_terminal_gets_whole_names_of_files(columns, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setenv("TERM", "xterm")  # a dumb one has 80
     rows = [(f"{FOLDERS}/{NAME}", 12)]
-    shown = on_a_terminal(monkeypatch, lambda: documents.print_table(rows, 3500, 8192))
+    shown = on_a_terminal(monkeypatch, lambda: print_table(rows, 3500, 8192))
     lines = shown.splitlines()
     assert len(lines) == 4
     assert NAME in lines[1]

@@ -11,14 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from qwen_jax.cli import documents
-from qwen_jax.cli.documents import Document, DocumentError
+from qwen_jax.cli.ask import print_table
+from qwen_jax.cli.flags import spelled
 from qwen_jax.files import reading
+from qwen_jax.llm import documents
+from qwen_jax.llm.documents import Document, DocumentError
 
 
 def read(*paths, exclude=()):
     skipped: list[str] = []
-    found = documents.read(paths, skipped=skipped.append, exclude=exclude)
+    found = documents.read(paths, skipped=skipped.append, exclude=exclude, spell=spelled)
     return [(os.path.basename(each.name), each.text) for each in found], skipped
 
 
@@ -315,7 +317,7 @@ def test_one_document_stands_alone_and_several_are_named():
 
 
 def test_the_table_names_each_file_its_tokens_and_the_limit(capsys):
-    documents.print_table([("a[b].txt", 12), ("c.txt", 3456)], 3500, 8192)
+    print_table([("a[b].txt", 12), ("c.txt", 3456)], 3500, 8192)
     lines = capsys.readouterr().err.splitlines()[1:]
     expected = ["a[b].txt 12", "c.txt 3,456", "question 3,500", "fits 8,192"]
     for line, words in zip(lines, expected, strict=True):

@@ -6,9 +6,10 @@ import json
 import pytest
 
 from pallas_kernels.geometry import ChunkGeometry
-from qwen_jax.cli.flags import AnswerFlags, ModelFlags, open_model
+from qwen_jax.cli.flags import AnswerFlags, ModelFlags
 from qwen_jax.config import ConfigError, GenerationConfig
 from qwen_jax.engine.request import RequestError, Sampling
+from qwen_jax.llm.model import open_model
 
 QWEN = GenerationConfig(
     do_sample=True, temperature=0.7, top_k=20, top_p=0.8, repetition_penalty=1.05

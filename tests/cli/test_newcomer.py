@@ -10,6 +10,7 @@ import pytest
 
 from qwen_jax import cli
 from qwen_jax.cli import evaluate, flags, on_hosts, profile
+from qwen_jax.llm.model import open_model
 
 DIGITS = "9" * 5000
 UNDER = {"eval": ["passkey", "niah", "ruler"], "kv": ["inspect", "verify"]}
@@ -154,9 +155,9 @@ def test_an_empty_model_is_refused_and_an_empty_system_text_is_not(tiny, run):
 
 def test_ranges_hold_for_flags_that_no_command_line_gave(tiny):
     with pytest.raises(flags.ConfigError, match="--slice 0 must be at least 1"):
-        flags.open_model(tiny, flags.ModelFlags(slice=0))
+        open_model(tiny, flags.ModelFlags(slice=0))
     with pytest.raises(flags.ConfigError, match="--max-len 2147483648 must be under"):
-        flags.open_model(tiny, flags.ModelFlags(max_len=2**31))
+        open_model(tiny, flags.ModelFlags(max_len=2**31))
 
 
 def test_notes_are_short_and_more_or_none_where_asked(tiny, run):

@@ -87,7 +87,7 @@ def path(request, tmp_path):
 def test_what_is_read_again_is_refused_before_the_work(
     verb, path, files, tiny, tmp_path, run, monkeypatch
 ):
-    from qwen_jax.cli.flags import Model
+    from qwen_jax.llm.model import Model
 
     monkeypatch.setattr(Model, "engine", None)  # no work is done
     code, _, err = run(*words(REFUSED[verb], files, tiny, tmp_path, path))
@@ -165,8 +165,8 @@ EARLY = {
 def test_what_a_plan_cannot_draw_is_refused_before_the_text_is_read(
     case, files, tiny, tmp_path, run, monkeypatch
 ):
-    from qwen_jax.cli import documents
-    from qwen_jax.cli.flags import Model
+    from qwen_jax.llm import documents
+    from qwen_jax.llm.model import Model
 
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
@@ -185,7 +185,7 @@ def test_what_a_plan_cannot_draw_is_refused_before_the_text_is_read(
 def test_a_plan_without_matplotlib_is_refused_before_the_text_is_read(
     files, tiny, tmp_path, run, monkeypatch
 ):
-    from qwen_jax.cli.flags import Model
+    from qwen_jax.llm.model import Model
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(Model, "engine", None)
@@ -196,7 +196,7 @@ def test_a_plan_without_matplotlib_is_refused_before_the_text_is_read(
 
 
 def test_replicas_are_refused_before_a_prompt_is_read(files, tiny, tmp_path, run, monkeypatch):
-    from qwen_jax.cli.flags import Model
+    from qwen_jax.llm.model import Model
 
     monkeypatch.setattr(Model, "engine", None)
     line = "prefill MODEL --tokens IDS --out NEW --mesh data=2"

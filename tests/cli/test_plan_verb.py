@@ -105,8 +105,8 @@ def test_a_published_model_needs_no_directory(tmp_path, run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("", "give MODEL, a directory, or --config NAME, and not both"),
-        (". --config 7b-1m", "give MODEL, a directory, or --config NAME, and not both"),
+        ("", "give MODEL, a directory or a name, or --config NAME, and not both"),
+        (". --config 7b-1m", "give MODEL, a directory or a name, or --config NAME, and not both"),
         ("--config 7b", "--config '7b' is not one of 7b-1m, 14b-1m"),
         (
             "--config 7b-1m --tokens 1G",

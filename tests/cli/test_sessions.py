@@ -20,12 +20,13 @@ from safetensors.numpy import save_file
 from support.kept import TEXT, Checksum, content, sign
 from support.tiny_model import random_weights
 
-from qwen_jax.cli import main, sessions
-from qwen_jax.cli.flags import Model
+from qwen_jax.cli import main
 from qwen_jax.distributed import multihost
 from qwen_jax.engine import engine as engines
 from qwen_jax.engine import memory as budget
 from qwen_jax.engine.engine import Engine
+from qwen_jax.llm import sessions
+from qwen_jax.llm.model import Model
 from qwen_jax.storage import atomic, kv_session, orbax_io
 from qwen_jax.text.tokenizer import Tokenizer
 

@@ -10,7 +10,7 @@ import pytest
 from support.checkpoints import Tiny, write_shards
 
 from convert import source, sums, weights
-from qwen_jax.cli.sessions import weights_fingerprint
+from qwen_jax.llm.sessions import weights_fingerprint
 from qwen_jax.models import params
 from qwen_jax.storage.manifest import CheckpointError
 

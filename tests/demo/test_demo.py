@@ -9,10 +9,10 @@ import jax
 import pytest
 from support import demo_checkpoint
 
-from qwen_jax.cli.answer import Answer, Timings
-from qwen_jax.cli.flags import Model
 from qwen_jax.config import model_config
 from qwen_jax.engine.request import Sparseness
+from qwen_jax.llm.answer import Answer, Timings
+from qwen_jax.llm.model import Model
 from qwen_jax.text.tokenizer import Tokenizer
 
 # By path: `demo` is also the name of this folder.
@@ -90,7 +90,7 @@ def test_the_demo_on_a_mesh_succeeds_only_with_four_equal_right_answers(
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     monkeypatch.setattr(Model, "weights", lambda self: None)
     monkeypatch.setattr(
-        Model, "engine", lambda self, length, **_: (self.flags.mesh, self.sparse is not None)
+        Model, "engine", lambda self, length, **_: (self.options.mesh, self.sparse is not None)
     )
     task = demo_long.KINDS["passkey"].build(
         demo_long.Material(Tokenizer.load(demo_checkpoint.directory())), demo_mesh.CELL
@@ -104,7 +104,10 @@ def test_the_demo_on_a_mesh_succeeds_only_with_four_equal_right_answers(
             prompt_tokens=0, computed_tokens=0, new_tokens=0, ttft_s=1.0, decode_s=1.0
         )
         done = Answer(
-            tokens=(), text=texts[len(ran)].format(number), finish="stop", timings=timings
+            token_ids=(),
+            text=texts[len(ran)].format(number),
+            finish_reason="stop",
+            timings=timings,
         )
         ran.append(engine)
         return dataclasses.replace(done, sparse=Sparseness(density=0.5) if engine[1] else None)

@@ -1,5 +1,7 @@
 """Requests are checked once, where they are made."""
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from jaxtyping import TypeCheckError
 
@@ -47,16 +49,37 @@ def test_a_bad_sampling_value_is_refused_by_name(field, value):
         ("prompt", (True,)),
         ("prompt", [1, 2]),
         ("prompt", "text"),
+        ("prompt", 7),
+        ("prompt", (1, np.float32(2))),
+        ("prompt", (np.True_,)),
+        ("prompt", np.array([1.0])),
+        ("prompt", np.array([True])),
+        ("prompt", np.array([[1, 2]])),
+        ("prompt", np.array(3)),
+        ("prompt", np.array([], np.int32)),
+        ("prompt", np.array([-1])),
         ("max_new_tokens", 0),
         ("max_new_tokens", 2.5),
         ("eos_ids", (-1,)),
         ("eos_ids", ("stop",)),
+        ("eos_ids", 5),
+        ("eos_ids", np.array([0.0])),
+        ("eos_ids", (False,)),
     ],
 )
 def test_a_bad_request_is_refused_by_name(field, value):
     fields = {"prompt": (1, 2), "max_new_tokens": 1, field: value}
     with pytest.raises(REFUSED, match=field):
         Request(**fields)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.uint8, np.int64])
+@pytest.mark.parametrize("array", [tuple, np.asarray, jnp.asarray])
+def test_ids_of_numpy_are_kept_as_integers(array, kind):
+    ids = array(np.array([3, 0, 200], kind))
+    request = Request(prompt=ids, max_new_tokens=1, eos_ids=ids)
+    assert request.prompt == request.eos_ids == (3, 0, 200)
+    assert {type(token) for token in request.prompt + request.eos_ids} == {int}
 
 
 def test_the_extreme_values_are_accepted():

@@ -8,12 +8,12 @@ from support import random_models, readers
 from support.vocabularies import byte_level, save, small_vocabulary
 from typer.testing import CliRunner
 
-from qwen_jax.cli.documents import DocumentError
 from qwen_jax.cli.eval import app
-from qwen_jax.cli.flags import Model
 from qwen_jax.cli.quantities import whole_number
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Sparseness
+from qwen_jax.llm.documents import DocumentError
+from qwen_jax.llm.model import Model
 
 DCA = ("--dca", "on", "--dca-chunk", 256, "--dca-local", 64)
 

@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 from support import demo_checkpoint
 
-from qwen_jax.cli.flags import ModelFlags, open_model
+from qwen_jax.cli.flags import ModelFlags
 from qwen_jax.eval import catalog, score
 from qwen_jax.eval.material import Material
+from qwen_jax.llm.model import open_model
 
 BUDGETS = demo_checkpoint.ROOT / "docs/demo/sparse_attention_config.json"
 

@@ -83,6 +83,7 @@ def compare(text, replicated):
     check_shared(engine)
     for each in engine, serve:
         check_cancel(each, few, expected)
+        check_logprobs(each, few, alone)
 
 
 @pytest.mark.parametrize("tied", [False, pytest.param(True, marks=pytest.mark.long)])
@@ -128,6 +129,32 @@ def check_shared(engine):
         before = engine.num_prefilled
         engine.run([Request(prompt=prompt, max_new_tokens=1)])
         assert engine.num_prefilled - before == computed
+
+
+def check_logprobs(serve, some, alone):
+    """Every other request asks for log-probabilities and gets those of one device."""
+    asked = [
+        dataclasses.replace(each, logprobs=None if number % 2 else 5)
+        for number, each in enumerate(some)
+    ]
+    served, expectations = logprobs(serve, asked), logprobs(alone, asked)
+    assert [bool(each) for each in served] == [each.logprobs is not None for each in asked]
+    for found, expected in zip(served, expectations, strict=True):
+        assert [top[0] for top in found] == [top[0] for top in expected]
+        values, others = ([[v for _, v in top] for top in each] for each in (found, expected))
+        np.testing.assert_allclose(values, others, atol=1e-4)
+
+
+def logprobs(serve, asked):
+    """The sampled and the likeliest tokens with their log-probabilities, per request and token."""
+    found = {serve.add(each): [] for each in asked}
+    while serve.busy:
+        for event in serve.step():
+            found[event.request_id] += [
+                ((token, each.logprob), *each.top)
+                for token, each in zip(event.tokens, event.logprobs, strict=False)
+            ]
+    return list(found.values())
 
 
 def check_cancel(serve, some, expected):

@@ -9,12 +9,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from qwen_jax.cli import placement, plan
-from qwen_jax.cli.flags import ModelFlags, open_model
+from qwen_jax.cli import plan
+from qwen_jax.cli.flags import ModelFlags
 from qwen_jax.config import ConfigError
 from qwen_jax.distributed import sharding
 from qwen_jax.distributed.sharding import MeshShape
 from qwen_jax.engine.layout import EngineConfig, EngineLayout
+from qwen_jax.llm import placement
+from qwen_jax.llm.model import open_model
 from qwen_jax.models import presets
 from qwen_jax.planner import devices
 

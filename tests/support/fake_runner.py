@@ -36,7 +36,7 @@ class FakeRunner:
             self.write(step.page_table, int(step.start) + i, int(step.tokens[i]), *scales)
         return self.read(step.page_table, int(step.start) + int(step.length))
 
-    def choose(self, logits, choice):
+    def sample(self, logits, choice):
         history, token = logits
         assert 0 <= choice.row < self.max_seqs
         assert int(choice.sampling.position[0]) == len(history)
@@ -61,7 +61,7 @@ class FakeRunner:
             out[row] = self.read(table, position + 1)[1]
         return out
 
-    def mark(self, row, prompt):
+    def set_seen_tokens(self, row, prompt):
         pass
 
     def window(self, size):

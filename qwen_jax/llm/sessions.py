@@ -1,4 +1,4 @@
-"""KV sessions as verbs use them: what identifies one, and how it comes into an engine."""
+"""KV sessions: what identifies one, and how it comes into an engine."""
 
 import dataclasses
 import functools
@@ -6,33 +6,32 @@ import hashlib
 import importlib.metadata
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from qwen_jax.cli.flags import Model, note, option
 from qwen_jax.config import ConfigError
-from qwen_jax.engine.request import Sparseness
+from qwen_jax.engine.request import Event, Request, RequestError, Sparseness
 from qwen_jax.files import reading
+from qwen_jax.llm import documents
+from qwen_jax.llm.model import Model
+from qwen_jax.llm.options import Options
 from qwen_jax.storage import kv_session
-from qwen_jax.storage.kv_session import Identity, Session, SessionError
+from qwen_jax.storage.kv_session import Identity, Session, SessionError, Writer
 from qwen_jax.storage.manifest import READ_FILES
 from qwen_jax.text.tokenizer import Tokenizer
 
-Kv = Annotated[
-    Path | None,
-    option("A KV session made by `prefill`, which the prompt goes on after.", metavar="DIR"),
-]
 _OLDER_FILES = ("special_tokens_map.json", "added_tokens.json")
 TOKENIZER_FILES = (
     *(name for name in READ_FILES if name.startswith(("tokenizer", "chat"))),
     *_OLDER_FILES,
 )
+_NEW = 2  # tokens of an answer that is not waited for: a request has one, and this one goes on
 _SAID_BYTES = 1e9  # of weights that take seconds to read
 
 
 def identity(opened: Model, tokens: tuple[int, ...], *, is_chat: bool) -> Identity:
-    """What the keys and values of a prompt depend on, with this model and these flags."""
+    """What the keys and values of a prompt depend on, with this model and these options."""
     return _identity(
         opened,
         num_tokens=len(tokens),
@@ -75,8 +74,16 @@ class Kept:
         """Ids that ask a question after the files, and invite the model to speak."""
         return [*tokenizer.encode_text(text), *tokenizer.close_turn(), *tokenizer.open_answer()]
 
-    def restore(self, engine) -> None:
-        """Puts it into an engine that has no other; says what that took.
+    def check_chat(self, options: Options) -> None:
+        """Checks that a question can follow.
+
+        Raises:
+            ConfigError: if it ends where none can.
+        """
+        _check_chat(self.session, self.directory, options)
+
+    def restore(self, engine, say: Callable[[str], None] = lambda _: None) -> None:
+        """Puts it into an engine that has no other; tells `say` what that took.
 
         Raises:
             SessionError: if its files cannot be read, or are not those that were checked.
@@ -101,14 +108,14 @@ class Kept:
                 "program writes it"
             )
         size, seconds = self.session.num_bytes, time.monotonic() - began
-        note(
+        say(
             f"{self.directory}: {len(tokens):,} tokens from the disk, {size / 1e9:.3f} GB in "
             f"{seconds:.2f} s ({size / 1e9 / seconds:.2f} GB/s)"
         )
 
 
 def open_kept(opened: Model, directory: Path, *, chat: bool = False) -> Kept:
-    """A whole session of this model with these flags; every byte of it is checked.
+    """A whole session of this model with these options; every byte of it is checked.
 
     Args:
         chat: a question is to follow.
@@ -127,7 +134,7 @@ def open_kept(opened: Model, directory: Path, *, chat: bool = False) -> Kept:
     different = found.identity.difference(here)
     if different is not None:
         raise SessionError(
-            f"{directory} was prefilled differently ({different}): use the model and the flags "
+            f"{directory} was prefilled differently ({different}): use the model and the options "
             "that it was made with, or prefill again"
         )
     if not found.is_complete:
@@ -135,16 +142,109 @@ def open_kept(opened: Model, directory: Path, *, chat: bool = False) -> Kept:
             f"{directory} holds {found.saved:,} of {found.identity.num_tokens:,} tokens: the "
             "`qwen-jax prefill` that began it goes on there"
         )
-    if chat and not found.identity.is_chat:
-        raise ConfigError(
-            f"{directory} holds raw text, after which no question can follow: use `generate`, or "
-            "prefill with --file"
-        )
+    if chat:
+        _check_chat(found, directory, opened.options)
     kv_session.check_shared(directory, found)
     stamp = kv_session.stamp(directory, found)
     tokens = kv_session.read_tokens(directory, found)
     kv_session.check(directory, found)
     return Kept(directory=directory, session=found, tokens=tokens, stamp=stamp)
+
+
+def _check_chat(found: Session, directory: Path, options: Options) -> None:
+    if not found.identity.is_chat:
+        raise ConfigError(
+            f"{directory} holds raw text, after which no question can follow: use `generate`, or "
+            f"prefill with {options.spelled('files')}"
+        )
+
+
+def files_prompt(
+    tokenizer: Tokenizer, texts: Sequence[documents.Document], system: str | None
+) -> tuple[list[tuple[str, int]], tuple[int, ...]]:
+    """Names of files with their tokens, and the ids of a turn that holds them and may go on.
+
+    Raises:
+        TokenizerError: if the checkpoint does not speak ChatML.
+    """
+    rows = [(each.name, len(tokenizer.encode_text(each.text))) for each in texts]
+    text = documents.joined(texts, "")
+    return rows, (*tokenizer.open_chat(system), *tokenizer.open_turn("user", text))
+
+
+class Filling:
+    """A prefill of what a session does not hold yet, step by step, in an engine of its own.
+
+    Args:
+        ids: the prompt.
+        save_every: tokens after which a step saves.
+        weights: what `Model.weights` gave; None to load them.
+
+    Attributes:
+        prefilled: tokens read so far.
+    """
+
+    def __init__(
+        self,
+        opened: Model,
+        ids: tuple[int, ...],
+        writer: Writer,
+        save_every: int,
+        *,
+        weights: Any = None,
+    ):
+        from qwen_jax.engine.engine import Engine
+
+        held = writer.session.saved
+        kept = Kept(directory=writer.directory, session=writer.session, tokens=ids)
+        window = max(min(save_every, len(ids) - held), kept.window)
+        engine = opened.engine(len(ids) + _NEW, weights=weights, prefix_tokens=held, window=window)
+        if not isinstance(engine, Engine):
+            mesh = f"{opened.options.spelled('mesh')} {opened.options.mesh}"
+            raise ConfigError(f"{mesh}: one prompt has no replicas: leave data out")
+        if held:
+            kept.restore(engine, opened.options.say)
+        self._engine, self._writer, self._save_every = engine, writer, save_every
+        self._number = engine.add(Request(prompt=ids, max_new_tokens=_NEW))
+        self._length = len(ids)
+        self._last = Event(request_id=self._number, prefilled=held)
+
+    @property
+    def prefilled(self) -> int:
+        return self._last.prefilled
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all is read; it is not saved."""
+        return self.prefilled >= self._length
+
+    def step(self) -> None:
+        """Reads one slice, and saves if it is time.
+
+        Raises:
+            Preempted: in all processes of a job, before anything is read.
+            RequestError: if the model's numbers are not finite.
+            SessionError: if the disk is full or fails.
+        """
+        for event in self._engine.step():
+            if event.error is not None:
+                raise RequestError(event.error)
+            self._last = event
+        if self.prefilled - self._writer.session.saved >= self._save_every:
+            self.save()
+
+    def save(self) -> None:
+        """Saves what is read.
+
+        Raises:
+            SessionError: if the disk is full or fails.
+        """
+        if self.prefilled > self._writer.session.saved:
+            keys, values = self._engine.take(
+                self._number, self._writer.session.saved, self.prefilled
+            )
+            figures = None if self._last.sparse is None else dataclasses.asdict(self._last.sparse)
+            self._writer.add(self.prefilled, keys, values, figures)
 
 
 def tokenizer_fingerprint(directory: Path, names: tuple[str, ...] = TOKENIZER_FILES) -> str:
@@ -159,7 +259,7 @@ def tokenizer_fingerprint(directory: Path, names: tuple[str, ...] = TOKENIZER_FI
     return digest.hexdigest()[:16]
 
 
-def weights_fingerprint(directory: Path) -> str:
+def weights_fingerprint(directory: Path, say: Callable[[str], None] = lambda _: None) -> str:
     """Fingerprint of every byte of a model's weights, the same before and after conversion.
 
     They are read once and when they change, see `convert.sums`.
@@ -175,7 +275,7 @@ def weights_fingerprint(directory: Path) -> str:
     def progress(_: int, total: int) -> None:
         nonlocal said
         if not said and total > _SAID_BYTES:
-            note(f"reading {total / 1e9:.1f} GB of weights once, for their checksums")
+            say(f"reading {total / 1e9:.1f} GB of weights once, for their checksums")
         said = True
 
     if not params.is_converted(directory):
@@ -189,7 +289,7 @@ def _identity(opened: Model, *, num_tokens: int, tokens_sha256: str, is_chat: bo
     config = opened.config
     opened.mesh()  # before anything asks for devices
     return Identity(
-        weights=weights_fingerprint(opened.directory),
+        weights=weights_fingerprint(opened.directory, opened.options.say),
         tokenizer=tokenizer_fingerprint(opened.directory),
         settings=_settings(opened, num_tokens),
         dtype=opened.precision()[0],
@@ -212,14 +312,3 @@ def _settings(opened: Model, num_tokens: int) -> dict[str, Any]:
     if opened.sparse is None or num_tokens <= opened.sparse.threshold:
         chosen["sparse"] = None
     return chosen
-
-
-def refuse_text(flags: dict[str, object]) -> None:
-    """Refuses flags that say what is in a session already.
-
-    Raises:
-        ConfigError: naming the flag.
-    """
-    for name, value in flags.items():
-        if value is not None:
-            raise ConfigError(f"--kv contradicts {name}: the session holds its text already")

@@ -12,12 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pathspec
-from rich.cells import cell_len
 
-from qwen_jax.cli.console import console, shorten
-from qwen_jax.cli.flags import says
 from qwen_jax.files import reading
 from qwen_jax.files.reading import printable, shown
+from qwen_jax.llm.options import Spell
 
 STDIN = Path("-")
 """The name of standard input."""
@@ -71,7 +69,11 @@ class _Skipped:
 
 
 def read(
-    paths: Iterable[Path], *, skipped: Callable[[str], None], exclude: Sequence[str] = ()
+    paths: Iterable[Path],
+    *,
+    skipped: Callable[[str], None],
+    exclude: Sequence[str] = (),
+    spell: Spell = str,
 ) -> list[Document]:
     """The text files that `paths` name, directories whole and in order of their names.
 
@@ -82,6 +84,7 @@ def read(
     Args:
         paths: `STDIN` among them is standard input.
         exclude: patterns as in `.gitignore`, from each directory on.
+        spell: spells the names of these arguments.
 
     Raises:
         DocumentError: if a named path holds no text or cannot be read.
@@ -90,7 +93,10 @@ def read(
     if paths.count(STDIN) > 1:
         raise DocumentError("standard input (-) is given twice: it can be read once")
     if exclude and not any(path.is_dir() for path in paths):
-        raise DocumentError("--exclude is for directories, and no --file names one: leave it out")
+        raise DocumentError(
+            f"{spell('exclude')} is for directories, and no {spell('files')} names one: "
+            "leave it out"
+        )
     documents, left_out = [], []
     for path in paths:
         if not path.is_dir():
@@ -98,7 +104,7 @@ def read(
             documents.append(Document(name=name, text=read_text(path)))
             continue
         found = []
-        for file in _walk(path, exclude, left_out.append):
+        for file in _walk(path, exclude, left_out.append, spell("exclude")):
             try:
                 found.append(Document(name=str(file), text=read_text(file)))
             except DocumentError as error:
@@ -117,20 +123,6 @@ def joined(documents: Sequence[Document], question: str) -> str:
         return f"{documents[0].text}\n\n{question}"
     named = [f"File: {document.name}\n\n{document.text}\n\n" for document in documents]
     return "".join([*named, question])
-
-
-def print_table(rows: Sequence[tuple[str, int]], total: int, limit: int) -> None:
-    """A table of tokens on stderr: per file, together, and what fits."""
-    if not says():
-        return
-    sums = [("with the question and the chat template", total), ("fits, with the answer", limit)]
-    counts = ["tokens", *(f"{count:,}" for _, count in [*rows, *sums])]
-    digits = max(map(len, counts))
-    room = console(stderr=True).width - digits - 2
-    names = ["file", *(shorten(shown(name), room) for name, _ in rows), *(text for text, _ in sums)]
-    width = min(room, max(map(cell_len, names)))
-    for name, count in zip(names, counts, strict=True):
-        print(f"{name}{' ' * (width - cell_len(name))}  {count:>{digits}}", file=sys.stderr)
 
 
 def _told(left_out: Sequence[_Skipped]) -> list[str]:
@@ -157,7 +149,9 @@ def _size(path: Path) -> int:
     return status.st_size if stat.S_ISREG(status.st_mode) else 0
 
 
-def _walk(root: Path, exclude: Sequence[str], skip: Callable[[_Skipped], None]) -> Iterator[Path]:
+def _walk(
+    root: Path, exclude: Sequence[str], skip: Callable[[_Skipped], None], name_of_exclude: str
+) -> Iterator[Path]:
     """Regular files below `root`, sorted; links are not followed, so there are no loops."""
 
     def fail(error: OSError):
@@ -166,7 +160,7 @@ def _walk(root: Path, exclude: Sequence[str], skip: Callable[[_Skipped], None]) 
     for pattern in exclude:
         if _pattern(pattern) is None:
             raise DocumentError(
-                f"--exclude '{printable(pattern)}' is no pattern of .gitignore files"
+                f"{name_of_exclude} '{printable(pattern)}' is no pattern of .gitignore files"
             )
     excluded = _spec(exclude)
     rules = _Rules(root)
@@ -181,7 +175,7 @@ def _walk(root: Path, exclude: Sequence[str], skip: Callable[[_Skipped], None]) 
             elif path.is_symlink():
                 skip(_Skipped(path, "links", f"{shown(path)}: it is a link"))
             elif _verdict(excluded, below):
-                skip(_Skipped(path, "excluded", f"{shown(path)}: --exclude names it"))
+                skip(_Skipped(path, "excluded", f"{shown(path)}: {name_of_exclude} names it"))
             elif rules.ignore(path, is_folder):
                 skip(_Skipped(path, "ignored", f"{shown(path)}: .gitignore names it"))
             elif is_folder:

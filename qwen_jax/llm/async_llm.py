@@ -1,0 +1,372 @@
+"""AsyncLLM: the same model for asyncio, many requests together, on a thread of its own."""
+
+import asyncio
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, Self, TypeVar, Unpack, overload
+
+import numpy as np
+from jaxtyping import Float32
+
+from qwen_jax.engine.data_parallel import Replicas
+from qwen_jax.engine.engine import Engine
+from qwen_jax.llm.answer import Answer, Pending
+from qwen_jax.llm.llm import (
+    LLM,
+    AnswerArguments,
+    Call,
+    Front,
+    Message,
+    Path_,
+    Prompt,
+    Session,
+    answers_of,
+    is_prompt,
+)
+
+T = TypeVar("T")
+
+
+class _Waiting:
+    """Somebody who waits for requests, on the thread of an event loop."""
+
+    def __init__(self):
+        self.pendings: list[Pending] = []
+        self.error: BaseException | None = None
+        self._loop = asyncio.get_running_loop()
+        self._event = asyncio.Event()
+
+    async def wait(self) -> None:
+        """Waits until a step has brought something, or has failed.
+
+        Raises:
+            EngineError: or whatever the step failed with.
+        """
+        await self._event.wait()
+        self._event.clear()
+        if self.error is not None:
+            raise self.error
+
+    def wake(self) -> None:
+        """Ends the wait, from any thread."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._event.set)
+
+
+class AsyncStreaming:
+    """Text of one answer as it comes, for `async for`; see `Streaming`.
+
+    Attributes:
+        answer: the whole answer; None until the text has ended.
+    """
+
+    def __init__(self, front: "AsyncFront", make: Callable[[], Call]):
+        self.answer: Answer | None = None
+        self._front, self._make = front, make
+        self._waiting: _Waiting | None = None
+        self._is_over = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> str:
+        if self._is_over:
+            raise StopAsyncIteration
+        try:
+            if self._waiting is None:
+                call = await asyncio.to_thread(self._make)
+                self._waiting = _Waiting()
+                await self._front.begin(self._waiting, [call])
+            (pending,) = self._waiting.pendings
+            while True:
+                has_ended = pending.finish is not None
+                text = pending.text()
+                if text:
+                    return text
+                if has_ended:
+                    break
+                await self._waiting.wait()
+        except BaseException:
+            self._end()
+            raise
+        self._end()
+        self.answer = pending.answer()
+        raise StopAsyncIteration
+
+    async def aclose(self) -> None:
+        """Cancels the request, if its answer has not ended."""
+        self._end()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._end()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_is_over", True):
+            self._end()
+
+    def _end(self) -> None:
+        self._is_over = True
+        if self._waiting is not None:
+            self._front.end(self._waiting)
+            self._waiting = None
+
+
+class AsyncFront:
+    """What a model and a session of it have in common, for asyncio.
+
+    The engine runs on one thread, which steps while there are requests; the event loop never
+    waits for it. A task that is cancelled takes its requests with it.
+    """
+
+    def __init__(self, open_front: Callable[[], Front]):
+        self._open = open_front
+        self._front: Front | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="qwen-jax")
+        self._waiting: list[_Waiting] = []
+        self._is_stepping = False
+
+    async def front(self) -> Front:
+        """The same for callers that wait; the first call loads it."""
+        return await self._run(self._opened)
+
+    async def engine(self) -> Engine | Replicas:
+        """The engine of token ids, which must not be stepped while requests run here."""
+        front = await self.front()
+        return await self._run(lambda: front.engine)
+
+    @overload
+    async def generate(self, prompts: Prompt, **arguments: Unpack[AnswerArguments]) -> Answer: ...
+
+    @overload
+    async def generate(
+        self, prompts: Sequence[Prompt], **arguments: Unpack[AnswerArguments]
+    ) -> list[Answer]: ...
+
+    async def generate(
+        self, prompts: Prompt | Sequence[Prompt], **arguments: Unpack[AnswerArguments]
+    ) -> Answer | list[Answer]:
+        """Continues prompts, see `LLM.generate`."""
+        is_one = is_prompt(prompts)
+        several: Any = [prompts] if is_one else list(prompts)
+        front = await self.front()
+        answers = await self._answers(functools.partial(front.calls, several, arguments))
+        return answers[0] if is_one else answers
+
+    async def stream(self, prompt: Prompt, **arguments: Unpack[AnswerArguments]) -> AsyncStreaming:
+        """Continues one prompt; its text comes piece by piece, see `LLM.stream`."""
+        front = await self.front()
+        return AsyncStreaming(self, lambda: front.calls([prompt], arguments)[0])
+
+    async def count_tokens(self, text: str) -> int:
+        """The number of tokens that a text has, without a chat template."""
+        front = await self.front()
+        return await asyncio.to_thread(front.count_tokens, text)
+
+    async def close(self) -> None:
+        """Lets go of weights and cache, after the step that runs."""
+        if self._front is not None:
+            await self._run(self._front.close)
+        self._thread.shutdown(wait=False)
+
+    async def __aenter__(self) -> Self:
+        await self.front()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def begin(self, waiting: _Waiting, calls: Sequence[Call]) -> None:
+        """Queues requests for somebody who waits; `end` must follow, whatever happens."""
+
+        def add() -> None:
+            server = self._opened().server
+            for call in calls:
+                server.add(call.request, call.stream, to=waiting.pendings)
+            self._waiting.append(waiting)
+            if not self._is_stepping:
+                self._is_stepping = True
+                self._thread.submit(self._step)
+
+        await self._run(add)
+
+    def end(self, waiting: _Waiting) -> None:
+        """Drops what has not ended, before the next step."""
+
+        def drop() -> None:
+            if waiting in self._waiting:
+                self._waiting.remove(waiting)
+            if self._front is not None and not self._front.is_closed:
+                self._front.server.drop(waiting.pendings)
+
+        try:
+            self._thread.submit(drop)
+        except RuntimeError:  # it was closed, and holds nothing
+            return
+
+    async def _answers(self, make: Callable[[], list[Call]]) -> list[Answer]:
+        calls = await asyncio.to_thread(make)
+        waiting = _Waiting()
+        try:
+            await self.begin(waiting, calls)
+            while any(each.finish is None for each in waiting.pendings):
+                await waiting.wait()
+            return answers_of(waiting.pendings)
+        finally:
+            self.end(waiting)
+
+    async def _run(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+
+    def _opened(self) -> Front:
+        if self._front is None:
+            self._front = self._open()
+        return self._front
+
+    def _step(self) -> None:
+        """Runs one step, then comes back after what was asked for meanwhile."""
+        self._is_stepping = False
+        front = self._opened()
+        if front.is_closed:
+            return
+        try:
+            front.server.step()
+        except BaseException as error:  # it reaches all who wait for this engine
+            for each in self._waiting:
+                each.error = error
+        if front.server.is_busy and not all(each.error for each in self._waiting):
+            self._is_stepping = True
+            self._thread.submit(self._step)
+        for each in self._waiting:
+            each.wake()
+
+
+class AsyncLLM(AsyncFront):
+    """`LLM` for asyncio: the same methods, as coroutines.
+
+    It is loaded by the first call, or by `async with`.
+
+    Args:
+        model: see `LLM`.
+        arguments: keywords of `LLM`.
+    """
+
+    def __init__(self, model: Path_, **arguments: Any):
+        super().__init__(functools.partial(LLM, model, **arguments))
+
+    async def llm(self) -> LLM:
+        """The model for callers that wait."""
+        front = await self.front()
+        assert isinstance(front, LLM)
+        return front
+
+    @overload
+    async def chat(
+        self,
+        question: str | Sequence[Message],
+        *,
+        files: Path_ | Iterable[Path_] | None = ...,
+        exclude: Sequence[str] | None = ...,
+        system: str | None = ...,
+        stream: Literal[False] = ...,
+        **arguments: Unpack[AnswerArguments],
+    ) -> Answer: ...
+
+    @overload
+    async def chat(
+        self,
+        question: str | Sequence[Message],
+        *,
+        files: Path_ | Iterable[Path_] | None = ...,
+        exclude: Sequence[str] | None = ...,
+        system: str | None = ...,
+        stream: Literal[True],
+        **arguments: Unpack[AnswerArguments],
+    ) -> AsyncStreaming: ...
+
+    async def chat(
+        self,
+        question: str | Sequence[Message],
+        *,
+        files: Path_ | Iterable[Path_] | None = None,
+        exclude: Sequence[str] | None = None,
+        system: str | None = None,
+        stream: bool = False,
+        **arguments: Unpack[AnswerArguments],
+    ) -> Answer | AsyncStreaming:
+        """Answers a question or the last message of a conversation, see `LLM.chat`."""
+        llm = await self.llm()
+        make = functools.partial(llm.chat_call, question, files, exclude, system, arguments)
+        if stream:
+            return AsyncStreaming(self, make)
+        return (await self._answers(lambda: [make()]))[0]
+
+    async def score(self, text: Prompt) -> Float32[np.ndarray, "n"]:
+        """Log-probabilities of all tokens but the first, see `LLM.score`."""
+        llm = await self.llm()
+        blocks = llm.score_blocks(await asyncio.to_thread(llm.score_ids, text))
+        found = []
+        try:
+            while (block := await self._run(lambda: next(blocks, None))) is not None:
+                found.append(block)
+        finally:
+            self._thread.submit(blocks.close)
+        return np.concatenate(found)
+
+    async def prefill(self, text: Prompt | None = None, **arguments: Any) -> "AsyncSession":
+        """Reads a long prompt once and keeps it on disk, see `LLM.prefill`."""
+        llm = await self.llm()
+        return AsyncSession(await asyncio.to_thread(llm.prefill, text, **arguments))
+
+    async def open_session(self, directory: Path_) -> "AsyncSession":
+        """A session that `prefill` made, see `LLM.open_session`."""
+        llm = await self.llm()
+        return AsyncSession(await asyncio.to_thread(llm.open_session, directory))
+
+
+class AsyncSession(AsyncFront):
+    """`Session` for asyncio.
+
+    Args:
+        session: whose engine runs here from now on.
+    """
+
+    def __init__(self, session: Session):
+        super().__init__(lambda: session)
+        self._session = session
+
+    @property
+    def documents(self) -> list[tuple[str, int]]:
+        """Names of the files that it holds, with their tokens."""
+        return self._session.documents
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that were read already."""
+        return self._session.num_tokens
+
+    @overload
+    async def chat(
+        self,
+        question: str,
+        *,
+        stream: Literal[False] = ...,
+        **arguments: Unpack[AnswerArguments],
+    ) -> Answer: ...
+
+    @overload
+    async def chat(
+        self, question: str, *, stream: Literal[True], **arguments: Unpack[AnswerArguments]
+    ) -> AsyncStreaming: ...
+
+    async def chat(
+        self, question: str, *, stream: bool = False, **arguments: Unpack[AnswerArguments]
+    ) -> Answer | AsyncStreaming:
+        """Answers a question about the files, see `Session.chat`."""
+        make = functools.partial(self._session.chat_call, question, arguments)
+        if stream:
+            return AsyncStreaming(self, make)
+        return (await self._answers(lambda: [make()]))[0]

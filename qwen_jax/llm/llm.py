@@ -1,0 +1,719 @@
+"""LLM: a model that takes text or token ids and gives text, in Python."""
+
+import contextlib
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TypedDict, Unpack, overload
+
+import numpy as np
+from jaxtyping import Float32
+
+from qwen_jax.config import ConfigError
+from qwen_jax.engine.data_parallel import Replicas
+from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.request import EngineError, Request, RequestError, check_ids
+from qwen_jax.llm import documents, options, sessions
+from qwen_jax.llm.answer import Answer, Pending, Server
+from qwen_jax.llm.model import Model, open_model
+from qwen_jax.llm.options import AnswerOptions, ModelOptions
+from qwen_jax.storage.kv_session import Writer
+from qwen_jax.text.tokenizer import Stream, Tokenizer
+
+DEFAULT_LEN = 32_768
+"""Tokens of prompt and answer together where `max_len` is None, or fewer if config.json says so."""
+
+Path_ = str | os.PathLike[str]
+Ids = Sequence[int] | np.ndarray
+"""Token ids of one prompt."""
+Prompt = str | Ids
+Message = Mapping[str, str]
+"""A turn of a conversation: `{"role": "user", "content": "..."}`."""
+
+
+class AnswerArguments(TypedDict, total=False):
+    """Keywords of every method that writes answers.
+
+    Attributes:
+        max_new_tokens: longest answer, in tokens; 512.
+        greedy: take the most likely token always.
+        temperature: above 1 is more varied, below 1 less, 0 is greedy; like the five after it,
+            what generation_config.json says, else neutral.
+        top_k: choose among this many tokens; 0 for all.
+        top_p: choose among the likeliest tokens of this total probability.
+        min_p: choose among tokens this probable compared with the likeliest.
+        repetition_penalty: above 1 makes tokens that were seen less likely.
+        seed: of the random choices; 0.
+        stop: texts before which an answer ends.
+        logprobs: likeliest tokens, from 0 to 20, whose log-probabilities are given beside that of
+            each token of the answer; None for none.
+        ignore_eos: do not end at end tokens.
+    """
+
+    max_new_tokens: int
+    greedy: bool
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    seed: int
+    stop: str | Sequence[str] | None
+    logprobs: int | None
+    ignore_eos: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Call:
+    """A request that is ready for the engine, and the text of its answer."""
+
+    request: Request
+    stream: Stream | None
+
+
+class Streaming(Iterator[str]):
+    """Text of one answer as it comes.
+
+    Closing it cancels the request; so does leaving it alone until it is collected.
+
+    Attributes:
+        answer: the whole answer; None until the text has ended.
+    """
+
+    def __init__(self, server: Server, call: Call):
+        self.answer: Answer | None = None
+        self._server = server
+        self._pending: Pending | None = server.add(call.request, call.stream)
+
+    def __next__(self) -> str:
+        while self._pending is not None:
+            text = self._pending.text()
+            if text:
+                return text
+            if self._pending.finish is not None:
+                pending, self._pending = self._pending, None
+                self.answer = pending.answer()
+                break
+            self._server.step(self._pending)
+        raise StopIteration
+
+    def close(self) -> None:
+        """Cancels the request, if its answer has not ended."""
+        if self._pending is not None:
+            self._server.drop([self._pending])
+            self._pending = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_pending", None) is not None:
+            self._server.forget(self._pending)  # pyright: ignore[reportArgumentType]
+
+
+class Front:
+    """What a model and a session of it have in common: prompts in, answers out.
+
+    Args:
+        opened: the model.
+        weights: its weights on their devices.
+        max_seqs: requests that run at once.
+        kept: a session that every prompt goes on after.
+    """
+
+    def __init__(
+        self, opened: Model, weights: Any, *, max_seqs: int, kept: sessions.Kept | None = None
+    ):
+        self._opened, self._weights, self._max_seqs, self._kept = opened, weights, max_seqs, kept
+        self._tokenizer = opened.tokenizer(required=False)
+        self._engine: Engine | Replicas | None = None
+        self._server: Server | None = None
+        self._is_closed = False
+        self._lock = threading.RLock()
+
+    @property
+    def engine(self) -> Engine | Replicas:
+        """The engine of token ids, built when it is first asked for.
+
+        Raises:
+            ConfigError: if the devices cannot hold its cache.
+            EngineError: if this was closed.
+        """
+        with self._lock:
+            if self._is_closed:
+                raise EngineError("it was closed, with its weights: open the model again")
+            if self._engine is None:
+                kept = self._kept
+                engine = self._opened.engine(
+                    self._opened.max_len,
+                    max_seqs=self._max_seqs,
+                    vocab_limit=self._tokenizer.size if self._tokenizer else None,
+                    weights=self._weights,
+                    prefix_tokens=len(kept.tokens) if kept else 0,
+                    window=kept.window if kept else 0,
+                )
+                if kept is not None:
+                    kept.restore(engine)
+                self._engine, self._server = engine, Server(engine)
+            return self._engine
+
+    @property
+    def server(self) -> Server:
+        """What serves requests of many callers with `engine`."""
+        with self._lock:
+            _ = self.engine
+            assert self._server is not None
+            return self._server
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it holds nothing any more."""
+        return self._is_closed
+
+    @property
+    def max_len(self) -> int:
+        """Longest prompt and answer together, in tokens."""
+        return self._opened.max_len
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer.
+
+        Raises:
+            TokenizerError: if it has none.
+        """
+        return self._tokenizer or self._opened.tokenizer()
+
+    def count_tokens(self, text: str) -> int:
+        """The number of tokens that a text has, without a chat template."""
+        return len(self.tokenizer.encode_text(text))
+
+    def close(self) -> None:
+        """Lets go of weights and cache; ignored if it was closed already."""
+        with self._lock:
+            self._is_closed = True
+            self._engine = self._server = self._weights = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @overload
+    def generate(
+        self, prompts: Prompt, *, progress: bool = ..., **arguments: Unpack[AnswerArguments]
+    ) -> Answer: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        progress: bool = ...,
+        **arguments: Unpack[AnswerArguments],
+    ) -> list[Answer]: ...
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        progress: bool = False,
+        **arguments: Unpack[AnswerArguments],
+    ) -> Answer | list[Answer]:
+        """Continues prompts of text or token ids, without a chat template, all at once.
+
+        Args:
+            prompts: one, whose answer is returned, or several, whose answers are returned in
+                their order.
+            progress: show a bar, in a terminal or a notebook.
+            arguments: see `AnswerArguments`.
+
+        Raises:
+            ConfigError: if an argument is of another kind, out of range or contradicts another.
+            RequestError: if a prompt cannot be served, or the engine fails on it.
+            TokenizerError: if a text is not Unicode, or there is no tokenizer.
+        """
+        is_one = is_prompt(prompts)
+        calls = self.calls([prompts] if is_one else list(prompts), arguments)  # pyright: ignore
+        answers = self._run(calls, progress)
+        return answers[0] if is_one else answers
+
+    def stream(self, prompt: Prompt, **arguments: Unpack[AnswerArguments]) -> Streaming:
+        """Continues one prompt; its text comes piece by piece, see `generate`."""
+        (call,) = self.calls([prompt], arguments)
+        return Streaming(self.server, call)
+
+    def calls(self, prompts: Sequence[Prompt], arguments: AnswerArguments) -> list[Call]:
+        """The requests of some prompts, see `generate`."""
+        make, ignore_eos = self._maker(arguments), arguments.get("ignore_eos", False)
+        ends = () if ignore_eos else self._opened.end_ids(self._tokenizer)
+        names = ["prompts"] if len(prompts) == 1 else [f"prompts[{i}]" for i in range(len(prompts))]
+        return [
+            make(self._ids(name, each), ends, name)
+            for name, each in zip(names, prompts, strict=True)
+        ]
+
+    def _ids(self, name: str, prompt: Prompt) -> tuple[int, ...]:
+        held = self._kept.tokens if self._kept else ()
+        if isinstance(prompt, str):
+            if not prompt:
+                raise RequestError(f"{name} is empty: give at least one character")
+            tokenizer = self.tokenizer
+            encode = tokenizer.encode_text if held else tokenizer.encode_prompt
+            return (*held, *encode(prompt))
+        ids = tuple(prompt) if isinstance(prompt, list) else prompt
+        return (*held, *check_ids(name, ids, self._opened.config.vocab_size))
+
+    def _maker(
+        self, arguments: AnswerArguments
+    ) -> Callable[[tuple[int, ...], tuple[int, ...], str], Call]:
+        """Makes a call of prompt ids, end ids and the prompt's name."""
+        given: dict[str, Any] = dict(arguments)
+        given.pop("ignore_eos", None)
+        stop = given.pop("stop", None)
+        given["stop"] = [stop] if isinstance(stop, str) else stop if stop is None else list(stop)
+        answer = AnswerOptions(**given)
+        options.check(answer)
+        sampling, stops = answer.sampling(self._opened.generation), answer.stops()
+        if stops:
+            _ = self.tokenizer  # which they need
+
+        def make(ids: tuple[int, ...], ends: tuple[int, ...], name: str) -> Call:
+            try:
+                self._opened.check_fits(len(ids), answer.max_new_tokens)
+            except RequestError as error:
+                raise RequestError(f"{name}: {error}") from None
+            request = Request(
+                prompt=ids,
+                max_new_tokens=answer.max_new_tokens,
+                sampling=sampling,
+                eos_ids=ends,
+                logprobs=answer.logprobs,
+            )
+            return Call(request, Stream(self._tokenizer, stop=stops) if self._tokenizer else None)
+
+        return make
+
+    def _run(self, calls: Sequence[Call], progress: bool) -> list[Answer]:
+        server = self.server
+        mine: list[Pending] = []
+        try:
+            for call in calls:
+                server.add(call.request, call.stream, to=mine)
+            with _progress(mine, progress) as update:
+                for pending in mine:
+                    while pending.finish is None:
+                        server.step(pending)
+                        update()
+            return answers_of(mine)
+        finally:
+            server.drop(mine)
+
+
+def answers_of(pendings: Sequence[Pending]) -> list[Answer]:
+    """Answers that have ended, in order.
+
+    Raises:
+        RequestError: naming the prompt, if the engine failed on one.
+    """
+    answers = []
+    for index, pending in enumerate(pendings):
+        try:
+            answers.append(pending.answer())
+        except RequestError as error:
+            raise RequestError(f"prompts[{index}]: {error}") from None
+    return answers
+
+
+class LLM(Front):
+    """A model with its tokenizer, its weights on their devices, and an engine.
+
+    It says nothing; what is wrong is raised. Its methods may be called from several threads, and
+    their requests run together. Ctrl-C in one of them ends its own requests, nothing else.
+
+    Args:
+        model: a converted checkpoint, a Hugging Face directory, or a model of the hub that is in
+            the local cache, such as "Qwen/Qwen2.5-7B-Instruct-1M".
+        max_len: longest prompt and answer together, in tokens; None for 32,768 (or what
+            config.json declares, if that is less). The cache has room for `max_seqs` of them.
+        max_seqs: requests that run at once; others wait.
+        dtype: precision of weights and cache, "f32" or "bf16"; None for the checkpoint's own, on
+            a CPU f32.
+        mesh: how to use several devices, as "seq=4,tensor=2"; None for all accelerators, or one
+            CPU.
+        kernels: implementation of attention; None for the device's preferred one.
+        slice: prompt tokens computed at a time; more is faster and takes memory.
+        sparse: sparse prefill by the checkpoint's budgets, "auto" of prompts over its threshold,
+            "on" of all, "off" of none.
+        sparse_config: a file of budgets instead of the checkpoint's own.
+        least_recall: a head that would find less than this share of a slice's attention is dense.
+        dense_tail: tokens at a prompt's end that sparse prefill computes densely.
+        dca: Dual Chunk Attention, "on", "off", or "auto" as config.json says.
+        dca_chunk: largest relative position that the model may see, in tokens.
+        dca_local: tokens around chunk borders that are seen at their true distance.
+        dca_original: training length of the attention temperature; 0 for none.
+        vllm_parity: scale cached keys with the attention temperature, as vLLM does.
+        compile_cache: keep compiled programs, and use those that were kept.
+
+    Raises:
+        ConfigError: if there is no such model, or an argument or a file cannot be used.
+        CheckpointError: if weights are missing, damaged or do not fit.
+    """
+
+    def __init__(
+        self,
+        model: Path_,
+        *,
+        max_len: int | None = None,
+        max_seqs: int = 8,
+        dtype: Literal["f32", "bf16"] | None = None,
+        mesh: str | None = None,
+        kernels: str | None = None,
+        slice: int | None = None,  # noqa: A002
+        sparse: Literal["auto", "on", "off"] = "auto",
+        sparse_config: Path_ | None = None,
+        least_recall: float | None = None,
+        dense_tail: int = 64,
+        dca: Literal["auto", "on", "off"] = "auto",
+        dca_chunk: int | None = None,
+        dca_local: int | None = None,
+        dca_original: int | None = None,
+        vllm_parity: bool = False,
+        compile_cache: bool = True,
+    ):
+        options.check_number("max_seqs", max_seqs, [options.Within(1)])
+        opened = open_model(
+            _path(model),
+            ModelOptions(
+                max_len=max_len,
+                dtype=dtype,
+                mesh=mesh,
+                kernels=kernels,
+                slice=slice,
+                sparse=sparse,
+                sparse_config=None if sparse_config is None else _path(sparse_config),
+                least_recall=least_recall,
+                dense_tail=dense_tail,
+                dca=dca,
+                dca_chunk=dca_chunk,
+                dca_local=dca_local,
+                dca_original=dca_original,
+                vllm_parity=vllm_parity,
+                no_compile_cache=not compile_cache,
+            ),
+        )
+        if max_len is None:
+            length = min(opened.max_len, DEFAULT_LEN)
+            chosen = dataclasses.replace(opened.options, max_len=length)
+            opened = dataclasses.replace(opened, max_len=length, options=chosen)
+        super().__init__(opened, opened.weights(), max_seqs=max_seqs)
+
+    @overload
+    def chat(
+        self,
+        question: str | Sequence[Message],
+        *,
+        files: Path_ | Iterable[Path_] | None = ...,
+        exclude: Sequence[str] | None = ...,
+        system: str | None = ...,
+        stream: Literal[False] = ...,
+        **arguments: Unpack[AnswerArguments],
+    ) -> Answer: ...
+
+    @overload
+    def chat(
+        self,
+        question: str | Sequence[Message],
+        *,
+        files: Path_ | Iterable[Path_] | None = ...,
+        exclude: Sequence[str] | None = ...,
+        system: str | None = ...,
+        stream: Literal[True],
+        **arguments: Unpack[AnswerArguments],
+    ) -> Streaming: ...
+
+    def chat(
+        self,
+        question: str | Sequence[Message],
+        *,
+        files: Path_ | Iterable[Path_] | None = None,
+        exclude: Sequence[str] | None = None,
+        system: str | None = None,
+        stream: bool = False,
+        **arguments: Unpack[AnswerArguments],
+    ) -> Answer | Streaming:
+        """Answers a question, or the last message of a conversation, in the model's chat format.
+
+        Args:
+            question: a text, or messages with "role" and "content".
+            files: text files and directories that come before the question.
+            exclude: patterns as in .gitignore of what to leave out in directories.
+            system: system text instead of the checkpoint's own.
+            stream: return the pieces of the text as they come; the answer is `.answer` of them.
+            arguments: see `AnswerArguments`.
+
+        Raises:
+            ConfigError: if arguments contradict each other; see `generate` also.
+            DocumentError: if a file holds no text or cannot be read.
+            RequestError: if it does not fit into `max_len`.
+            TokenizerError: if the model has no chat format, or another than ChatML.
+        """
+        call = self.chat_call(question, files, exclude, system, arguments)
+        return Streaming(self.server, call) if stream else self._run([call], False)[0]
+
+    def chat_call(
+        self,
+        question: str | Sequence[Message],
+        files: Path_ | Iterable[Path_] | None,
+        exclude: Sequence[str] | None,
+        system: str | None,
+        arguments: AnswerArguments,
+    ) -> Call:
+        """The request of a question or a conversation, see `chat`."""
+        tokenizer = self.tokenizer
+        tokenizer.check_chatml()
+        make = self._maker(arguments)
+        if isinstance(question, str):
+            question = question.strip()
+            if not question:
+                raise ConfigError("question is empty: give at least one character")
+            text = question
+            if files is not None or exclude:
+                texts = documents.read(_paths(files), skipped=_unsaid, exclude=exclude or ())
+                text = documents.joined(texts, question)
+            messages: list[Message] = [{"role": "user", "content": text}]
+            if system is not None:
+                messages.insert(0, {"role": "system", "content": system})
+        else:
+            for name, value in (("files", files), ("exclude", exclude), ("system", system)):
+                if value is not None:
+                    raise ConfigError(f"{name} goes with a question: put it into the messages")
+            messages = list(question)
+        ends = (
+            () if arguments.get("ignore_eos", False) else self._opened.end_ids(tokenizer, chat=True)
+        )
+        return make(tuple(tokenizer.encode_chat(messages)), ends, "question")
+
+    def score(self, text: Prompt) -> Float32[np.ndarray, "n"]:
+        """Log-probabilities of all tokens of a text but the first, each after those before it.
+
+        The text is computed as a prompt would be: sparsely over the threshold.
+
+        Raises:
+            RequestError: if it has fewer than two tokens, does not fit, or the cache is in use.
+        """
+        ids = self.score_ids(text)
+        return np.concatenate(list(self.score_blocks(ids)))
+
+    def score_ids(self, text: Prompt) -> tuple[int, ...]:
+        """The token ids that `score` is about."""
+        ids = self._ids("text", text)
+        self._opened.check_fits(len(ids))
+        if len(ids) < 2:
+            raise RequestError("text has one token: give at least two")
+        return ids
+
+    def score_blocks(self, ids: tuple[int, ...]) -> Generator[Float32[np.ndarray, "n"]]:
+        """What `score` gives, slice by slice."""
+        start = 0
+        for block in self.engine.score(ids):
+            following = np.asarray(ids[start + 1 : start + 1 + len(block)], np.int64)
+            start += len(block)
+            rows = block[: len(following)]
+            top = rows.max(-1, keepdims=True)
+            total = np.log(np.exp(rows - top).sum(-1, dtype=np.float64)) + top[:, 0]
+            chosen = rows[np.arange(len(following)), following]
+            yield (chosen - total).astype(np.float32)
+
+    def prefill(
+        self,
+        text: Prompt | None = None,
+        *,
+        out: Path_,
+        files: Path_ | Iterable[Path_] | None = None,
+        exclude: Sequence[str] | None = None,
+        system: str | None = None,
+        save_every: int = 65_536,
+        overwrite: bool = False,
+    ) -> "Session":
+        """Reads a long prompt once and keeps its keys and values on disk.
+
+        What was stopped goes on with the same arguments where it saved last.
+
+        Args:
+            text: raw text or token ids, which `Session.generate` goes on after.
+            out: directory of the session.
+            files: text files and directories instead, for `Session.chat`.
+            exclude: patterns as in .gitignore of what to leave out in directories.
+            system: system text before the files instead of the checkpoint's own.
+            save_every: tokens between two savings, in memory twice while they are saved.
+            overwrite: replace another session that is there.
+
+        Raises:
+            ConfigError: if arguments contradict each other.
+            DocumentError: if a file holds no text or cannot be read.
+            RequestError: if it does not fit into `max_len`.
+            SessionError: if `out` holds something else, or cannot be written.
+        """
+        if (text is None) == (files is None):
+            raise ConfigError("give one of text and files")
+        if text is not None and (exclude or system is not None):
+            raise ConfigError(f"{'exclude' if exclude else 'system'} goes with files: leave it out")
+        options.check_number("save_every", save_every, [options.Within(1)])
+        rows: list[tuple[str, int]] = []
+        if text is not None:
+            ids = self._ids("text", text)
+        else:
+            self.tokenizer.check_chatml()
+            found = documents.read(_paths(files), skipped=_unsaid, exclude=exclude or ())
+            rows, ids = sessions.files_prompt(self.tokenizer, found, system)
+        self._opened.check_fits(len(ids))
+        out = _path(out)
+        with Writer(
+            out,
+            sessions.identity(self._opened, ids, is_chat=files is not None),
+            ids,
+            documents=tuple(rows),
+            versions=sessions.versions(),
+            overwrite=overwrite,
+        ) as writer:
+            if writer.session.saved < len(ids):
+                filling = sessions.Filling(
+                    self._opened, ids, writer, save_every, weights=self._weights
+                )
+                try:
+                    while not filling.is_complete:
+                        filling.step()
+                finally:
+                    filling.save()
+        return self.open_session(out)
+
+    def open_session(self, directory: Path_) -> "Session":
+        """A session that `prefill` made, here or on the command line.
+
+        Raises:
+            SessionError: if it is damaged, not finished, or another model's.
+        """
+        kept = sessions.open_kept(self._opened, _path(directory))
+        return Session(self._opened, self._weights, max_seqs=self._max_seqs, kept=kept)
+
+
+class Session(Front):
+    """A long prompt that was read already, and an engine of its own that goes on after it."""
+
+    _kept: sessions.Kept
+
+    @property
+    def documents(self) -> list[tuple[str, int]]:
+        """Names of the files that it holds, with their tokens."""
+        return self._kept.documents
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that were read already."""
+        return len(self._kept.tokens)
+
+    @overload
+    def chat(
+        self,
+        question: str,
+        *,
+        stream: Literal[False] = ...,
+        **arguments: Unpack[AnswerArguments],
+    ) -> Answer: ...
+
+    @overload
+    def chat(
+        self, question: str, *, stream: Literal[True], **arguments: Unpack[AnswerArguments]
+    ) -> Streaming: ...
+
+    def chat(
+        self, question: str, *, stream: bool = False, **arguments: Unpack[AnswerArguments]
+    ) -> Answer | Streaming:
+        """Answers a question about the files; see `LLM.chat`.
+
+        Raises:
+            ConfigError: if the session holds raw text, after which no question can follow.
+        """
+        call = self.chat_call(question, arguments)
+        return Streaming(self.server, call) if stream else self._run([call], False)[0]
+
+    def chat_call(self, question: str, arguments: AnswerArguments) -> Call:
+        """The request of a question, see `chat`."""
+        self._kept.check_chat(self._opened.options)
+        question = question.strip()
+        if not question:
+            raise ConfigError("question is empty: give at least one character")
+        make = self._maker(arguments)
+        ids = (*self._kept.tokens, *self._kept.question(self.tokenizer, question))
+        ends = (
+            ()
+            if arguments.get("ignore_eos", False)
+            else self._opened.end_ids(self.tokenizer, chat=True)
+        )
+        return make(ids, ends, "question")
+
+
+def is_prompt(prompts: object) -> bool:
+    """Whether it is one prompt: a text, or token ids."""
+    if isinstance(prompts, str):
+        return True
+    if isinstance(prompts, np.ndarray):
+        return prompts.ndim == 1
+    if not isinstance(prompts, Sequence):
+        raise ConfigError(f"prompts must be texts or token ids, got {type(prompts).__name__}")
+    return bool(prompts) and isinstance(prompts[0], int | np.integer)
+
+
+def _path(path: Path_) -> Path:
+    return Path(os.path.expanduser(os.fspath(path)))
+
+
+def _paths(files: Path_ | Iterable[Path_] | None) -> list[Path]:
+    if files is None:
+        return []
+    return (
+        [_path(files)] if isinstance(files, str | os.PathLike) else [_path(each) for each in files]
+    )
+
+
+def _unsaid(_: str) -> None:
+    """What is skipped in directories, of which nothing is said."""
+
+
+@contextlib.contextmanager
+def _progress(pendings: Sequence[Pending], wanted: bool) -> Iterator[Callable[[], None]]:
+    """A bar of tokens read and answers written, and what brings it up to date."""
+    if not wanted:
+        yield lambda: None
+        return
+    from rich.progress import Progress
+
+    total = sum(len(each.request.prompt) for each in pendings)
+    with Progress(transient=True) as bar:
+        reading = bar.add_task("tokens read", total=total)
+        writing = bar.add_task("answers", total=len(pendings))
+        shown_at = 0.0
+
+        def update() -> None:
+            nonlocal shown_at
+            if time.monotonic() - shown_at > 0.1:
+                shown_at = time.monotonic()
+                bar.update(reading, completed=sum(each.prefilled for each in pendings))
+                done = sum(each.finish is not None for each in pendings)
+                bar.update(writing, completed=done)
+
+        yield update

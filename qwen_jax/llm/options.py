@@ -1,0 +1,233 @@
+"""Options of a model and of its answers, by the names that Python or the command line has."""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+from qwen_jax.config import ConfigError, GenerationConfig
+from qwen_jax.distributed.verbosity import Level
+from qwen_jax.engine.request import LIMITS, MOST_LOGPROBS, Sampling
+from qwen_jax.files import reading
+from qwen_jax.text.tokenizer import TokenizerError, check_stop
+
+_UNIONS = (types.UnionType, typing.Union)
+
+Spell = Callable[[str], str]
+"""Spells the name of an argument as its user writes it: `dense_tail` or `--dense-tail`."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Within:
+    """Range of a number, beside its type in `Annotated`; integers have at most 32 bits anyway.
+
+    Attributes:
+        least: smallest that is allowed.
+        most: largest that is allowed.
+        over: smallest that is not, instead of `least`.
+        under: largest that is not, instead of `most`.
+    """
+
+    least: int | float | None = None
+    most: int | float | None = None
+    over: int | float | None = None
+    under: int | float | None = None
+
+    def __contains__(self, value: int | float) -> bool:
+        return (
+            math.isfinite(value)
+            and (self.least is None or self.least <= value)
+            and (self.most is None or value <= self.most)
+            and (self.over is None or self.over < value)
+            and (self.under is None or value < self.under)
+        )
+
+    def __str__(self) -> str:
+        if self.least is not None and self.most is not None:
+            return f"from {self.least} to {self.most}"
+        ends: dict[str, int | float | None] = {
+            "at least": self.least,
+            "over": self.over,
+            "at most": self.most,
+            "under": self.under,
+        }
+        said = [f"{word} {end}" for word, end in ends.items() if end is not None]
+        return " and ".join(said) or "a finite number"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """Options as Python has them: silent, and spelled as arguments."""
+
+    def spelled(self, name: str) -> str:
+        """The name of an option as its user writes it."""
+        return name
+
+    def say(self, text: str, level: Level = Level.SHORT) -> None:
+        """Tells the user something beside the output."""
+
+    def watch(self, engine: Any) -> None:
+        """Is called with each engine that is built, before it has a request."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ModelOptions(Options):
+    """How to run a model, see `LLM`; None means the checkpoint's own value."""
+
+    dtype: Literal["f32", "bf16"] | None = None
+    slice: Annotated[int | None, Within(1)] = None
+    dca: Literal["auto", "on", "off"] = "auto"
+    dca_chunk: Annotated[int | None, Within(1)] = None
+    dca_local: Annotated[int | None, Within(1)] = None
+    dca_original: Annotated[int | None, Within(0)] = None
+    sparse: Literal["auto", "on", "off"] = "auto"
+    sparse_config: Path | None = None
+    least_recall: Annotated[float | None, Within(over=0, most=1)] = None
+    dense_tail: Annotated[int, Within(0)] = 64
+    max_len: Annotated[int | None, Within(1)] = None
+    vllm_parity: bool = False
+    kernels: str | None = None
+    mesh: str | None = None
+    no_compile_cache: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerOptions(Options):
+    """How to write an answer, see `LLM.generate`; None means generation_config.json's value."""
+
+    max_new_tokens: Annotated[int, Within(1)] = 512
+    greedy: bool = False
+    temperature: Annotated[float | None, Within(0, LIMITS["temperature"][1])] = None
+    top_k: Annotated[int | None, Within(*LIMITS["top_k"])] = None
+    top_p: Annotated[float | None, Within(*LIMITS["top_p"])] = None
+    min_p: Annotated[float | None, Within(*LIMITS["min_p"])] = None
+    repetition_penalty: Annotated[float | None, Within(*LIMITS["repetition_penalty"])] = None
+    seed: Annotated[int, Within(*LIMITS["seed"])] = 0
+    stop: list[str] | None = None
+    logprobs: Annotated[int | None, Within(0, MOST_LOGPROBS)] = None
+
+    def sampling(self, defaults: GenerationConfig) -> Sampling:
+        """How tokens are chosen: these options over the checkpoint's defaults.
+
+        Raises:
+            ConfigError: if options contradict each other or have no effect.
+            RequestError: if a value is out of range.
+        """
+        chosen = {
+            name: getattr(self, name)
+            for name in ("top_k", "top_p", "min_p")
+            if getattr(self, name) is not None
+        }
+        if self.greedy:
+            against = [*chosen, *(["temperature"] if self.temperature is not None else [])]
+            if against:
+                raise ConfigError(
+                    f"{self.spelled('greedy')} contradicts {self.spelled(against[0])}: "
+                    "leave one out"
+                )
+        temperature = self.temperature
+        if temperature is None:
+            temperature = 0.0 if self.greedy or not defaults.do_sample else defaults.temperature
+        if temperature == 0 and chosen:
+            raise ConfigError(
+                f"{self.spelled(next(iter(chosen)))} has no effect on greedy answers: "
+                f"give a {self.spelled('temperature')} above 0"
+            )
+        penalty = self.repetition_penalty
+        found = Sampling(
+            temperature=temperature,
+            repetition_penalty=defaults.repetition_penalty if penalty is None else penalty,
+            seed=self.seed,
+            **{
+                name: chosen.get(name, getattr(defaults, name))
+                for name in ("top_k", "top_p", "min_p")
+            },
+        )
+        used = [f"{name} {value}" for name, value in dataclasses.asdict(found).items()]
+        self.say(
+            f"sampling: {', '.join(used) if temperature else 'greedy'}; what "
+            "neither options nor generation_config.json say is neutral, top_k 0 takes all",
+            Level.DETAIL,
+        )
+        return found
+
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings.
+
+        Raises:
+            ConfigError: if one cannot be looked for.
+        """
+        for each in self.stop or ():
+            try:
+                check_stop(each)
+            except TokenizerError as error:
+                raise ConfigError(f"{self.spelled('stop')}: {error}") from None
+        return tuple(self.stop or ())
+
+
+def check_number(flag: str, value: object, metadata: Iterable[object]) -> None:
+    """Refuses a number that is not within its range.
+
+    Args:
+        value: of the flag; what is no number, or a list of them, has no range.
+        metadata: what its `Annotated` has beside the type.
+
+    Raises:
+        ConfigError: naming the flag, the value and the range.
+    """
+    within = next((mark for mark in metadata if isinstance(mark, Within)), Within())
+    for each in value if isinstance(value, list | tuple) else [value]:
+        if type(each) is int and abs(each) >= 2**31 and within.most is None:
+            raise ConfigError(f"{flag} {reading.printable(each, 40)} must be under {2**31:,}")
+        if type(each) in (int, float) and cast(float, each) not in within:
+            raise ConfigError(f"{flag} {reading.printable(each, 40)} must be {within}")
+
+
+def check(options: Options) -> None:
+    """Refuses options of which one has a value of another kind, or one out of its range.
+
+    Raises:
+        ConfigError: naming the option, the value and what it may be.
+    """
+    for field in dataclasses.fields(options):
+        name, value = options.spelled(field.name), getattr(options, field.name)
+        hint, *marks = _parts(field.type)
+        kinds = typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,)
+        if not any(_is(value, kind) for kind in kinds):
+            may = [_described(kind) for kind in kinds]
+            raise ConfigError(
+                f"{name}={reading.printable(repr(value), 60)} must be {' or '.join(may)}"
+            )
+        check_number(name, value, marks)
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    """A type and what its `Annotated` has beside it."""
+    return typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+
+
+def _is(value: object, kind: Any) -> bool:
+    if typing.get_origin(kind) is Literal:
+        return isinstance(value, str) and value in typing.get_args(kind)
+    if typing.get_origin(kind) is list:
+        return isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _described(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(map(repr, typing.get_args(kind)))
+    if typing.get_origin(kind) is list:
+        return "a list of texts"
+    return {
+        bool: "True or False",
+        int: "an integer",
+        float: "a number",
+        str: "a text",
+        Path: "a path",
+    }.get(kind, "None")
