@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels import softmax
 from pallas_kernels.geometry import INTER, INTRA, SUCC, ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.shard import Shard
 
 
@@ -50,7 +51,7 @@ def dot(queries: Float[Array, "J M H"], key: Float[Array, "J S H"]) -> Float[Arr
 
 
 def fetch(
-    cache: Float[Array, "L K pages page H"],
+    array: Float[Array, "L K pages page H"],
     layer: Int[Array, ""],
     head: Int[Array, ""],
     page_table: Int[Array, " P"],
@@ -60,7 +61,7 @@ def fetch(
     count: int,
 ) -> Float[Array, "heads count H"]:
     """`count` consecutive keys or values of one page from position `first`."""
-    page, H = cache.shape[3:]
+    page, H = array.shape[3:]
     # `first` adds nothing: it keeps the read in its loop where a table of one page makes it the
     # same in every round. Before the loop, compilers make the last write a part of the read, which
     # then needs a copy of the cache from before that write.
@@ -71,7 +72,7 @@ def fetch(
         first % page,
         jnp.int32(0),
     )
-    block = jax.lax.dynamic_slice(cache, index, (1, heads, 1, count, H))
+    block = jax.lax.dynamic_slice(array, index, (1, heads, 1, count, H))
     return block.reshape(heads, count, H)
 
 
@@ -105,8 +106,7 @@ def whole_tiles(
 def attend_tile(
     queries: Float[Array, "views J M H"],
     q_pos: Int[Array, " M"],
-    keys: Float[Array, "L K pages page H"],
-    values: Float[Array, "L K pages page H"],
+    cache: PagedKV,
     layer: Int[Array, ""],
     head: Int[Array, ""],
     page_table: Int[Array, " P"],
@@ -128,21 +128,21 @@ def attend_tile(
     _, J, M, H = queries.shape
     end = shard.before(jnp.minimum(q_pos.max() + 1, kv_len))
 
-    def tile_of(cache, j):
-        return fetch(cache, layer, head, page_table, j * tile, heads=J, count=tile)
+    def tile_of(array, j):
+        return fetch(array, layer, head, page_table, j * tile, heads=J, count=tile)
 
     def plain(view):
         def body(j, state):
-            logits = dot(queries[view], tile_of(keys, j))
-            return softmax.update(state, logits, tile_of(values, j))
+            logits = dot(queries[view], tile_of(cache.keys, j))
+            return softmax.update(state, logits, tile_of(cache.values, j))
 
         return body
 
     def general(j, state):
         k_pos = shard.position(j * tile + jnp.arange(tile, dtype=jnp.int32))
-        logits = scores(queries, q_pos, tile_of(keys, j), k_pos, kv_len, geometry=geometry)
+        logits = scores(queries, q_pos, tile_of(cache.keys, j), k_pos, kv_len, geometry=geometry)
         # 0 x nan of a stale page is nan
-        value = jnp.where((k_pos < kv_len)[:, None], tile_of(values, j), 0)
+        value = jnp.where((k_pos < kv_len)[:, None], tile_of(cache.values, j), 0)
         return softmax.update(state, logits, value)
 
     state = softmax.start((J, M), H)

@@ -31,6 +31,7 @@ from pallas_kernels.cases import Model
 from pallas_kernels.dispatch import backend
 from pallas_kernels.dispatch.tiles import Tiles, of_page, tables
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.plan import ABSENT, SparsePlan
 from pallas_kernels.programs import PLAN, PROGRAMS, VOTERS
 from pallas_kernels.shard import Shard
@@ -211,13 +212,13 @@ class Inputs(NamedTuple):
 
     Attributes:
         queries: [views, ..., N, H].
-        cache: keys [2, K, pages, part, H], and values if the operation reads them.
+        cache: of arrays [2, K, pages, part, H].
         rest: what follows the cache, from the layer on.
         plan: of sparse prefill; None for other programs.
     """
 
     queries: Any
-    cache: tuple[Any, ...]
+    cache: Any
     rest: tuple[Any, ...]
     plan: SparsePlan | None
     shard: Shard
@@ -306,14 +307,14 @@ def compiled(
 
 def _call(name: str, who: str, geometry: ChunkGeometry | None, args: Inputs):
     more = {} if args.plan is None else {"plan": args.plan}
-    given = args.queries, *args.cache, *args.rest
+    given = args.queries, args.cache, *args.rest
     return backend.call(PROGRAMS[name], who, *given, geometry=geometry, shard=args.shard, **more)
 
 
 def _truth(name: str, place: Place, args: Inputs) -> list[np.ndarray]:
     """What a program should find, in float32: a kv head at a time, which takes less memory."""
     run = exact(name, place.truth, place.geometry)
-    heads = [jax.device_get(run(args, np.int32(head))) for head in range(args.cache[0].shape[1])]
+    heads = [jax.device_get(run(args, np.int32(head))) for head in range(args.cache.keys.shape[1])]
     axes = (0, 0) if name == "selection" else (-2, -1)
     parts = zip(*heads, strict=True)
     return [np.concatenate(part, axis) for part, axis in zip(parts, axes, strict=True)]
@@ -324,20 +325,24 @@ def exact(name: str, who: str, geometry: ChunkGeometry | None) -> Callable:
     """A program of one kv head with exact products."""
 
     def run(args: Inputs, head):
-        kv_heads, num_heads = args.cache[0].shape[1], args.queries.shape[-2]
+        kv_heads, num_heads = args.cache.keys.shape[1], args.queries.shape[-2]
         group = num_heads // kv_heads
 
         def own(x, axis: int):
             return jax.lax.dynamic_slice_in_dim(x, head * group, group, axis)
 
         queries = own(args.queries, args.queries.ndim - 2).astype("float32")
-        cache = [jax.lax.dynamic_slice_in_dim(x, head, 1, 1).astype("float32") for x in args.cache]
+
+        def own_head(array):
+            return jax.lax.dynamic_slice_in_dim(array, head, 1, 1).astype("float32")
+
+        cache = jax.tree.map(own_head, args.cache)
         plan = args.plan
         if plan is not None:
             plan = dataclasses.replace(
                 plan, blocks=own(plan.blocks, 0), columns=own(plan.columns, 0)
             )
-        alone = args._replace(queries=queries, cache=tuple(cache), plan=plan)
+        alone = args._replace(queries=queries, cache=cache, plan=plan)
         with jax.default_matmul_precision("highest"):
             return _call(name, who, geometry, alone)
 
@@ -442,10 +447,10 @@ class _Draw:
             queries[:, : max(voters - length, 0)] = 1e3  # rows before the slice
         else:
             queries[:, length:] = 1e3  # padding
-        (keys, values), table = self._until(start + length)
+        cache, table = self._until(start + length)
         return Inputs(
             queries,
-            (keys,) if name == "selection" else (keys, values),
+            cache,
             (np.int32(LAYER), table, np.int32(start), np.int32(length)),
             self._plan(start, length) if name == "sparse prefill" else None,
             self._on_device(),
@@ -463,7 +468,7 @@ class _Draw:
             if i % 2 and position >= 0:
                 tables[i, 0] = self._first
         rest = np.int32(LAYER), tables, at[:, None]
-        return Inputs(self._queries(len(at), 1), tuple(cache), rest, None, self._on_device())
+        return Inputs(self._queries(len(at), 1), cache, rest, None, self._on_device())
 
     def _on_device(self) -> Shard:
         """Which shard it is is not known when a program is compiled."""
@@ -486,13 +491,14 @@ class _Draw:
         away = np.abs(positions[..., None] - np.array(self._place.borders)).min(-1)
         return np.where(away <= NEAR, 0, QUIET)
 
-    def _until(self, end: int) -> tuple[np.ndarray, np.ndarray]:
+    def _until(self, end: int) -> tuple[PagedKV, np.ndarray]:
         """Cache and page table of a sequence of so many tokens, after which there is NaN."""
         last = (end - 1) // self._page
         cache = self._cache.copy()
         after = self._positions(np.array([last]))[0] >= end
         cache[:, :, :, self._table[last], after] = np.nan
-        return cache, np.where(np.arange(len(self._table)) <= last, self._table, 0)
+        table = np.where(np.arange(len(self._table)) <= last, self._table, 0)
+        return PagedKV(*map(jnp.asarray, cache)), table
 
     def _plan(self, start: int, length: int) -> SparsePlan:
         """Random blocks and columns; the first head has columns alone, the last of many nothing."""

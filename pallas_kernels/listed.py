@@ -11,14 +11,14 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels import softmax
 from pallas_kernels.blockwise import dot, fetch, scores, whole_tiles
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.shard import Shard
 
 
 def attend_listed(
     queries: Float[Array, "views M H"],
     q_pos: Int[Array, " M"],
-    keys: Float[Array, "L K pages page H"],
-    values: Float[Array, "L K pages page H"],
+    cache: PagedKV,
     layer: Int[Array, ""],
     head: Int[Array, ""],
     page_table: Int[Array, " P"],
@@ -43,7 +43,7 @@ def attend_listed(
         width: keys a step.
     """
     queries, H = queries[:, None], queries.shape[-1]
-    page = keys.shape[3]
+    page = cache.page
     upto = jnp.cumsum(reads & (kv_len > 0), dtype=jnp.int32)
     in_block = jnp.take(reads, columns // block, mode="clip")
     single = ~in_block & (columns < shard.before(jnp.minimum(q_pos[-1] + 1, kv_len)))
@@ -57,17 +57,17 @@ def attend_listed(
             rank = low + i * num + jnp.arange(num, dtype=jnp.int32)
             blocks = _chosen(upto, jnp.minimum(rank, high - 1))
 
-            def read(cache):
+            def read(array):
                 def one(index):
                     return fetch(
-                        cache, layer, head, page_table, index * block, heads=1, count=block
+                        array, layer, head, page_table, index * block, heads=1, count=block
                     )
 
                 return jax.vmap(one)(blocks).reshape(1, -1, H)
 
             local = (blocks[:, None] * block + jnp.arange(block, dtype=jnp.int32)).reshape(-1)
             there = (rank < high).repeat(block)
-            return attend(state, read(keys), read(values), shard.position(local), there)
+            return attend(state, read(cache.keys), read(cache.values), shard.position(local), there)
 
         return jax.lax.fori_loop(0, -(-(high - low) // num), body, state)
 
@@ -78,8 +78,8 @@ def attend_listed(
             rank = low + i * width + jnp.arange(width, dtype=jnp.int32)
             local = columns[_chosen(single_upto, jnp.minimum(rank, high - 1))]
             at = layer, head, page_table[local // page], local % page
-            k_pos = shard.position(local)
-            return attend(state, keys[at][None], values[at][None], k_pos, rank < high)
+            key, value = cache.keys[at][None], cache.values[at][None]
+            return attend(state, key, value, shard.position(local), rank < high)
 
         return jax.lax.fori_loop(0, -(-(high - low) // width), body, state)
 

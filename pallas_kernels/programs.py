@@ -11,6 +11,7 @@ from pallas_kernels import plan
 from pallas_kernels.cases import Served
 from pallas_kernels.dispatch import backend
 from pallas_kernels.dispatch.tiles import Tiles, of_page
+from pallas_kernels.paged_kv import PagedKV
 
 PROGRAMS = {
     "prefill": "prefill",
@@ -37,7 +38,7 @@ def program(name: str, case: Served, choice: backend.Choice = None, **keywords) 
 
 def inputs(
     name: str, case: Served, dtype=jnp.bfloat16, tiles: Tiles = PLAN
-) -> tuple[Array | plan.SparsePlan, ...]:
+) -> tuple[Array | PagedKV | plan.SparsePlan, ...]:
     """Random queries at the end of the context, random keys and values.
 
     Of a sparse prefill also a plan: of the columns as many as there may be, evenly spaced, and
@@ -54,8 +55,9 @@ def inputs(
         views = 1 if case.geometry is None else 3
         return normal(views, *shape, case.num_heads, H) * jnp.asarray(H**-0.5, dtype)
 
-    def cache() -> Array:
-        return normal(case.num_layers, K, case.num_pages, page, H)
+    def cache() -> PagedKV:
+        shape = case.num_layers, K, case.num_pages, page, H
+        return PagedKV(normal(*shape), normal(*shape))
 
     layer = jnp.int32(case.num_layers - 1)
     table = jnp.arange(P, dtype=jnp.int32) % case.num_pages
@@ -65,10 +67,10 @@ def inputs(
         first = jnp.arange(B, dtype=jnp.int32)[:, None] * P
         tables = (first + jnp.arange(P, dtype=jnp.int32)) % case.num_pages
         positions = jnp.full((B, 1), case.context - 1, jnp.int32)
-        return queries(B, 1), cache(), cache(), layer, tables, positions
+        return queries(B, 1), cache(), layer, tables, positions
     if name == "selection":
         return queries(VOTERS), cache(), layer, table, start, length
-    args = queries(T), cache(), cache(), layer, table, start, length
+    args = queries(T), cache(), layer, table, start, length
     if name == "prefill":
         return args
     place = jnp.arange(P * page, dtype=jnp.int32)

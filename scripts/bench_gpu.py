@@ -323,18 +323,18 @@ def checks(
     check = functools.partial(check, listed=listed)
     yield "sparse prefill", shape, (listed, *args), check
 
-    voting = (draw.queries(case, dtype, min(T, VOTERS)), args[1], *args[3:])
+    voting = (draw.queries(case, dtype, min(T, VOTERS)), *args[1:])
     check = functools.partial(check_votes, shape, voting, heads=sorted({0, case.num_heads - 1}))
     yield "selection", shape, voting, check
 
     # Of three sequences one is whole, one idle, and one ends early with an idle token.
-    keys, values, tables = draw.paged(shape, dtype, 3)
+    cache, tables = draw.paged(shape, dtype, 3)
     ends = np.array([[shape.context], [0], [shape.context // 2]])
     positions = ends - 4 + np.arange(4)
     positions[1], positions[2, -1] = -1, -1
     decoding = (
         draw.queries(case, dtype, 3, 4),
-        *(keys, values, jnp.int32(1), tables),
+        *(cache, jnp.int32(1), tables),
         jnp.asarray(positions, jnp.int32),
     )
     yield (
@@ -463,13 +463,13 @@ def budgets(bench: Bench) -> None:
     case = sizes.case(sizes.context, sizes.slice_len, chunks=True)
     slices = draw.slices(case, sizes.dtype, sets=2)
     dense(bench, "budgets", "all keys", case, slices)
-    shape = case.num_heads, slices[0][4].size * case.page
+    shape = case.num_heads, slices[0][3].size * case.page
     vertical, slash = (jnp.full(shape[0], x, jnp.int32) for x in (sizes.vertical, sizes.slash))
     voters = [draw.queries(case, sizes.dtype, min(case.slice_len, VOTERS)) for _ in slices]
 
-    def choice(name, added, voters, queries, keys, values, layer, table, start, length):
+    def choice(name, added, voters, queries, cache, layer, table, start, length):
         at = table, start, length
-        votes = vote(voters, keys, layer, *at, geometry=case.geometry, backend_name=name)
+        votes = vote(voters, cache, layer, *at, geometry=case.geometry, backend_name=name)
         votes = Votes(*(x + y for x, y in zip(votes, added, strict=True)))
         return plan.build(
             *select_keys(votes, start + length, vertical, slash),
@@ -494,7 +494,7 @@ def budgets(bench: Bench) -> None:
         density = float(plan.density(listed, *slices[0][-2:]).mean())
         return check_slice(draw.rng, case, slices[0], found, ROWS, listed) | {"density": density}
 
-    voting = [(q, args[1], *args[3:]) for q, args in zip(voters, slices, strict=True)]
+    voting = [(q, *args[1:]) for q, args in zip(voters, slices, strict=True)]
     bench.ours(
         "budgets",
         "votes",
@@ -535,10 +535,10 @@ def decode(bench: Bench) -> None:
     sizes = bench.sizes
     for context, seqs, layers in sizes.decode:
         case = sizes.case(context, 1, chunks=True, layers=layers, seqs=seqs)
-        keys, values, tables = bench.draw.paged(case, sizes.dtype, seqs)
+        cache, tables = bench.draw.paged(case, sizes.dtype, seqs)
         q = bench.draw.queries(case, sizes.dtype, seqs, 1)
         positions = jnp.full((seqs, 1), context - 1, jnp.int32)
-        args = q, keys, values, jnp.int32(0), tables, positions
+        args = q, cache, jnp.int32(0), tables, positions
         read = CALLS * seqs * context * 2 * case.num_kv_heads * case.head_dim * q.dtype.itemsize
 
         def check(found, case=case, args=args, seqs=seqs):
@@ -560,11 +560,11 @@ def decode(bench: Bench) -> None:
 def repeated(run: Callable, case: Served) -> Callable:
     """Decode on one layer after another: the results of the first and of the last."""
 
-    def many(q, keys, values, layer, tables, positions):
-        found = first = run(q, keys, values, layer, tables, positions)
+    def many(q, cache, layer, tables, positions):
+        found = first = run(q, cache, layer, tables, positions)
         for i in range(1, CALLS):
             q = jnp.broadcast_to(found[0], q.shape)
-            found = run(q, keys, values, jnp.int32(i % case.num_layers), tables, positions)
+            found = run(q, cache, jnp.int32(i % case.num_layers), tables, positions)
         return first, found
 
     return many

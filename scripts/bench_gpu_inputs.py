@@ -11,6 +11,7 @@ from pallas_kernels import plan
 from pallas_kernels.cases import MODELS, Case, Model, Served
 from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 
 SETS = 3  # of inputs that calls take turns through
 RUN = 64  # neighbours of about the same weight, as in scripts/density.py
@@ -161,24 +162,24 @@ class Draw:
         return x * jnp.asarray(case.head_dim**-0.5, dtype)
 
     def paged(self, case: Served, dtype: str, *sequences: int):
-        """Keys, values and page tables [P], or [B, P] of B sequences, in random order."""
+        """A cache and page tables [P], or [B, P] of B sequences, in random order."""
         shape = (*sequences, -(-case.context // case.page))
         pages = self.rng.permutation(case.num_pages)[: np.prod(shape)]
         tables = jnp.asarray(pages.reshape(shape), jnp.int32)
-        return *(cache(self.key(), tables, case, dtype) for _ in range(2)), tables
+        keys, values = (cache(self.key(), tables, case, dtype) for _ in range(2))
+        return PagedKV(keys, values), tables
 
     def slices(
         self, case: Served, dtype: str, *, sets: int = SETS, padding: int = 0
     ) -> list[tuple]:
         """Arguments of prefill: the end of the context, then rows of padding."""
-        keys, values, table = self.paged(case, dtype)
+        kv, table = self.paged(case, dtype)
         length = case.slice_len - padding
         at = table, jnp.int32(case.context - length), jnp.int32(length)
         return [
             (
                 self.queries(case, dtype, case.slice_len),
-                keys,
-                values,
+                kv,
                 jnp.int32(i % case.num_layers),
                 *at,
             )

@@ -30,14 +30,14 @@ class Rival(NamedTuple):
 
 def unpaged(args: Args) -> Args:
     """Queries, keys and values [1, T, heads, H] of the arguments of a prefill from the start."""
-    q, keys, values, layer, table, _, length = args
+    q, cache, layer, table, _, length = args
 
     @functools.partial(jax.jit, static_argnames="T")
     def flat(x, layer, table, T):
         x = jax.lax.dynamic_index_in_dim(x, layer, 0, False)[:, table]
         return x.reshape(len(x), -1, x.shape[-1])[:, :T].swapaxes(0, 1)[None]
 
-    return q[0][None], *(flat(x, layer, table, T=int(length)) for x in (keys, values))
+    return q[0][None], *(flat(x, layer, table, T=int(length)) for x in (cache.keys, cache.values))
 
 
 def by_jax(implementation: str, sets: list[Args]) -> Rival:

@@ -48,12 +48,12 @@ def some_rows(rng: np.random.Generator, length: int, most: int) -> np.ndarray:
 
 def check_decode(case: Served, args: Args, found, sequences: Sequence[int]) -> dict[str, float]:
     """Compare some sequences of a decode; see `check_slice`."""
-    q, keys, values, layer, tables, positions = args
+    q, cache, layer, tables, positions = args
     errors = []
     for b in sequences:
         at = np.asarray(positions[b])
         idle = at < 0
-        where = keys, values, layer, tables[b]
+        where = cache, layer, tables[b]
         out, lse = attention(q[:, b], where, at.clip(0), case.geometry)
         out[idle], lse[idle] = 0, -np.inf
         errors.append(compare([x[b] for x in found], (out, lse)))
@@ -62,7 +62,8 @@ def check_decode(case: Served, args: Args, found, sequences: Sequence[int]) -> d
 
 def check_votes(case: Served, args: Args, found, heads: Sequence[int]) -> dict[str, float]:
     """Compare votes of some heads, each head's columns and diagonals as a row of an output."""
-    q, keys, layer, table, start, length = args
+    q, cache, layer, table, start, length = args
+    keys = cache.keys
     _, R, N, _ = q.shape
     end, rows = int(start) + int(length), min(R, int(length))
     positions, place = np.arange(int(start) + int(length) - rows, end), np.arange(end)
@@ -90,18 +91,20 @@ def attention(
     """Output [R, N, H] and log-sum-exp [R, N] of queries [views, R, N, H] at positions.
 
     Args:
-        args: keys, values, layer and page table.
+        args: cache, layer and page table.
         reads: which keys up to the largest position each head and query reads [N, R, S].
     """
-    keys, values, layer, table = args
+    cache, layer, table = args
     q = np.asarray(q).astype(np.float64)
     _, R, N, H = q.shape
-    G = N // keys.shape[1]
+    G = N // cache.keys.shape[1]
     place = np.arange(positions.max() + 1)
     view, causal = views_of(geometry, positions, place), place <= positions[:, None]
     out, lse = np.zeros((R, N, H)), np.full((R, N), -np.inf)
     for head in range(N // G):
-        key, value = (of_head(x, layer, table, head, len(place)) for x in (keys, values))
+        key, value = (
+            of_head(x, layer, table, head, len(place)) for x in (cache.keys, cache.values)
+        )
         for n in range(head * G, (head + 1) * G):
             score = logits(q[:, :, n], key, view, causal if reads is None else causal & reads[n])
             most = score.max(-1)

@@ -137,10 +137,10 @@ def attention(model, tree, budgets, ids, layers, slices):
         _, (_, kept) = decoder._layers(slice_.tokens, (cache, empty), attend, skip=0)
         return kept
 
-    def choose(voters, keys, layer):
+    def choose(voters, cache, layer):
         found = select(
             voters,
-            keys,
+            cache,
             layer,
             page_table,
             *at,
@@ -159,8 +159,7 @@ def attention(model, tree, budgets, ids, layers, slices):
     def attend(queries, cache, layer, listed=None):
         return prefill(
             queries,
-            cache.keys,
-            cache.values,
+            cache,
             layer,
             page_table,
             *at,
@@ -173,9 +172,9 @@ def attention(model, tree, budgets, ids, layers, slices):
     calls = {
         "dense": jit(lambda q, v, c, i: attend(q, c, i), compiler_options=options),
         "sparse": jit(
-            lambda q, v, c, i: attend(q, c, i, choose(v, c.keys, i)), compiler_options=options
+            lambda q, v, c, i: attend(q, c, i, choose(v, c, i)), compiler_options=options
         ),
-        "selection": jit(lambda q, v, c, i: choose(v, c.keys, i), compiler_options=options),
+        "selection": jit(lambda q, v, c, i: choose(v, c, i), compiler_options=options),
     }
     for number in layers:
         layer = jnp.int32(number)

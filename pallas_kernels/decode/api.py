@@ -4,13 +4,13 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import backend
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.shard import WHOLE, Shard
 
 
 def decode(
     queries: Float[Array, "views B Q N H"],
-    keys: Float[Array, "L K pages page H"],
-    values: Float[Array, "L K pages page H"],
+    cache: PagedKV,
     layer: Int[Array, ""],
     page_table: Int[Array, "B P"],
     positions: Int[Array, "B Q"],
@@ -33,5 +33,5 @@ def decode(
     Raises:
         Unsupported: if the backend does not run here or cannot take these shapes.
     """
-    args = queries, keys, values, layer, page_table, positions
+    args = queries, cache, layer, page_table, positions
     return backend.call("decode", backend_name, *args, geometry=geometry, shard=shard)

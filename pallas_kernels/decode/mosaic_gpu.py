@@ -26,6 +26,7 @@ from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.mosaic_gpu import call
 from pallas_kernels.mosaic_gpu.call import BLOCK, ROWS, TILED, WARPGROUP, Warpgroup
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.regions import ends
 from pallas_kernels.shard import WHOLE, Shard
 
@@ -72,8 +73,7 @@ class Schedule(NamedTuple):
 
 def decode(
     queries: Float[Array, "views B Q N H"],
-    keys: Float[Array, "L K pages page H"],
-    values: Float[Array, "L K pages page H"],
+    cache: PagedKV,
     layer: Int[Array, ""],
     page_table: Int[Array, "B P"],
     positions: Int[Array, "B Q"],
@@ -94,6 +94,7 @@ def decode(
         Unsupported: if heads are not of 128, arrays not of one dtype of 16 bits, or pages not
             made of whole tiles.
     """
+    keys, values = cache.keys, cache.values
     _, B, Q, N, H = queries.shape
     _, K, pages, page, _ = keys.shape
     if H != HEAD:

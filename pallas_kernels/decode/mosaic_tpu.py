@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import softmax
 from pallas_kernels.dispatch.backend import LANES, Unsupported
 from pallas_kernels.geometry import INTER, INTRA, ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.shard import WHOLE, Shard
 
 SUBLANES = 8  # the other one, in 32-bit rows
@@ -30,8 +31,7 @@ SUB_BLOCK = 512  # keys a step of the general body
 
 def decode(
     queries: Float[Array, "views B Q N H"],
-    keys: Float[Array, "L K pages page H"],
-    values: Float[Array, "L K pages page H"],
+    cache: PagedKV,
     layer: Int[Array, ""],
     page_table: Int[Array, "B P"],
     positions: Int[Array, "B Q"],
@@ -51,6 +51,7 @@ def decode(
     Raises:
         Unsupported: if heads do not fill a row of lanes, or pages do not fill rows.
     """
+    keys, values = cache.keys, cache.values
     _, B, Q, N, H = queries.shape
     K, page = keys.shape[1], keys.shape[3]
     if H > LANES or (H < LANES and not interpret):

@@ -4,13 +4,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.shard import WHOLE, Shard
 
 
 def decode(
     queries: Float[Array, "views B Q N H"],
-    keys: Float[Array, "L K pages page H"],
-    values: Float[Array, "L K pages page H"],
+    cache: PagedKV,
     layer: Int[Array, ""],
     page_table: Int[Array, "B P"],
     positions: Int[Array, "B Q"],
@@ -20,14 +20,14 @@ def decode(
 ) -> tuple[Float[Array, "B Q N H"], Float[Array, "B Q N"]]:
     """See `api.decode`. Gathers every page of every sequence."""
     _, B, _, N, H = queries.shape
-    K = keys.shape[1]
+    K = cache.keys.shape[1]
     k, v = (
-        cache[layer][:, page_table]
+        array[layer][:, page_table]
         .transpose(1, 0, 2, 3, 4)
         .reshape(B, K, -1, H)
         .repeat(N // K, 1)
         .astype(jnp.float32)
-        for cache in (keys, values)
+        for array in (cache.keys, cache.values)
     )
     k_pos = shard.position(jnp.arange(k.shape[2], dtype=jnp.int32))
     scores = jnp.einsum("VBQNH,BNSH->VBQNS", queries.astype(jnp.float32), k)

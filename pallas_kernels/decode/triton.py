@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.dispatch import triton_sizes
 from pallas_kernels.dispatch.backend import TRITON_HEADS, Unsupported
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.regions import ends
 from pallas_kernels.shard import WHOLE, Shard
 from pallas_kernels.triton import call
@@ -31,8 +32,7 @@ MERGED = 32  # runs a step of the merge
 
 def decode(
     queries: Float[Array, "views B Q N H"],
-    keys: Float[Array, "L K pages page H"],
-    values: Float[Array, "L K pages page H"],
+    cache: PagedKV,
     layer: Int[Array, ""],
     page_table: Int[Array, "B P"],
     positions: Int[Array, "B Q"],
@@ -54,6 +54,7 @@ def decode(
     Raises:
         Unsupported: if no product takes heads of this size, or dtypes differ.
     """
+    keys, values = cache.keys, cache.values
     _, B, Q, N, H = queries.shape
     _, K, pages, page, _ = keys.shape
     if H not in TRITON_HEADS:
@@ -76,7 +77,7 @@ def decode(
     seen = ends(positions, geometry, shard)
     sizes = {"B": B, "Q": Q, "N": N, "G": G, "H": H, "TILE": tile}
     sizes |= {"SEQUENCES": _power_of_two(B), "WANTED": wanted, "LEAST": least}
-    cache = {"VIEWS": len(seen), "K": K, "PAGES": pages, "PAGE": page, "P": P}
+    paged = {"VIEWS": len(seen), "K": K, "PAGES": pages, "PAGE": page, "P": P}
     partial, partial_lse = call.launch(
         _attend,
         *(layer.reshape(1), page_table, seen, queries, keys, values),
@@ -88,7 +89,7 @@ def decode(
         num_warps=num_warps or usual.num_warps,
         num_stages=num_stages,
         **sizes,
-        **cache,
+        **paged,
         M=M,
         CUT=CUT,
     )

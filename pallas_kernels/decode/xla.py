@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.blockwise import attend_tile
 from pallas_kernels.dispatch.tiles import of_page
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.shard import WHOLE, Shard
 
 TILE = 1024  # keys a step
@@ -14,8 +15,7 @@ TILE = 1024  # keys a step
 
 def decode(
     queries: Float[Array, "views B Q N H"],
-    keys: Float[Array, "L K pages page H"],
-    values: Float[Array, "L K pages page H"],
+    cache: PagedKV,
     layer: Int[Array, ""],
     page_table: Int[Array, "B P"],
     positions: Int[Array, "B Q"],
@@ -26,7 +26,7 @@ def decode(
 ) -> tuple[Float[Array, "B Q N H"], Float[Array, "B Q N"]]:
     """See `api.decode`. Takes every shape; the tile shrinks to a divisor of the page."""
     views, _, Q, N, H = queries.shape
-    K, page = keys.shape[1], keys.shape[3]
+    K, page = cache.keys.shape[1], cache.page
     G = N // K
 
     def attend(row):
@@ -37,8 +37,7 @@ def decode(
         out, lse = attend_tile(
             query.reshape(views, Q, K, G, H).swapaxes(1, 2).reshape(views, K, Q * G, H),
             jnp.repeat(jnp.where(position < 0, last, position), G),
-            keys,
-            values,
+            cache,
             layer,
             jnp.int32(0),
             table,

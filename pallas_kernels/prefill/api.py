@@ -4,14 +4,14 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import backend
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.plan import SparsePlan
 from pallas_kernels.shard import WHOLE, Shard
 
 
 def prefill(
     queries: Float[Array, "views T N H"],
-    keys: Float[Array, "L K pages page H"],
-    values: Float[Array, "L K pages page H"],
+    cache: PagedKV,
     layer: Int[Array, ""],
     page_table: Int[Array, " P"],
     start: Int[Array, ""],
@@ -52,8 +52,7 @@ def prefill(
         "prefill",
         backend_name,
         queries,
-        keys,
-        values,
+        cache,
         layer,
         page_table,
         start,

@@ -25,6 +25,7 @@ from pallas_kernels.dispatch.backend import HOPPER_HEADS, Unsupported
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.mosaic_gpu import call
 from pallas_kernels.mosaic_gpu.call import WARPGROUP, Warpgroup
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.plan import SparsePlan
 from pallas_kernels.prefill.mosaic_gpu_attend import attend
 from pallas_kernels.prefill.mosaic_gpu_block import COLUMNS, READERS, ROWS, Inputs, Scratch, Shape
@@ -47,8 +48,7 @@ EVEN = 16
 
 def prefill(
     queries: Float[Array, "views T N H"],
-    keys: Float[Array, "L K pages page H"],
-    values: Float[Array, "L K pages page H"],
+    cache: PagedKV,
     layer: Int[Array, ""],
     page_table: Int[Array, " P"],
     start: Int[Array, ""],
@@ -77,6 +77,7 @@ def prefill(
             a block of the plan is no multiple of `LEAST` keys, blocks of the plan cross pages, or
             the cache has more rows than 32 bits count.
     """
+    keys, values = cache.keys, cache.values
     views, T, N, H = queries.shape
     L, K, pages, page, _ = keys.shape
     if H not in HOPPER_HEADS:
@@ -101,14 +102,14 @@ def prefill(
     heads, num_tiles = rows.shape[2], rows.shape[1] // padded
     end = start + length
     last_step = shard.before(end) // width
-    tails = _tails(keys, values, layer, page_table, shard.before(end), last_step, width)
+    tails = _tails(cache, layer, page_table, shard.before(end), last_step, width)
     given = [jnp.stack([layer, start, length, last_step, *shard.scalars()]), page_table]
     extra = []
     first = jnp.arange(num_tiles, dtype=jnp.int32)[:, None] * tile
     first = first + jnp.arange(0, padded, TILE, dtype=jnp.int32)
     items = _items(first, tile, group, start, length, width, geometry, shard, plan, heads)
     if plan is not None:
-        packed = pack(plan, keys, values, layer, page_table, end, width=width, shard=shard)
+        packed = pack(plan, cache, layer, page_table, end, width=width, shard=shard)
         steps = packed.local.shape[1] // width
         covered = plans.covered(plan, packed.local)
         extra = [
@@ -143,13 +144,13 @@ def prefill(
         reads = jax.lax.axis_index(WARPGROUP) < READERS
         jax.lax.cond(reads, lambda: attend(*args, out, lse), lambda: fetch(*args))
 
-    caches = (cache.reshape(-1, H) for cache in (keys, values))
     out, lse = call.launch(
         kernel,
         *given,
         items,
         rows,
-        *caches,
+        keys.reshape(-1, H),
+        values.reshape(-1, H),
         *tails,
         *extra,
         outputs=[
@@ -186,15 +187,16 @@ def _unpadded(x, T: int, N: int, tile: int, padded: int):
     return x.reshape(T, group, heads, *rest).swapaxes(1, 2).reshape(T, N, *rest)
 
 
-def _tails(keys, values, layer, page_table, end, step, width: int):
+def _tails(cache: PagedKV, layer, page_table, end, step, width: int):
     """Keys and values [K * width, H] of the step that the end of the sequence cuts, zero after."""
-    page, H = keys.shape[3:]
+    page, H = cache.keys.shape[3:]
     local = step * width + jnp.arange(width, dtype=jnp.int32)
     at = jnp.minimum(local, page_table.size * page - 1)
     there = (local < end)[:, None]
     index = layer, slice(None), page_table[at // page], at % page
     return [
-        jnp.where(there, cache[index].swapaxes(0, 1), 0).reshape(-1, H) for cache in (keys, values)
+        jnp.where(there, array[index].swapaxes(0, 1), 0).reshape(-1, H)
+        for array in (cache.keys, cache.values)
     ]
 
 

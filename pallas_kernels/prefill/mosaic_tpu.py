@@ -20,6 +20,7 @@ from pallas_kernels import plan as plans
 from pallas_kernels.dispatch.backend import Unsupported, check_heads
 from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.plan import SparsePlan
 from pallas_kernels.prefill.mosaic_tpu_sweep import WORD, dense, sparse
 from pallas_kernels.prefill.mosaic_tpu_tile import LANES, Shape
@@ -33,8 +34,7 @@ VMEM_BYTES = 32 * 2**20
 
 def prefill(
     queries: Float[Array, "views T N H"],
-    keys: Float[Array, "L K pages page H"],
-    values: Float[Array, "L K pages page H"],
+    cache: PagedKV,
     layer: Int[Array, ""],
     page_table: Int[Array, " P"],
     start: Int[Array, ""],
@@ -62,6 +62,7 @@ def prefill(
             divide it and the page, if the heads are wider than a register but not whole
             ones, or, on a TPU, if a piece is smaller than a register.
     """
+    keys, values = cache.keys, cache.values
     views, T, N, H = queries.shape
     _, K, _, page, _ = keys.shape
     if plan is None:
@@ -111,7 +112,7 @@ def prefill(
         anywhere,
     ]
     # A view: rows of pages lie one after another.
-    args = [rows, *(cache.reshape(-1, cache.shape[2] * page, H) for cache in (keys, values))]
+    args = [rows, *(x.reshape(-1, x.shape[2] * page, H) for x in (keys, values))]
     scratch = [
         pltpu.VMEM((views, M, H), queries.dtype),  # queries for logits to base 2
         pltpu.VMEM((2, width, H), keys.dtype),
@@ -127,7 +128,7 @@ def prefill(
         pltpu.SemaphoreType.DMA((2,)),
     ]
     if plan is not None:
-        listed = _listed(plan, keys, values, layer, page_table, start + length, width, shard)
+        listed = _listed(plan, cache, layer, page_table, start + length, width, shard)
         args += listed
         columns, covered = listed[2], listed[3]
         in_specs += [
@@ -177,7 +178,7 @@ def _in_smem(array, index_map):
     return pl.BlockSpec(block, index_map, memory_space=pltpu.SMEM)
 
 
-def _listed(plan: SparsePlan, keys, values, layer, page_table, kv_len, width, shard):
+def _listed(plan: SparsePlan, cache: PagedKV, layer, page_table, kv_len, width, shard):
     """What the kernel reads of a plan: packed columns, where they lie, and the bits of blocks.
 
     Returns:
@@ -186,7 +187,7 @@ def _listed(plan: SparsePlan, keys, values, layer, page_table, kv_len, width, sh
         word w says that tile 32 w + b reads the column's block; first and last position
         of each step [N, 1, 2 steps]; the bits of blocks [N, tiles, 1, words].
     """
-    packed = pack(plan, keys, values, layer, page_table, kv_len, width=width, shard=shard)
+    packed = pack(plan, cache, layer, page_table, kv_len, width=width, shard=shard)
     N, V = packed.local.shape
     steps = V // width
     covered = jax.lax.bitcast_convert_type(plans.covered(plan, packed.local), jnp.int32)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.plan import ABSENT, SparsePlan
 from pallas_kernels.shard import Shard
 
@@ -26,8 +27,7 @@ class Packed(NamedTuple):
 
 def pack(
     plan: SparsePlan,
-    keys: Float[Array, "L K pages page H"],
-    values: Float[Array, "L K pages page H"],
+    cache: PagedKV,
     layer: Int[Array, ""],
     page_table: Int[Array, " P"],
     kv_len: Int[Array, ""],
@@ -37,17 +37,17 @@ def pack(
 ) -> Packed:
     """The columns of a plan before `kv_len`, padded to steps of `width`, at least one."""
     N, V = plan.columns.shape
-    page = keys.shape[3]
+    page = cache.page
     steps = max(-(-V // width), 1)
     local = jnp.pad(plan.columns, ((0, 0), (0, steps * width - V)), constant_values=ABSENT)
     end = shard.before(kv_len)
     at = jnp.minimum(local, jnp.maximum(end - 1, 0))
-    head = jnp.arange(N, dtype=jnp.int32)[:, None] // (N // keys.shape[1])
+    head = jnp.arange(N, dtype=jnp.int32)[:, None] // (N // cache.keys.shape[1])
     there = local < end
     index = layer, head, page_table[at // page], at % page
     return Packed(
-        keys=jnp.where(there[..., None], keys[index], 0),
-        values=jnp.where(there[..., None], values[index], 0),
+        keys=jnp.where(there[..., None], cache.keys[index], 0),
+        values=jnp.where(there[..., None], cache.values[index], 0),
         local=local,
         positions=jnp.where(there, shard.position(at), ABSENT),
     )

@@ -4,14 +4,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.plan import SparsePlan, to_mask
 from pallas_kernels.shard import WHOLE, Shard
 
 
 def prefill(
     queries: Float[Array, "views T N H"],
-    keys: Float[Array, "L K pages page H"],
-    values: Float[Array, "L K pages page H"],
+    cache: PagedKV,
     layer: Int[Array, ""],
     page_table: Int[Array, " P"],
     start: Int[Array, ""],
@@ -23,10 +23,10 @@ def prefill(
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     """See `api.prefill`. Holds `[views, N, T, S]` scores."""
     _, T, N, H = queries.shape
-    K = keys.shape[1]
+    K = cache.keys.shape[1]
     k, v = (
-        cache[layer][:, page_table].reshape(K, -1, H).repeat(N // K, 0).astype(jnp.float32)
-        for cache in (keys, values)
+        array[layer][:, page_table].reshape(K, -1, H).repeat(N // K, 0).astype(jnp.float32)
+        for array in (cache.keys, cache.values)
     )
     q_pos = start + jnp.arange(T, dtype=jnp.int32)
     k_pos = shard.position(jnp.arange(k.shape[1], dtype=jnp.int32))

@@ -28,6 +28,7 @@ from pallas_kernels.dispatch import triton_sizes
 from pallas_kernels.dispatch.backend import TRITON_HEADS, Unsupported
 from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.plan import SparsePlan
 from pallas_kernels.prefill.regions import ends
 from pallas_kernels.prefill.triton_tile import (
@@ -50,8 +51,7 @@ APART = 64  # keys of a step that lie apart, at most: their addresses take regis
 
 def prefill(
     queries: Float[Array, "views T N H"],
-    keys: Float[Array, "L K pages page H"],
-    values: Float[Array, "L K pages page H"],
+    cache: PagedKV,
     layer: Int[Array, ""],
     page_table: Int[Array, " P"],
     start: Int[Array, ""],
@@ -82,6 +82,7 @@ def prefill(
         Unsupported: if the heads are of no size in `TRITON_HEADS`, the cache of another type
             than the queries, or these or the keys of a head more than 32 bits count.
     """
+    keys, values = cache.keys, cache.values
     views, T, N, H = queries.shape
     _, K, pages, page, _ = keys.shape
     if H not in TRITON_HEADS:

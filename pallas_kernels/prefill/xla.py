@@ -8,6 +8,7 @@ from pallas_kernels.blockwise import attend_tile
 from pallas_kernels.dispatch.tiles import Tiles, of_page, split
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.listed import attend_listed
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.plan import SparsePlan
 from pallas_kernels.shard import WHOLE, Shard
 
@@ -17,8 +18,7 @@ WIDTH = 128  # listed keys a step
 
 def prefill(
     queries: Float[Array, "views T N H"],
-    keys: Float[Array, "L K pages page H"],
-    values: Float[Array, "L K pages page H"],
+    cache: PagedKV,
     layer: Int[Array, ""],
     page_table: Int[Array, " P"],
     start: Int[Array, ""],
@@ -37,10 +37,10 @@ def prefill(
         width: keys a step of one with a plan.
     """
     views, T, N, H = queries.shape
-    K, page = keys.shape[1], keys.shape[3]
+    K, page = cache.keys.shape[1], cache.page
     G = N // K
     if plan is not None:
-        args = queries, keys, values, layer, page_table, start, length, plan
+        args = queries, cache, layer, page_table, start, length, plan
         return _sparse(*args, geometry=geometry, width=width, shard=shard)
     count, q_tile = split(T, max(tiles.q // G, 1))
     k_tile = of_page(page, tiles.k)
@@ -58,8 +58,7 @@ def prefill(
         return attend_tile(
             rows[i, head],
             q_pos,
-            keys,
-            values,
+            cache,
             layer,
             head,
             page_table,
@@ -78,8 +77,7 @@ def prefill(
 
 def _sparse(
     queries,
-    keys,
-    values,
+    cache,
     layer,
     page_table,
     start,
@@ -91,7 +89,7 @@ def _sparse(
     shard,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
     _, T, N, H = queries.shape
-    K, q_tile = keys.shape[1], plan.tiles.q
+    K, q_tile = cache.keys.shape[1], plan.tiles.q
     count = -(-T // q_tile)
     rows = jnp.pad(queries, ((0, 0), (0, count * q_tile - T), (0, 0), (0, 0)))
     reads = plan.reads()
@@ -104,8 +102,7 @@ def _sparse(
             return attend_listed(
                 jax.lax.dynamic_slice_in_dim(of_head, i * q_tile, q_tile, 1),
                 start + row,
-                keys,
-                values,
+                cache,
                 layer,
                 n // (N // K),
                 page_table,

@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.dispatch import backend
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.select.top import top
 from pallas_kernels.shard import WHOLE, Shard
 
@@ -41,7 +42,7 @@ class Votes(NamedTuple):
 
 def select(
     queries: Float[Array, "views R N H"],
-    keys: Float[Array, "L K pages page H"],
+    cache: PagedKV,
     layer: Int[Array, ""],
     page_table: Int[Array, " P"],
     start: Int[Array, ""],
@@ -80,7 +81,7 @@ def select(
     """
     votes = vote(
         queries,
-        keys,
+        cache,
         layer,
         page_table,
         start,
@@ -94,7 +95,7 @@ def select(
 
 def vote(
     queries: Float[Array, "views R N H"],
-    keys: Float[Array, "L K pages page H"],
+    cache: PagedKV,
     layer: Int[Array, ""],
     page_table: Int[Array, " P"],
     start: Int[Array, ""],
@@ -109,7 +110,7 @@ def vote(
     Raises:
         Unsupported: if the backend does not run here or cannot take these shapes.
     """
-    args = queries, keys, layer, page_table, start, length
+    args = queries, cache, layer, page_table, start, length
     return Votes(*backend.call("select", backend_name, *args, geometry=geometry, shard=shard))
 
 

@@ -23,6 +23,7 @@ from pallas_kernels.dispatch.backend import HOPPER_HEADS, Unsupported
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.mosaic_gpu import call
 from pallas_kernels.mosaic_gpu.call import BLOCK, ROWS, TILED, Warpgroup
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.regions import ends
 from pallas_kernels.shard import WHOLE, Shard
 
@@ -39,7 +40,7 @@ THREADS: Any = plgpu.Layout.WG_STRIDED((TILE,), vec_size=1)
 
 def vote(
     queries: Float[Array, "views R N H"],
-    keys: Float[Array, "L K pages page H"],
+    cache: PagedKV,
     layer: Int[Array, ""],
     page_table: Int[Array, " P"],
     start: Int[Array, ""],
@@ -55,6 +56,7 @@ def vote(
         Unsupported: if heads are not of 64 or 128, arrays not of one dtype of 16 bits, pages not
             made of whole tiles, or there are more than 64 rows.
     """
+    keys = cache.keys
     _, R, N, H = queries.shape
     _, K, pages, page, _ = keys.shape
     P = page_table.shape[0]

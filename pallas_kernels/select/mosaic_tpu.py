@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch.backend import LANES, Unsupported, check_heads
 from pallas_kernels.geometry import INTER, INTRA, SUCC, ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.shard import WHOLE, Shard
 from pallas_kernels.softmax import MASKED
 
@@ -29,7 +30,7 @@ _LAYER, _END, _WHOLE, _SUCC_FROM, _SUCC_TO, _INTRA_FROM, _INTER_TO = range(7)
 
 def vote(
     queries: Float[Array, "views R N H"],
-    keys: Float[Array, "L K pages page H"],
+    cache: PagedKV,
     layer: Int[Array, ""],
     page_table: Int[Array, " P"],
     start: Int[Array, ""],
@@ -50,6 +51,7 @@ def vote(
         Unsupported: if the page is not a multiple of 128 keys, there are more than 128
             rows, or queries and keys differ in dtype.
     """
+    keys = cache.keys
     views, R, N, H = queries.shape
     _, K, _, page, _ = keys.shape
     G, S = N // K, page_table.shape[0] * page

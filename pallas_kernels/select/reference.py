@@ -5,12 +5,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.shard import WHOLE, Shard
 
 
 def vote(
     queries: Float[Array, "views R N H"],
-    keys: Float[Array, "L K pages page H"],
+    cache: PagedKV,
     layer: Int[Array, ""],
     page_table: Int[Array, " P"],
     start: Int[Array, ""],
@@ -21,8 +22,8 @@ def vote(
 ) -> tuple[Float[Array, "N S"], Float[Array, "N S"]]:
     """Sums of softmax weights by column and by diagonal; see `api.select`."""
     _, R, N, H = queries.shape
-    K, page = keys.shape[1], keys.shape[3]
-    k = keys[layer][:, page_table].reshape(K, -1, H).repeat(N // K, 0).astype(jnp.float32)
+    K, page = cache.keys.shape[1], cache.page
+    k = cache.keys[layer][:, page_table].reshape(K, -1, H).repeat(N // K, 0).astype(jnp.float32)
     q_pos = start + length - R + jnp.arange(R, dtype=jnp.int32)
     k_pos = shard.position(jnp.arange(k.shape[1], dtype=jnp.int32))
     scores = jnp.einsum("VRNH,NSH->VNRS", queries.astype(jnp.float32), k)

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.dispatch import triton_sizes
 from pallas_kernels.dispatch.backend import TRITON_HEADS, Unsupported
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.regions import ends
 from pallas_kernels.shard import WHOLE, Shard
 from pallas_kernels.triton import call
@@ -31,7 +32,7 @@ TILE = 64  # keys a step: two for each lane of a warp
 
 def vote(
     queries: Float[Array, "views R N H"],
-    keys: Float[Array, "L K pages page H"],
+    cache: PagedKV,
     layer: Int[Array, ""],
     page_table: Int[Array, " P"],
     start: Int[Array, ""],
@@ -53,6 +54,7 @@ def vote(
         Unsupported: if no product takes heads of this size, or they are too large, there are more
             than 64 rows, or queries and keys differ in dtype.
     """
+    keys = cache.keys
     _, R, N, H = queries.shape
     _, K, pages, page, _ = keys.shape
     P = page_table.shape[0]

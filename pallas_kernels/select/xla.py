@@ -8,6 +8,7 @@ from pallas_kernels import softmax
 from pallas_kernels.blockwise import dot, fetch, scores, whole_tiles
 from pallas_kernels.dispatch.tiles import of_page
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.shard import WHOLE, Shard
 
 TILE = 1024  # keys a step
@@ -15,7 +16,7 @@ TILE = 1024  # keys a step
 
 def vote(
     queries: Float[Array, "views R N H"],
-    keys: Float[Array, "L K pages page H"],
+    cache: PagedKV,
     layer: Int[Array, ""],
     page_table: Int[Array, " P"],
     start: Int[Array, ""],
@@ -32,7 +33,7 @@ def vote(
     than [N, S].
     """
     views, R, N, H = queries.shape
-    K, page = keys.shape[1], keys.shape[3]
+    K, page = cache.keys.shape[1], cache.page
     G, pages, end = N // K, page_table.shape[0], start + length
     tile = of_page(page, tile)
     row_pos = end - R + jnp.arange(R, dtype=jnp.int32)
@@ -43,7 +44,7 @@ def vote(
         """`body` over all tiles of keys and their logits, those that no mask cuts apart."""
 
         def key_of(j):
-            return fetch(keys, layer, jnp.int32(0), page_table, j * tile, heads=K, count=tile)
+            return fetch(cache.keys, layer, jnp.int32(0), page_table, j * tile, heads=K, count=tile)
 
         def plain(view):
             return lambda j, state: body(state, j, dot(rows[view], key_of(j)))

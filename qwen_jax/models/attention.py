@@ -15,12 +15,13 @@ from pallas_kernels import plan
 from pallas_kernels.decode import decode
 from pallas_kernels.dispatch.backend import Choice
 from pallas_kernels.dispatch.tiles import Tiles, of_page
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.prefill import prefill
 from pallas_kernels.select import Votes, select_keys, vote
 from pallas_kernels.shard import WHOLE, Shard
 from qwen_jax.config import ModelConfig
 from qwen_jax.models import rope, sequence_parallel
-from qwen_jax.models.kv_cache import Cache, write_slice, write_tokens
+from qwen_jax.models.kv_cache import write_slice, write_tokens
 from qwen_jax.models.layers import Projection
 from qwen_jax.sparse.budgets import Budgets, Report
 from qwen_jax.sparse.recall import ROWS, Grid, Survey, recall_grid
@@ -50,12 +51,12 @@ class Attention(nnx.Module):
     def prefill(
         self,
         x: Float[Array, "T D"],
-        cache: Cache,
+        cache: PagedKV,
         layer: Int[Array, ""],
         step,
         angles: rope.Angles,
         backend: Choice,
-    ) -> tuple[Float[Array, "T D"], Cache]:
+    ) -> tuple[Float[Array, "T D"], PagedKV]:
         """A slice of one sequence (`qwen2.PrefillStep`) and the cache with it written."""
 
         def attend(part, cache, rows, rest, _):
@@ -75,14 +76,14 @@ class Attention(nnx.Module):
     def prefill_sparse(
         self,
         x: Float[Array, "T D"],
-        cache: Cache,
+        cache: PagedKV,
         layer: Int[Array, ""],
         step,
         angles: rope.Angles,
         votes: rope.Rotary,
         budgets: Budgets,
         backend: Choice,
-    ) -> tuple[Float[Array, "T D"], Cache, Report]:
+    ) -> tuple[Float[Array, "T D"], PagedKV, Report]:
         """As `prefill`, of the columns and diagonals that the last queries of the slice choose.
 
         Args:
@@ -114,14 +115,14 @@ class Attention(nnx.Module):
     def sparse_plan(
         self,
         x: Float[Array, "T D"],
-        cache: Cache,
+        cache: PagedKV,
         layer: Int[Array, ""],
         step,
         angles: rope.Angles,
         votes: rope.Rotary,
         budgets: Budgets,
         backend: Choice,
-    ) -> tuple[plan.SparsePlan, Cache]:
+    ) -> tuple[plan.SparsePlan, PagedKV]:
         """The plan of `prefill_sparse` before the guard of `budgets.least_recall`; no mesh."""
         cache = self.write_slice(x, cache, layer, step, angles)
         kept = budgets.vertical[layer], budgets.slash[layer]
@@ -131,14 +132,14 @@ class Attention(nnx.Module):
     def survey(
         self,
         x: Float[Array, "T D"],
-        cache: Cache,
+        cache: PagedKV,
         layer: Int[Array, ""],
         step,
         angles: rope.Angles,
         votes: rope.Rotary,
         grid: Grid,
         backend: Choice,
-    ) -> tuple[Float[Array, "T D"], Cache, Survey]:
+    ) -> tuple[Float[Array, "T D"], PagedKV, Survey]:
         """As `prefill`, and what each pair of budgets would have found of it; no mesh."""
         cache = self.write_slice(x, cache, layer, step, angles)
         T, start, length = x.shape[0], step.start, step.length
@@ -152,7 +153,7 @@ class Attention(nnx.Module):
             lse[rows],
             rows,
             self._vote(query, cache, layer, step, votes, backend, WHOLE),
-            cache.keys,
+            cache,
             layer,
             step.page_table,
             start,
@@ -168,11 +169,11 @@ class Attention(nnx.Module):
     def write_slice(
         self,
         x: Float[Array, "T D"],
-        cache: Cache,
+        cache: PagedKV,
         layer: Int[Array, ""],
         step,
         angles: rope.Angles,
-    ) -> Cache:
+    ) -> PagedKV:
         """The cache with a slice of one sequence (`qwen2.PrefillStep`) written."""
 
         def write(part, cache, rows, rest, _):
@@ -188,12 +189,12 @@ class Attention(nnx.Module):
     def decode(
         self,
         x: Float[Array, "B D"],
-        cache: Cache,
+        cache: PagedKV,
         layer: Int[Array, ""],
         step,
         angles: rope.Angles,
         backend: Choice,
-    ) -> tuple[Float[Array, "B D"], Cache]:
+    ) -> tuple[Float[Array, "B D"], PagedKV]:
         """One token of each sequence (`qwen2.DecodeStep`) and the cache with it written."""
 
         def attend(part, cache, rows, rest, _):
@@ -212,12 +213,12 @@ class Attention(nnx.Module):
     def read_tokens(
         self,
         x: Float[Array, "B D"],
-        cache: Cache,
+        cache: PagedKV,
         layer: Int[Array, ""],
         step,
         angles: rope.Angles,
         backend: Choice,
-    ) -> tuple[Float[Array, "B D"], Cache]:
+    ) -> tuple[Float[Array, "B D"], PagedKV]:
         """One token of each sequence (`qwen2.DecodeStep`), which the cache holds already."""
 
         def attend(part, cache, rows, rest, _):
@@ -229,14 +230,20 @@ class Attention(nnx.Module):
         return self.o(out), cache
 
     def _read(
-        self, part: sequence_parallel.LocalShard, query, cache: Cache, layer, step, angles, backend
+        self,
+        part: sequence_parallel.LocalShard,
+        query,
+        cache: PagedKV,
+        layer,
+        step,
+        angles,
+        backend,
     ):
         if getattr(backend, "decode", None) == LEFT_OUT:
             return query
         out, lse = decode(
             self._views(query, step, angles)[:, :, None],
-            cache.keys,
-            cache.values,
+            cache,
             layer,
             step.page_table,
             step.positions[:, None],
@@ -247,7 +254,16 @@ class Attention(nnx.Module):
         return part.merge(out[:, 0], lse[:, 0])
 
     def _plan(
-        self, query, cache: Cache, layer, step, votes, budgets: Budgets, kept, backend, shard: Shard
+        self,
+        query,
+        cache: PagedKV,
+        layer,
+        step,
+        votes,
+        budgets: Budgets,
+        kept,
+        backend,
+        shard: Shard,
     ) -> plan.SparsePlan:
         T, start, length = len(query), step.start, step.length
         cast = self._vote(query, cache, layer, step, votes, backend, shard)
@@ -262,7 +278,7 @@ class Attention(nnx.Module):
         )
 
     def _attend_listed(
-        self, queries, cache: Cache, layer, step, listed, least_recall, backend, shard: Shard
+        self, queries, cache: PagedKV, layer, step, listed, least_recall, backend, shard: Shard
     ):
         """Output and log-sum-exp over the keys of a plan, and how well it did."""
         T, start, length = queries.shape[1], step.start, step.length
@@ -297,14 +313,14 @@ class Attention(nnx.Module):
         return out, lse, report
 
     def _vote(
-        self, query, cache: Cache, layer, step, votes: rope.Rotary, backend, shard: Shard
+        self, query, cache: PagedKV, layer, step, votes: rope.Rotary, backend, shard: Shard
     ) -> Votes:
         last_q = votes.cos.shape[1]
         index = step.length - last_q + jnp.arange(last_q)
         voters = jnp.take(query, index, axis=0, mode="clip")
         return vote(
             rope.rotate_views(voters, votes, step.query_scale * jnp.float32(self.scale)),
-            cache.keys,
+            cache,
             layer,
             step.page_table,
             step.start,
@@ -315,14 +331,13 @@ class Attention(nnx.Module):
         )
 
     def _attend(
-        self, queries, cache: Cache, layer, step, start, length, backend, shard, listed=None
+        self, queries, cache: PagedKV, layer, step, start, length, backend, shard, listed=None
     ):
         if getattr(backend, "prefill", None) == LEFT_OUT:
             return queries[0], jnp.zeros(queries.shape[1:3])
         return prefill(
             queries,
-            cache.keys,
-            cache.values,
+            cache,
             layer,
             step.page_table,
             start,
@@ -333,7 +348,9 @@ class Attention(nnx.Module):
             backend_name=backend,
         )
 
-    def _write_slice(self, cache: Cache, layer, step, angles, key, value, shard: Shard) -> Cache:
+    def _write_slice(
+        self, cache: PagedKV, layer, step, angles, key, value, shard: Shard
+    ) -> PagedKV:
         keys = self._rotated_keys(key, step, angles)
         table, start, length = step.page_table, step.start, step.length
         return write_slice(cache, layer, keys, value, table, start, length, shard)

@@ -1,4 +1,4 @@
-"""Paged key and value arrays as a pytree: init, write, read.
+"""The paged cache of keys and values: allocate, write, read.
 
 A page holds consecutive tokens of one sequence, for all layers. Page 0 belongs to no
 sequence: padding is written there. On a mesh each page is cut along its tokens, so that all
@@ -6,41 +6,26 @@ devices have the same page table, and the parts of a sequence are dealt round-ro
 (`pallas_kernels.shard`).
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.shard import WHOLE, Shard
 from qwen_jax.config import ModelConfig
 
 AXES = ("layers", "kv_heads", "pages", "page", "head_dim")
-"""Dimensions of both arrays."""
+"""Dimensions of the arrays of a `PagedKV`."""
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, slots=True)
-class Cache:
-    """Keys, rotated to position modulo chunk length and unscaled, and values beside them."""
-
-    keys: Float[Array, "L K pages page H"]
-    values: Float[Array, "L K pages page H"]
-
-    @property
-    def page(self) -> int:
-        """Tokens a page."""
-        return self.keys.shape[3]
-
-
-def init(config: ModelConfig, num_pages: int, page: int, dtype=jnp.bfloat16) -> Cache:
+def init(config: ModelConfig, num_pages: int, page: int, dtype=jnp.bfloat16) -> PagedKV:
     """An empty cache; the trash page counts among `num_pages`."""
     shape = (config.num_layers, config.num_kv_heads, num_pages, page, config.head_dim)
-    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+    return PagedKV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
 
 def write_slice(
-    cache: Cache,
+    cache: PagedKV,
     layer: Int[Array, ""],
     keys: Float[Array, "T K H"],
     values: Float[Array, "T K H"],
@@ -48,7 +33,7 @@ def write_slice(
     start: Int[Array, ""],
     length: Int[Array, ""],
     shard: Shard = WHOLE,
-) -> Cache:
+) -> PagedKV:
     """The cache with the first `length` of T consecutive tokens written, in place if donated.
 
     Goes page by page: a scatter of single rows would be slower by the page.
@@ -81,11 +66,11 @@ def write_slice(
 
     pages = -(-T // whole_page) + 1 if T > 1 else 1  # that T consecutive tokens can touch
     arrays = jax.lax.fori_loop(0, pages, write, (cache.keys, cache.values))
-    return Cache(*arrays)
+    return PagedKV(*arrays)
 
 
 def read_slice(
-    cache: Cache,
+    cache: PagedKV,
     layer: Int[Array, ""],
     page_table: Int[Array, " P"],
     start: Int[Array, ""],
@@ -109,14 +94,14 @@ def read_slice(
 
 
 def write_tokens(
-    cache: Cache,
+    cache: PagedKV,
     layer: Int[Array, ""],
     keys: Float[Array, "B K H"],
     values: Float[Array, "B K H"],
     page_table: Int[Array, "B P"],
     positions: Int[Array, " B"],
     shard: Shard = WHOLE,
-) -> Cache:
+) -> PagedKV:
     """The cache with one token of each sequence written.
 
     An idle row (-1) goes to page 0, as do tokens of other shards.
@@ -138,4 +123,4 @@ def write_tokens(
 
         return put(arrays[0], keys), put(arrays[1], values)
 
-    return Cache(*jax.lax.fori_loop(0, keys.shape[0], write, (cache.keys, cache.values)))
+    return PagedKV(*jax.lax.fori_loop(0, keys.shape[0], write, (cache.keys, cache.values)))

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.paged_kv import PagedKV
 from qwen_jax.distributed.sharding import RULES
 from qwen_jax.models import sequence_parallel
-from qwen_jax.models.kv_cache import Cache, read_slice, write_slice
+from qwen_jax.models.kv_cache import read_slice, write_slice
 
 
 def placement(mesh: Mesh, size: int) -> NamedSharding:
@@ -24,7 +25,7 @@ def placement(mesh: Mesh, size: int) -> NamedSharding:
 
 
 def extract_kv(
-    cache: Cache, page_table: Int[Array, " P"], start: Int[Array, ""], *, size: int
+    cache: PagedKV, page_table: Int[Array, " P"], start: Int[Array, ""], *, size: int
 ) -> tuple[Float[Array, "L T K H"], Float[Array, "L T K H"]]:
     """Keys and values of `size` tokens of a sequence from `start` on, bit for bit.
 
@@ -48,13 +49,13 @@ def extract_kv(
 
 
 def insert_kv(
-    cache: Cache,
+    cache: PagedKV,
     keys: Float[Array, "L T K H"],
     values: Float[Array, "L T K H"],
     page_table: Int[Array, " P"],
     start: Int[Array, ""],
     length: Int[Array, ""],
-) -> Cache:
+) -> PagedKV:
     """The cache with the first `length` of T tokens written, from `start` of a sequence on."""
     split = sequence_parallel.splits(keys.shape[1])
 
@@ -70,7 +71,7 @@ def insert_kv(
     return jax.lax.fori_loop(0, keys.shape[0], of_layer, cache)
 
 
-def copy_page(cache: Cache, source: Int[Array, ""], target: Int[Array, ""]) -> Cache:
+def copy_page(cache: PagedKV, source: Int[Array, ""], target: Int[Array, ""]) -> PagedKV:
     """The cache with one page the same as another, in place if donated."""
 
     def copy(array):

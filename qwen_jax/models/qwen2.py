@@ -9,11 +9,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch.backend import Choice
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.plan import SparsePlan
 from qwen_jax.config import ModelConfig
 from qwen_jax.models import rope, sequence_parallel
 from qwen_jax.models.attention import Attention
-from qwen_jax.models.kv_cache import Cache
 from qwen_jax.models.layers import Embedding, GatedMLP, Projection, RMSNorm
 from qwen_jax.sparse.budgets import Budgets, Report
 from qwen_jax.sparse.recall import Grid, Survey
@@ -96,8 +96,8 @@ class Qwen2(nnx.Module):
         self.config = config
 
     def prefill(
-        self, cache: Cache, step: PrefillStep, rotary: rope.Table, *, backend: Choice = None
-    ) -> tuple[Float[Array, " V"], Cache]:
+        self, cache: PagedKV, step: PrefillStep, rotary: rope.Table, *, backend: Choice = None
+    ) -> tuple[Float[Array, " V"], PagedKV]:
         """Logits of the slice's last token, in float32, and the cache with the slice written.
 
         DONATES nothing itself: callers donate `cache` when they jit.
@@ -112,13 +112,13 @@ class Qwen2(nnx.Module):
 
     def prefill_sparse(
         self,
-        cache: Cache,
+        cache: PagedKV,
         step: PrefillStep,
         rotary: rope.Table,
         budgets: Budgets,
         *,
         backend: Choice = None,
-    ) -> tuple[Float[Array, " V"], Cache, Report]:
+    ) -> tuple[Float[Array, " V"], PagedKV, Report]:
         """As `prefill`, with sparse attention; the report leaves out the last layer.
 
         That one reads a single token, densely.
@@ -129,14 +129,14 @@ class Qwen2(nnx.Module):
 
     def sparse_plan(
         self,
-        cache: Cache,
+        cache: PagedKV,
         step: PrefillStep,
         rotary: rope.Table,
         budgets: Budgets,
         layer: int,
         *,
         backend: Choice = None,
-    ) -> tuple[SparsePlan, Cache]:
+    ) -> tuple[SparsePlan, PagedKV]:
         """The plan by which `prefill_sparse` reads a slice in one layer, before the guard.
 
         Writes the slice into that layer and those before it.
@@ -165,13 +165,13 @@ class Qwen2(nnx.Module):
 
     def survey(
         self,
-        cache: Cache,
+        cache: PagedKV,
         step: PrefillStep,
         rotary: rope.Table,
         grid: Grid,
         *,
         backend: Choice = None,
-    ) -> tuple[Cache, Survey]:
+    ) -> tuple[PagedKV, Survey]:
         """The cache with a slice written, densely, and a survey of all its layers."""
         votes = self._votes(step, rotary, grid.last_q)
         angles = self._angles(step, rotary)
@@ -188,21 +188,21 @@ class Qwen2(nnx.Module):
         return state
 
     def score(
-        self, cache: Cache, step: PrefillStep, rotary: rope.Table, *, backend: Choice = None
-    ) -> tuple[Float[Array, "T V"], Cache]:
+        self, cache: PagedKV, step: PrefillStep, rotary: rope.Table, *, backend: Choice = None
+    ) -> tuple[Float[Array, "T V"], PagedKV]:
         """As `prefill`, with the logits of every token; rows of padding mean nothing."""
         x, cache = self._slice(cache, step, rotary, backend, skip=0)
         return self.logits(x), cache
 
     def score_sparse(
         self,
-        cache: Cache,
+        cache: PagedKV,
         step: PrefillStep,
         rotary: rope.Table,
         budgets: Budgets,
         *,
         backend: Choice = None,
-    ) -> tuple[Float[Array, "T D"], Cache, Report]:
+    ) -> tuple[Float[Array, "T D"], PagedKV, Report]:
         """As `prefill_sparse`, with what `logits` takes of every token.
 
         Those of each slice can be more than a device holds. All tokens are read by the last layer
@@ -218,8 +218,8 @@ class Qwen2(nnx.Module):
         return x, cache, report
 
     def decode(
-        self, cache: Cache, step: DecodeStep, rotary: rope.Table, *, backend: Choice = None
-    ) -> tuple[Float[Array, "B V"], Cache]:
+        self, cache: PagedKV, step: DecodeStep, rotary: rope.Table, *, backend: Choice = None
+    ) -> tuple[Float[Array, "B V"], PagedKV]:
         """Logits of one token of each sequence and the cache with those tokens written."""
         angles = rope.angles(self.config, rotary, jnp.maximum(step.positions, 0))
 

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Shaped
 
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.shard import WHOLE, Shard
 from qwen_jax.distributed.sharding import RULES
-from qwen_jax.models.kv_cache import AXES, Cache
+from qwen_jax.models.kv_cache import AXES
 
 _SEQ = "seq"
 
@@ -102,14 +103,14 @@ def row(x: Float[Array, "T D"], index) -> Float[Array, "1 D"]:
 
 
 def run(
-    body: Callable[..., tuple[Cache, Any, Any]],
-    cache: Cache,
+    body: Callable[..., tuple[PagedKV, Any, Any]],
+    cache: PagedKV,
     rows: tuple[Float[Array, "T _ H"], ...],
     rest: Any,
     per_head: tuple[Array, ...] = (),
     *,
     split: bool,
-) -> tuple[Cache, Any, Any]:
+) -> tuple[PagedKV, Any, Any]:
     """`body(part, cache, rows, rest, per_head)` on each device, of what it holds of these arrays.
 
     Args:

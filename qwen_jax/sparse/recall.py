@@ -17,6 +17,7 @@ from pallas_kernels import plan
 from pallas_kernels.blockwise import fetch, scores
 from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.select import Votes, select_keys
 
 ROWS = 128
@@ -81,7 +82,7 @@ def recall_grid(
     lse: Float[Array, "R N"],
     rows: Int[Array, " R"],
     votes: Votes,
-    keys: Float[Array, "L K pages page H"],
+    cache: PagedKV,
     layer: Int[Array, ""],
     page_table: Int[Array, " P"],
     start: Int[Array, ""],
@@ -102,7 +103,7 @@ def recall_grid(
         num_queries: rows of the slice with its padding.
     """
     views, R, N, H = queries.shape
-    K, page = keys.shape[1], keys.shape[3]
+    K, page = cache.keys.shape[1], cache.page
     q, B = min(grid.tiles.q, num_queries), grid.tiles.k
     end, count = start + length, -(-num_queries // q)
     final = jnp.minimum(start + (jnp.arange(count, dtype=jnp.int32) + 1) * q, end) - 1
@@ -114,7 +115,7 @@ def recall_grid(
     shift = lse.T.reshape(K, -1, 1)
 
     def add(j, sums):
-        key = fetch(keys, layer, jnp.int32(0), page_table, j * page, heads=K, count=page)
+        key = fetch(cache.keys, layer, jnp.int32(0), page_table, j * page, heads=K, count=page)
         k_pos = j * page + jnp.arange(page, dtype=jnp.int32)
         logits = scores(flat, q_pos, key, k_pos, end, geometry=geometry)
         weights = jnp.exp(logits - shift).reshape(N, R, page)

@@ -11,6 +11,7 @@ import pytest
 from pallas_kernels.decode import decode
 from pallas_kernels.dispatch import backend, tiles
 from pallas_kernels.dispatch.backend import Backends, Unsupported
+from pallas_kernels.paged_kv import PagedKV
 
 PLATFORMS = tuple(backend.PREFERRED)
 QUERY = np.zeros((1, 128))
@@ -21,8 +22,7 @@ def token(head_dim=128):
     cache = jnp.zeros((1, 1, 2, 128, head_dim))
     return (
         jnp.zeros((1, 1, 1, 8, head_dim)),
-        cache,
-        cache,
+        PagedKV(cache, cache),
         jnp.int32(0),
         jnp.ones((1, 1), jnp.int32),
         jnp.zeros((1, 1), jnp.int32),

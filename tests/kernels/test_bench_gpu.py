@@ -153,17 +153,18 @@ def case(geometry, *, context=40, slice_len=8):
 def test_the_truth_is_that_of_the_oracles(geometry):
     draw, shape = Draw(0), case(geometry, context=37)
     (args,) = draw.slices(shape, "float32", sets=1, padding=2)
-    q, keys, values, layer, table, start, length = args
+    q, kv, layer, table, start, length = args
     start, length = int(start), int(length)
     end = start + length
     flat = [
-        np.asarray(x[layer, :, table]).swapaxes(1, 2).reshape(-1, 2, 16) for x in (keys, values)
+        np.asarray(x[layer, :, table]).swapaxes(1, 2).reshape(-1, 2, 16)
+        for x in (kv.keys, kv.values)
     ]
     assert np.isnan(flat[0][end:]).all()
     assert not np.isnan(flat[0][:end]).any()
     listed = draw.plan(shape, start, length, TINY.tiles, 0.3)
     for given in (None, listed):
-        mask = given and np.asarray(plan.to_mask(given, args[5], args[6], num_keys=40))
+        mask = given and np.asarray(plan.to_mask(given, args[4], args[5], num_keys=40))
         expected = oracle.attention(q, *flat, start, length, geometry, mask)
         errors = bench_gpu_truth.check_slice(
             draw.rng, shape, args, expected_as(expected), 99, given
@@ -171,7 +172,7 @@ def test_the_truth_is_that_of_the_oracles(geometry):
         assert max(errors.values()) < 1e-6
     votes = sparse_oracle.votes(q, flat[0], start, length, geometry)
     padded = [np.pad(x, ((0, 0), (0, 3))).astype(np.float32) for x in votes]
-    voting = (q, keys, layer, table, jnp.int32(start), jnp.int32(length))
+    voting = (q, kv, layer, table, jnp.int32(start), jnp.int32(length))
     assert bench_gpu_truth.check_votes(shape, voting, padded, range(4))["error"] < 1e-6
     padded[1][3, 20] += 1e-3
     with pytest.raises(bench_gpu_truth.WrongError):

@@ -121,26 +121,16 @@ def of_heads(run, q, *args, **options):
     return run(q[..., jnp.array([1, 0, 2, 3]), :], *args, **options)
 
 
-def of_groups(run, q, keys, *args, **options):
-    return run(q, keys[:, ::-1], *args, **options)
+def of_groups(run, q, cache, *args, **options):
+    return run(q, dataclasses.replace(cache, keys=cache.keys[:, ::-1]), *args, **options)
 
 
-def of_layer(number):
-    def change(run, *args, **options):
-        args = list(args)
-        args[number] = args[number] - 1
-        return run(*args, **options)
-
-    return change
+def of_layer(run, q, cache, layer, *args, **options):
+    return run(q, cache, layer - 1, *args, **options)
 
 
-def of_a_page(number):
-    def change(run, *args, **options):
-        args = list(args)
-        args[number] = args[number].at[..., 1].set(args[number][..., 0])
-        return run(*args, **options)
-
-    return change
+def of_a_page(run, q, cache, layer, table, *args, **options):
+    return run(q, cache, layer, table.at[..., 1].set(table[..., 0]), *args, **options)
 
 
 def of_the_result(change_out=lambda x: x, change_second=lambda x: x):
@@ -186,10 +176,8 @@ FAULTS = {
     "logits to base 2 of those to base e": (ALL, ONE_WINDOW, of_scale),
     "heads swapped": (ALL, ONE_WINDOW, of_heads),
     "kv heads swapped": (ALL, ONE_WINDOW, of_groups),
-    "another layer": (ATTEND, ONE_WINDOW, of_layer(3)),
-    "another layer's votes": (("selection",), ONE_WINDOW, of_layer(2)),
-    "a stale page": (ATTEND, ONE_WINDOW, of_a_page(4)),
-    "a stale page's votes": (("selection",), ONE_WINDOW, of_a_page(3)),
+    "another layer": (ALL, ONE_WINDOW, of_layer),
+    "a stale page": (ALL, ONE_WINDOW, of_a_page),
     "a mask that is one token short": (("prefill", "selection"), ONE_WINDOW, of_start(-1)),
     "a mask that is one token long": (("prefill", "selection"), ONE_WINDOW, of_start(1)),
     "a mask that is one token short in decode": (("decode",), ONE_WINDOW, of_positions(-1)),

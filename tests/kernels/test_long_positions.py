@@ -14,6 +14,7 @@ from support.tolerances import assert_close
 from pallas_kernels import plan as plans
 from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.prefill import prefill
 from pallas_kernels.select import select
 from pallas_kernels.select.xla import vote
@@ -27,14 +28,13 @@ PUBLISHED = ChunkGeometry(chunk_size=262144, local_size=8192)
 def sparse_slice(
     queries, voters, cache, layer, table, start, length, budgets, *, geometry, num_columns, tiles
 ):
-    keys, values = cache
     where = layer, table, start, length
-    found = select(voters, keys, *where, *budgets, geometry=geometry)
+    found = select(voters, cache, *where, *budgets, geometry=geometry)
     plan = plans.build(
         *found, start, length, num_queries=queries.shape[1], num_columns=num_columns, tiles=tiles
     )
-    out, lse = prefill(queries, keys, values, *where, geometry=geometry, plan=plan)
-    return vote(voters, keys, *where, geometry=geometry), found, out, lse
+    out, lse = prefill(queries, cache, *where, geometry=geometry, plan=plan)
+    return vote(voters, cache, *where, geometry=geometry), found, out, lse
 
 
 def expected_row(query, row, start, keys, values, read, geometry):
@@ -71,7 +71,7 @@ def test_the_last_slice_of_a_million_tokens():
     votes, found, out, lse = sparse_slice(
         jnp.asarray(queries),
         jnp.asarray(voters),
-        tuple(map(jnp.asarray, cache)),
+        PagedKV(*map(jnp.asarray, cache)),
         jnp.int32(0),
         jnp.asarray(table),
         jnp.int32(start),
@@ -123,7 +123,7 @@ def test_a_cache_of_more_than_2_to_the_32_elements_is_read_at_its_end():
         _, found, out, lse = sparse_slice(
             jnp.asarray(queries),
             jnp.asarray(queries[:, length - 16 : length]),
-            tuple(jax.device_put(part) for part in cache),
+            PagedKV(*(jax.device_put(part) for part in cache)),
             jnp.int32(L - 1),
             jnp.asarray(table),
             jnp.int32(start),
@@ -152,7 +152,7 @@ def test_a_selection_of_a_million_keys_holds_votes_and_no_scores():
     integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
 
     def run(queries, keys, *rest):
-        return select(queries, keys, *rest, geometry=PUBLISHED)
+        return select(queries, PagedKV(keys, keys), *rest, geometry=PUBLISHED)
 
     compiled = (
         jax.jit(run)

@@ -16,6 +16,7 @@ from test_shards import merged
 from pallas_kernels.decode import mosaic_gpu
 from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.shard import Shard
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -97,8 +98,10 @@ def test_what_no_product_takes_is_refused():
         layer, *rest = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((), (1, 3), (1, 1)))
         with pytest.raises(Unsupported, match=match):
             jax.eval_shape(
-                functools.partial(mosaic_gpu.decode, geometry=None),
-                *(queries, cache, cache, layer, *rest),
+                lambda queries, keys, *rest: mosaic_gpu.decode(
+                    queries, PagedKV(keys, keys), *rest, geometry=None
+                ),
+                *(queries, cache, layer, *rest),
             )
 
     refuse(H=64, match="head_dim=64 must be 128")

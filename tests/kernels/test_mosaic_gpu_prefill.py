@@ -22,6 +22,7 @@ from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.mosaic_gpu import call
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.prefill import mosaic_gpu
 from pallas_kernels.prefill.mosaic_gpu_block import COLUMNS as COLUMN_STEPS
 from pallas_kernels.prefill.mosaic_gpu_block import ENDS, FIRST, HEAD, ROW
@@ -62,8 +63,8 @@ PLANS = {
 def compiled(case, tiles):
     """The kernel, dense for tiles None, else by a plan of these tiles."""
 
-    def run(queries, keys, values, table, start, length, verticals, slashes):
-        args = queries, keys, values, jnp.int32(LAYER), table, start, length
+    def run(queries, kv, table, start, length, verticals, slashes):
+        args = queries, kv, jnp.int32(LAYER), table, start, length
         options = {"geometry": case.geometry, "interpret": INTERPRET, "blocks": 2}
         if tiles is None:
             return *mosaic_gpu.prefill(*args, **options), None
@@ -92,7 +93,7 @@ def check(case, start, length, tiles=None, selected=None, seed=0):
         selected = np.zeros((2, case.num_heads, len(flat[0])), bool)
     out, lse, mask = compiled(case, tiles)(
         jnp.asarray(queries),
-        *poison(cache, case, table, start + length),
+        poison(cache, case, table, start + length),
         jnp.asarray(table),
         jnp.int32(start),
         jnp.int32(length),
@@ -228,4 +229,9 @@ def test_what_the_kernel_does_not_take_is_refused(sizes, dtypes, text):
         )
     ]
     with pytest.raises(Unsupported, match=text):
-        jax.eval_shape(functools.partial(mosaic_gpu.prefill, geometry=None), *args)
+        jax.eval_shape(
+            lambda queries, keys, values, *rest: mosaic_gpu.prefill(
+                queries, PagedKV(keys, values), *rest, geometry=None
+            ),
+            *args,
+        )

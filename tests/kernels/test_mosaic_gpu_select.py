@@ -12,6 +12,7 @@ from support.tolerances import assert_close
 
 from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.select import mosaic_gpu
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -46,7 +47,7 @@ def check(start, length, geometry, *, N=2, K=1, R=20, H=128, page=128, pages=3):
     queries[:, : max(R - length, 0)] = 1e3  # rows before the slice do not vote
     sums = voter(geometry)(
         jnp.asarray(queries),
-        jnp.asarray(cache),
+        PagedKV(*2 * [jnp.asarray(cache)]),
         jnp.int32(LAYER),
         jnp.asarray(table),
         jnp.int32(start),
@@ -91,7 +92,9 @@ def test_shapes_that_no_product_takes_are_refused():
         table, scalar = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((3,), ()))
         with pytest.raises(Unsupported, match=match):
             jax.eval_shape(
-                functools.partial(mosaic_gpu.vote, geometry=None),
+                lambda queries, keys, *rest: mosaic_gpu.vote(
+                    queries, PagedKV(keys, keys), *rest, geometry=None
+                ),
                 *(queries, keys, scalar, table, scalar, scalar),
             )
 

@@ -18,6 +18,7 @@ from pallas_kernels import softmax
 from pallas_kernels.decode import mosaic_tpu
 from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.geometry import INTER, SUCC, ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 
 LAYER, NOWHERE = 1, 2**30
 
@@ -72,7 +73,7 @@ class Sequences:
             self.table[b, : used[b]] = [next(where) for _ in range(used[b])]
             for s in range(self.lens[b]):
                 cache[:, LAYER, :, self.table[b, s // page], s % page] = self.flat[b][:, s]
-        self.keys, self.values = map(jnp.asarray, cache)
+        self.cache = PagedKV(*map(jnp.asarray, cache))
         self.positions = np.array([[*row, *[-1] * (Q - len(row))] for row in rows], np.int32)
         views = 1 if geometry is None else 3
         queries = rng.standard_normal((views, B, Q, K * shape.group, H)) * 16 / H
@@ -89,8 +90,7 @@ class Sequences:
             )
         )(
             jnp.asarray(self.queries if queries is None else queries),
-            self.keys,
-            self.values,
+            self.cache,
             jnp.int32(LAYER),
             jnp.asarray(self.table if table is None else table),
             jnp.asarray(self.positions if positions is None else positions),

@@ -19,6 +19,7 @@ from pallas_kernels.cases import Case
 from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.prefill import mosaic_tpu
 
 INTERPRET = pltpu.InterpretParams(
@@ -48,8 +49,8 @@ CASES = {
 def compiled(case, tiles):
     """The kernel, dense for tiles None, else by a plan of these tiles."""
 
-    def run(queries, keys, values, table, start, length, verticals, slashes):
-        args = queries, keys, values, jnp.int32(LAYER), table, start, length
+    def run(queries, kv, table, start, length, verticals, slashes):
+        args = queries, kv, jnp.int32(LAYER), table, start, length
         options = {"geometry": case.geometry, "interpret": INTERPRET}
         if tiles is None:
             dense = Tiles(q=128 * case.num_heads // case.num_kv_heads, k=128)
@@ -74,13 +75,12 @@ def check(case, dtype, start, length, tiles=None, selected=None, seed=0):
     S, N = len(flat[0]), case.num_heads
     views = 1 if case.geometry is None else 3
     queries = rng.standard_normal((views, case.slice_len, N, case.head_dim)).astype(dtype)
-    keys, values = poison(cache, case, table, start + length)
+    kv = poison(cache, case, table, start + length)
     if selected is None:
         selected = np.zeros((2, N, S), bool)
     out, lse, mask = compiled(case, tiles)(
         jnp.asarray(queries),
-        keys,
-        values,
+        kv,
         jnp.asarray(table),
         jnp.int32(start),
         jnp.int32(length),
@@ -174,8 +174,7 @@ def test_keys_that_are_not_whole_registers_are_refused(tiles, text):
     with pytest.raises(Unsupported, match=text):
         mosaic_tpu.prefill(
             queries,
-            cache,
-            cache,
+            PagedKV(cache, cache),
             zero,
             jnp.arange(3),
             zero,

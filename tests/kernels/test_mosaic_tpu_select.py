@@ -15,6 +15,7 @@ from support.tolerances import assert_close
 
 from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.select import mosaic_tpu
 
 LAYER, NOWHERE = 1, 2**30
@@ -55,7 +56,7 @@ def check(start, length, geometry, *, N=2, K=2, R=20, H=16, dtype="float32", til
     queries[:, : max(R - length, 0)] = 1e3  # rows before the slice do not vote
     sums = voter(geometry, tile)(
         jnp.asarray(queries),
-        jnp.asarray(cache),
+        PagedKV(*2 * [jnp.asarray(cache)]),
         jnp.int32(LAYER),
         jnp.asarray(table),
         jnp.int32(start),
@@ -104,7 +105,9 @@ def test_shapes_that_do_not_fit_the_registers_are_refused():
         table, scalar = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((3,), ()))
         with pytest.raises(Unsupported, match=match):
             jax.eval_shape(
-                functools.partial(mosaic_tpu.vote, geometry=None),
+                lambda queries, keys, *rest: mosaic_tpu.vote(
+                    queries, PagedKV(keys, keys), *rest, geometry=None
+                ),
                 *(queries, keys, scalar, table, scalar, scalar),
             )
 

@@ -10,6 +10,7 @@ from support.tolerances import assert_close
 from pallas_kernels.cases import CASES
 from pallas_kernels.dispatch import backend
 from pallas_kernels.dispatch.tiles import Tiles
+from pallas_kernels.paged_kv import PagedKV
 
 LAYERS, LAYER, PAGES = 2, 1, 12
 
@@ -32,7 +33,7 @@ def poison(cache, case, table, kv_len):
     cache = cache.copy()
     for s in range(kv_len, len(table) * case.page):
         cache[:, :, :, table[s // case.page], s % case.page] = np.nan
-    return (jnp.asarray(part) for part in cache)
+    return PagedKV(*map(jnp.asarray, cache))
 
 
 PREFILL = {name: backend.load("prefill", name).prefill for name in backend.on("cpu")}
@@ -53,11 +54,10 @@ def test_prefill_matches_the_oracle(name, case, dtype):
     for start in (0, 1, case.page, 2 * case.page + 3, len(flat[0]) - T):
         length = int(rng.integers(1, T + 1))
         queries = rng.standard_normal((views, T, N, H)).astype(dtype)
-        keys, values = poison(cache, case, table, start + length)
+        kv = poison(cache, case, table, start + length)
         out, lse = attend(
             jnp.asarray(queries),
-            keys,
-            values,
+            kv,
             jnp.int32(LAYER),
             jnp.asarray(table),
             jnp.int32(start),
@@ -91,13 +91,12 @@ def test_decode_matches_the_oracle_and_idle_tokens_are_empty(name, case, dtype):
         for row, (first, count) in enumerate(rows):
             positions[row, : min(count, Q)] = first + np.arange(min(count, Q))
         queries = rng.standard_normal((views, len(rows), Q, N, H)).astype(dtype)
-        keys, values = poison(cache, case, table, last + 1)
+        kv = poison(cache, case, table, last + 1)
         tables = np.tile(table, (len(rows), 1))
         tables[2] = 0
         out, lse = attend(
             jnp.asarray(queries),
-            keys,
-            values,
+            kv,
             jnp.int32(LAYER),
             jnp.asarray(tables),
             jnp.asarray(positions),
@@ -123,11 +122,10 @@ def test_rows_of_a_page_past_the_newest_token_do_not_show(name):
     rng, cache, flat, table = random_inputs(case, jnp.dtype("float32"))
     positions = np.array([[17, 18, -1]], np.int32)
     queries = rng.standard_normal((3, 1, 3, case.num_heads, case.head_dim)).astype(np.float32)
-    keys, values = poison(cache, case, table, 19)
+    kv = poison(cache, case, table, 19)
     out, _ = DECODE[name](
         jnp.asarray(queries),
-        keys,
-        values,
+        kv,
         jnp.int32(LAYER),
         jnp.asarray(table[None]),
         jnp.asarray(positions),

@@ -11,6 +11,7 @@ from test_prefill_decode import LAYER, poison, random_inputs
 from pallas_kernels.cases import CASES
 from pallas_kernels.dispatch import backend
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.select import api
 from pallas_kernels.select.top import top
 
@@ -28,9 +29,9 @@ def test_votes_equal_the_sums_of_softmax_by_column_and_diagonal(name, case):
     vote = jax.jit(functools.partial(VOTE[name], geometry=case.geometry))
     for start, length in ((0, 1), (0, LAST_Q + 3), (1, 4), (2 * case.page + 3, 7), (5, LAST_Q)):
         queries = rng.standard_normal((views, LAST_Q, N, H)).astype(np.float32)
-        keys, _ = poison(cache, case, table, start + length)
+        kv = poison(cache, case, table, start + length)
         columns, diagonals = vote(
-            queries, keys, jnp.int32(LAYER), table, jnp.int32(start), jnp.int32(length)
+            queries, kv, jnp.int32(LAYER), table, jnp.int32(start), jnp.int32(length)
         )
         expected = sparse_oracle.votes(queries, flat[0], start, length, case.geometry)
         for actual, sums in zip((columns, diagonals), expected, strict=True):
@@ -65,7 +66,7 @@ def test_sinks_and_the_local_band_are_always_selected_and_count():
     start, length = 100, 333
     found = api.select(
         jnp.asarray(queries),
-        jnp.asarray(keys),
+        PagedKV(*2 * [jnp.asarray(keys)]),
         jnp.int32(0),
         jnp.asarray(table),
         jnp.int32(start),
@@ -97,8 +98,8 @@ GEOMETRIES = (
 
 @functools.cache
 def selection(geometry):
-    def run(queries, keys, table, start, length, vertical, slash):
-        args = queries, keys, jnp.int32(0), table, start, length
+    def run(queries, kv, table, start, length, vertical, slash):
+        args = queries, kv, jnp.int32(0), table, start, length
         votes = VOTE["xla"](*args, geometry=geometry, tile=64)
         return votes, api.select(*args, vertical, slash, geometry=geometry, backend_name="xla")
 
@@ -125,7 +126,7 @@ def test_pieces_of_any_size_select_what_their_last_queries_attend_to(geometry):
         budgets[:, 0] = 130, 100
         votes, found = selection(geometry)(
             jnp.asarray(queries),
-            jnp.asarray(cache),
+            PagedKV(*2 * [jnp.asarray(cache)]),
             jnp.asarray(table),
             jnp.int32(start),
             jnp.int32(length),

@@ -17,6 +17,7 @@ from support.tolerances import LIMIT, assert_close
 from pallas_kernels.dispatch import backend
 from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.plan import ABSENT, SparsePlan
 from pallas_kernels.shard import Shard
 
@@ -92,9 +93,9 @@ def prefill(name, geometry, slices, plan=None):
         attend = functools.partial(attend, tiles=Tiles(q=128 * N, k=128), step=128)
 
     @jax.jit
-    def run(keys, values, start, length, index, plan):
+    def run(kv, start, length, index, plan):
         return attend(
-            *(queries, keys, values, jnp.int32(LAYER), jnp.asarray(table), start, length),
+            *(queries, kv, jnp.int32(LAYER), jnp.asarray(table), start, length),
             geometry=geometry,
             plan=plan,
             shard=Shard(index, PART, COUNT),
@@ -105,7 +106,7 @@ def prefill(name, geometry, slices, plan=None):
         plans, mask = plan(start, length) if plan else ([None] * COUNT, None)
         numbers = jnp.int32(start), jnp.int32(length)
         out, lse = merged(
-            run(*(cut(cache, i) for cache in caches), *numbers, jnp.int32(i), plans[i])
+            run(PagedKV(*(cut(cache, i) for cache in caches)), *numbers, jnp.int32(i), plans[i])
             for i in range(COUNT)
         )
         expected, expected_lse = oracle.attention(queries, *flat, start, length, geometry, mask)
@@ -190,14 +191,16 @@ def test_decode_of_all_shards_is_that_of_the_whole(name, geometry):
         attend = functools.partial(attend, block_bytes=128 * K * H * 4)
 
     @jax.jit
-    def run(keys, values, index):
+    def run(kv, index):
         return attend(
-            *(queries, keys, values, jnp.int32(LAYER), jnp.asarray(tables), jnp.asarray(positions)),
+            *(queries, kv, jnp.int32(LAYER), jnp.asarray(tables), jnp.asarray(positions)),
             geometry=geometry,
             shard=Shard(index, PART, COUNT),
         )
 
-    out, lse = merged(run(*(cut(cache, i) for cache in caches), jnp.int32(i)) for i in range(COUNT))
+    out, lse = merged(
+        run(PagedKV(*(cut(cache, i) for cache in caches)), jnp.int32(i)) for i in range(COUNT)
+    )
     assert (out[positions < 0] == 0).all()
     assert np.isneginf(lse[positions < 0]).all()
     for b, row in enumerate(rows):
@@ -222,7 +225,8 @@ def vote(name, geometry, *, part, count, slices, R=20):
     def run(keys, start, length):
         def local(index, keys):
             shard = Shard(index, part, count, "shards")
-            args = queries, keys, jnp.int32(LAYER), jnp.asarray(table), start, length
+            cache = PagedKV(keys, keys)
+            args = queries, cache, jnp.int32(LAYER), jnp.asarray(table), start, length
             return cast(*args, shard=shard)
 
         return jax.vmap(local, axis_name="shards")(jnp.arange(count, dtype=jnp.int32), keys)

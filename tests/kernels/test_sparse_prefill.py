@@ -15,6 +15,7 @@ from pallas_kernels.cases import CASES, Case
 from pallas_kernels.dispatch import backend
 from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.prefill import xla
 
 COLUMNS = 11
@@ -24,7 +25,7 @@ PREFILL["xla"] = functools.partial(xla.prefill, width=8)  # several steps even h
 
 @functools.cache
 def sparse(name, case, tiles):
-    def run(queries, keys, values, table, start, length, verticals, slashes):
+    def run(queries, kv, table, start, length, verticals, slashes):
         plan = plans.build(
             verticals,
             slashes,
@@ -34,7 +35,7 @@ def sparse(name, case, tiles):
             num_columns=COLUMNS,
             tiles=tiles,
         )
-        args = queries, keys, values, jnp.int32(LAYER), table, start, length
+        args = queries, kv, jnp.int32(LAYER), table, start, length
         mask = plans.to_mask(plan, start, length, num_keys=verticals.shape[1])
         return *PREFILL[name](*args, geometry=case.geometry, plan=plan), mask
 
@@ -61,13 +62,12 @@ def test_a_plan_gives_dense_attention_under_its_mask(name, case, tiles, dtype):
     for start, budget in ((0, 3), (case.page + 1, 0), (S - T, 2), (S - T - 1, 5)):
         length = int(rng.integers(1, T + 1))
         queries = rng.standard_normal((views, T, N, H)).astype(dtype)
-        keys, values = poison(cache, case, table, start + length)
+        kv = poison(cache, case, table, start + length)
         verticals, slashes = random_selection(rng, N, S, start + length, budget)
         slashes[0] = 0  # a head of columns alone
         out, lse, mask = sparse(name, case, tiles)(
             jnp.asarray(queries),
-            keys,
-            values,
+            kv,
             jnp.asarray(table),
             jnp.int32(start),
             jnp.int32(length),
@@ -94,10 +94,10 @@ def test_a_plan_of_everything_is_dense_attention_and_recall_grows_to_one(case):
     S = len(flat[0])
     start, length = S - T, T
     queries = rng.standard_normal((views, T, N, H)).astype(np.float32)
-    keys, values = poison(cache, case, table, S)
-    args = jnp.asarray(queries), keys, values, jnp.asarray(table)
+    kv = poison(cache, case, table, S)
+    args = jnp.asarray(queries), kv, jnp.asarray(table)
     dense, dense_lse = jax.jit(functools.partial(xla.prefill, geometry=case.geometry))(
-        *args[:3], jnp.int32(LAYER), args[3], jnp.int32(start), jnp.int32(length)
+        *args[:2], jnp.int32(LAYER), args[2], jnp.int32(start), jnp.int32(length)
     )
     order = rng.permutation(S)
     recall = np.zeros((T, N))
@@ -145,7 +145,7 @@ def test_every_selected_key_is_read_once_and_nothing_else_but_its_block(tiles, d
     queries = jnp.zeros((3, COUNTED.slice_len, 1, S))
     table = jnp.arange(S // COUNTED.page, dtype=jnp.int32)
     where = table, jnp.int32(start), jnp.int32(length)
-    out, lse, _ = sparse("xla", COUNTED, tiles)(queries, cache, cache, *where, *selected)
+    out, lse, _ = sparse("xla", COUNTED, tiles)(queries, PagedKV(cache, cache), *where, *selected)
     times = np.asarray(out)[:length, 0] * np.exp(np.asarray(lse))[:length]
 
     blocks = sparse_oracle.blocks(

@@ -18,6 +18,7 @@ from pallas_kernels.cases import Case
 from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 
 pytest.importorskip("triton", reason="Triton (pip install triton) is not installed")
 from support.triton_interpreter import interpreted  # noqa: F401
@@ -67,7 +68,7 @@ PLANS = {
 def compiled(case, tiles, **options):
     """The kernel, dense for tiles None, else by a plan of these tiles."""
 
-    def run(queries, keys, values, layer, table, start, length, verticals, slashes):
+    def run(queries, kv, layer, table, start, length, verticals, slashes):
         plan = mask = None
         if tiles is not None:
             plan = plans.build(
@@ -80,7 +81,7 @@ def compiled(case, tiles, **options):
                 tiles=tiles,
             )
             mask = plans.to_mask(plan, start, length, num_keys=verticals.shape[1])
-        args = queries, keys, values, layer, table, start, length
+        args = queries, kv, layer, table, start, length
         given = {"geometry": case.geometry, "plan": plan}
         return *triton.prefill(*args, **given, **OPTIONS | options), mask
 
@@ -97,7 +98,7 @@ def inputs(case, dtype, start, length, selected=None, seed=0):
     where = jnp.int32(LAYER), jnp.asarray(table), jnp.int32(start), jnp.int32(length)
     return (
         jnp.asarray(queries),
-        *poison(cache, case, table, start + length),
+        poison(cache, case, table, start + length),
         *where,
         *selected,
     ), flat
@@ -220,22 +221,20 @@ def test_attention_of_all_shards_is_that_of_the_whole(monkeypatch):
 
 def test_layers_of_a_scan_read_their_own_part_of_the_cache():
     case, start, length = CASES["one window"], 100, 45
-    (queries, keys, values, _, *where), _ = inputs(case, "float32", start, length)
+    (queries, kv, _, *where), _ = inputs(case, "float32", start, length)
     where = where[:3]
 
     @jax.jit
-    def run(keys, values):
+    def run(kv):
         def step(_, layer):
-            return None, triton.prefill(
-                queries, keys, values, layer, *where, geometry=None, **OPTIONS
-            )
+            return None, triton.prefill(queries, kv, layer, *where, geometry=None, **OPTIONS)
 
         return jax.lax.scan(step, None, jnp.arange(2))[1]
 
-    out, lse = run(keys.at[0].set(1), values.at[0].set(2))
+    out, lse = run(PagedKV(kv.keys.at[0].set(1), kv.values.at[0].set(2)))
     assert_close(out[0], np.full(out[0].shape, 2))
     expected, expected_lse = triton.prefill(
-        queries, keys, values, jnp.int32(LAYER), *where, geometry=None, **OPTIONS
+        queries, kv, jnp.int32(LAYER), *where, geometry=None, **OPTIONS
     )
     np.testing.assert_array_equal(out[1], expected)
     np.testing.assert_array_equal(lse[1], expected_lse)
@@ -264,4 +263,9 @@ def test_what_the_kernels_do_not_take_is_refused(size, queries, cache, text):
         )
     ]
     with pytest.raises(Unsupported, match=text):
-        jax.eval_shape(functools.partial(triton.prefill, geometry=None), *args)
+        jax.eval_shape(
+            lambda queries, keys, values, *rest: triton.prefill(
+                queries, PagedKV(keys, values), *rest, geometry=None
+            ),
+            *args,
+        )

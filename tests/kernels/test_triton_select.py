@@ -15,6 +15,7 @@ from support.triton_interpreter import interpreted  # noqa: F401
 
 from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 
 triton = pytest.importorskip("pallas_kernels.select.triton")
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -49,7 +50,7 @@ def check(start, length, geometry, *, N=2, K=1, R=20, H=16, page=64, pages=6, dt
     queries[:, : max(R - length, 0)] = 1e3  # rows before the slice do not vote
     sums = voter(geometry)(
         jnp.asarray(queries),
-        jnp.asarray(cache),
+        PagedKV(*2 * [jnp.asarray(cache)]),
         jnp.int32(LAYER),
         jnp.asarray(table),
         jnp.int32(start),
@@ -116,7 +117,7 @@ def test_a_slice_of_no_token_gives_no_vote():
     for start in (0, 70):
         keys[LAYER, :, 1:].reshape(128, 16)[:start] = 1
         args = jnp.int32(LAYER), table, jnp.int32(start), jnp.int32(0)
-        for sums in voter(None)(jnp.asarray(queries), jnp.asarray(keys), *args):
+        for sums in voter(None)(jnp.asarray(queries), PagedKV(*2 * [jnp.asarray(keys)]), *args):
             assert (np.asarray(sums) == 0).all()
 
 
@@ -135,7 +136,9 @@ def test_shapes_that_no_product_takes_are_refused():
         table, scalar = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((3,), ()))
         with pytest.raises(Unsupported, match=match):
             jax.eval_shape(
-                functools.partial(triton.vote, geometry=None),
+                lambda queries, keys, *rest: triton.vote(
+                    queries, PagedKV(keys, keys), *rest, geometry=None
+                ),
                 *(queries, keys, scalar, table, scalar, scalar),
             )
 

@@ -14,6 +14,7 @@ from support import random_models
 from support.children import run
 from test_answers import CONFIG, PART
 
+from pallas_kernels.paged_kv import PagedKV
 from qwen_jax.distributed import sharding
 from qwen_jax.engine.data_parallel import build
 from qwen_jax.engine.engine import EngineConfig, Piece
@@ -197,7 +198,7 @@ def noise(rng, text, dtype):
     if mesh:
         where = NamedSharding(mesh, sharding.RULES.spec(kv_cache.AXES))
         placed = [jax.device_put(array, where) for array in arrays]
-    return mesh, kv_cache.Cache(*map(jnp.asarray, placed)), arrays
+    return mesh, PagedKV(*map(jnp.asarray, placed)), arrays
 
 
 def check(rng, mesh, cache, arrays, other_mesh, other, others, start, length):

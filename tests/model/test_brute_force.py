@@ -100,14 +100,14 @@ def test_any_slicing_of_any_geometry_equals_the_brute_force(seed):
         positions = start + jnp.arange(SLICE, dtype=jnp.int32)
         queries, keys, values = rotated(tokens, positions)
         cache = kv_cache.write_slice(cache, jnp.int32(0), keys, values, table, start, size)
-        args = (cache.keys, cache.values, jnp.int32(0), table, start, size)
+        args = (cache, jnp.int32(0), table, start, size)
         return prefill(queries, *args, geometry=geometry)[0], cache
 
     @jax.jit
     def run_token(cache, tokens, positions):
         queries, keys, values = rotated(tokens, positions)
         cache = kv_cache.write_tokens(cache, jnp.int32(0), keys, values, table[None], positions)
-        args = (cache.keys, cache.values, jnp.int32(0), table[None], positions[None])
+        args = (cache, jnp.int32(0), table[None], positions[None])
         return decode(queries[:, None], *args, geometry=geometry)[0][0], cache
 
     cache = kv_cache.init(config, config.max_len // PAGE + 1, PAGE, jnp.float32)

@@ -11,9 +11,9 @@ from flax import nnx
 
 from pallas_kernels.dispatch.backend import compiler_options
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 from qwen_jax.config import ModelConfig
 from qwen_jax.models import rope
-from qwen_jax.models.kv_cache import Cache
 from qwen_jax.models.qwen2 import PrefillStep, Qwen2
 from qwen_jax.sparse import budgets as sparse
 
@@ -71,7 +71,7 @@ def test_a_sparse_step_indexes_its_cache_in_place_and_holds_votes_but_no_scores(
 
     compiled = (
         jax.jit(run, donate_argnames="cache")
-        .lower(state, Cache(number(shape), number(shape)), step, rotary, budgets)
+        .lower(state, PagedKV(number(shape), number(shape)), step, rotary, budgets)
         .compile(compiler_options=compiler_options("cpu"))
     )
     memory = compiled.memory_analysis()

@@ -16,11 +16,11 @@ from hlo import sizes
 
 from pallas_kernels.cases import MODELS
 from pallas_kernels.dispatch import backend
+from pallas_kernels.paged_kv import PagedKV
 from qwen_jax.config import ModelConfig
 from qwen_jax.engine import inputs
 from qwen_jax.engine.model_runner import Steps, flatten
 from qwen_jax.models import rope
-from qwen_jax.models.kv_cache import Cache
 from qwen_jax.models.qwen2 import Qwen2
 from qwen_jax.sparse import budgets as sparse
 
@@ -69,7 +69,7 @@ def step_of(name, model):
     weights, structure = flatten(model, tree, jnp.bfloat16)
     steps = Steps(structure, None, backend.choose("tpu"))
     shape = model.num_layers, model.num_kv_heads, TABLE + 1, PAGE, model.head_dim
-    cache = Cache(*[jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * 2)
+    cache = PagedKV(*[jax.ShapeDtypeStruct(shape, jnp.bfloat16)] * 2)
     table = (model.dual_chunk.chunk_size + 1, model.head_dim)
     args = [weights, rope.Table(real(table)), cache]
     scale = real(())

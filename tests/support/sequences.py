@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.shard import WHOLE
 from support import oracle
 from support.tolerances import assert_close
@@ -53,8 +54,7 @@ class Sequences:
             functools.partial(type(self).function, geometry=self.geometry, shard=shard, **sizes)
         )(
             jnp.asarray(self.queries),
-            jnp.asarray(keys),
-            jnp.asarray(values),
+            PagedKV(jnp.asarray(keys), jnp.asarray(values)),
             jnp.int32(LAYER),
             jnp.asarray(self.table),
             jnp.asarray(self.positions),
