@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from qwen_jax.batch.openai_schema import APIError, said
 from qwen_jax.config import ConfigError
 from qwen_jax.files.reading import RepeatedKey, json_kind, parse_json, printable, shown
 
@@ -26,27 +27,6 @@ _FIELDS = ("custom_id", "method", "url", "body")
 
 class BatchError(ConfigError):
     """A batch file that cannot be run; the text names the file, the lines and the way out."""
-
-
-class LineError(ValueError):
-    """Why a line gets an error in place of an answer.
-
-    Attributes:
-        code: a word for it, as in OpenAI's errors.
-        param: the field at fault, if it is one.
-        status: HTTP status that a server would answer with.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        *,
-        code: str = "invalid_request",
-        param: str | None = None,
-        status: int = 400,
-    ):
-        super().__init__(message)
-        self.code, self.param, self.status = code, param, status
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +47,7 @@ class Line:
     id: str
     url: str = ""
     body: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    error: LineError | None = None
+    error: APIError | None = None
 
 
 class Input:
@@ -133,7 +113,7 @@ class Input:
             number=number,
             custom_id=None,
             id=f"batch_req_{digest.hexdigest()[:32]}",
-            error=LineError(
+            error=APIError(
                 f"the line has {length:,} bytes, lines may have {MAX_LINE_BYTES:,}",
                 code="line_too_long",
             ),
@@ -150,16 +130,16 @@ def _state(status: os.stat_result) -> tuple[int, ...]:
 
 def parse(number: int, raw: bytes) -> Line:
     """A line from its bytes."""
-    custom_id, said, url, body, error = None, raw, "", {}, None
+    custom_id, content, url, body, error = None, raw, "", {}, None
     try:
-        value, said = _decode(raw)
+        value, content = _decode(raw)
         name = value.get("custom_id") if isinstance(value, dict) else None
         custom_id = name if isinstance(name, str) and name else None
         url, body = _checked(value)
-    except LineError as fault:
+    except APIError as fault:
         error = fault
     name = json.dumps(custom_id or number)
-    digest = hashlib.sha256(name.encode() + b" " + said).hexdigest()
+    digest = hashlib.sha256(name.encode() + b" " + content).hexdigest()
     return Line(
         number=number,
         custom_id=custom_id,
@@ -182,39 +162,34 @@ def _decode(raw: bytes) -> tuple[Any, bytes]:
         fault, param = str(error), printable(error.key)
     except ValueError as error:
         fault = f"the line is not valid JSON: {error}"
-    raise LineError(fault, code="invalid_json", param=param)
+    raise APIError(fault, code="invalid_json", param=param)
 
 
 def _checked(value: Any) -> tuple[str, Mapping[str, Any]]:
     """Url and body of a line that names itself, its method and its url rightly."""
     if not isinstance(value, dict):
-        raise LineError(f"the line is {json_kind(value)}, not an object", code="invalid_json")
+        raise APIError(f"the line is {json_kind(value)}, not an object", code="invalid_json")
     name = value.get("custom_id")
     if not isinstance(name, str) or not name:
-        raise LineError(
+        raise APIError(
             "custom_id must be a text that is not empty: the answer is found by it",
             param="custom_id",
         )
     unknown = value.keys() - set(_FIELDS)
     if unknown:
         name = printable(min(unknown))
-        raise LineError(
+        raise APIError(
             f"{name!r} is no field of a batch line, which has {', '.join(_FIELDS)}", param=name
         )
     if value.get("method") != "POST":
-        raise LineError(f"method must be 'POST', got {said(value.get('method'))}", param="method")
+        raise APIError(f"method must be 'POST', got {said(value.get('method'))}", param="method")
     url, body = value.get("url"), value.get("body")
     if url not in URLS:
-        raise LineError(
+        raise APIError(
             f"url must be {' or '.join(map(repr, URLS))}, got {said(url)}",
             code="invalid_url",
             param="url",
         )
     if not isinstance(body, dict):
-        raise LineError(f"body must be an object, got {json_kind(body)}", param="body")
+        raise APIError(f"body must be an object, got {json_kind(body)}", param="body")
     return url, body
-
-
-def said(value: Any) -> str:
-    """A value of a line for an error, cut where it is long."""
-    return printable(repr(value), 41)

@@ -4,8 +4,9 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from qwen_jax.batch.lines import Line, LineError
-from qwen_jax.batch.openai_schema import ParsedLine
+from qwen_jax.batch.lines import Line
+from qwen_jax.batch.openai_schema import APIError
+from qwen_jax.batch.reader import ParsedLine
 from qwen_jax.batch.results import Record
 from qwen_jax.batch.run import Item
 from qwen_jax.distributed import multihost
@@ -45,7 +46,7 @@ def _encoded(item: Item | None, known: int) -> dict[str, Any] | None:
     line, asked = item
     names = ("number", "custom_id", "id", "url")
     sent: dict[str, Any] = {"line": {name: getattr(line, name) for name in names}}
-    if isinstance(asked, LineError):
+    if isinstance(asked, APIError):
         return sent | {
             "error": {
                 "message": str(asked),
@@ -65,7 +66,7 @@ def _encoded(item: Item | None, known: int) -> dict[str, Any] | None:
 def _decoded(sent: dict[str, Any], prefix: tuple[int, ...]) -> Item:
     line = Line(**sent["line"])
     if "error" in sent:
-        return line, LineError(**sent["error"])
+        return line, APIError(**sent["error"])
     fields = sent["request"]
     request = Request(
         prompt=(*prefix, *fields["prompt"]),

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from qwen_jax.batch.lines import BatchError, Line, LineError
-from qwen_jax.batch.openai_schema import ParsedLine
+from qwen_jax.batch.lines import BatchError, Line
+from qwen_jax.batch.openai_schema import APIError
+from qwen_jax.batch.reader import ParsedLine
 from qwen_jax.files import reading, schema
 from qwen_jax.files.reading import shown
 from qwen_jax.storage import jsonl
@@ -62,7 +63,7 @@ def answered(
     return _record(asked.line, 200, body)
 
 
-def failed(line: Line, error: LineError) -> Record:
+def failed(line: Line, error: APIError) -> Record:
     """The record of a line that gets no answer."""
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
     body = {

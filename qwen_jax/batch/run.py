@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, runtime_checkable
 
 from qwen_jax.batch import results
-from qwen_jax.batch.lines import BatchError, Input, Line, LineError
-from qwen_jax.batch.openai_schema import ParsedLine, Reader
+from qwen_jax.batch.lines import BatchError, Input, Line
+from qwen_jax.batch.openai_schema import APIError
+from qwen_jax.batch.reader import ParsedLine, Reader
 from qwen_jax.batch.results import Record, Results
 from qwen_jax.engine.request import Event, Serving
 from qwen_jax.text.tokenizer import Stream, Tokenizer
 
 _REFUSALS = 64  # written at once
 
-Item = tuple[Line, ParsedLine | LineError]
+Item = tuple[Line, ParsedLine | APIError]
 """A line, and the request that it makes or why it makes none."""
 
 
@@ -81,7 +82,7 @@ class _Answering:
         """What it came to, once the engine is done with it."""
         if event.error is not None:
             return results.failed(
-                self.asked.line, LineError(event.error, code="not_finite", status=500)
+                self.asked.line, APIError(event.error, code="not_finite", status=500)
             )
         self.parts.append(self.stream.finish())
         return results.answered(
@@ -112,7 +113,7 @@ def items(source: Input, reader: Reader) -> Iterator[Item]:
                 )
         try:
             yield line, reader.read(line)
-        except LineError as error:
+        except APIError as error:
             yield line, error
 
 
@@ -168,7 +169,7 @@ def run(
             line, request = next(asked, (None, None))
             if line is None or request is None:
                 more = False
-            elif isinstance(request, LineError):
+            elif isinstance(request, APIError):
                 records.append(results.failed(line, request))
             else:
                 number = engine.add(request.request)

@@ -19,7 +19,7 @@ from rich.progress import Progress as Bar
 from qwen_jax.batch import lockstep
 from qwen_jax.batch import run as batches
 from qwen_jax.batch.lines import Input
-from qwen_jax.batch.openai_schema import Defaults, ParsedLine, Reader
+from qwen_jax.batch.reader import Defaults, ParsedLine, Reader
 from qwen_jax.batch.results import Results
 from qwen_jax.batch.run import Item, Totals
 from qwen_jax.cli.answer import LINE_S, interrupts

@@ -10,7 +10,7 @@ from test_run import mixed
 from qwen_jax.batch import lockstep
 from qwen_jax.batch import run as batches
 from qwen_jax.batch.lines import Input
-from qwen_jax.batch.openai_schema import ParsedLine
+from qwen_jax.batch.reader import ParsedLine
 from qwen_jax.distributed import multihost
 
 
@@ -51,7 +51,7 @@ def sent(monkeypatch):
         return json.loads(texts.pop(0))
 
     monkeypatch.setattr(multihost, "is_alone", lambda: False)
-    monkeypatch.setattr(multihost, "shared", shared)
+    monkeypatch.setattr(multihost, "broadcast_json", shared)
     return texts
 
 
@@ -96,6 +96,6 @@ def test_all_but_the_body_of_a_line_arrives(sent, tmp_path, tokenizer, monkeypat
 
 
 def test_alone_nothing_is_sent(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(multihost, "shared", None)
+    monkeypatch.setattr(multihost, "broadcast_json", None)
     source = write(tmp_path / "in", [chat("a"), completion("b")])
     assert len(list(lockstep.items(lambda: read(source, tokenizer)))) == 2

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 from support.batches import chat, completion, line, reader
 
 from qwen_jax.batch.lines import CHAT, parse
-from qwen_jax.batch.openai_schema import IGNORED, LineError
+from qwen_jax.batch.openai_schema import IGNORED, APIError
 from qwen_jax.engine.request import Sampling
 from qwen_jax.text.tokenizer import TokenizerError
 
@@ -134,14 +135,18 @@ REFUSED = {
     "echo": (completion("a", echo=True), "echo=True", "echo"),
     "a field of the other": (chat("a", echo=False), "echo=False is not supported", "echo"),
     "no such field": (chat("a", temprature=1), "temprature=1 is not supported", "temprature"),
-    "hot": (chat("a", temperature="hot"), "temperature='hot' must be a number", "temperature"),
-    "cold": (chat("a", temperature=-1), "temperature=-1 must be a number", None),
+    "hot": (
+        chat("a", temperature="hot"),
+        "temperature: expected `float | null`, got `str`",
+        "temperature",
+    ),
+    "cold": (chat("a", temperature=-1), "temperature=-1.0 must be a number", None),
     "top_p": (chat("a", temperature=1, top_p=1.5), "top_p=1.5 must be", None),
     "greedy top_p": (chat("a", top_p=0.5), "top_p has no effect on greedy answers", "top_p"),
-    "half a seed": (chat("a", seed=0.5), "seed=0.5 must be an integer", "seed"),
+    "half a seed": (chat("a", seed=0.5), "seed: expected `int | null`", "seed"),
     "seed": (chat("a", seed=-1), "seed=-1 must be an integer from 0", None),
-    "no tokens": (chat("a", max_tokens=0), "max_tokens=0 must be an integer", "max_tokens"),
-    "half a token": (completion("a", max_tokens=1.5), "max_tokens=1.5 must be", "max_tokens"),
+    "no tokens": (chat("a", max_tokens=0), "max_tokens: expected `int` >= 1", "max_tokens"),
+    "half a token": (completion("a", max_tokens=1.5), "max_tokens: expected `int", "max_tokens"),
     "two limits": (
         chat("a", max_tokens=1, max_completion_tokens=2),
         "contradict each other",
@@ -149,18 +154,25 @@ REFUSED = {
     ),
     "a limit of chat": (completion("a", max_completion_tokens=1), "is not supported", None),
     "an empty stop": (chat("a", stop=[""]), "a stop string has 1 to", None),
-    "a number as stop": (chat("a", stop=5), "stop=5 must be a text or a list", "stop"),
-    "many numbers as stop": (chat("a", stop=[5]), "stop must hold texts", "stop"),
-    "ignore_eos": (chat("a", ignore_eos=1), "ignore_eos=1 must be true or false", "ignore_eos"),
-    "no messages": (line("a", CHAT, {}), "messages must be a list", "messages"),
-    "empty messages": (line("a", CHAT, {"messages": []}), "messages must be a", "messages"),
-    "text for messages": (line("a", CHAT, {"messages": "x"}), "must be a list", "messages"),
-    "a text as message": (line("a", CHAT, {"messages": ["x"]}), "must be an", "messages[0]"),
-    "no prompt": (completion("a", None), "prompt must be a text", "prompt"),
-    "an empty prompt": (completion("a", ""), "prompt must be a text", "prompt"),
+    "a number as stop": (chat("a", stop=5), "stop: expected `str | array | null`", "stop"),
+    "many numbers as stop": (chat("a", stop=[5]), "expected `str`", "stop[0]"),
+    "ignore_eos": (chat("a", ignore_eos=1), "ignore_eos: expected `bool`", "ignore_eos"),
+    "no messages": (line("a", CHAT, {}), "messages: it is missing", "messages"),
+    "empty messages": (line("a", CHAT, {"messages": []}), "`array` of length >= 1", "messages"),
+    "text for messages": (line("a", CHAT, {"messages": "x"}), "expected `array`", "messages"),
+    "a text as message": (line("a", CHAT, {"messages": ["x"]}), "expected `object`", "messages[0]"),
+    "no prompt": (completion("a", None), "prompt: it is missing", "prompt"),
+    "an empty prompt": (completion("a", ""), "`str` of length >= 1", "prompt"),
     "several prompts": (completion("a", ["x", "y"]), "several prompts", "prompt"),
+    "an empty list": (completion("a", []), "`array` of length >= 1", "prompt"),
+    "an empty text in a list": (completion("a", [""]), "`str` of length >= 1", "prompt[0]"),
+    "no ids in a list": (completion("a", [[]]), "`array` of length >= 1", "prompt[0]"),
+    "a truth value as id": (completion("a", [True]), "got `bool`", "prompt[0]"),
+    "a truth value as temperature": (chat("a", temperature=True), "got `bool`", "temperature"),
+    "a number beyond all": (chat("a", temperature=10**400), "out of range", "temperature"),
+    "a large limit": (chat("a", max_tokens=10**400), "`int` <= 2147483647", "max_tokens"),
     "an id too large": (completion("a", [1, 320]), "prompt[1]=320 is not a token id", None),
-    "half an id": (completion("a", [1.5]), "prompt[0]=1.5 is not a token id", None),
+    "half an id": (completion("a", [1.5]), "prompt[0]: expected `int | str | array`", "prompt[0]"),
     "half a character": (completion("a", "\ud800"), "lone surrogate", None),
     "too long": (
         completion("a", "x" * 2040),
@@ -173,7 +185,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_be_honoured_is_refused_by_name(case, tokenizer):
     each, message, param = REFUSED[case]
-    with pytest.raises(LineError) as caught:
+    with pytest.raises(APIError) as caught:
         asked(reader(tokenizer), each)
     assert message in str(caught.value)
     assert param in (None, caught.value.param)
@@ -184,9 +196,11 @@ def test_what_cannot_be_honoured_is_refused_by_name(case, tokenizer):
     [
         ({"role": "tool", "content": "x"}, "role 'tool' is not one of system, user", None),
         ({"role": "developer", "content": "x"}, "role 'developer' is not one of", None),
-        ({"role": 5, "content": "x"}, "role must be a text, got 5", "messages[1].role"),
-        ({"role": "user"}, "content must be a text or a list of", "messages[1].content"),
+        ({"role": 5, "content": "x"}, "role: expected `str`, got `int`", "messages[1].role"),
+        ({"role": "user"}, "content: it is missing", "messages[1].content"),
         ({"role": "user", "content": "x", "name": "Al"}, "not supported", "messages[1].name"),
+        ({"role": "user", "content": [{"text": "x"}]}, "missing", "messages[1].content[0].type"),
+        ({"content": "x", "a`\n- at `$": 1}, "leave it out", "messages[1].a`\\n- at `$"),
         (
             {"role": "assistant", "content": None, "tool_calls": [{}]},
             "tool_calls is not supported",
@@ -195,13 +209,13 @@ def test_what_cannot_be_honoured_is_refused_by_name(case, tokenizer):
         (
             {"role": "user", "content": [{"type": "image_url", "image_url": {}}]},
             "this model reads text",
-            "messages[1].content[0]",
+            "messages[1].content[0].type",
         ),
     ],
 )
 def test_messages_that_the_model_cannot_read_are_refused(message, fault, where, tokenizer):
     first = {"role": "user", "content": "Hi"}
-    with pytest.raises(LineError, match=fault.replace("[", r"\[")) as caught:
+    with pytest.raises(APIError, match=re.escape(fault)) as caught:
         asked(reader(tokenizer), line("a", CHAT, {"messages": [first, message]}))
     assert caught.value.param == where
 
@@ -247,11 +261,11 @@ def test_questions_go_on_with_the_turn_in_which_a_session_ends(tokenizer):
 )
 def test_what_cannot_follow_a_session_is_refused(tokenizer, in_turn, role, problem):
     made = dataclasses.replace(reader(tokenizer), prefix=(7, 8), in_turn=in_turn)
-    with pytest.raises(LineError, match=problem):
+    with pytest.raises(APIError, match=problem):
         asked(made, line("a", CHAT, {"messages": [{"role": role, "content": "Why?"}]}))
 
 
 def test_a_session_counts_for_the_length(tokenizer):
     made = dataclasses.replace(reader(tokenizer), prefix=(7,) * 50, max_len=60, in_turn=True)
-    with pytest.raises(LineError, match=r"52 prompt tokens and up to 9 new ones do not fit"):
+    with pytest.raises(APIError, match=r"52 prompt tokens and up to 9 new ones do not fit"):
         asked(made, completion("a", [7, 8], max_tokens=9))

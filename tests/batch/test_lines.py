@@ -9,7 +9,8 @@ from support.batches import chat, completion, line, reader, write
 from support.json_mutants import mutated
 
 from qwen_jax.batch import lines
-from qwen_jax.batch.lines import BatchError, Input, LineError, parse
+from qwen_jax.batch.lines import BatchError, Input, parse
+from qwen_jax.batch.openai_schema import APIError
 
 GOOD = completion("a")
 FAULTS = {
@@ -141,11 +142,11 @@ def test_mutants_are_requests_or_errors_that_one_line_can_say(count, tokenizer):
     assert {"invalid_json", "invalid_request", "unsupported_field", "invalid_url"} <= codes
 
 
-def refusal(made, found) -> LineError | None:
+def refusal(made, found) -> APIError | None:
     """Why a line is no request."""
     try:
         made.read(found)
-    except LineError as error:
+    except APIError as error:
         return error
     return None
 

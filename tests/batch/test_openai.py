@@ -6,7 +6,8 @@ import pytest
 from support.batches import chat, completion, reader
 
 from qwen_jax.batch import results
-from qwen_jax.batch.lines import LineError, parse
+from qwen_jax.batch.lines import parse
+from qwen_jax.batch.openai_schema import APIError
 
 openai = pytest.importorskip("openai", reason="the client is not installed: pip install .[test]")
 
@@ -55,7 +56,7 @@ def test_a_continuation_is_a_completion(finish, tokenizer):
 
 def test_an_error_is_one_of_theirs(tokenizer):
     line = parse(7, b"{")
-    record = results.failed(line, LineError("no", code="invalid_json", param=None))
+    record = results.failed(line, APIError("no", code="invalid_json", param=None))
     read = assert_is(openai.types.shared.ErrorObject, body(record)["error"])
     assert read.message == "line 7: no"
     assert record["response"]["status_code"] == 400
@@ -74,7 +75,7 @@ def test_requests_that_the_client_knows_are_read_or_refused_by_name(tokenizer):
             each = make("a", **{name: [{"x": 1}]})
             try:
                 asked(tokenizer, each)
-            except LineError as error:
+            except APIError as error:
                 refused[name] = str(error)
     assert len(refused) > 30
     for name, error in refused.items():

@@ -296,4 +296,4 @@ def test_work_is_counted_token_by_token(undisturbed, tmp_path, tokenizer):
     asked = batches.items(
         Input(source), reader(tokenizer, vocab_size=VOCAB, max_len=MAX_LEN, eos_ids=(END,))
     )
-    assert seen[-1] == sum(each.size for _, each in asked if isinstance(each, batches.Asked))
+    assert seen[-1] == sum(each.size for _, each in asked if isinstance(each, batches.ParsedLine))

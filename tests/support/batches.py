@@ -8,7 +8,7 @@ from test_serving import MAX_LEN, MODEL, alone
 
 from qwen_jax.batch import run as batches
 from qwen_jax.batch.lines import CHAT, COMPLETIONS, Input
-from qwen_jax.batch.openai_schema import Defaults, Reader
+from qwen_jax.batch.reader import Defaults, Reader
 from qwen_jax.batch.results import Results
 from qwen_jax.engine import data_parallel
 from qwen_jax.engine import engine as engines
