@@ -38,7 +38,7 @@ from qwen_jax.engine.request import (
 )
 from qwen_jax.engine.sampler import Logprobs
 from qwen_jax.engine.scheduler import Decode, Scheduler, Slice, slice_bounds
-from qwen_jax.models.attention import LEFT_OUT
+from qwen_jax.models.steps import PrefillStep
 from qwen_jax.sparse import budgets as sparse
 from qwen_jax.sparse.budgets import Report
 from qwen_jax.sparse.recall import Grid, Survey
@@ -141,13 +141,14 @@ class Engine:
             vocab_limit=config.vocab_limit,
             backend=self._backend,
             budgets=budgets,
+            skip_attention=not config.attention,
         )
         self._sequences: dict[int, Sequence] = {}
         self._events: list[Event] = []  # of steps that were interrupted when they were done
         self._is_dead = False
         self._prefix: Prefix | None = None
         self._num_requests = 0
-        self._roster: tuple[tuple[int, ...], inputs.DecodeSlots] | None = None
+        self._slots: tuple[tuple[int, ...], inputs.DecodeSlots] | None = None
         self.num_prefilled = 0
         self._observer: Observer | None = None
 
@@ -411,7 +412,9 @@ class Engine:
 
     def _why_not(self) -> str:
         """Why not by better kernels, where nobody chose others."""
-        if self._config.backend is not None or not self._config.attention:
+        if not self._config.attention:
+            return " (attention left out)"
+        if self._config.backend is not None:
             return ""
         names = backend.PREFERRED[self._device.platform]
         better = names[: names.index(self._backend.prefill)]
@@ -443,7 +446,7 @@ class Engine:
                 listed = self._runner.sparse_plan(step, layer, head)
             yield start, length, listed, jax.device_get(report)
 
-    def _cuts(self, tokens: tuple[int, ...]) -> Iterator[tuple[int, int, inputs.Prefill]]:
+    def _cuts(self, tokens: tuple[int, ...]) -> Iterator[tuple[int, int, PrefillStep]]:
         """Start, length and step of each slice of a text."""
         with self._borrowed(len(tokens)) as pages:
             start = 0
@@ -478,7 +481,7 @@ class Engine:
                 start += length
 
     def _scored(
-        self, step: inputs.Prefill, first: int, _: int, seen: Step | None
+        self, step: PrefillStep, first: int, _: int, seen: Step | None
     ) -> Iterable[np.ndarray]:
         """Logits of the tokens of a slice from `first` on; of one that has none it is only read."""
         if first < int(step.length):
@@ -489,7 +492,7 @@ class Engine:
         return ()
 
     def _scored_sparsely(
-        self, step: inputs.Prefill, first: int, rows: int, seen: Step | None
+        self, step: PrefillStep, first: int, rows: int, seen: Step | None
     ) -> Iterable[np.ndarray]:
         """The same of a sparse slice, so many rows at a time, while they are taken."""
         length = int(step.length)
@@ -525,7 +528,7 @@ class Engine:
                 self._pages.give(pages)
                 self._scheduler.freed()
 
-    def _step_of(self, tokens, start: int, length: int, size: int, pages) -> inputs.Prefill:
+    def _step_of(self, tokens, start: int, length: int, size: int, pages) -> PrefillStep:
         return inputs.prefill(
             tokens[start : start + length],
             size=size,
@@ -656,15 +659,18 @@ class Engine:
     def _decode(self, work: Decode) -> None:
         sequences, max_seqs = work.sequences, self._config.max_seqs
         ids = tuple(sequence.id for sequence in sequences)
-        if self._roster is None or self._roster[0] != ids:
-            roster = inputs.decode_slots(sequences, max_seqs=max_seqs, table_len=self._table_len)
-            self._roster = ids, self._runner.place(roster)
-        step = inputs.tokens(sequences, max_seqs=max_seqs, scales=self._scales)
+        if self._slots is None or self._slots[0] != ids:
+            slots = inputs.decode_slots(sequences, max_seqs=max_seqs, table_len=self._table_len)
+            self._slots = ids, self._runner.place(slots)
+        _, slots = self._slots
+        step = inputs.decode(
+            sequences, max_seqs=max_seqs, page_table=slots.page_table, scales=self._scales
+        )
         found = None
         if any(sequence.request.logprobs is not None for sequence in sequences):
-            new, found = self._runner.decode_logprobs(self._roster[1], step)
+            new, found = self._runner.decode_logprobs(slots.sampling, step)
         else:
-            new = self._runner.decode(self._roster[1], step)
+            new = self._runner.decode(slots.sampling, step)
         with self._all_or_nothing():
             for sequence in sequences:
                 token = int(new[sequence.row])
@@ -745,13 +751,16 @@ def kernels(
         )
     except backend.Unsupported as error:
         raise ConfigError(f"backend={config.backend!r}: {error}") from None
-    if not config.attention:
-        chosen = chosen._replace(prefill=LEFT_OUT, decode=LEFT_OUT)
     seq, tensor = (1, 1) if mesh is None else (mesh.shape["seq"], mesh.shape["tensor"])
     layout = EngineLayout.resolve(model, config, platform=platform, seq=seq)
     if layout.page % seq:
         raise ConfigError(f"page={layout.page} must be a multiple of seq={seq} of the mesh")
-    programs = [name for name in PROGRAMS if config.sparse is not None or name in DENSE]
+    programs = [
+        name
+        for name in PROGRAMS
+        if (config.sparse is not None or name in DENSE)
+        and (config.attention or PROGRAMS[name] == "select")
+    ]
     shape = Shape(
         num_heads=model.num_heads // tensor,
         num_kv_heads=model.num_kv_heads // tensor,
