@@ -32,7 +32,7 @@ from pallas_kernels.select import select
 from qwen_jax.cli.bench import run
 from qwen_jax.config import model_config, sparse_config
 from qwen_jax.engine.engine import Engine, EngineConfig
-from qwen_jax.engine.scheduler import default_slices
+from qwen_jax.engine.layout import EngineLayout
 from qwen_jax.models import rope
 from qwen_jax.models.qwen2 import Qwen2
 from qwen_jax.sparse import budgets as sparse
@@ -60,7 +60,10 @@ def main() -> None:
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; "
         f"Python {platform.python_version()}, jax {version('jax')}; commit {commit()}\n"
     )
-    slices = default_slices(jax.default_backend(), model.dual_chunk, sparse=True)
+    layout = EngineLayout.resolve(
+        model, EngineConfig(max_len=max(lengths), sparse=budgets), platform=jax.default_backend()
+    )
+    slices = layout.slices
     if args.slice is not None:
         slices = (args.slice,)
 

@@ -29,7 +29,7 @@ from qwen_jax.cli.flags import (
 from qwen_jax.cli.placement import one_device
 from qwen_jax.config import ConfigError, last_q
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.scheduler import default_slices
+from qwen_jax.engine.layout import EngineConfig, EngineLayout
 from qwen_jax.files import reading
 from qwen_jax.sparse import calibrate as calibration
 from qwen_jax.sparse.budgets import tiles_on
@@ -246,7 +246,12 @@ def _slices(opened: Model) -> tuple[int, ...]:
     """Those of a sparse prefill, since the last queries of a slice choose for all of it."""
     if opened.flags.slice is not None:
         return (opened.flags.slice,)
-    return default_slices(jax.default_backend(), opened.config.dual_chunk, sparse=True)
+    return EngineLayout.resolve(
+        opened.config,
+        EngineConfig(max_len=opened.config.max_len),
+        platform=jax.default_backend(),
+        sparse_slices=True,
+    ).slices
 
 
 def _watched(surveys, length: int, label: str):

@@ -37,9 +37,8 @@ from qwen_jax.engine.request import (
     check_ids,
 )
 from qwen_jax.engine.sampler import Logprobs
-from qwen_jax.engine.scheduler import Decode, Scheduler, Slice, slice_bounds
+from qwen_jax.engine.scheduler import Decode, Scheduler, Slice
 from qwen_jax.models.steps import PrefillStep
-from qwen_jax.sparse import budgets as sparse
 from qwen_jax.sparse.budgets import Report
 from qwen_jax.sparse.recall import Grid, Survey
 
@@ -103,20 +102,16 @@ class Engine:
             "head_dim": model.head_dim,
             "dtype": dtype,
         }
-        platform = self._device.platform
-        self._page, self._slices = layout.page, layout.slices
-        self._boundary, self._table_len = layout.boundary, layout.table_len
-        num_pages = layout.num_pages
-        self._pages = Pages(num_pages)
+        self._layout = layout
+        self._page, self._table_len = layout.page, layout.table_len
+        self._pages = Pages(layout.num_pages)
         # A function of its own: a method would tie engine and scheduler into a circle, and with
         # it the cache's memory to the garbage collector.
         self._scales = functools.partial(_scales, model, config.vllm_parity)
         self._scheduler = Scheduler(
             self._pages,
-            page=self._page,
+            layout=layout,
             max_seqs=config.max_seqs,
-            slices=self._slices,
-            boundary=self._boundary,
             dense_tail=config.dense_tail,
             whole_slices=config.whole_slices,
             scales=self._scales,
@@ -124,17 +119,12 @@ class Engine:
         budgets = None
         if config.sparse is not None:
             with own_settings():
-                budgets = sparse.budgets(
-                    config.sparse,
-                    least_recall=config.least_recall,
-                    num_keys=self._table_len * self._page,
-                    tiles=sparse.tiles_on(platform),
-                )
+                budgets = layout.budgets(config.sparse, least_recall=config.least_recall)
         self._runner = Runner(
             model,
             weights,
             mesh=self._mesh,
-            num_pages=num_pages,
+            num_pages=layout.num_pages,
             page=self._page,
             table_len=self._table_len,
             max_seqs=config.max_seqs,
@@ -160,7 +150,7 @@ class Engine:
     @property
     def slices(self) -> tuple[int, ...]:
         """Lengths that prefill is compiled for, largest first."""
-        return self._slices
+        return self._layout.slices
 
     @property
     def max_seqs(self) -> int:
@@ -187,7 +177,7 @@ class Engine:
 
     def describe(self) -> str:
         """One line on what runs where and how."""
-        slices = "/".join(map(str, self._slices))
+        slices = "/".join(map(str, self._layout.slices))
         return (
             f"{self._device.platform} ({self._device.device_kind}), {self._devices()}; "
             f"{self._backend}{self._why_not()}; "
@@ -451,14 +441,14 @@ class Engine:
         with self._borrowed(len(tokens)) as pages:
             start = 0
             while start < len(tokens):
-                length, size = slice_bounds(start, len(tokens), self._slices, self._boundary)
+                length, size = self._layout.slice_bounds(start, len(tokens))
                 yield start, length, self._step_of(tokens, start, length, size, pages)
                 start += length
 
     def _score(self, tokens: tuple[int, ...], first: int) -> Iterator[np.ndarray]:
         row_bytes = 4 * self._model.vocab_size
-        small = tuple(size for size in self._slices if size * row_bytes <= _SCORE_BYTES)
-        small = small or self._slices[-1:]
+        small = tuple(size for size in self._layout.slices if size * row_bytes <= _SCORE_BYTES)
+        small = small or self._layout.slices[-1:]
         sparsely = self._is_sparse(tokens)
         with self._borrowed(len(tokens)) as pages:
             start = 0
@@ -467,7 +457,7 @@ class Engine:
                 length, size, is_sparse = self._scheduler.cut(start, len(tokens), sparsely=sparsely)
                 is_scored = start + length > first
                 if is_scored and not is_sparse:
-                    length, size = slice_bounds(start, len(tokens), small, self._boundary)
+                    length, size = self._layout.slice_bounds(start, len(tokens), small)
                     is_scored = start + length > first
                 step = self._step_of(tokens, start, length, size, pages)
                 kind = "score" if is_scored else "prefill_sparse" if is_sparse else "prefill"
@@ -769,7 +759,7 @@ def kernels(
         dtype=dtype,
         geometry=model.dual_chunk,
         parts=seq,
-        plan=sparse.tiles_on(platform),
+        plan=layout.tiles,
     )
     mine = [device] if mesh is None else mesh.local_devices
     with own_settings():
