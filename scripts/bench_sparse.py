@@ -30,9 +30,9 @@ from pallas_kernels.dispatch.tiles import Tiles, of_page
 from pallas_kernels.prefill import prefill
 from pallas_kernels.select import select
 from qwen_jax.cli.bench import run
-from qwen_jax.config import model_config, sparse_config
 from qwen_jax.engine.engine import Engine, EngineConfig
 from qwen_jax.engine.layout import EngineLayout
+from qwen_jax.hf_config import model_config, sparse_config
 from qwen_jax.models import rope
 from qwen_jax.models.qwen2 import Qwen2
 from qwen_jax.sparse import budgets as sparse

@@ -27,10 +27,11 @@ from qwen_jax.cli.flags import (
     option,
 )
 from qwen_jax.cli.placement import one_device
-from qwen_jax.config import ConfigError, last_q
+from qwen_jax.config import ConfigError
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.layout import EngineConfig, EngineLayout
 from qwen_jax.files import reading
+from qwen_jax.hf_config import last_q
 from qwen_jax.sparse import calibrate as calibration
 from qwen_jax.sparse.budgets import tiles_on
 from qwen_jax.sparse.recall import Grid

@@ -18,20 +18,12 @@ import typer
 from pallas_kernels.geometry import ChunkGeometry
 from qwen_jax.cli import placement
 from qwen_jax.cli.quantities import tokens_option
-from qwen_jax.config import (
-    ConfigError,
-    GenerationConfig,
-    ModelConfig,
-    SparseConfig,
-    generation_config,
-    model_config,
-    notes,
-    sparse_config,
-)
+from qwen_jax.config import ConfigError, GenerationConfig, ModelConfig, SparseConfig
 from qwen_jax.distributed import multihost, verbosity
 from qwen_jax.distributed.verbosity import Level
 from qwen_jax.engine.request import LIMITS, RequestError, Sampling
 from qwen_jax.files import compile_cache, reading
+from qwen_jax.hf_config import generation_config, model_config, notes, sparse_config
 from qwen_jax.storage import hub
 from qwen_jax.text.tokenizer import Tokenizer, TokenizerError, check_stop
 

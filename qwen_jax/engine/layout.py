@@ -111,7 +111,7 @@ class EngineLayout:
     num_pages: int
     columns: int | None
     slice_len: int
-    tiles: Tiles = budgets.TILES
+    tiles: Tiles
 
     @classmethod
     def resolve(

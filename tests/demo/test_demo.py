@@ -11,8 +11,8 @@ from support import demo_checkpoint
 
 from qwen_jax.cli.answer import Answer, Timings
 from qwen_jax.cli.flags import Model
-from qwen_jax.config import model_config
 from qwen_jax.engine.request import Sparseness
+from qwen_jax.hf_config import model_config
 from qwen_jax.text.tokenizer import Tokenizer
 
 # By path: `demo` is also the name of this folder.

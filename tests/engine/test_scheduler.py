@@ -9,6 +9,7 @@ from qwen_jax.engine.layout import EngineLayout
 from qwen_jax.engine.page_pool import Pages
 from qwen_jax.engine.request import Request, Sequence, Sparseness
 from qwen_jax.engine.scheduler import Decode, Scheduler, Slice
+from qwen_jax.sparse.budgets import TILES
 
 PAGE = 4
 numbers = itertools.count()
@@ -23,6 +24,7 @@ def layout_of(slices, boundary):
         num_pages=101,
         columns=None,
         slice_len=slices[0],
+        tiles=TILES,
     )
 
 

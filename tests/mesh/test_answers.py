@@ -12,11 +12,12 @@ from support.children import run
 
 from convert import weights
 from pallas_kernels.geometry import ChunkGeometry
-from qwen_jax.config import ConfigError, SparseConfig, model_config, sparse_config
+from qwen_jax.config import ConfigError, SparseConfig
 from qwen_jax.distributed import sharding
 from qwen_jax.engine.data_parallel import build, split
 from qwen_jax.engine.engine import Engine, EngineConfig
 from qwen_jax.engine.request import Request, Sampling
+from qwen_jax.hf_config import model_config, sparse_config
 from qwen_jax.models import params
 
 CONFIG = dataclasses.replace(
