@@ -141,7 +141,7 @@ def check_logprobs(serve, some, alone):
     served, expectations = logprobs(serve, asked), logprobs(alone, asked)
     assert [bool(each) for each in served] == [each.logprobs is not None for each in asked]
     for found, expected in zip(served, expectations, strict=True):
-        assert [top[0] for top in found] == [top[0] for top in expected]
+        assert [top[0][0] for top in found] == [top[0][0] for top in expected]
         values, others = ([[v for _, v in top] for top in each] for each in (found, expected))
         np.testing.assert_allclose(values, others, atol=1e-4)
 
