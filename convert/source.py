@@ -24,9 +24,10 @@ from convert.files import (
     same_bytes,
 )
 from convert.team import ALONE, Team
-from qwen_jax.config import ModelConfig, model_config
+from qwen_jax.config import ModelConfig
 from qwen_jax.files import reading
 from qwen_jax.files.reading import printable, reason, shown
+from qwen_jax.hf_config import model_config
 from qwen_jax.storage import hub
 from qwen_jax.storage.manifest import (
     DTYPES,

@@ -30,12 +30,11 @@ from pallas_kernels.dispatch.tiles import Tiles, of_page
 from pallas_kernels.prefill import prefill
 from pallas_kernels.select import select
 from qwen_jax.cli.bench import run
-from qwen_jax.config import model_config, sparse_config
-from qwen_jax.engine import inputs as batch
 from qwen_jax.engine.engine import Engine, EngineConfig
-from qwen_jax.engine.scheduler import default_slices
+from qwen_jax.engine.layout import EngineLayout
+from qwen_jax.hf_config import model_config, sparse_config
 from qwen_jax.models import rope
-from qwen_jax.models.qwen2 import PrefillStep, Qwen2
+from qwen_jax.models.qwen2 import Qwen2
 from qwen_jax.sparse import budgets as sparse
 from qwen_jax.text.tokenizer import Tokenizer
 
@@ -61,7 +60,10 @@ def main() -> None:
         f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores; "
         f"Python {platform.python_version()}, jax {version('jax')}; commit {commit()}\n"
     )
-    slices = default_slices(jax.default_backend(), model.dual_chunk, sparse=True)
+    layout = EngineLayout.resolve(
+        model, EngineConfig(max_len=max(lengths), sparse=budgets), platform=jax.default_backend()
+    )
+    slices = layout.slices
     if args.slice is not None:
         slices = (args.slice,)
 
@@ -116,15 +118,15 @@ def attention(model, tree, budgets, ids, layers, slices):
 
     def inputs(leaves, cache, rotary, step, layer):
         decoder: Qwen2 = runner._steps._model(leaves)
-        slice_ = PrefillStep(**step._asdict())
-        angles = decoder._angles(slice_, rotary)
-        votes = decoder._votes(slice_, rotary, last_q)
+        votes = decoder._voter_angles(step, rotary, last_q)
+        context = decoder._context(step, rotary, None)
 
-        def attend(module, x, state, i):
-            out, cache = module.prefill(x, state[0], i, slice_, angles, None)
-            scale = slice_.query_scale * jnp.float32(module.scale)
+        def attend(module, x, state, context):
+            i = context.layer
+            out, cache = module.prefill(x, state[0], context)
+            scale = step.query_scale * jnp.float32(module.scale)
             query = module.q(x)
-            queries = rope.rotate_views(query, angles.query, scale)
+            queries = rope.rotate_views(query, context.angles.query, scale)
             tail = jax.lax.dynamic_slice_in_dim(query, length - last_q, last_q)
             voters = rope.rotate_views(tail, votes, scale)
             kept = jax.tree.map(
@@ -134,7 +136,7 @@ def attention(model, tree, budgets, ids, layers, slices):
 
         N, H = model.num_heads, model.head_dim
         empty = jnp.zeros((3, T, N, H)), jnp.zeros((3, last_q, N, H))
-        _, (_, kept) = decoder._layers(slice_.tokens, (cache, empty), attend, skip=0)
+        _, (_, kept) = decoder._layers(context, (cache, empty), attend, skip=0)
         return kept
 
     def choose(voters, cache, layer):
@@ -200,7 +202,7 @@ def _prefilled(engine: Engine, ids: tuple[int, ...]):
     cuts = [(start, length, step) for start, length, step in engine._cuts(ids)]
     for start, length, step in cuts:
         if start + length < len(ids):
-            engine._runner.prefill_sparse(batch.Prefill(*step))
+            engine._runner.prefill_sparse(step)
         yield start, length, step
 
 

@@ -25,7 +25,8 @@ from pallas_kernels import plan
 from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.select.api import FORCED_COLUMNS, FORCED_DIAGONALS
 from pallas_kernels.select.top import top
-from qwen_jax.config import ConfigError, SparseConfig, head_budgets, read_json
+from qwen_jax.config import ConfigError, SparseConfig
+from qwen_jax.hf_config import head_budgets, read_json
 from qwen_jax.sparse import budgets as sparse
 
 LENGTHS = {"128k": 2**17, "256k": 2**18, "512k": 2**19, "1M": 2**20}

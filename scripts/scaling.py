@@ -56,30 +56,39 @@ def load(
     name: str, mesh, tokens: int, *, sparse: bool, slice_len: int = SLICE, relayouts_weights=False
 ):
     """What so many tokens of a model run as on a mesh of TPUs."""
-    from qwen_jax.engine.memory import Workload
-    from qwen_jax.engine.page_pool import default_page
+    from qwen_jax.engine import layout
 
-    return Workload(
-        tokens=tokens,
-        page=default_page("tpu", model(name).dual_chunk, parts=mesh.seq),
-        slice_len=slice_len,
-        columns=COLUMNS[name] if sparse else None,
-        relayouts_weights=relayouts_weights,
+    config = layout.EngineConfig(
+        max_len=tokens, slices=(slice_len,), sparse=budgets(name) if sparse else None
     )
+    return layout.load(
+        model(name),
+        config,
+        mesh,
+        platform="tpu",
+        relayouts_weights=relayouts_weights,
+        dtype="bfloat16",
+    )
+
+
+def budgets(name: str):
+    """Budgets of sparse prefill, the same for all heads."""
+    from qwen_jax.config import SparseConfig
+
+    config = model(name)
+    rows = [((each,) * config.num_heads,) * config.num_layers for each in (COLUMNS[name], 8192)]
+    return SparseConfig(vertical=rows[0], slash=rows[1], last_q=64, threshold=0)
 
 
 def compile_case(name: str, where: str, tokens: int) -> Iterator[dict]:
     """What the compiler made of each program of a case."""
-    from qwen_jax.config import SparseConfig
     from qwen_jax.distributed import sharding
     from qwen_jax.planner import aot
 
     config, found = model(name), topology(where)
     mesh = sharding.default_mesh(config, found.count)
-    rows = [((each,) * config.num_heads,) * config.num_layers for each in (COLUMNS[name], 8192)]
-    budgets = SparseConfig(vertical=rows[0], slash=rows[1], last_q=64)
     asked = load(name, mesh, tokens, sparse=True)
-    for program in aot.programs(config, asked, found, mesh, budgets):
+    for program in aot.programs(config, asked, found, mesh, budgets(name)):
         yield {
             "model": name,
             "topology": where,

@@ -17,10 +17,11 @@ from qwen_jax.cli import quantities
 from qwen_jax.cli.answer import LINE_S
 from qwen_jax.cli.flags import ModelArgument, ModelFlags, Reads, expand, note, option, spelled
 from qwen_jax.cli.placement import one_device
-from qwen_jax.config import ConfigError, last_q
+from qwen_jax.config import ConfigError
 from qwen_jax.engine.engine import Engine
-from qwen_jax.engine.scheduler import default_slices
+from qwen_jax.engine.layout import EngineConfig, EngineLayout
 from qwen_jax.files import reading
+from qwen_jax.hf_config import last_q
 from qwen_jax.llm import documents
 from qwen_jax.llm.model import Model, open_model
 from qwen_jax.llm.options import Within
@@ -239,7 +240,12 @@ def _slices(opened: Model) -> tuple[int, ...]:
     """Those of a sparse prefill, since the last queries of a slice choose for all of it."""
     if opened.options.slice is not None:
         return (opened.options.slice,)
-    return default_slices(jax.default_backend(), opened.config.dual_chunk, sparse=True)
+    return EngineLayout.resolve(
+        opened.config,
+        EngineConfig(max_len=opened.config.max_len),
+        platform=jax.default_backend(),
+        sparse_slices=True,
+    ).slices
 
 
 def _watched(surveys, length: int, label: str):

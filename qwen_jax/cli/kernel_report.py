@@ -27,9 +27,8 @@ from qwen_jax.cli.plan import opened_or_published
 from qwen_jax.config import ConfigError
 from qwen_jax.distributed.jax_settings import own_settings
 from qwen_jax.engine import first_contact
-from qwen_jax.engine.page_pool import default_page
+from qwen_jax.engine.layout import EngineConfig, EngineLayout
 from qwen_jax.files import reading
-from qwen_jax.sparse import budgets as sparse
 from qwen_jax.storage import atomic
 
 FORMAT = "qwen-jax kernel report 1"
@@ -160,13 +159,15 @@ def _shapes(device: Any, model: Path | None, config: str | None) -> tuple[Shape,
         "num_kv_heads": found.num_kv_heads,
         "head_dim": found.head_dim,
     }
-    page = default_page(device.platform, geometry)
+    layout = EngineLayout.resolve(
+        found, EngineConfig(max_len=found.max_len), platform=device.platform
+    )
     shape = Shape(
         **sizes,
-        page=page,
+        page=layout.page,
         dtype=dtype,
         geometry=geometry,
-        plan=sparse.tiles_on(device.platform),
+        plan=layout.tiles,
     )
     served = {}
     for most in (1024,) if slow else (32_768, 1_010_000):
@@ -174,11 +175,11 @@ def _shapes(device: Any, model: Path | None, config: str | None) -> tuple[Shape,
         served[f"{context:,}"] = Served(
             **sizes,
             num_layers=2,
-            page=page,
+            page=layout.page,
             geometry=geometry,
             slice_len=min(context, 256 if slow else 32_768),
             context=context,
-            num_pages=-(-context // page) + 1,
+            num_pages=-(-context // layout.page) + 1,
             num_columns=-(-context // 45),  # as the published budgets of a million tokens
         )
     return shape.soon() if slow else shape, served

@@ -37,9 +37,8 @@ from qwen_jax.engine.request import (
     check_ids,
 )
 from qwen_jax.engine.sampler import Logprobs
-from qwen_jax.engine.scheduler import Decode, Scheduler, Slice, slice_bounds
-from qwen_jax.models.attention import LEFT_OUT
-from qwen_jax.sparse import budgets as sparse
+from qwen_jax.engine.scheduler import Decode, Scheduler, Slice
+from qwen_jax.models.steps import PrefillStep
 from qwen_jax.sparse.budgets import Report
 from qwen_jax.sparse.recall import Grid, Survey
 
@@ -103,20 +102,16 @@ class Engine:
             "head_dim": model.head_dim,
             "dtype": dtype,
         }
-        platform = self._device.platform
-        self._page, self._slices = layout.page, layout.slices
-        self._boundary, self._table_len = layout.boundary, layout.table_len
-        num_pages = layout.num_pages
-        self._pages = Pages(num_pages)
+        self._layout = layout
+        self._page, self._table_len = layout.page, layout.table_len
+        self._pages = Pages(layout.num_pages)
         # A function of its own: a method would tie engine and scheduler into a circle, and with
         # it the cache's memory to the garbage collector.
         self._scales = functools.partial(_scales, model, config.vllm_parity)
         self._scheduler = Scheduler(
             self._pages,
-            page=self._page,
+            layout=layout,
             max_seqs=config.max_seqs,
-            slices=self._slices,
-            boundary=self._boundary,
             dense_tail=config.dense_tail,
             whole_slices=config.whole_slices,
             scales=self._scales,
@@ -124,30 +119,26 @@ class Engine:
         budgets = None
         if config.sparse is not None:
             with own_settings():
-                budgets = sparse.budgets(
-                    config.sparse,
-                    least_recall=config.least_recall,
-                    num_keys=self._table_len * self._page,
-                    tiles=sparse.tiles_on(platform),
-                )
+                budgets = layout.budgets(config.sparse, least_recall=config.least_recall)
         self._runner = Runner(
             model,
             weights,
             mesh=self._mesh,
-            num_pages=num_pages,
+            num_pages=layout.num_pages,
             page=self._page,
             table_len=self._table_len,
             max_seqs=config.max_seqs,
             vocab_limit=config.vocab_limit,
             backend=self._backend,
             budgets=budgets,
+            skip_attention=not config.attention,
         )
         self._sequences: dict[int, Sequence] = {}
         self._events: list[Event] = []  # of steps that were interrupted when they were done
         self._is_dead = False
         self._prefix: Prefix | None = None
         self._num_requests = 0
-        self._roster: tuple[tuple[int, ...], inputs.DecodeSlots] | None = None
+        self._slots: tuple[tuple[int, ...], inputs.DecodeSlots] | None = None
         self.num_prefilled = 0
         self._observer: Observer | None = None
 
@@ -159,7 +150,7 @@ class Engine:
     @property
     def slices(self) -> tuple[int, ...]:
         """Lengths that prefill is compiled for, largest first."""
-        return self._slices
+        return self._layout.slices
 
     @property
     def max_seqs(self) -> int:
@@ -186,7 +177,7 @@ class Engine:
 
     def describe(self) -> str:
         """One line on what runs where and how."""
-        slices = "/".join(map(str, self._slices))
+        slices = "/".join(map(str, self._layout.slices))
         return (
             f"{self._device.platform} ({self._device.device_kind}), {self._devices()}; "
             f"{self._backend}{self._why_not()}; "
@@ -411,7 +402,9 @@ class Engine:
 
     def _why_not(self) -> str:
         """Why not by better kernels, where nobody chose others."""
-        if self._config.backend is not None or not self._config.attention:
+        if not self._config.attention:
+            return " (attention left out)"
+        if self._config.backend is not None:
             return ""
         names = backend.PREFERRED[self._device.platform]
         better = names[: names.index(self._backend.prefill)]
@@ -443,19 +436,19 @@ class Engine:
                 listed = self._runner.sparse_plan(step, layer, head)
             yield start, length, listed, jax.device_get(report)
 
-    def _cuts(self, tokens: tuple[int, ...]) -> Iterator[tuple[int, int, inputs.Prefill]]:
+    def _cuts(self, tokens: tuple[int, ...]) -> Iterator[tuple[int, int, PrefillStep]]:
         """Start, length and step of each slice of a text."""
         with self._borrowed(len(tokens)) as pages:
             start = 0
             while start < len(tokens):
-                length, size = slice_bounds(start, len(tokens), self._slices, self._boundary)
+                length, size = self._layout.slice_bounds(start, len(tokens))
                 yield start, length, self._step_of(tokens, start, length, size, pages)
                 start += length
 
     def _score(self, tokens: tuple[int, ...], first: int) -> Iterator[np.ndarray]:
         row_bytes = 4 * self._model.vocab_size
-        small = tuple(size for size in self._slices if size * row_bytes <= _SCORE_BYTES)
-        small = small or self._slices[-1:]
+        small = tuple(size for size in self._layout.slices if size * row_bytes <= _SCORE_BYTES)
+        small = small or self._layout.slices[-1:]
         sparsely = self._is_sparse(tokens)
         with self._borrowed(len(tokens)) as pages:
             start = 0
@@ -464,7 +457,7 @@ class Engine:
                 length, size, is_sparse = self._scheduler.cut(start, len(tokens), sparsely=sparsely)
                 is_scored = start + length > first
                 if is_scored and not is_sparse:
-                    length, size = slice_bounds(start, len(tokens), small, self._boundary)
+                    length, size = self._layout.slice_bounds(start, len(tokens), small)
                     is_scored = start + length > first
                 step = self._step_of(tokens, start, length, size, pages)
                 kind = "score" if is_scored else "prefill_sparse" if is_sparse else "prefill"
@@ -478,7 +471,7 @@ class Engine:
                 start += length
 
     def _scored(
-        self, step: inputs.Prefill, first: int, _: int, seen: Step | None
+        self, step: PrefillStep, first: int, _: int, seen: Step | None
     ) -> Iterable[np.ndarray]:
         """Logits of the tokens of a slice from `first` on; of one that has none it is only read."""
         if first < int(step.length):
@@ -489,7 +482,7 @@ class Engine:
         return ()
 
     def _scored_sparsely(
-        self, step: inputs.Prefill, first: int, rows: int, seen: Step | None
+        self, step: PrefillStep, first: int, rows: int, seen: Step | None
     ) -> Iterable[np.ndarray]:
         """The same of a sparse slice, so many rows at a time, while they are taken."""
         length = int(step.length)
@@ -525,7 +518,7 @@ class Engine:
                 self._pages.give(pages)
                 self._scheduler.freed()
 
-    def _step_of(self, tokens, start: int, length: int, size: int, pages) -> inputs.Prefill:
+    def _step_of(self, tokens, start: int, length: int, size: int, pages) -> PrefillStep:
         return inputs.prefill(
             tokens[start : start + length],
             size=size,
@@ -656,15 +649,18 @@ class Engine:
     def _decode(self, work: Decode) -> None:
         sequences, max_seqs = work.sequences, self._config.max_seqs
         ids = tuple(sequence.id for sequence in sequences)
-        if self._roster is None or self._roster[0] != ids:
-            roster = inputs.decode_slots(sequences, max_seqs=max_seqs, table_len=self._table_len)
-            self._roster = ids, self._runner.place(roster)
-        step = inputs.tokens(sequences, max_seqs=max_seqs, scales=self._scales)
+        if self._slots is None or self._slots[0] != ids:
+            slots = inputs.decode_slots(sequences, max_seqs=max_seqs, table_len=self._table_len)
+            self._slots = ids, self._runner.place(slots)
+        _, slots = self._slots
+        step = inputs.decode(
+            sequences, max_seqs=max_seqs, page_table=slots.page_table, scales=self._scales
+        )
         found = None
         if any(sequence.request.logprobs is not None for sequence in sequences):
-            new, found = self._runner.decode_logprobs(self._roster[1], step)
+            new, found = self._runner.decode_logprobs(slots.sampling, step)
         else:
-            new = self._runner.decode(self._roster[1], step)
+            new = self._runner.decode(slots.sampling, step)
         with self._all_or_nothing():
             for sequence in sequences:
                 token = int(new[sequence.row])
@@ -745,13 +741,16 @@ def kernels(
         )
     except backend.Unsupported as error:
         raise ConfigError(f"backend={config.backend!r}: {error}") from None
-    if not config.attention:
-        chosen = chosen._replace(prefill=LEFT_OUT, decode=LEFT_OUT)
     seq, tensor = (1, 1) if mesh is None else (mesh.shape["seq"], mesh.shape["tensor"])
     layout = EngineLayout.resolve(model, config, platform=platform, seq=seq)
     if layout.page % seq:
         raise ConfigError(f"page={layout.page} must be a multiple of seq={seq} of the mesh")
-    programs = [name for name in PROGRAMS if config.sparse is not None or name in DENSE]
+    programs = [
+        name
+        for name in PROGRAMS
+        if (config.sparse is not None or name in DENSE)
+        and (config.attention or PROGRAMS[name] == "select")
+    ]
     shape = Shape(
         num_heads=model.num_heads // tensor,
         num_kv_heads=model.num_kv_heads // tensor,
@@ -760,7 +759,7 @@ def kernels(
         dtype=dtype,
         geometry=model.dual_chunk,
         parts=seq,
-        plan=sparse.tiles_on(platform),
+        plan=layout.tiles,
     )
     mine = [device] if mesh is None else mesh.local_devices
     with own_settings():

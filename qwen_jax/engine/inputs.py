@@ -3,29 +3,13 @@
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import jax
 import numpy as np
-from jaxtyping import Float, Float32, Int, Int32
+from jaxtyping import Float, Int, Int32
 
 from qwen_jax.engine.request import Sampling, Sequence
 from qwen_jax.engine.sampler import Rows
-
-
-class Prefill(NamedTuple):
-    """One slice of one sequence.
-
-    Attributes:
-        tokens: the slice, padded with zeros.
-        start: position of `tokens[0]`.
-        length: tokens that are not padding.
-        page_table: pages of the sequence in order; 0 beyond them.
-    """
-
-    tokens: Int32[np.ndarray, " T"]
-    start: Int32[np.ndarray, ""]
-    length: Int32[np.ndarray, ""]
-    page_table: Int32[np.ndarray, " P"]
-    query_scale: Float32[np.ndarray, ""]
-    key_scale: Float32[np.ndarray, ""]
+from qwen_jax.models.steps import DecodeStep, PrefillStep
 
 
 class SampleStep(NamedTuple):
@@ -44,26 +28,12 @@ class DecodeSlots(NamedTuple):
     """Who decodes in which row: the part of a decode step that seldom changes.
 
     Attributes:
-        page_table: as in `Prefill`, per row; zeros in idle rows.
+        page_table: as in `DecodeStep`; zeros in idle rows.
         sampling: its `position` is not used.
     """
 
-    page_table: Int32[np.ndarray, "B P"]
+    page_table: Int32[np.ndarray | jax.Array, "B P"]
     sampling: Rows
-
-
-class Tokens(NamedTuple):
-    """The part of a decode step that always changes.
-
-    Attributes:
-        tokens: the last token of each answer; 0 in idle rows.
-        positions: its position; -1 in idle rows.
-    """
-
-    tokens: Int32[np.ndarray, " B"]
-    positions: Int32[np.ndarray, " B"]
-    query_scale: Float32[np.ndarray, " B"]
-    key_scale: Float32[np.ndarray, " B"]
 
 
 def prefill(
@@ -74,11 +44,11 @@ def prefill(
     pages: list[int],
     table_len: int,
     scales: tuple[float, float],
-) -> Prefill:
+) -> PrefillStep:
     """The slice of `tokens` that starts at position `start`, padded to `size`."""
     padded = np.zeros(size, np.int32)
     padded[: len(tokens)] = tokens
-    return Prefill(
+    return PrefillStep(
         tokens=padded,
         start=np.asarray(start, np.int32),
         length=np.asarray(len(tokens), np.int32),
@@ -105,16 +75,18 @@ def decode_slots(sequences: Iterable[Sequence], *, max_seqs: int, table_len: int
     return DecodeSlots(page_table=tables, sampling=_rows(max_seqs, settings))
 
 
-def tokens(
+def decode(
     sequences: Iterable[Sequence],
     *,
     max_seqs: int,
+    page_table: Int[np.ndarray | jax.Array, "B P"],
     scales: Callable[[int], tuple[float, float]],
-) -> Tokens:
+) -> DecodeStep:
     """The last token of every answer; `scales` are those of the length with it."""
-    step = Tokens(
+    step = DecodeStep(
         tokens=np.zeros(max_seqs, np.int32),
         positions=np.full(max_seqs, -1, np.int32),
+        page_table=page_table,
         query_scale=np.ones(max_seqs, np.float32),
         key_scale=np.ones(max_seqs, np.float32),
     )

@@ -2,12 +2,16 @@
 
 import dataclasses
 
+from pallas_kernels.dispatch.tiles import Tiles
+from pallas_kernels.geometry import ChunkGeometry
 from qwen_jax.config import ConfigError, ModelConfig, SparseConfig
 from qwen_jax.distributed.sharding import MeshShape
 from qwen_jax.engine import memory
-from qwen_jax.engine.page_pool import default_page
-from qwen_jax.engine.scheduler import default_slices, slice_bounds
-from qwen_jax.sparse.budgets import most_columns
+from qwen_jax.sparse import budgets
+
+_MESH_PAGE = 4096  # tokens a page on a mesh, if its parts are not too small then
+_CPU_SLICES = (2048, 1024, 512, 256, 64)
+_ACCELERATOR_SLICES = (32768, 8192, 1024, 128)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,6 +101,7 @@ class EngineLayout:
         columns: that a head of sparse prefill reads at most; None where no prompt is long enough
             for sparse prefill.
         slice_len: tokens of the largest slice that a prompt is computed in, padded.
+        tiles: of the plans of sparse prefill.
     """
 
     page: int
@@ -106,21 +111,29 @@ class EngineLayout:
     num_pages: int
     columns: int | None
     slice_len: int
+    tiles: Tiles
 
     @classmethod
     def resolve(
-        cls, model: ModelConfig, config: EngineConfig, *, platform: str, seq: int = 1
+        cls,
+        model: ModelConfig,
+        config: EngineConfig,
+        *,
+        platform: str,
+        seq: int = 1,
+        sparse_slices: bool = False,
     ) -> "EngineLayout":
         """The layout of an engine.
 
         Args:
             platform: of its devices ("cpu", "gpu" or "tpu").
             seq: devices that divide each page and slice between them.
+            sparse_slices: lengths of slices as of sparse prefill, also without its budgets.
         """
         geometry, sparse = model.dual_chunk, config.sparse
-        page = config.page or default_page(platform, geometry, parts=seq)
-        slices = config.slices or default_slices(
-            platform, geometry, sparse=sparse is not None, parts=seq
+        page = config.page or _default_page(platform, geometry, parts=seq)
+        slices = config.slices or _default_slices(
+            platform, geometry, sparse=sparse_slices or sparse is not None, parts=seq
         )
         boundary = None
         if geometry is not None and geometry.chunk_len >= slices[0]:
@@ -128,7 +141,7 @@ class EngineLayout:
         table_len = -(-config.max_len // page)
         columns = None
         if sparse is not None and config.max_len > sparse.threshold:
-            columns = most_columns(sparse, table_len * page)
+            columns = budgets.most_columns(sparse, table_len * page)
         return cls(
             page=page,
             slices=slices,
@@ -136,7 +149,27 @@ class EngineLayout:
             table_len=table_len,
             num_pages=config.pages_of(page),
             columns=columns,
-            slice_len=slice_bounds(0, config.max_len, slices, boundary)[1],
+            slice_len=_slice_bounds(0, config.max_len, slices, boundary)[1],
+            tiles=budgets.tiles_on(platform),
+        )
+
+    def slice_bounds(
+        self, start: int, stop: int, slices: tuple[int, ...] | None = None
+    ) -> tuple[int, int]:
+        """Tokens that the slice at `start` takes of those before `stop`, and its padded size.
+
+        Args:
+            slices: lengths to choose from, largest first; None for those of the layout.
+        """
+        return _slice_bounds(start, stop, slices or self.slices, self.boundary)
+
+    def budgets(self, sparse: SparseConfig, *, least_recall: float = 0.0) -> budgets.Budgets:
+        """The budgets of sparse prefill, on the default device."""
+        return budgets.budgets(
+            sparse,
+            num_keys=self.table_len * self.page,
+            least_recall=least_recall,
+            tiles=self.tiles,
         )
 
 
@@ -169,3 +202,65 @@ def load(
         window=-(-window // layout.slice_len) * layout.slice_len,
         relayouts_weights=relayouts_weights,
     )
+
+
+def _default_page(platform: str, geometry: ChunkGeometry | None, *, parts: int = 1) -> int:
+    """Tokens a page, so that no part of it straddles two chunks if their length allows it.
+
+    On accelerators a part is a multiple of 128 tokens, as kernels want.
+
+    Args:
+        parts: devices that hold a part of each page.
+    """
+    least = 64 if platform == "cpu" else 128
+    most = min(1024, max(_MESH_PAGE // parts, least))
+    if platform == "cpu":
+        if geometry is None:
+            return parts * min(most, 512)
+        return parts * (_divisor(geometry.chunk_len, least=64, most=most) or min(most, 256))
+    most -= most % least
+    if geometry is None:
+        return parts * most
+    fitting = (part for part in range(most, 0, -least) if geometry.chunk_len % part == 0)
+    return parts * next(fitting, most)
+
+
+def _divisor(length: int, *, least: int, most: int) -> int | None:
+    """The largest divisor of a length from `least` to `most`, or None."""
+    return next((d for d in range(most, least - 1, -1) if length % d == 0), None)
+
+
+def _default_slices(
+    platform: str, geometry: ChunkGeometry | None, *, sparse: bool = False, parts: int = 1
+) -> tuple[int, ...]:
+    """Lengths of prefill slices, largest first.
+
+    On a CPU, where chunks may be short, the largest divides the chunk, so that
+    cutting at chunk borders leaves no small rest. Sparse ones are larger, since the
+    vote of each slice reads all keys.
+
+    Args:
+        parts: devices that divide the tokens of a slice between them.
+    """
+    sizes = _whole_slices(platform, geometry, sparse=sparse)
+    return tuple(size - size % parts for size in sizes if size >= parts) or (parts,)
+
+
+def _whole_slices(
+    platform: str, geometry: ChunkGeometry | None, *, sparse: bool
+) -> tuple[int, ...]:
+    if platform != "cpu":
+        return _ACCELERATOR_SLICES
+    largest = _CPU_SLICES[0] * (2 if sparse else 1)
+    if geometry is not None and geometry.chunk_len < 8 * largest:
+        largest = _divisor(geometry.chunk_len, least=256, most=largest) or largest
+    return (largest, *(size for size in _CPU_SLICES if size < largest))
+
+
+def _slice_bounds(
+    start: int, stop: int, slices: tuple[int, ...], boundary: int | None
+) -> tuple[int, int]:
+    length = min(stop - start, slices[0])
+    if boundary is not None:
+        length = min(length, boundary - start % boundary)
+    return length, min(size for size in slices if size >= length)

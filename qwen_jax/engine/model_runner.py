@@ -17,11 +17,12 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.distributed import sharding
 from qwen_jax.distributed.jax_settings import own_settings
 from qwen_jax.engine import sampler
-from qwen_jax.engine.inputs import DecodeSlots, Prefill, SampleStep, Tokens
+from qwen_jax.engine.inputs import DecodeSlots, SampleStep
 from qwen_jax.engine.request import MOST_LOGPROBS
-from qwen_jax.engine.sampler import Logprobs
+from qwen_jax.engine.sampler import Logprobs, Rows
 from qwen_jax.models import kv_cache, kv_transfer, rope
-from qwen_jax.models.qwen2 import DecodeStep, PrefillStep, Qwen2
+from qwen_jax.models.qwen2 import Qwen2
+from qwen_jax.models.steps import DecodeStep, PrefillStep
 from qwen_jax.sparse.budgets import Budgets, Report
 from qwen_jax.sparse.recall import Grid, Survey
 
@@ -43,6 +44,7 @@ class Runner:
         vocab_limit: ids from here on are never sampled.
         backend: of each attention operation.
         budgets: of sparse prefill; None where there is none.
+        skip_attention: leave it out, selection aside.
 
     Raises:
         ValueError: if the weights are not those of this configuration.
@@ -61,11 +63,14 @@ class Runner:
         vocab_limit: int | None,
         backend: Backends,
         budgets: Budgets | None = None,
+        skip_attention: bool = False,
     ):
         dtype = jax.tree.leaves(weights)[0].dtype
         # As a plain list, which costs less to hand over at every step than a module's state.
         tensor = mesh.shape["tensor"] if mesh is not None else 1
-        self._weights, structure = flatten(sharding.padded(config, tensor), weights, dtype)
+        self._weights, structure = flatten(
+            sharding.padded(config, tensor), weights, dtype, skip_attention=skip_attention
+        )
         whole, of_cache, platform = _placements(weights, mesh)
         self._whole, self._mesh = whole, mesh
         empty = functools.partial(kv_cache.init, config, num_pages, page, dtype)
@@ -105,26 +110,26 @@ class Runner:
     def cache_dtype(self) -> np.dtype:
         return self._cache.keys.dtype
 
-    def prefill(self, step: Prefill) -> Float32[Array, " V"]:
+    def prefill(self, step: PrefillStep) -> Float32[Array, " V"]:
         """Fill the cache with a slice; returns the logits of its last token, on the device."""
         logits, self._cache = self._programs.prefill(self._weights, self._rotary, self._cache, step)
         return logits
 
-    def prefill_sparse(self, step: Prefill) -> tuple[Float32[Array, " V"], Report]:
+    def prefill_sparse(self, step: PrefillStep) -> tuple[Float32[Array, " V"], Report]:
         """As `prefill`, by the budgets; also says how, on the device."""
         logits, self._cache, report = self._programs.prefill_sparse(
             self._weights, self._rotary, self._cache, step, self._budgets
         )
         return logits, report
 
-    def sparse_plan(self, step: Prefill, layer: int, head: int) -> SparsePlan:
+    def sparse_plan(self, step: PrefillStep, layer: int, head: int) -> SparsePlan:
         """How `prefill_sparse` reads a slice in one layer and head, on the device."""
         listed, self._cache = self._programs.sparse_plan(
             self._weights, self._rotary, self._cache, step, self._budgets, layer=layer
         )
         return jax.tree.map(lambda array: array[head : head + 1], listed)
 
-    def survey(self, step: Prefill, grid: Grid) -> Survey:
+    def survey(self, step: PrefillStep, grid: Grid) -> Survey:
         """Fill the cache with a slice, densely; returns what budgets would find of it."""
         self._cache, surveyed = self._programs.survey(
             self._weights, self._rotary, self._cache, step, grid=grid
@@ -142,12 +147,12 @@ class Runner:
         token, found = jax.device_get(self._programs.sample_logprobs(logits, self._seen, choice))
         return int(token), found
 
-    def score(self, step: Prefill) -> Float32[np.ndarray, "T V"]:
+    def score(self, step: PrefillStep) -> Float32[np.ndarray, "T V"]:
         """Fill the cache with a slice; returns the logits of each of its tokens."""
         logits, self._cache = self._programs.score(self._weights, self._rotary, self._cache, step)
         return jax.device_get(logits)[: int(step.length)]
 
-    def score_sparse(self, step: Prefill) -> tuple[Float[Array, "T D"], Report]:
+    def score_sparse(self, step: PrefillStep) -> tuple[Float[Array, "T D"], Report]:
         """As `prefill_sparse`, with what `logits` takes of every token."""
         hidden, self._cache, report = self._programs.score_sparse(
             self._weights, self._rotary, self._cache, step, self._budgets
@@ -166,19 +171,19 @@ class Runner:
         """The roster on the device, for as long as it does not change."""
         return sharding.put(roster, self._whole)
 
-    def decode(self, roster: DecodeSlots, step: Tokens) -> Int[np.ndarray, " B"]:
+    def decode(self, sampling: Rows, step: DecodeStep) -> Int[np.ndarray, " B"]:
         """The token after the given one in every row, -1 if not finite."""
         token, self._cache, self._seen = self._programs.decode(
-            self._weights, self._rotary, self._cache, self._seen, roster, step
+            self._weights, self._rotary, self._cache, self._seen, sampling, step
         )
         return jax.device_get(token)
 
     def decode_logprobs(
-        self, roster: DecodeSlots, step: Tokens
+        self, sampling: Rows, step: DecodeStep
     ) -> tuple[Int[np.ndarray, " B"], Logprobs]:
         """As `decode`, with the log-probabilities of every row."""
         token, found, self._cache, self._seen = self._programs.decode_logprobs(
-            self._weights, self._rotary, self._cache, self._seen, roster, step
+            self._weights, self._rotary, self._cache, self._seen, sampling, step
         )
         return jax.device_get((token, found))
 
@@ -228,20 +233,20 @@ class Steps:
         self._backend = backend
 
     def prefill(self, weights, rotary, cache, step):
-        return self._model(weights).prefill(cache, _slice(step), rotary, backend=self._backend)
+        return self._model(weights).prefill(cache, step, rotary, backend=self._backend)
 
     def prefill_sparse(self, weights, rotary, cache, step, budgets):
         return self._model(weights).prefill_sparse(
-            cache, _slice(step), rotary, budgets, backend=self._backend
+            cache, step, rotary, budgets, backend=self._backend
         )
 
     def sparse_plan(self, weights, rotary, cache, step, budgets, layer):
         return self._model(weights).sparse_plan(
-            cache, _slice(step), rotary, budgets, layer, backend=self._backend
+            cache, step, rotary, budgets, layer, backend=self._backend
         )
 
     def survey(self, weights, rotary, cache, step, grid):
-        return self._model(weights).survey(cache, _slice(step), rotary, grid, backend=self._backend)
+        return self._model(weights).survey(cache, step, rotary, grid, backend=self._backend)
 
     def sample(self, logits, seen, choice):
         self.num_traced += 1
@@ -253,28 +258,27 @@ class Steps:
         return token, sampler.logprobs(logits[None], token[None], count=MOST_LOGPROBS)
 
     def score(self, weights, rotary, cache, step):
-        return self._model(weights).score(cache, _slice(step), rotary, backend=self._backend)
+        return self._model(weights).score(cache, step, rotary, backend=self._backend)
 
     def score_sparse(self, weights, rotary, cache, step, budgets):
         return self._model(weights).score_sparse(
-            cache, _slice(step), rotary, budgets, backend=self._backend
+            cache, step, rotary, budgets, backend=self._backend
         )
 
     def logits(self, weights, hidden, first, rows):
         return self._model(weights).logits(jax.lax.dynamic_slice_in_dim(hidden, first, rows))
 
-    def decode(self, weights, rotary, cache, seen, roster, step):
-        _, token, cache, seen = self._decode(weights, rotary, cache, seen, roster, step)
+    def decode(self, weights, rotary, cache, seen, sampling, step):
+        _, token, cache, seen = self._decode(weights, rotary, cache, seen, sampling, step)
         return token, cache, seen
 
-    def decode_logprobs(self, weights, rotary, cache, seen, roster, step):
-        logits, token, cache, seen = self._decode(weights, rotary, cache, seen, roster, step)
+    def decode_logprobs(self, weights, rotary, cache, seen, sampling, step):
+        logits, token, cache, seen = self._decode(weights, rotary, cache, seen, sampling, step)
         return token, sampler.logprobs(logits, token, count=MOST_LOGPROBS), cache, seen
 
-    def _decode(self, weights, rotary, cache, seen, roster, step):
-        tokens = DecodeStep(**step._asdict(), page_table=roster.page_table)
-        logits, cache = self._model(weights).decode(cache, tokens, rotary, backend=self._backend)
-        rows = roster.sampling._replace(position=step.positions + 1)
+    def _decode(self, weights, rotary, cache, seen, sampling, step):
+        logits, cache = self._model(weights).decode(cache, step, rotary, backend=self._backend)
+        rows = sampling._replace(position=step.positions + 1)
         seen = _see(seen, step, rows)
         token = sampler.sample(logits, rows, seen, vocab_limit=self._vocab_limit)
         return logits, token, cache, seen
@@ -380,13 +384,15 @@ def _on(mesh: Mesh | None, function):
     return call
 
 
-def flatten(config: ModelConfig, weights, dtype):
+def flatten(config: ModelConfig, weights, dtype, *, skip_attention: bool = False):
     """The parameters as a list, and the structure that makes a model of them again.
 
     Raises:
         ValueError: if the weights are not those of this configuration.
     """
-    model = nnx.eval_shape(lambda: Qwen2(config, key=jax.random.key(0), dtype=dtype))
+    model = nnx.eval_shape(
+        lambda: Qwen2(config, key=jax.random.key(0), dtype=dtype, skip_attention=skip_attention)
+    )
     graph, state = nnx.split(model)
     expected = jax.tree.map(lambda leaf: leaf.shape, nnx.to_pure_dict(state))
     actual = jax.tree.map(lambda leaf: leaf.shape, weights)
@@ -397,11 +403,7 @@ def flatten(config: ModelConfig, weights, dtype):
     return leaves, (graph, structure)
 
 
-def _slice(step: Prefill) -> PrefillStep:
-    return PrefillStep(**step._asdict())
-
-
-def _see(seen: Bool[Array, "B V"], step: Tokens, rows: sampler.Rows) -> Bool[Array, "B V"]:
+def _see(seen: Bool[Array, "B V"], step: DecodeStep, rows: Rows) -> Bool[Array, "B V"]:
     """Tokens that are now part of the sequences marked, in rows that penalise them."""
 
     def see():

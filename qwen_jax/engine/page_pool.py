@@ -1,37 +1,7 @@
-"""Cache pages: their size, who holds which, and which content can be shared."""
+"""Cache pages: who holds which, and which content can be shared."""
 
 import collections
 from collections.abc import Hashable, Sequence
-
-from pallas_kernels.geometry import ChunkGeometry
-
-_MESH_PAGE = 4096  # tokens a page on a mesh, if its parts are not too small then
-
-
-def default_page(platform: str, geometry: ChunkGeometry | None, *, parts: int = 1) -> int:
-    """Tokens a page, so that no part of it straddles two chunks if their length allows it.
-
-    On accelerators a part is a multiple of 128 tokens, as kernels want.
-
-    Args:
-        parts: devices that hold a part of each page.
-    """
-    least = 64 if platform == "cpu" else 128
-    most = min(1024, max(_MESH_PAGE // parts, least))
-    if platform == "cpu":
-        if geometry is None:
-            return parts * min(most, 512)
-        return parts * (divisor(geometry.chunk_len, least=64, most=most) or min(most, 256))
-    most -= most % least
-    if geometry is None:
-        return parts * most
-    fitting = (part for part in range(most, 0, -least) if geometry.chunk_len % part == 0)
-    return parts * next(fitting, most)
-
-
-def divisor(length: int, *, least: int, most: int) -> int | None:
-    """The largest divisor of a length from `least` to `most`, or None."""
-    return next((d for d in range(most, least - 1, -1) if length % d == 0), None)
 
 
 class Pages:

@@ -5,12 +5,9 @@ import dataclasses
 import heapq
 from collections.abc import Callable, Hashable
 
-from pallas_kernels.geometry import ChunkGeometry
-from qwen_jax.engine.page_pool import Pages, divisor
+from qwen_jax.engine.layout import EngineLayout
+from qwen_jax.engine.page_pool import Pages
 from qwen_jax.engine.request import Sequence
-
-_CPU_SLICES = (2048, 1024, 512, 256, 64)
-_ACCELERATOR_SLICES = (32768, 8192, 1024, 128)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,41 +37,6 @@ class Decode:
     sequences: tuple[Sequence, ...]
 
 
-def default_slices(
-    platform: str, geometry: ChunkGeometry | None, *, sparse: bool = False, parts: int = 1
-) -> tuple[int, ...]:
-    """Lengths of prefill slices, largest first.
-
-    On a CPU, where chunks may be short, the largest divides the chunk, so that
-    cutting at chunk borders leaves no small rest. Sparse ones are larger, since the
-    vote of each slice reads all keys.
-
-    Args:
-        parts: devices that divide the tokens of a slice between them.
-    """
-    sizes = _slices(platform, geometry, sparse=sparse)
-    return tuple(size - size % parts for size in sizes if size >= parts) or (parts,)
-
-
-def _slices(platform: str, geometry: ChunkGeometry | None, *, sparse: bool) -> tuple[int, ...]:
-    if platform != "cpu":
-        return _ACCELERATOR_SLICES
-    largest = _CPU_SLICES[0] * (2 if sparse else 1)
-    if geometry is not None and geometry.chunk_len < 8 * largest:
-        largest = divisor(geometry.chunk_len, least=256, most=largest) or largest
-    return (largest, *(size for size in _CPU_SLICES if size < largest))
-
-
-def slice_bounds(
-    start: int, stop: int, slices: tuple[int, ...], boundary: int | None
-) -> tuple[int, int]:
-    """Tokens that the slice at `start` takes of those before `stop`, and its padded size."""
-    length = min(stop - start, slices[0])
-    if boundary is not None:
-        length = min(length, boundary - start % boundary)
-    return length, min(size for size in slices if size >= length)
-
-
 class Scheduler:
     """Continuous batching over fixed shapes.
 
@@ -84,9 +46,7 @@ class Scheduler:
     prefill take turns, so that nothing starves.
 
     Args:
-        page: tokens a page.
-        slices: lengths that prefill is compiled for, largest first.
-        boundary: a slice never crosses a multiple of it; None for no such limit.
+        layout: sizes of pages and slices.
         dense_tail: tokens at the end of a prompt that are prefilled densely in any case.
         whole_slices: share only what was computed in the slices in which the prompt that
             takes it would compute it, so that company does not change how it is cut.
@@ -98,18 +58,14 @@ class Scheduler:
         self,
         pages: Pages,
         *,
-        page: int,
+        layout: EngineLayout,
         max_seqs: int,
-        slices: tuple[int, ...],
-        boundary: int | None,
         dense_tail: int = 0,
         whole_slices: bool = False,
         scales: Callable[[int], tuple[float, float]],
     ):
         self._pages = pages
-        self._page = page
-        self._slices = slices
-        self._boundary = boundary
+        self._layout, self._page = layout, layout.page
         self._dense_tail = dense_tail
         self._whole_slices = whole_slices
         self._scales = scales
@@ -257,7 +213,7 @@ class Scheduler:
 
     def _slice_stop(self, start: int) -> int:
         """Where the slice of a prompt without end stops."""
-        return start + slice_bounds(start, start + self._slices[0], self._slices, self._boundary)[0]
+        return start + self._layout.slice_bounds(start, start + self._layout.slices[0])[0]
 
     def _record(self, sequence: Sequence) -> None:
         """Make the pages that have become full known to others."""
@@ -276,7 +232,7 @@ class Scheduler:
         is_sparse = sparsely and start < stop - self._dense_tail
         if is_sparse:
             stop -= self._dense_tail
-        return *slice_bounds(start, stop, self._slices, self._boundary), is_sparse
+        return *self._layout.slice_bounds(start, stop), is_sparse
 
     def _slice(self, sequence: Sequence) -> Slice:
         start, sparsely = sequence.filled, sequence.sparse is not None

@@ -7,20 +7,12 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 from pallas_kernels.geometry import ChunkGeometry
-from qwen_jax.config import (
-    ConfigError,
-    GenerationConfig,
-    ModelConfig,
-    SparseConfig,
-    generation_config,
-    model_config,
-    notes,
-    sparse_config,
-)
+from qwen_jax.config import ConfigError, GenerationConfig, ModelConfig, SparseConfig
 from qwen_jax.distributed import multihost
 from qwen_jax.distributed.verbosity import Level
 from qwen_jax.engine.request import RequestError
 from qwen_jax.files import compile_cache
+from qwen_jax.hf_config import generation_config, model_config, notes, sparse_config
 from qwen_jax.llm import options as checks
 from qwen_jax.llm import placement
 from qwen_jax.llm.options import ModelOptions

@@ -1,10 +1,13 @@
 """The attention layer: project, rotate, write the cache, attend, project.
 
-Between the projections all happens in `spread.run`, so that the same code serves one device
-and a mesh.
+Between the projections all happens in `sequence_parallel.run`, so that the same code serves one
+device and a mesh.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,23 +21,65 @@ from pallas_kernels.dispatch.tiles import Tiles, of_page
 from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.prefill import prefill
 from pallas_kernels.select import Votes, select_keys, vote
-from pallas_kernels.shard import WHOLE, Shard
+from pallas_kernels.shard import Shard
 from qwen_jax.config import ModelConfig
 from qwen_jax.models import rope, sequence_parallel
 from qwen_jax.models.kv_cache import write_slice, write_tokens
 from qwen_jax.models.layers import Projection
+from qwen_jax.models.sequence_parallel import ALONE, LocalShard
+from qwen_jax.models.steps import PrefillStep
 from qwen_jax.sparse.budgets import Budgets, Report
 from qwen_jax.sparse.recall import ROWS, Grid, Survey, recall_grid
 
 RECALL_ROWS = 16  # of a sparse slice, that are compared with dense attention
-LEFT_OUT = "left out"
-"""In place of a backend: queries are handed on as they are, to measure what all else takes."""
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["layer", "step", "angles", "voter_angles", "budgets"],
+    meta_fields=["backend", "local"],
+)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """What attention takes beside activations and cache; arrays are the same on all devices.
+
+    Attributes:
+        layer: index of the layer.
+        step: a `PrefillStep` or a `DecodeStep`.
+        angles: rotations of the step's tokens.
+        voter_angles: rotations of the last queries of a slice, which vote in sparse selection
+            (`rope.selection_angles`).
+        budgets: of sparse prefill.
+        backend: of the attention operations.
+        local: what this device has of the step, inside `_on_devices`; else all.
+    """
+
+    layer: Any = 0
+    step: Any
+    angles: rope.Angles
+    voter_angles: rope.Rotary | None = None
+    budgets: Budgets | None = None
+    backend: Choice = None
+    local: LocalShard = ALONE
+
+    def at(self, layer: Int[Array, ""]) -> "Context":
+        """The same of another layer."""
+        return dataclasses.replace(self, layer=layer)
+
+    @property
+    def shard(self) -> Shard:
+        """The part of the cache that this device holds."""
+        return self.local.shard
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with biased query, key and value projections."""
+    """Grouped-query attention with biased query, key and value projections.
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype):
+    Args:
+        skip_attention: hand queries on as they are, to measure what all else takes.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype, skip_attention: bool = False):
         D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
         into = {"rngs": rngs, "dtype": dtype, "embed": D}
         self.q = Projection("TD,DNH->TNH", **into, heads=N, head_dim=H, bias=("heads", "head_dim"))
@@ -47,114 +92,77 @@ class Attention(nnx.Module):
         self.o = Projection("TNH,NHD->TD", rngs=rngs, dtype=dtype, heads=N, head_dim=H, embed=D)
         self.geometry = config.dual_chunk
         self.scale = config.head_dim**-0.5
+        self.is_skipped = skip_attention
+
+    def project(
+        self, x: Float[Array, "T D"]
+    ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
+        """Queries, keys and values, before they are rotated."""
+        return self.q(x), self.k(x), self.v(x)
 
     def prefill(
-        self,
-        x: Float[Array, "T D"],
-        cache: PagedKV,
-        layer: Int[Array, ""],
-        step,
-        angles: rope.Angles,
-        backend: Choice,
+        self, x: Float[Array, "T D"], cache: PagedKV, context: Context
     ) -> tuple[Float[Array, "T D"], PagedKV]:
-        """A slice of one sequence (`qwen2.PrefillStep`) and the cache with it written."""
+        """The output of a `PrefillStep`, and the cache with its keys and values written."""
 
-        def attend(part, cache, rows, rest, _):
-            layer, step, angles = rest
-            query, key, value = map(part.all_tokens, rows)
-            cache = self._write_slice(cache, layer, step, angles, key, value, part.shard)
-            queries = self._views(query, step, angles)
-            slice_ = step.start, step.length
-            out, lse = self._attend(queries, cache, layer, step, *slice_, backend, part.shard)
-            return cache, part.merge(out, lse), None
+        def attend(cache, rows, context, _):
+            query, key, value = map(context.local.all_tokens, rows)
+            cache = self._write_slice(cache, context, key, value)
+            start, length = context.step.start, context.step.length
+            out, lse = self._attend(self._views(query, context), cache, context, start, length)
+            return cache, context.local.merge(out, lse), None
 
-        rows = self.q(x), self.k(x), self.v(x)
-        rest, split = (layer, step, angles), sequence_parallel.splits(len(x))
-        cache, out, _ = sequence_parallel.run(attend, cache, rows, rest, split=split)
+        cache, out, _ = _on_devices(attend, cache, self.project(x), context)
         return self.o(out), cache
 
     def prefill_sparse(
-        self,
-        x: Float[Array, "T D"],
-        cache: PagedKV,
-        layer: Int[Array, ""],
-        step,
-        angles: rope.Angles,
-        votes: rope.Rotary,
-        budgets: Budgets,
-        backend: Choice,
+        self, x: Float[Array, "T D"], cache: PagedKV, context: Context
     ) -> tuple[Float[Array, "T D"], PagedKV, Report]:
-        """As `prefill`, of the columns and diagonals that the last queries of the slice choose.
-
-        Args:
-            votes: `rope.critical` of the last `budgets.last_q` positions.
+        """As `prefill`, over the columns and diagonals that the last queries of the slice choose.
 
         Returns:
-            Also how it was done.
+            Also the density and recall of each head.
         """
 
-        def attend(part, cache, rows, rest, kept):
-            layer, step, angles, votes, budgets = rest
-            query, key, value = map(part.all_tokens, rows)
-            cache = self._write_slice(cache, layer, step, angles, key, value, part.shard)
-            listed = self._plan(
-                query, cache, layer, step, votes, budgets, kept, backend, part.shard
-            )
-            queries = self._views(query, step, angles)
-            out, lse, report = self._attend_listed(
-                queries, cache, layer, step, listed, budgets.least_recall, backend, part.shard
-            )
-            return cache, part.merge(out, lse), report
+        def attend(cache, rows, context, kept):
+            query, key, value = map(context.local.all_tokens, rows)
+            cache = self._write_slice(cache, context, key, value)
+            listed = self._plan(query, cache, context, kept)
+            queries = self._views(query, context)
+            out, lse, report = self._attend_listed(queries, cache, context, listed)
+            return cache, context.local.merge(out, lse), report
 
-        rows = self.q(x), self.k(x), self.v(x)
-        kept = budgets.vertical[layer], budgets.slash[layer]
-        rest, split = (layer, step, angles, votes, budgets), sequence_parallel.splits(len(x))
-        cache, out, report = sequence_parallel.run(attend, cache, rows, rest, kept, split=split)
+        kept = _kept(context)
+        cache, out, report = _on_devices(attend, cache, self.project(x), context, kept)
         return self.o(out), cache, report
 
     def sparse_plan(
-        self,
-        x: Float[Array, "T D"],
-        cache: PagedKV,
-        layer: Int[Array, ""],
-        step,
-        angles: rope.Angles,
-        votes: rope.Rotary,
-        budgets: Budgets,
-        backend: Choice,
+        self, x: Float[Array, "T D"], cache: PagedKV, context: Context
     ) -> tuple[plan.SparsePlan, PagedKV]:
         """The plan of `prefill_sparse` before the guard of `budgets.least_recall`; no mesh."""
-        cache = self.write_slice(x, cache, layer, step, angles)
-        kept = budgets.vertical[layer], budgets.slash[layer]
-        args = self.q(x), cache, layer, step, votes, budgets, kept, backend, WHOLE
-        return self._plan(*args), cache
+        query, key, value = self.project(x)
+        cache = self._write_slice(cache, context, key, value)
+        return self._plan(query, cache, context, _kept(context)), cache
 
     def survey(
-        self,
-        x: Float[Array, "T D"],
-        cache: PagedKV,
-        layer: Int[Array, ""],
-        step,
-        angles: rope.Angles,
-        votes: rope.Rotary,
-        grid: Grid,
-        backend: Choice,
+        self, x: Float[Array, "T D"], cache: PagedKV, context: Context, grid: Grid
     ) -> tuple[Float[Array, "T D"], PagedKV, Survey]:
         """As `prefill`, and what each pair of budgets would have found of it; no mesh."""
-        cache = self.write_slice(x, cache, layer, step, angles)
+        query, key, value = self.project(x)
+        cache = self._write_slice(cache, context, key, value)
+        step = context.step
         T, start, length = x.shape[0], step.start, step.length
-        query = self.q(x)
-        queries = self._views(query, step, angles)
-        out, lse = self._attend(queries, cache, layer, step, start, length, backend, WHOLE)
+        queries = self._views(query, context)
+        out, lse = self._attend(queries, cache, context, start, length)
         count = min(ROWS, T)
         rows = jnp.arange(count, dtype=jnp.int32) * length // count
         surveyed = recall_grid(
             queries[:, rows],
             lse[rows],
             rows,
-            self._vote(query, cache, layer, step, votes, backend, WHOLE),
+            self._vote(query, cache, context),
             cache,
-            layer,
+            context.layer,
             step.page_table,
             start,
             length,
@@ -166,109 +174,67 @@ class Attention(nnx.Module):
         )
         return self.o(out), cache, surveyed
 
-    def write_slice(
-        self,
-        x: Float[Array, "T D"],
-        cache: PagedKV,
-        layer: Int[Array, ""],
-        step,
-        angles: rope.Angles,
-    ) -> PagedKV:
-        """The cache with a slice of one sequence (`qwen2.PrefillStep`) written."""
+    def write(self, x: Float[Array, "T D"], cache: PagedKV, context: Context) -> PagedKV:
+        """The cache with the keys and values of a `PrefillStep` written."""
 
-        def write(part, cache, rows, rest, _):
-            layer, step, angles = rest
-            key, value = map(part.all_tokens, rows)
-            cache = self._write_slice(cache, layer, step, angles, key, value, part.shard)
-            return cache, None, None
+        def write(cache, rows, context, _):
+            key, value = map(context.local.all_tokens, rows)
+            return self._write_slice(cache, context, key, value), None, None
 
-        rows = self.k(x), self.v(x)
-        rest, split = (layer, step, angles), sequence_parallel.splits(len(x))
-        return sequence_parallel.run(write, cache, rows, rest, split=split)[0]
+        _, key, value = self.project(x)
+        return _on_devices(write, cache, (key, value), context)[0]
 
     def decode(
-        self,
-        x: Float[Array, "B D"],
-        cache: PagedKV,
-        layer: Int[Array, ""],
-        step,
-        angles: rope.Angles,
-        backend: Choice,
+        self, x: Float[Array, "B D"], cache: PagedKV, context: Context
     ) -> tuple[Float[Array, "B D"], PagedKV]:
-        """One token of each sequence (`qwen2.DecodeStep`) and the cache with it written."""
+        """The output of a `DecodeStep`, and the cache with its keys and values written."""
 
-        def attend(part, cache, rows, rest, _):
-            layer, step, angles = rest
+        def attend(cache, rows, context, _):
             query, key, value = rows
-            keys = self._rotated_keys(key, step, angles)
+            step, keys = context.step, self._rotated_keys(key, context)
             table, positions = step.page_table, step.positions
-            cache = write_tokens(cache, layer, keys, value, table, positions, part.shard)
-            return cache, self._read(part, query, cache, layer, step, angles, backend), None
+            cache = write_tokens(cache, context.layer, keys, value, table, positions, context.shard)
+            return cache, self._read(query, cache, context), None
 
-        rows = self.q(x), self.k(x), self.v(x)
-        rest = layer, step, angles
-        cache, out, _ = sequence_parallel.run(attend, cache, rows, rest, split=False)
+        cache, out, _ = _on_devices(attend, cache, self.project(x), context)
         return self.o(out), cache
 
-    def read_tokens(
-        self,
-        x: Float[Array, "B D"],
-        cache: PagedKV,
-        layer: Int[Array, ""],
-        step,
-        angles: rope.Angles,
-        backend: Choice,
+    def read(
+        self, x: Float[Array, "B D"], cache: PagedKV, context: Context
     ) -> tuple[Float[Array, "B D"], PagedKV]:
-        """One token of each sequence (`qwen2.DecodeStep`), which the cache holds already."""
+        """The output of a `DecodeStep` whose keys and values the cache holds already."""
 
-        def attend(part, cache, rows, rest, _):
-            (query,), (layer, step, angles) = rows, rest
-            return cache, self._read(part, query, cache, layer, step, angles, backend), None
+        def attend(cache, rows, context, _):
+            (query,) = rows
+            return cache, self._read(query, cache, context), None
 
-        rest = layer, step, angles
-        cache, out, _ = sequence_parallel.run(attend, cache, (self.q(x),), rest, split=False)
+        query, _, _ = self.project(x)
+        cache, out, _ = _on_devices(attend, cache, (query,), context)
         return self.o(out), cache
 
-    def _read(
-        self,
-        part: sequence_parallel.LocalShard,
-        query,
-        cache: PagedKV,
-        layer,
-        step,
-        angles,
-        backend,
-    ):
-        if getattr(backend, "decode", None) == LEFT_OUT:
+    def _read(self, query, cache: PagedKV, context: Context) -> Float[Array, "B N H"]:
+        if self.is_skipped:
             return query
+        step = context.step
         out, lse = decode(
-            self._views(query, step, angles)[:, :, None],
+            self._views(query, context)[:, :, None],
             cache,
-            layer,
+            context.layer,
             step.page_table,
             step.positions[:, None],
             geometry=self.geometry,
-            shard=part.shard,
-            backend_name=backend,
+            shard=context.shard,
+            backend_name=context.backend,
         )
-        return part.merge(out[:, 0], lse[:, 0])
+        return context.local.merge(out[:, 0], lse[:, 0])
 
-    def _plan(
-        self,
-        query,
-        cache: PagedKV,
-        layer,
-        step,
-        votes,
-        budgets: Budgets,
-        kept,
-        backend,
-        shard: Shard,
-    ) -> plan.SparsePlan:
-        T, start, length = len(query), step.start, step.length
-        cast = self._vote(query, cache, layer, step, votes, backend, shard)
+    def _plan(self, query, cache: PagedKV, context: Context, kept) -> plan.SparsePlan:
+        T, start, length = len(query), context.step.start, context.step.length
+        budgets, shard = context.budgets, context.shard
+        assert budgets is not None
+        votes = self._vote(query, cache, context)
         return plan.build(
-            *select_keys(cast, start + length, *kept, shard=shard),
+            *select_keys(votes, start + length, *kept, shard=shard),
             start,
             length,
             num_queries=T,
@@ -277,23 +243,18 @@ class Attention(nnx.Module):
             shard=shard,
         )
 
-    def _attend_listed(
-        self, queries, cache: PagedKV, layer, step, listed, least_recall, backend, shard: Shard
-    ):
+    def _attend_listed(self, queries, cache: PagedKV, context: Context, listed: plan.SparsePlan):
         """Output and log-sum-exp over the keys of a plan, and how well it did."""
-        T, start, length = queries.shape[1], step.start, step.length
-
-        def attend(queries, start, length, listed=None):
-            return self._attend(queries, cache, layer, step, start, length, backend, shard, listed)
-
-        out, lse = attend(queries, start, length, listed)
+        T, start, length = queries.shape[1], context.step.start, context.step.length
+        budgets, shard = context.budgets, context.shard
+        assert budgets is not None
+        out, lse = self._attend(queries, cache, context, start, length, listed)
 
         # What the last rows find, against all there is to find.
         count = min(T, RECALL_ROWS)
         first = jnp.maximum(length - count, 0)
-        _, full = attend(
-            jax.lax.dynamic_slice_in_dim(queries, first, count, 1), start + first, length - first
-        )
+        last = jax.lax.dynamic_slice_in_dim(queries, first, count, 1)
+        _, full = self._attend(last, cache, context, start + first, length - first)
         found = jax.lax.dynamic_slice_in_dim(lse, first, count)
         found, full = shard.merge_lse(found), shard.merge_lse(full)
         found = jnp.exp(jnp.minimum(found - full, 0))  # rounding must not show as more than all
@@ -301,63 +262,95 @@ class Attention(nnx.Module):
         recall = jnp.where(counts, found, 0).sum(0) / counts.sum(dtype=jnp.float32)
         density = plan.density(listed, start, length, shard=shard)
 
-        poor = recall < least_recall
+        poor = recall < budgets.least_recall
 
         def read_all():
             all_keys = plan.everything(listed, poor, start, length, shard=shard)
-            more, more_lse = attend(queries, start, length, all_keys)
+            more, more_lse = self._attend(queries, cache, context, start, length, all_keys)
             return jnp.where(poor[:, None], more, out), jnp.where(poor, more_lse, lse)
 
         out, lse = jax.lax.cond(poor.any(), read_all, lambda: (out, lse))
         report = Report(density=jnp.where(poor, 1.0, density), recall=jnp.where(poor, 1.0, recall))
         return out, lse, report
 
-    def _vote(
-        self, query, cache: PagedKV, layer, step, votes: rope.Rotary, backend, shard: Shard
-    ) -> Votes:
-        last_q = votes.cos.shape[1]
+    def _vote(self, query, cache: PagedKV, context: Context) -> Votes:
+        step, angles = context.step, context.voter_angles
+        assert angles is not None
+        last_q = angles.cos.shape[1]
         index = step.length - last_q + jnp.arange(last_q)
         voters = jnp.take(query, index, axis=0, mode="clip")
         return vote(
-            rope.rotate_views(voters, votes, step.query_scale * jnp.float32(self.scale)),
+            rope.rotate_views(voters, angles, step.query_scale * jnp.float32(self.scale)),
             cache,
-            layer,
+            context.layer,
             step.page_table,
             step.start,
             step.length,
             geometry=self.geometry,
-            shard=shard,
-            backend_name=backend,
+            shard=context.shard,
+            backend_name=context.backend,
         )
 
     def _attend(
-        self, queries, cache: PagedKV, layer, step, start, length, backend, shard, listed=None
-    ):
-        if getattr(backend, "prefill", None) == LEFT_OUT:
+        self,
+        queries: Float[Array, "views T N H"],
+        cache: PagedKV,
+        context: Context,
+        start,
+        length,
+        listed: plan.SparsePlan | None = None,
+    ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
+        """Output and log-sum-exp over the keys that this device holds."""
+        if self.is_skipped:
             return queries[0], jnp.zeros(queries.shape[1:3])
         return prefill(
             queries,
             cache,
-            layer,
-            step.page_table,
+            context.layer,
+            context.step.page_table,
             start,
             length,
             geometry=self.geometry,
             plan=listed,
-            shard=shard,
-            backend_name=backend,
+            shard=context.shard,
+            backend_name=context.backend,
         )
 
-    def _write_slice(
-        self, cache: PagedKV, layer, step, angles, key, value, shard: Shard
-    ) -> PagedKV:
-        keys = self._rotated_keys(key, step, angles)
+    def _write_slice(self, cache: PagedKV, context: Context, key, value) -> PagedKV:
+        step, keys = context.step, self._rotated_keys(key, context)
         table, start, length = step.page_table, step.start, step.length
-        return write_slice(cache, layer, keys, value, table, start, length, shard)
+        return write_slice(cache, context.layer, keys, value, table, start, length, context.shard)
 
-    def _views(self, query, step, angles: rope.Angles) -> Float[Array, "views T N H"]:
-        return rope.rotate_views(query, angles.query, step.query_scale * jnp.float32(self.scale))
+    def _views(self, query, context: Context) -> Float[Array, "views T N H"]:
+        scale = context.step.query_scale * jnp.float32(self.scale)
+        return rope.rotate_views(query, context.angles.query, scale)
 
-    def _rotated_keys(self, key, step, angles: rope.Angles) -> Float[Array, "T K H"]:
-        one_view = rope.Rotary(*(part[None] for part in angles.key))
-        return rope.rotate_views(key, one_view, step.key_scale)[0]
+    def _rotated_keys(self, key, context: Context) -> Float[Array, "T K H"]:
+        one_view = rope.Rotary(*(part[None] for part in context.angles.key))
+        return rope.rotate_views(key, one_view, context.step.key_scale)[0]
+
+
+def _on_devices(
+    body: Callable[..., tuple[PagedKV, Any, Any]],
+    cache: PagedKV,
+    rows: tuple[Float[Array, "T _ H"], ...],
+    context: Context,
+    per_head: tuple[Array, ...] = (),
+) -> tuple[PagedKV, Any, Any]:
+    """`body(cache, rows, context, per_head)` on each device, of what it holds of these arrays.
+
+    Other arguments are those of `sequence_parallel.run`; a slice is divided where it can be.
+    """
+
+    def here(local, cache, rows, context, per_head):
+        return body(cache, rows, dataclasses.replace(context, local=local), per_head)
+
+    split = isinstance(context.step, PrefillStep) and sequence_parallel.splits(len(rows[0]))
+    return sequence_parallel.run(here, cache, rows, context, per_head, split=split)
+
+
+def _kept(context: Context) -> tuple[Int[Array, " N"], Int[Array, " N"]]:
+    """Columns and diagonals of each head of a layer."""
+    budgets = context.budgets
+    assert budgets is not None
+    return budgets.vertical[context.layer], budgets.slash[context.layer]

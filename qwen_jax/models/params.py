@@ -24,10 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from qwen_jax.config import ModelConfig, model_config
+from qwen_jax.config import ModelConfig
 from qwen_jax.distributed import multihost, sharding
 from qwen_jax.distributed.jax_settings import own_settings
 from qwen_jax.files.reading import shown
+from qwen_jax.hf_config import model_config
 from qwen_jax.models.qwen2 import Qwen2
 from qwen_jax.storage import manifest as manifests
 from qwen_jax.storage import orbax_io

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from qwen_jax.config import ModelConfig, model_config
+from qwen_jax.config import ModelConfig
+from qwen_jax.hf_config import model_config
 
 _COMMON = {
     "model_type": "qwen2",

@@ -80,6 +80,10 @@ class LocalShard:
         return jax.lax.all_to_all(dealt, _SEQ, 0, 0)
 
 
+ALONE = LocalShard(WHOLE, split=False)
+"""Of a device that has all there is."""
+
+
 def splits(tokens: int) -> bool:
     """Whether the tokens of a slice are divided along `seq`: if they can be."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -123,7 +127,7 @@ def run(
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return body(LocalShard(WHOLE, False), cache, rows, rest, per_head)
+        return body(ALONE, cache, rows, rest, per_head)
     of_rows = PartitionSpec(_SEQ if split else None, RULES.heads)
     of_heads, of_cache = PartitionSpec(RULES.heads), RULES.spec(AXES)
 

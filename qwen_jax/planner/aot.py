@@ -131,8 +131,8 @@ def steps(
         table_len=table_len,
         scales=(1.0, 1.0),
     )
-    roster = _placed(batch.decode_slots((), max_seqs=1, table_len=table_len), whole)
-    tokens = batch.tokens((), max_seqs=1, scales=lambda _: (1.0, 1.0))
+    slots = batch.decode_slots((), max_seqs=1, table_len=table_len)
+    token = batch.decode((), max_seqs=1, page_table=slots.page_table, scales=lambda _: (1.0, 1.0))
     seen = _placed(jax.ShapeDtypeStruct((1, config.vocab_size), jnp.bool), whole)
     kept = None
     if budgets is not None:
@@ -153,7 +153,7 @@ def steps(
     of_each = {
         "prefill": (made.prefill, *args, step),
         "prefill_sparse": (made.prefill_sparse, *args, step, kept),
-        "decode": (made.decode, *args, seen, roster, tokens),
+        "decode": (made.decode, *args, seen, _placed(slots.sampling, whole), token),
     }
     if kept is None:
         del of_each["prefill_sparse"]

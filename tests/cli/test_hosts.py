@@ -48,7 +48,7 @@ import jax
 from pathlib import Path
 from convert import weights
 from qwen_jax import hosts, params, sharding
-from qwen_jax.config import model_config
+from qwen_jax.hf_config import model_config
 
 directory, _, coordinator, _, count, _, process = sys.argv[1:]
 hosts.start(

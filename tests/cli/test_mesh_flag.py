@@ -11,8 +11,8 @@ import pytest
 from support import children
 
 from qwen_jax.cli import main
-from qwen_jax.config import model_config
 from qwen_jax.distributed import sharding
+from qwen_jax.hf_config import model_config
 from qwen_jax.llm import placement
 
 PROMPT = ["--prompt", "The bee and the bear", "--greedy", "--max-new-tokens", "4", "--json"]

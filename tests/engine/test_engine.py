@@ -276,8 +276,10 @@ def test_no_compiled_step_makes_a_second_cache():
     piece = inputs.prefill(
         (1,), size=SLICES[0], start=0, pages=[1], table_len=1024, scales=(1.0, 1.0)
     )
-    roster = inputs.decode_slots([], max_seqs=MAX_SEQS, table_len=1024)
-    step = inputs.tokens([], max_seqs=MAX_SEQS, scales=lambda n: (1.0, 1.0))
+    slots = inputs.decode_slots([], max_seqs=MAX_SEQS, table_len=1024)
+    step = inputs.decode(
+        [], max_seqs=MAX_SEQS, page_table=slots.page_table, scales=lambda n: (1.0, 1.0)
+    )
     steps = Programs(*map(jitted, runner._programs))
     programs = {
         "prefill": steps.prefill.lower(*arrays, runner._cache, piece),
@@ -289,7 +291,7 @@ def test_no_compiled_step_makes_a_second_cache():
         ),
         "survey": steps.survey.lower(*arrays, runner._cache, piece, grid=GRID),
         "score": steps.score.lower(*arrays, runner._cache, piece),
-        "decode": steps.decode.lower(*arrays, runner._cache, runner._seen, roster, step),
+        "decode": steps.decode.lower(*arrays, runner._cache, runner._seen, slots.sampling, step),
     }
     for name, lowered in programs.items():
         plan = lowered.compile().memory_analysis()

@@ -5,12 +5,27 @@ import itertools
 import numpy as np
 import pytest
 
+from qwen_jax.engine.layout import EngineLayout
 from qwen_jax.engine.page_pool import Pages
 from qwen_jax.engine.request import Request, Sequence, Sparseness
-from qwen_jax.engine.scheduler import Decode, Scheduler, Slice, slice_bounds
+from qwen_jax.engine.scheduler import Decode, Scheduler, Slice
+from qwen_jax.sparse.budgets import TILES
 
 PAGE = 4
 numbers = itertools.count()
+
+
+def layout_of(slices, boundary):
+    return EngineLayout(
+        page=PAGE,
+        slices=slices,
+        boundary=boundary,
+        table_len=100,
+        num_pages=101,
+        columns=None,
+        slice_len=slices[0],
+        tiles=TILES,
+    )
 
 
 def scheduler(
@@ -25,10 +40,8 @@ def scheduler(
     pages = Pages(num_pages)
     return pages, Scheduler(
         pages,
-        page=PAGE,
+        layout=layout_of(slices, boundary),
         max_seqs=max_seqs,
-        slices=slices,
-        boundary=boundary,
         dense_tail=dense_tail,
         whole_slices=whole_slices,
         scales=scales,
@@ -62,7 +75,7 @@ def run(scheduler, steps):
 def test_slices_cover_the_prompt_in_compiled_shapes_within_the_boundary(length, boundary):
     start = 0
     while start < length:
-        taken, size = slice_bounds(start, length, (16, 8, 2), boundary)
+        taken, size = layout_of((16, 8, 2), boundary).slice_bounds(start, length)
         assert 1 <= taken <= size
         assert size in (16, 8, 2)
         assert not any(smaller >= taken for smaller in (16, 8, 2) if smaller < size)
@@ -223,7 +236,7 @@ def test_whole_slices_share_what_longer_prompts_would_compute_alike():
         queue.add(each)
         starts[length] = queue.next().start
         while each.filled < length:
-            taken, size = slice_bounds(each.filled, length, (16, 8, 2), None)
+            taken, size = layout_of((16, 8, 2), None).slice_bounds(each.filled, length)
             queue.prefilled(Slice(sequence=each, start=each.filled, length=taken, size=size))
         queue.finish(each)
     # The last slice of 40 is shared with none, nor is the last one of 32.
@@ -312,7 +325,7 @@ def test_pages_are_not_shared_between_different_scales():
         queue.add(each)
         assert queue.next().start == start, length
         while each.filled < length:
-            taken, size = slice_bounds(each.filled, length, (16, 8, 2), None)
+            taken, size = layout_of((16, 8, 2), None).slice_bounds(each.filled, length)
             queue.prefilled(Slice(sequence=each, start=each.filled, length=taken, size=size))
         queue.finish(each)
 

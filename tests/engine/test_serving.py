@@ -1,5 +1,6 @@
 """The engine's bookkeeping, with a model that is a checksum of what the cache holds."""
 
+import dataclasses
 import math
 from unittest import mock
 
@@ -16,9 +17,8 @@ from pallas_kernels.geometry import ChunkGeometry
 from qwen_jax.config import ConfigError, ModelConfig
 from qwen_jax.engine import engine as engines
 from qwen_jax.engine.engine import Engine, EngineConfig, Piece
-from qwen_jax.engine.page_pool import default_page
+from qwen_jax.engine.layout import EngineLayout
 from qwen_jax.engine.request import Request, RequestError
-from qwen_jax.engine.scheduler import default_slices
 
 ORIGINAL_LEN = 24
 MAX_LEN = 48
@@ -428,6 +428,11 @@ def test_a_capacity_that_makes_no_sense_is_refused_by_name(fields):
         build(**fields)
 
 
+def layout_of(platform, geometry, **more):
+    model = dataclasses.replace(MODEL, dual_chunk=geometry)
+    return EngineLayout.resolve(model, EngineConfig(max_len=MAX_LEN), platform=platform, **more)
+
+
 @pytest.mark.parametrize(
     ("platform", "geometry", "page", "slices"),
     [
@@ -448,8 +453,8 @@ def test_a_capacity_that_makes_no_sense_is_refused_by_name(fields):
     ],
 )
 def test_pages_and_slices_fit_the_chunks_of_the_model(platform, geometry, page, slices):
-    assert default_page(platform, geometry) == page
-    assert default_slices(platform, geometry) == slices
+    found = layout_of(platform, geometry)
+    assert (found.page, found.slices) == (page, slices)
 
 
 @pytest.mark.parametrize(
@@ -463,7 +468,7 @@ def test_pages_and_slices_fit_the_chunks_of_the_model(platform, geometry, page, 
     ],
 )
 def test_sparse_slices_are_larger_where_chunks_allow_it(platform, geometry, slices):
-    assert default_slices(platform, geometry, sparse=True) == slices
+    assert layout_of(platform, geometry, sparse_slices=True).slices == slices
 
 
 def test_the_description_is_one_line_with_the_sizes():

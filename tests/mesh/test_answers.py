@@ -12,11 +12,12 @@ from support.children import run
 
 from convert import weights
 from pallas_kernels.geometry import ChunkGeometry
-from qwen_jax.config import ConfigError, SparseConfig, model_config, sparse_config
+from qwen_jax.config import ConfigError, SparseConfig
 from qwen_jax.distributed import sharding
 from qwen_jax.engine.data_parallel import build, split
 from qwen_jax.engine.engine import Engine, EngineConfig
 from qwen_jax.engine.request import Request, Sampling
+from qwen_jax.hf_config import model_config, sparse_config
 from qwen_jax.models import params
 
 CONFIG = dataclasses.replace(
@@ -140,7 +141,7 @@ def check_logprobs(serve, some, alone):
     served, expectations = logprobs(serve, asked), logprobs(alone, asked)
     assert [bool(each) for each in served] == [each.logprobs is not None for each in asked]
     for found, expected in zip(served, expectations, strict=True):
-        assert [top[0] for top in found] == [top[0] for top in expected]
+        assert [top[0][0] for top in found] == [top[0][0] for top in expected]
         values, others = ([[v for _, v in top] for top in each] for each in (found, expected))
         np.testing.assert_allclose(values, others, atol=1e-4)
 

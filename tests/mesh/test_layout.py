@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scaling
 
 from qwen_jax.cli import plan
 from qwen_jax.cli.flags import ModelFlags
@@ -78,7 +79,7 @@ def test_a_run_is_refused_at_a_byte_less_than_what_the_planner_says(kind, opened
         shape = sharding.parse(text)
         shape = dataclasses.replace(shape, data=shape.data * device.per_chip)
         tokens, sequences, held = load
-        more = {"sequences": sequences, "held": held, "memory": 1 << 37}
+        more = {"sequences": sequences, "prefix_tokens": held, "memory": 1 << 37}
         found = plan.examine(model, f"{kind}:{size}", tokens, str(shape), None, **more)
         assert found["sparse"] == (sparse == "auto" and tokens > 32768)
         engine = EngineConfig(
@@ -114,3 +115,15 @@ def test_pages_of_the_cache_are_those_of_every_sequence(max_len, max_seqs, held,
     own = -(-max_len // found.page) - held // found.page
     assert found.num_pages == max_seqs * own + -(-held // found.page) + 1
     assert found.table_len == -(-max_len // found.page)
+
+
+@pytest.mark.parametrize(("name", "where", "tokens"), scaling.CASES)
+def test_what_is_compiled_for_the_docs_is_what_an_engine_runs(name, where, tokens, opened):
+    config = opened[name, "off"].config
+    mesh = sharding.default_mesh(config, devices.topology(where).count)
+    load = scaling.load(name, mesh, tokens, sparse=True)
+    engine = EngineConfig(max_len=tokens, sparse=scaling.budgets(name))
+    found = EngineLayout.resolve(config, engine, platform="tpu", seq=mesh.seq)
+    assert (load.page, load.slice_len, load.columns) == (found.page, found.slice_len, found.columns)
+    assert (load.pages, load.cache_pages) == (found.table_len, found.num_pages - 1)
+    assert load.columns == min(scaling.COLUMNS[name], found.table_len * found.page)

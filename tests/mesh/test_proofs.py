@@ -10,8 +10,8 @@ from scaling import CASES, COLUMNS, SLICE
 
 from qwen_jax.config import SparseConfig
 from qwen_jax.distributed import sharding
+from qwen_jax.engine import layout
 from qwen_jax.engine import memory as budget
-from qwen_jax.engine.page_pool import default_page
 from qwen_jax.models import presets
 from qwen_jax.planner import aot, devices
 
@@ -68,12 +68,14 @@ def test_it_fits_as_planned_and_nothing_else_is_sent(model, name, tokens, step, 
     config, topology = presets.config(tmp_path, model), devices.topology(name)
     shape = sharding.default_mesh(config, topology.count)
     kept = budgets(config, model)
-    load = budget.Workload(
-        tokens=tokens,
-        page=default_page("tpu", config.dual_chunk, parts=shape.seq),
-        slice_len=SLICE,
-        columns=COLUMNS[model] if step == "prefill_sparse" else None,
+    sparse = kept if step == "prefill_sparse" else None
+    load = layout.load(
+        config,
+        layout.EngineConfig(max_len=tokens, slices=(SLICE,), sparse=sparse),
+        shape,
+        platform="tpu",
         relayouts_weights=topology.device.relays,
+        dtype="bfloat16",
     )
     mesh = aot.mesh_of(topology, shape)
     made = aot.steps(config, load, mesh, kept)[step]()

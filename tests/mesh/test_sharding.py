@@ -13,10 +13,11 @@ from support.children import run
 from support.random_models import CONFIGS
 
 from convert import weights
-from qwen_jax.config import ConfigError, model_config
+from qwen_jax.config import ConfigError
 from qwen_jax.distributed import sharding
 from qwen_jax.distributed.sharding import MeshShape, Rules
 from qwen_jax.engine import memory
+from qwen_jax.hf_config import model_config
 from qwen_jax.models import kv_cache, params, presets
 
 

@@ -5,14 +5,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.geometry import ChunkGeometry
-from qwen_jax.config import (
-    ConfigError,
-    GenerationConfig,
-    generation_config,
-    model_config,
-    notes,
-    sparse_config,
-)
+from qwen_jax.config import ConfigError, GenerationConfig
+from qwen_jax.hf_config import generation_config, model_config, notes, sparse_config
 
 SEVEN_BILLION = {
     "architectures": ["Qwen2ForCausalLM"],

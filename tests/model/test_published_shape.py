@@ -14,7 +14,8 @@ from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.paged_kv import PagedKV
 from qwen_jax.config import ModelConfig
 from qwen_jax.models import rope
-from qwen_jax.models.qwen2 import PrefillStep, Qwen2
+from qwen_jax.models.qwen2 import Qwen2
+from qwen_jax.models.steps import PrefillStep
 from qwen_jax.sparse import budgets as sparse
 
 pytestmark = pytest.mark.optimized

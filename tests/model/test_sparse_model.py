@@ -17,7 +17,8 @@ from qwen_jax.config import SparseConfig
 from qwen_jax.engine.engine import Engine, EngineConfig
 from qwen_jax.engine.request import Request
 from qwen_jax.models import kv_cache, rope
-from qwen_jax.models.qwen2 import PrefillStep, Qwen2
+from qwen_jax.models.qwen2 import Qwen2
+from qwen_jax.models.steps import PrefillStep
 from qwen_jax.sparse import budgets as sparse
 
 GEOMETRY = ChunkGeometry(chunk_size=144, local_size=16)

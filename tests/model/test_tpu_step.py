@@ -22,6 +22,7 @@ from qwen_jax.engine import inputs
 from qwen_jax.engine.model_runner import Steps, flatten
 from qwen_jax.models import rope
 from qwen_jax.models.qwen2 import Qwen2
+from qwen_jax.models.steps import PrefillStep
 from qwen_jax.sparse import budgets as sparse
 
 pytestmark = pytest.mark.optimized
@@ -74,12 +75,19 @@ def step_of(name, model):
     args = [weights, rope.Table(real(table)), cache]
     scale = real(())
     if name == "decode":
-        roster = inputs.decode_slots((), max_seqs=1, table_len=TABLE)
-        tokens = inputs.tokens((), max_seqs=1, scales=lambda _: (1.0, 1.0))
+        slots = inputs.decode_slots((), max_seqs=1, table_len=TABLE)
+        token = inputs.decode(
+            (), max_seqs=1, page_table=slots.page_table, scales=lambda _: (1.0, 1.0)
+        )
         seen = jax.ShapeDtypeStruct((1, model.vocab_size), jnp.bool)
-        return steps.decode, [*args, seen, roster, tokens], (2, 3)
-    step = inputs.Prefill(
-        integer((SLICE,)), integer(()), integer(()), integer((TABLE,)), scale, scale
+        return steps.decode, [*args, seen, slots.sampling, token], (2, 3)
+    step = PrefillStep(
+        tokens=integer((SLICE,)),
+        start=integer(()),
+        length=integer(()),
+        page_table=integer((TABLE,)),
+        query_scale=scale,
+        key_scale=scale,
     )
     if name == "prefill":
         return steps.prefill, [*args, step], (2,)

@@ -15,9 +15,10 @@ from support import huggingface, random_models
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
-from qwen_jax.config import ModelConfig, Yarn, model_config
+from qwen_jax.config import ModelConfig, Yarn
 from qwen_jax.engine.engine import Engine, EngineConfig
 from qwen_jax.engine.request import Request
+from qwen_jax.hf_config import model_config
 from qwen_jax.models import rope
 
 pytestmark = pytest.mark.torch

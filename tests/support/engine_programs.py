@@ -95,13 +95,15 @@ def calls(engine: Engine):
     step = inputs.prefill(
         (0,) * SLICE, size=SLICE, start=0, pages=[], table_len=table_len, scales=(1.0, 1.0)
     )
-    roster = inputs.decode_slots((), max_seqs=max_seqs, table_len=table_len)
-    tokens = inputs.tokens((), max_seqs=max_seqs, scales=lambda _: (1.0, 1.0))
+    slots = runner.place(inputs.decode_slots((), max_seqs=max_seqs, table_len=table_len))
+    token = inputs.decode(
+        (), max_seqs=max_seqs, page_table=slots.page_table, scales=lambda _: (1.0, 1.0)
+    )
     yield "prefill", (*model, step), {}
     yield "prefill_sparse", (*model, step, runner._budgets), {}
     yield "score", (*model, step), {}
     yield "score_sparse", (*model, step, runner._budgets), {}
-    yield "decode", (*model, runner._seen, runner.place(roster), tokens), {}
+    yield "decode", (*model, runner._seen, slots.sampling, token), {}
     yield "extract_kv", (cache, table, number), {"size": WINDOW}
     yield "insert_kv", (cache, shape, shape, table, number, number), {}
     yield "copy_page", (cache, number, number), {}

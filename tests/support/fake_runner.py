@@ -51,11 +51,11 @@ class FakeRunner:
     def place(self, roster):
         return roster
 
-    def decode(self, roster, step):
+    def decode(self, sampling, step):
         assert step.tokens.shape == (self.max_seqs,)
         out = np.full(self.max_seqs, -7)
         for row in np.flatnonzero(step.positions >= 0):
-            table, position = roster.page_table[row], int(step.positions[row])
+            table, position = step.page_table[row], int(step.positions[row])
             scales = float(step.query_scale[row]), float(step.key_scale[row])
             self.write(table, position, int(step.tokens[row]), *scales)
             out[row] = self.read(table, position + 1)[1]
