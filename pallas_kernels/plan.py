@@ -28,7 +28,7 @@ _WORD = 32  # bits
 )
 @dataclasses.dataclass(frozen=True, slots=True)
 class SparsePlan:
-    """What a slice of T queries reads of the keys up to its end.
+    """Keys that a slice of T queries reads: blocks per tile of queries, and single columns.
 
     Attributes:
         blocks: bit b of word w of a tile says that the tile reads key block `32 w + b`.
@@ -69,7 +69,7 @@ def build(
     tiles: Tiles,
     shard: Shard = WHOLE,
 ) -> SparsePlan:
-    """The plan of a slice from what was selected for it (arXiv:2407.02490, section 3.2).
+    """Build a plan from selected columns and diagonals of a slice (arXiv:2407.02490, section 3.2).
 
     A diagonal gives a tile every block that it crosses in the tile's rows, so a tile
     reads a superset of the selected keys; blocks after a tile's last query are left out.
