@@ -138,7 +138,7 @@ def _shares(
 @triton.jit
 @no_type_check
 def _bounds(ends, view, B: tl.constexpr, Q: tl.constexpr):
-    """Where the keys end that all tokens of a sequence see in a view, and those that any sees.
+    """Ends of the keys that all tokens of a sequence see in a view, and that any of them sees.
 
     A token that sees none reads what the others read, and is empty in the end.
     """

@@ -180,7 +180,7 @@ def _rows(queries, group: int, tile: int):
 
 
 def _unpadded(x, T: int, N: int, tile: int, padded: int):
-    """What `_rows` has made of queries, back in their order."""
+    """Undo the padding and grouping of `_rows`."""
     heads, rest = x.shape[1], x.shape[2:]
     group = N // heads
     x = x.reshape(-1, padded, heads, *rest)[:, :tile].reshape(-1, heads, *rest)[: T * group]

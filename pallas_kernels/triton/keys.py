@@ -1,4 +1,4 @@
-"""What Triton kernels that stream all keys share: where they lie, and logits that a mask cuts."""
+"""Parts of Triton kernels that stream all keys: addresses, and logits that a mask cuts."""
 
 from typing import no_type_check
 

@@ -51,7 +51,8 @@ class Vote:
     @classmethod
     @functools.cache
     def compiled(cls, geometry, **options):
-        return jax.jit(functools.partial(cls.function, geometry=geometry, **cls.options, **options))
+        options = cls.options | options
+        return jax.jit(functools.partial(cls.function, geometry=geometry, **options))
 
     def check(self, start, length, geometry, options=None, **shape):
         """Compare votes of one slice; what lies after it, in its last page too, is nan."""
