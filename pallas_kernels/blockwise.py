@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import softmax
 from pallas_kernels.geometry import INTER, INTRA, SUCC, ChunkGeometry
 from pallas_kernels.paged_kv import PagedKV
+from pallas_kernels.regions import whole_tiles
 from pallas_kernels.shard import Shard
 
 
@@ -74,33 +75,6 @@ def fetch(
     )
     block = jax.lax.dynamic_slice(array, index, (1, heads, 1, count, H))
     return block.reshape(heads, count, H)
-
-
-def whole_tiles(
-    q_pos: Int[Array, "*J"],
-    kv_len: Int[Array, ""],
-    *,
-    tile: int,
-    geometry: ChunkGeometry | None,
-    shard: Shard,
-) -> list[tuple[int, Int[Array, ""]]]:
-    """Each view and where its tiles of keys end, in ascending order: those that no mask cuts.
-
-    The first view begins at tile 0, each other one where the one before ends.
-    """
-    first, last = q_pos.min(), q_pos.max()
-    whole = shard.before(jnp.minimum(first + 1, kv_len)) // tile
-    if geometry is None:
-        return [(0, whole)]
-    if geometry.chunk_len % tile:
-        return []
-    chunk = first // geometry.chunk_len
-    whole = jnp.where(chunk == last // geometry.chunk_len, whole, 0)
-    borders = (INTER, chunk - 1), (SUCC, chunk), (INTRA, chunk + 1)
-    return [
-        (view, jnp.clip(shard.before(border * geometry.chunk_len) // tile, 0, whole))
-        for view, border in borders
-    ]
 
 
 def attend_tile(

@@ -11,7 +11,7 @@ Keys near the borders of chunks and pages, at the beginning and at the end weigh
 single pair in the wrong view or behind the wrong mask changes an output by several per cent. What
 must not be read is NaN: rows past the end, other pages and the other layer of the cache.
 
-    for result in check(Shape.of(MODELS["7B"], dtype="bfloat16")):
+    for result in check(Shape(num_heads=28, num_kv_heads=4, head_dim=128, page=1024, ...)):
         print(result)
 """
 
@@ -27,7 +27,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pallas_kernels.cases import Model
 from pallas_kernels.dispatch import backend
 from pallas_kernels.dispatch.tiles import Tiles, of_page, tables
 from pallas_kernels.geometry import ChunkGeometry
@@ -40,8 +39,9 @@ LIMIT = {"float32": 1e-4, "bfloat16": 2e-2}
 """Largest error of a row relative to its norm, and of a log-sum-exp as it is.
 
 The tests of the kernels allow 2e-6 and 2e-2 of the largest magnitude, twice what was measured
-(tests/tolerances.py, tests/kernels/test_mosaic_tpu_prefill.py). On the inputs below the kernels
-are wrong by up to 9e-7 and 9.6e-3 in their interpreters (tests/kernels/test_check_interpreted.py).
+(tests/support/tolerances.py, tests/kernels/test_mosaic_tpu_prefill.py). On the inputs below the
+kernels are wrong by up to 9e-7 and 9.6e-3 in their interpreters
+(tests/kernels/test_check_interpreted.py).
 In float32 there is more room, for sums in another order, but none for products of numbers of 16 or
 19 bits, which are wrong by 3e-4 and more. The mistakes of tests/kernels/test_check.py are wrong by
 4e-2 or more.
@@ -62,7 +62,7 @@ PAGES = 12
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What one device has of a model's attention.
+    """Attention shape of one device: heads, pages, chunks, dtype.
 
     Attributes:
         num_heads: query heads.
@@ -86,20 +86,8 @@ class Shape:
     far: bool = True
     rows: int = ROWS
 
-    @classmethod
-    def of(cls, model: Model, *, dtype: str, **more: Any) -> "Shape":
-        """A published model on one device."""
-        sizes = {
-            "num_heads": model.num_heads,
-            "num_kv_heads": model.num_kv_heads,
-            "head_dim": model.head_dim,
-            "page": 1024,
-            "geometry": model.geometry,
-        }
-        return cls(dtype=dtype, **sizes | more)
-
     def soon(self) -> "Shape":
-        """The same heads in smaller pages, chunks and slices: for a CPU."""
+        """Shrink pages, chunks and slices, not heads: to be compared on a CPU."""
         page = min(self.page, 128 * self.parts)
         rows = min(self.rows, 96)
         return dataclasses.replace(self, page=page, rows=rows, far=False)
@@ -111,7 +99,7 @@ Verdict = Literal["agrees", "differs", "fails", "refuses"]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """How a program of a backend compares with the truth.
+    """Comparison of one program of a backend with the truth.
 
     Attributes:
         program: one of `PROGRAMS`.
@@ -139,7 +127,7 @@ class Result:
 
 
 class Place(NamedTuple):
-    """A context in which a shape is compared.
+    """Context length at which a shape is compared.
 
     Attributes:
         borders: positions around which keys weigh most.
@@ -160,7 +148,7 @@ def check(
     programs: tuple[str, ...] = tuple(PROGRAMS),
     device: Any = None,
 ) -> Iterator[Result]:
-    """Compares programs of the backends that are chosen, one result for each context.
+    """Compare the chosen backends with the truth; yields one result per program and context.
 
     Args:
         device: jax's; default: the first one of this process.
@@ -184,7 +172,7 @@ def check(
 
 
 def places(shape: Shape) -> tuple[Place, Place]:
-    """The short and the long context of a shape."""
+    """Return the short and the long context at which a shape is compared."""
     page, given = shape.page, shape.geometry
 
     def chunks(length: int) -> ChunkGeometry:
@@ -238,7 +226,7 @@ class Errors(NamedTuple):
         return self.row <= limit and (self.lse is None or self.lse <= limit)
 
     def and_(self, other: "Errors") -> "Errors":
-        """The larger ones, NaN being the largest."""
+        """Return the elementwise maximum; NaN wins."""
         lse = None if self.lse is None or other.lse is None else np.maximum(self.lse, other.lse)
         return Errors(float(np.maximum(self.row, other.row)), None if lse is None else float(lse))
 
@@ -248,7 +236,7 @@ class Errors(NamedTuple):
 
 
 def _compared(name: str, shape: Shape, place: Place, who: str, device: Any) -> Result:
-    """A program on all inputs of a place: the largest errors, or what went wrong first."""
+    """Run a program on all inputs of a place; keep the largest errors or the first failure."""
     limit = LIMIT[shape.dtype]
     worst = Errors(0.0, None if name == "selection" else 0.0)
     verdict, reason = "agrees", ""
@@ -284,7 +272,7 @@ def _compared(name: str, shape: Shape, place: Place, who: str, device: Any) -> R
 
 
 def _in_a_line(error: Exception) -> str:
-    """Type, first line and last line, for between them there is a stack."""
+    """Summarise an error: type, first line and last line, without the stack between."""
     lines = [line for line in map(str.split, str(error).splitlines()) if line]
     said = [" ".join(line)[:300] for line in (lines[:1] + lines[1:][-1:])]
     return ": ".join([type(error).__name__, *said])
@@ -297,7 +285,7 @@ def _finite(figure: float | None) -> float | None:
 def compiled(
     name: str, who: str, geometry: ChunkGeometry | None, platform: str
 ) -> Callable[[Inputs], tuple[Array, Array]]:
-    """A program of a backend as a function of its `inputs`, compiled as an engine would."""
+    """Return a jitted function of `Inputs`, compiled as an engine compiles it."""
 
     def run(args: Inputs):
         return _call(name, who, geometry, args)
@@ -312,7 +300,7 @@ def _call(name: str, who: str, geometry: ChunkGeometry | None, args: Inputs):
 
 
 def _truth(name: str, place: Place, args: Inputs) -> list[np.ndarray]:
-    """What a program should find, in float32: a kv head at a time, which takes less memory."""
+    """Expected result in float32, one kv head at a time to save memory."""
     run = exact(name, place.truth, place.geometry)
     heads = [jax.device_get(run(args, np.int32(head))) for head in range(args.cache.keys.shape[1])]
     axes = (0, 0) if name == "selection" else (-2, -1)
@@ -322,7 +310,7 @@ def _truth(name: str, place: Place, args: Inputs) -> list[np.ndarray]:
 
 @functools.cache
 def exact(name: str, who: str, geometry: ChunkGeometry | None) -> Callable:
-    """A program of one kv head with exact products."""
+    """Return a program of one kv head in float32 with exact products."""
 
     def run(args: Inputs, head):
         kv_heads, num_heads = args.cache.keys.shape[1], args.queries.shape[-2]
@@ -350,7 +338,7 @@ def exact(name: str, who: str, geometry: ChunkGeometry | None) -> Callable:
 
 
 def _errors(name: str, found, truth, length: int) -> Errors:
-    """The largest errors of the rows that count.
+    """Largest errors over the rows that count.
 
     Args:
         length: queries of the slice; those after them are padding, which must be finite.
@@ -368,7 +356,7 @@ def _errors(name: str, found, truth, length: int) -> Errors:
 
 
 def _row_error(found: np.ndarray, truth: np.ndarray) -> float:
-    """The largest error of a row relative to its norm; infinite where one of zeros is none."""
+    """Largest error of a row relative to its norm; infinite if a row of zeros differs."""
     norm = np.linalg.norm(truth, axis=-1)
     error = np.linalg.norm(found.astype(np.float32) - truth, axis=-1)
     empty = np.where(error == 0, 0.0, np.inf)
@@ -376,7 +364,7 @@ def _row_error(found: np.ndarray, truth: np.ndarray) -> float:
 
 
 def inputs(name: str, shape: Shape, place: Place) -> Iterator[tuple[str, int, Inputs]]:
-    """Inputs of a program: what they are, how many queries count, and the arrays, in numpy."""
+    """Yield inputs of a program: a description, the number of valid queries, and the arrays."""
     draw = _Draw(name, shape, place)
     if name == "decode":
         after = {each - back for each in place.borders for back in (0, 1)}
@@ -396,7 +384,7 @@ def inputs(name: str, shape: Shape, place: Place) -> Iterator[tuple[str, int, In
 
 
 class _Draw:
-    """Random values of a place: one cache, and slices or sequences that read it.
+    """Random inputs at a place: one cache, and slices or sequences that read it.
 
     Attributes:
         rows: queries of a slice.
@@ -471,11 +459,11 @@ class _Draw:
         return Inputs(self._queries(len(at), 1), cache, rest, None, self._on_device())
 
     def _on_device(self) -> Shard:
-        """Which shard it is is not known when a program is compiled."""
+        """Shard whose index is an array: unknown when a program is compiled."""
         return dataclasses.replace(self._shard, index=jnp.int32(self._shard.index))
 
     def _queries(self, *size: int) -> np.ndarray:
-        """Multiplied by the softmax scale; the first number of each is 1 and takes up the bias."""
+        """Random scaled queries; the first number of each is 1 and takes the keys' bias."""
         views, H = 1 if self._place.geometry is None else 3, self._shape.head_dim
         drawn = self._rng.standard_normal((views, *size, self._shape.num_heads, H), np.float32)
         drawn *= H**-0.5
@@ -483,7 +471,7 @@ class _Draw:
         return drawn.astype(self._shape.dtype)
 
     def _positions(self, pages: np.ndarray) -> np.ndarray:
-        """Of the keys of some pages of the sequence that lie here [pages, part]."""
+        """Positions [pages, part] of the local keys of some pages of the sequence."""
         first = pages[:, None] * self._page + int(self._shard.index) * self._part
         return first + np.arange(self._part)
 
@@ -492,7 +480,7 @@ class _Draw:
         return np.where(away <= NEAR, 0, QUIET)
 
     def _until(self, end: int) -> tuple[PagedKV, np.ndarray]:
-        """Cache and page table of a sequence of so many tokens, after which there is NaN."""
+        """Cache and page table of a sequence of `end` tokens; rows after them are NaN."""
         last = (end - 1) // self._page
         cache = self._cache.copy()
         after = self._positions(np.array([last]))[0] >= end
@@ -526,7 +514,7 @@ class _Draw:
 
 
 def source() -> str:
-    """A digest of every file that these kernels are made of, tables of tile sizes too."""
+    """Hash every source file of this package and the tables of tile sizes (SHA-256, hex)."""
     digest = hashlib.sha256()
     for folder in sorted({Path(__file__).parent, tables()}):
         for path in sorted(folder.rglob("*")):

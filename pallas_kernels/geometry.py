@@ -1,4 +1,4 @@
-"""Integers of Dual Chunk Attention: which view a pair uses, where each view is rotated.
+"""Dual Chunk Attention in integers: the view of each pair, the rotary position of each view.
 
 Works on Python integers, numpy and jax arrays alike (arXiv:2402.17463, section 3).
 """
@@ -38,7 +38,7 @@ class ChunkGeometry:
         return self.chunk_size - self.local_size
 
     def view(self, q_pos, k_pos):
-        """Which view the pair (q_pos, k_pos) uses; callers mask k_pos > q_pos."""
+        """View (0, 1 or 2) of the pair (q_pos, k_pos); callers mask k_pos > q_pos."""
         return (q_pos // self.chunk_len - k_pos // self.chunk_len).clip(INTRA, INTER)
 
     def query_positions(self, pos):

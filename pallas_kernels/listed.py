@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import softmax
-from pallas_kernels.blockwise import dot, fetch, scores, whole_tiles
+from pallas_kernels.blockwise import dot, fetch, scores
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.paged_kv import PagedKV
+from pallas_kernels.regions import whole_tiles
 from pallas_kernels.shard import Shard
 
 
@@ -114,7 +115,7 @@ def _chosen(upto: Int[Array, " n"], rank: Int[Array, " r"]) -> Int[Array, " r"]:
 
 
 def _before(upto: Int[Array, " n"], place: Int[Array, ""]) -> Int[Array, ""]:
-    """How many are chosen before a place."""
+    """Number of chosen ones before a place."""
     return jnp.where(place > 0, upto[place - 1], 0)
 
 

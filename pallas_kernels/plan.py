@@ -28,7 +28,7 @@ _WORD = 32  # bits
 )
 @dataclasses.dataclass(frozen=True, slots=True)
 class SparsePlan:
-    """What a slice of T queries reads of the keys up to its end.
+    """Keys that a slice of T queries reads: blocks per tile of queries, and single columns.
 
     Attributes:
         blocks: bit b of word w of a tile says that the tile reads key block `32 w + b`.
@@ -41,12 +41,12 @@ class SparsePlan:
     tiles: Tiles
 
     def reads(self) -> Bool[Array, "N tiles blocks"]:
-        """Which blocks each tile reads."""
+        """Unpack the mask of the blocks that each tile reads."""
         bits = self.blocks[..., None] >> jnp.arange(_WORD, dtype=jnp.uint32) & 1
         return bits.reshape(*self.blocks.shape[:-1], -1).astype(bool)
 
     def before(self, blocks: Int[Array, "N tiles *B"]) -> Int[Array, "N tiles *B"]:
-        """How many blocks each tile reads before given ones."""
+        """Count the blocks that each tile reads before given ones."""
         words = jnp.pad(self.blocks, ((0, 0), (0, 0), (0, 1)))
         in_words = jax.lax.population_count(words).astype(jnp.int32)
         upto = jnp.cumsum(in_words, -1, dtype=jnp.int32) - in_words
@@ -69,7 +69,7 @@ def build(
     tiles: Tiles,
     shard: Shard = WHOLE,
 ) -> SparsePlan:
-    """The plan of a slice from what was selected for it (arXiv:2407.02490, section 3.2).
+    """Build a plan from selected columns and diagonals of a slice (arXiv:2407.02490, section 3.2).
 
     A diagonal gives a tile every block that it crosses in the tile's rows, so a tile
     reads a superset of the selected keys; blocks after a tile's last query are left out.
@@ -153,7 +153,7 @@ def _packed(reads: Bool[Array, "*B blocks"]) -> UInt32[Array, "*B words"]:
 
 
 def _positions(chosen: Bool[Array, "N S"], most: int) -> Int[Array, "N V"]:
-    """Where `chosen` is true, ascending, in the first of `most` places."""
+    """Indices where `chosen` is true, ascending, in the first of `most` places."""
     upto = jnp.cumsum(chosen, -1, dtype=jnp.int32)
     place = jnp.arange(most, dtype=jnp.int32)
     found = jax.lax.map(functools.partial(_number_up_to, limit=place), upto)
@@ -161,7 +161,7 @@ def _positions(chosen: Bool[Array, "N S"], most: int) -> Int[Array, "N V"]:
 
 
 def _number_up_to(ascending: Int[Array, " n"], limit: Int[Array, " v"]) -> Int[Array, " v"]:
-    """How many of `ascending` are at most each limit.
+    """Count the entries of `ascending` that are at most each limit.
 
     A search that compares whole registers: a TPU takes as long to fetch one number.
     """
@@ -175,7 +175,7 @@ def _number_up_to(ascending: Int[Array, " n"], limit: Int[Array, " v"]) -> Int[A
 
 
 def covered(plan: SparsePlan, columns: Int[Array, "N V"]) -> UInt32[Array, "N words V"]:
-    """Which tiles read the block of each column: bit b of word w is tile 32 w + b."""
+    """Bits of the tiles that read the block of each column: bit b of word w is tile 32 w + b."""
     num_tiles, words = plan.blocks.shape[1:]
 
     def of_head(head):

@@ -1,4 +1,4 @@
-"""Each operation at a named shape, as a function and its inputs: to be timed, tuned, compiled."""
+"""Operations at a given shape as a function and its inputs: to be timed, tuned, compiled."""
 
 import functools
 from collections.abc import Callable
@@ -27,7 +27,7 @@ PLAN = Tiles(q=1024, k=128)  # of sparse prefill
 
 
 def program(name: str, case: Served, choice: backend.Choice = None, **keywords) -> Callable:
-    """A function of the `inputs` of the same name."""
+    """Return an operation as a function of its `inputs`."""
     run = functools.partial(
         backend.call, PROGRAMS[name], choice, geometry=case.geometry, **keywords
     )
@@ -41,8 +41,8 @@ def inputs(
 ) -> tuple[Array | PagedKV | plan.SparsePlan, ...]:
     """Random queries at the end of the context, random keys and values.
 
-    Of a sparse prefill also a plan: of the columns as many as there may be, evenly spaced, and
-    the nearest sixteenth of the diagonals. `jax.eval_shape` gives the shapes at no cost.
+    Sparse prefill also gets a plan: as many columns as there may be, evenly spaced, and the
+    nearest sixteenth of the diagonals. `jax.eval_shape` gives the shapes at no cost.
     """
     K, H, page = case.num_kv_heads, case.head_dim, case.page
     P, T = -(-case.context // page), case.slice_len

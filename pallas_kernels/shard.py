@@ -42,7 +42,7 @@ class Shard:
         return (page * (self.count - 1) + self.index) * self.part + local
 
     def before(self, position):
-        """How many local keys lie before a position, that is the first local key from it on."""
+        """Number of local keys before a position: the first local key from it on."""
         if self.count == 1:
             return position
         page = position // (self.part * self.count)
@@ -54,26 +54,26 @@ class Shard:
         return position if self.count == 1 else self.before(position + 1) - 1
 
     def scalars(self) -> list[Array | int]:
-        """What a kernel has to be given of it, the rest being static."""
+        """Return what a kernel takes as scalars; the rest is static."""
         return [] if self.count == 1 else [self.index]
 
     def inside(self, scalars_ref, first: int) -> "Shard":
-        """The same in a kernel whose scalars from `first` on are these."""
+        """Rebuild the shard in a kernel whose scalars from `first` on are `scalars()`."""
         return self if self.count == 1 else dataclasses.replace(self, index=scalars_ref[first])
 
     def sum(self, x: Shaped[Array, "*B"]) -> Shaped[Array, "*B"]:
-        """The sum over all shards."""
+        """Sum over all shards."""
         return x if self.count == 1 else jax.lax.psum(x, self.axis)
 
     def gather(self, x: Shaped[Array, "N S"]) -> Shaped[Array, "N *all"]:
-        """What belongs to each key, of all shards, by position."""
+        """Gather values of all shards' keys, ordered by position."""
         if self.count == 1:
             return x
         parts = jax.lax.all_gather(x.reshape(len(x), -1, self.part), self.axis, axis=2)
         return parts.reshape(len(x), -1)
 
     def own(self, x: Shaped[Array, "N all"], unit: int) -> Shaped[Array, "N S"]:
-        """Of what belongs to each `unit` keys, by position, that of local keys."""
+        """Slice the local part out of values by position, one for each `unit` keys."""
         if self.count == 1:
             return x
         parts = x.reshape(len(x), -1, self.count, self.part // unit)
@@ -82,7 +82,7 @@ class Shard:
     def shift_overflow(
         self, over: Shaped[Array, "N pages R"], size: int
     ) -> Shaped[Array, "N pages size"]:
-        """What falls into local pages of what reaches R places over the parts before them.
+        """Shift sums that reach R places past each part into the parts after it.
 
         Args:
             size: keys of a part, or of a page that lies here whole.
@@ -103,11 +103,11 @@ class Shard:
         return found
 
     def merge_lse(self, lse: Float[Array, "*B"]) -> Float[Array, "*B"]:
-        """The log-sum-exp over the keys of all shards."""
+        """Merge log-sum-exps over the keys of all shards."""
         if self.count == 1:
             return lse
         return jax.nn.logsumexp(jax.lax.all_gather(lse, self.axis), axis=0)
 
 
 WHOLE = Shard()
-"""Of a cache that lies on one device."""
+"""The only shard of a cache that lies on one device."""

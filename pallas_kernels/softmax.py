@@ -44,7 +44,7 @@ def merge(
     out_b: Float[Array, "*B H"],
     lse_b: Float[Array, "*B"],
 ) -> tuple[Float[Array, "*B H"], Float[Array, "*B"]]:
-    """Attention over the union of two disjoint sets of keys (arXiv:2501.15383, section 5)."""
+    """Merge attention over two disjoint sets of keys (arXiv:2501.15383, section 5)."""
     m = jnp.maximum(lse_a, lse_b)
     shift = jnp.where(jnp.isfinite(m), m, 0.0)
     a, b = jnp.exp(lse_a - shift), jnp.exp(lse_b - shift)

@@ -69,12 +69,13 @@ from bench_gpu_truth import (  # noqa: E402
 )
 
 from pallas_kernels import plan  # noqa: E402
-from pallas_kernels.cases import CASES, SERVED, Case, Served  # noqa: E402
+from pallas_kernels.cases import CASES, Case, Served  # noqa: E402
 from pallas_kernels.dispatch import backend  # noqa: E402
 from pallas_kernels.dispatch.tiles import Tiles  # noqa: E402
 from pallas_kernels.prefill import prefill  # noqa: E402
 from pallas_kernels.programs import VOTERS, program  # noqa: E402
 from pallas_kernels.select import Votes, select_keys, vote  # noqa: E402
+from qwen_jax.planner.shapes import SERVED  # noqa: E402
 
 MOST_CALLS = 512  # of a group
 QUEUED = 16  # calls that fit a queue: jax waits for the GPU at 32

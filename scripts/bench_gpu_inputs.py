@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import plan
-from pallas_kernels.cases import MODELS, Case, Model, Served
+from pallas_kernels.cases import Case, Served
 from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.paged_kv import PagedKV
+from qwen_jax.planner.shapes import MODELS, Model
 
 SETS = 3  # of inputs that calls take turns through
 RUN = 64  # neighbours of about the same weight, as in scripts/density.py

@@ -36,8 +36,8 @@ def kernels(gpu: str, model: str, backend: str, dtype: str) -> Iterator[dict]:
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels.cases import MODELS
     from pallas_kernels.programs import PROGRAMS, inputs, program
+    from qwen_jax.planner.shapes import MODELS
     from qwen_jax.sparse import budgets as sparse
 
     tiles = sparse.tiles_on("gpu")
@@ -59,10 +59,10 @@ def kernels(gpu: str, model: str, backend: str, dtype: str) -> Iterator[dict]:
 
 def steps(gpu: str, backend: str) -> Iterator[dict]:
     """Of the engine's steps of 7B, with all of a million tokens on one GPU."""
-    from pallas_kernels.cases import MODELS
     from qwen_jax.config import SparseConfig
     from qwen_jax.engine import memory as budget
     from qwen_jax.planner import aot
+    from qwen_jax.planner.shapes import MODELS
 
     with tempfile.TemporaryDirectory() as folder:
         config = presets.config(Path(folder), "7b")

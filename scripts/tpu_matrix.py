@@ -40,8 +40,8 @@ def matrix(generation: str) -> Iterator[str]:
     """A row for each model, and one for a kv head with all tokens on one device."""
     import jax
 
-    from pallas_kernels.cases import MODELS
     from pallas_kernels.programs import PROGRAMS, inputs, program
+    from qwen_jax.planner.shapes import MODELS
 
     device = mesh(generation)
     cases = {name: model.share(CONTEXT, memory_of(device)) for name, model in MODELS.items()}
@@ -71,9 +71,9 @@ def traffic() -> Iterator[str]:
     """Keys that kernels copy from the cache for a kv head, against the least."""
     import numpy as np
 
-    from pallas_kernels.cases import MODELS
     from pallas_kernels.decode import mosaic_tpu as decode
     from pallas_kernels.prefill import mosaic_tpu as prefill
+    from qwen_jax.planner.shapes import MODELS
 
     yield "| what | model | copied | least | ratio |"
     yield "|---|---|---|---|---|"

@@ -91,8 +91,8 @@ def examine(
     """
     import jax
 
-    from pallas_kernels.cases import MODELS
     from pallas_kernels.programs import inputs, program
+    from qwen_jax.planner.shapes import MODELS
 
     device = mesh(generation)
     case = MODELS[model].share(CONTEXT, memory_of(device))

@@ -116,8 +116,8 @@ def compiled(device: str, programs: list[str], model: str, candidates) -> Iterat
     """What all candidates are worth on a GPU."""
     import jax
 
-    from pallas_kernels.cases import MODELS
     from pallas_kernels.programs import inputs, program
+    from qwen_jax.planner.shapes import MODELS
     from qwen_jax.sparse import budgets
 
     gpu, mesh = GPUS[device], gpu_compile.mesh(device)

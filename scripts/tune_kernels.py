@@ -128,10 +128,10 @@ def timed(
     import jax
     from bench_gpu_truth import WrongError
 
-    from pallas_kernels.cases import SERVED
     from pallas_kernels.dispatch import backend
     from pallas_kernels.programs import inputs, program
     from qwen_jax.cli.kernels import time_of
+    from qwen_jax.planner.shapes import SERVED
     from qwen_jax.sparse import budgets
 
     here = backend.device()

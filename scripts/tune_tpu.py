@@ -33,8 +33,8 @@ def compiled(device: str, programs: list[str], model: str, candidates) -> Iterat
     """What the schedules of all candidates are worth on a generation."""
     import jax
 
-    from pallas_kernels.cases import MODELS
     from pallas_kernels.programs import inputs, program
+    from qwen_jax.planner.shapes import MODELS
 
     topology = mesh(device)
     case = MODELS[model].share(CONTEXT, memory_of(topology))

@@ -19,10 +19,10 @@ def decode(
     shard: Shard = WHOLE,
     backend_name: backend.Choice = None,
 ) -> tuple[Float[Array, "B Q N H"], Float[Array, "B Q N"]]:
-    """Attention of the newest tokens of each sequence over themselves and all before them.
+    """Attend from the newest tokens of each sequence to themselves and all before them.
 
-    The arguments are those of `prefill.prefill`, with a row per sequence. The cache holds
-    the keys of all these tokens; each token reads those at positions up to its own.
+    Arguments are those of `prefill.prefill`, with a row per sequence. The cache holds the keys
+    of all these tokens; each token reads those at positions up to its own.
 
     Args:
         positions: position of each token, ascending in a row; -1 marks an idle token, whose

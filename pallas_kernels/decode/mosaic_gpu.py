@@ -27,7 +27,7 @@ from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.mosaic_gpu import call
 from pallas_kernels.mosaic_gpu.call import BLOCK, ROWS, TILED, WARPGROUP, Warpgroup
 from pallas_kernels.paged_kv import PagedKV
-from pallas_kernels.regions import ends
+from pallas_kernels.regions import row_ends
 from pallas_kernels.shard import WHOLE, Shard
 
 TILE = 64  # keys a step
@@ -46,7 +46,7 @@ THREADS = plgpu.Layout.WG_STRIDED((HEAD,), vec_size=1)
 
 
 class Schedule(NamedTuple):
-    """Which tiles each block takes, and where it writes what it makes of them.
+    """Assignment of tiles to thread blocks, and where each writes its partial results.
 
     A unit is a kv head and as many rows as one product has. The list holds the tiles of the first
     busy sequence, unit after unit, then those of the next one. Block c writes what consumer w makes
@@ -111,7 +111,7 @@ def decode(
     M = -(-M // 8) * 8  # shared memory is tiled by rows of 8
     units = K * parts
 
-    seen = ends(positions, geometry, shard)
+    seen = row_ends(positions, geometry, shard)
     busy = seen[:1] > 0
     whole = jnp.where(busy, seen, jnp.iinfo(jnp.int32).max).min(2)
     cut = seen.max(2)

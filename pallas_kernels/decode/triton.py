@@ -20,7 +20,7 @@ from pallas_kernels.dispatch import triton_sizes
 from pallas_kernels.dispatch.backend import TRITON_HEADS, Unsupported
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.paged_kv import PagedKV
-from pallas_kernels.regions import ends
+from pallas_kernels.regions import row_ends
 from pallas_kernels.shard import WHOLE, Shard
 from pallas_kernels.triton import call
 from pallas_kernels.triton.keys import LOG2E, START, cut_logits, keys_at, pages_of
@@ -74,7 +74,7 @@ def decode(
     wanted = -(-(programs or usual.programs) // K)
     runs = min(wanted + B, B * -(-P * page // (tile * least)))
 
-    seen = ends(positions, geometry, shard)
+    seen = row_ends(positions, geometry, shard)
     sizes = {"B": B, "Q": Q, "N": N, "G": G, "H": H, "TILE": tile}
     sizes |= {"SEQUENCES": _power_of_two(B), "WANTED": wanted, "LEAST": least}
     paged = {"VIEWS": len(seen), "K": K, "PAGES": pages, "PAGE": page, "P": P}
@@ -110,7 +110,7 @@ def decode(
 
 
 def _power_of_two(least: int) -> int:
-    """The smallest one that is not smaller."""
+    """Return the smallest power of two that is at least this."""
     return 1 << (least - 1).bit_length()
 
 
@@ -125,7 +125,7 @@ def _shares(
     WANTED: tl.constexpr,
     LEAST: tl.constexpr,
 ):
-    """Of each sequence: its tiles, the runs that it is cut into, and those up to its end."""
+    """Tiles of each sequence, runs that it is cut into, and their running sum."""
     b = tl.arange(0, SEQUENCES)
     keys = tl.zeros((SEQUENCES,), tl.int32)
     for t in range(Q):
@@ -138,7 +138,7 @@ def _shares(
 @triton.jit
 @no_type_check
 def _bounds(ends, view, B: tl.constexpr, Q: tl.constexpr):
-    """Where the keys end that all tokens of a sequence see in a view, and those that any sees.
+    """Ends of the keys that all tokens of a sequence see in a view, and that any of them sees.
 
     A token that sees none reads what the others read, and is empty in the end.
     """
@@ -153,7 +153,7 @@ def _bounds(ends, view, B: tl.constexpr, Q: tl.constexpr):
 @triton.jit
 @no_type_check
 def _of(x, b, SEQUENCES: tl.constexpr):
-    """The number of x that belongs to sequence b."""
+    """Select element b of x."""
     return tl.sum(tl.where(tl.arange(0, SEQUENCES) == b, x, 0))
 
 

@@ -1,1 +1,1 @@
-"""Which backend, and which tile sizes, run an operation on a device."""
+"""Choice of backend and tile sizes for an operation on a device."""

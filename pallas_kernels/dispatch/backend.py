@@ -77,7 +77,7 @@ Choice = str | Backends | None
 
 
 def on(platform: str) -> tuple[str, ...]:
-    """The backends that run on a platform."""
+    """Return the names of the backends that run on a platform."""
     return tuple(name for name in NAMES if platform in RUNS_ON[name])
 
 
@@ -89,7 +89,7 @@ def choose(
     head_dim: int = LANES,
     dtype: str = "bfloat16",
 ) -> Backends:
-    """The backends to use on a platform ("cpu", "gpu" or "tpu").
+    """Choose the backends to use on a platform ("cpu", "gpu" or "tpu").
 
     A choice is taken as it is and never replaced by another. Without one, a device gets the
     first of its platform that is not `unavailable`.
@@ -128,7 +128,7 @@ def choose(
 def unavailable(
     name: str, *, kind: str | None = None, head_dim: int = LANES, dtype: str = "bfloat16"
 ) -> str | None:
-    """Why a backend is not preferred where it could run; None if nothing speaks against it.
+    """Explain why a backend is not preferred where it could run; None if nothing is against it.
 
     Arguments are those of `choose`.
     """
@@ -147,7 +147,7 @@ def unavailable(
 
 
 def _fault(name: str, kind: str | None) -> str | None:
-    """Why a backend cannot run; None if it can, or if there is no telling without a device."""
+    """Explain why a backend cannot run; None if it can, or if only a device could tell."""
     if name == "triton":
         return triton_fault()
     if name != "mosaic_gpu":
@@ -179,14 +179,14 @@ def check_heads(head_dim: int) -> None:
 
 
 class Device(NamedTuple):
-    """What a program is compiled for, in jax's words."""
+    """Platform and device kind, in jax's words, that a program is compiled for."""
 
     platform: str
     kind: str
 
 
 def device() -> Device:
-    """What a program traced now is compiled for: a device of the mesh in use, or the default."""
+    """Return the target of a program traced now: a device of the mesh in use, or the default."""
     import jax  # takes long, and those who want names only need it not
 
     found = jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
@@ -212,7 +212,7 @@ def capability(kind: str | None = None) -> int:
 
 
 def preferences() -> dict[str, Backends]:
-    """The preferred backends of each kind of device, those with tuned tiles by generation.
+    """Return the preferred backends of each kind of device, those with tuned tiles by generation.
 
     Raises:
         Unsupported: if the tuned tiles cannot be read.
@@ -230,12 +230,12 @@ def preferences() -> dict[str, Backends]:
 
 
 def load(operation: str, name: str) -> ModuleType:
-    """The module that implements an operation, imported on first use."""
+    """Import the module that implements an operation."""
     return importlib.import_module(f"pallas_kernels.{operation}.{name}")
 
 
 def call(operation: str, choice: Choice, queries, *args, **keywords):
-    """An operation by the backend chosen for it, on the device that is traced for.
+    """Call an operation by the backend chosen for it, on the device that is traced for.
 
     Keywords that the backend alone knows, such as tile sizes, win over those that are
     tuned for the device.
@@ -261,6 +261,6 @@ def call(operation: str, choice: Choice, queries, *args, **keywords):
 
 
 def compiler_options(platform: str) -> dict[str, int]:
-    """What to compile a program that contains these operations with, for speed alone."""
+    """Return compiler options for programs that contain these operations; for speed alone."""
     # XLA halves the vectors of x86 by default, which costs attention a tenth of its speed.
     return {"xla_cpu_prefer_vector_width": 512} if platform == "cpu" else {}

@@ -33,7 +33,7 @@ class Tiles:
 
 
 def split(total: int, most: int) -> tuple[int, int]:
-    """How many tiles of at most `most` cover `total`, and the size of each."""
+    """Split `total` into equal tiles of at most `most`: their number and their size."""
     count = -(-total // most)
     return count, -(-total // count)
 
@@ -64,12 +64,12 @@ def tuned(
 
 
 def generations(backend: str) -> dict[str, str]:
-    """The rows of a backend by name, each with a kind of device that is in it."""
+    """Return the generations that a backend has tuned rows for, with a device kind of each."""
     return {name: row["device_kinds"][0] for name, row in _table(_path(backend)).items()}
 
 
 def tables() -> Path:
-    """The directory whose tables are used."""
+    """Return the directory of the tables in use."""
     return Path(os.environ.get(VARIABLE) or PACKAGED)
 
 
@@ -91,7 +91,7 @@ def _table(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _check(name: str, row: dict[str, Any]) -> None:
-    """Refuses a row of other kinds of values than the module's description says.
+    """Refuse a row of other kinds of values than the module's description says.
 
     Raises:
         ValueError: naming the field.

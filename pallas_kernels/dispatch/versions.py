@@ -29,7 +29,7 @@ def number(package: str) -> tuple[int, ...]:
 
 
 def triton_fault() -> str | None:
-    """Why Triton kernels cannot run with the packages that are installed; None if they can."""
+    """Explain why Triton kernels cannot run with the installed packages; None if they can."""
     try:
         jax, *others = map(number, PACKAGES)
     except importlib.metadata.PackageNotFoundError as error:
@@ -42,7 +42,7 @@ def triton_fault() -> str | None:
 
 
 def mosaic_gpu_fault() -> str | None:
-    """Why Mosaic GPU kernels were never tried with the jax that is installed; None if they were."""
+    """Explain that the installed jax was never tried with Mosaic GPU kernels; None if it was."""
     if number("jax") in MOSAIC_GPU:
         return None
     found = importlib.metadata.version("jax")

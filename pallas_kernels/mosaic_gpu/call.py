@@ -25,7 +25,7 @@ TILED = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
 
 
 def interpreter(**options: Any) -> Any:
-    """What a kernel is given as `interpret` to run on a CPU: `InterpretGPUParams`."""
+    """Return the `interpret` argument that runs a kernel on a CPU: `InterpretGPUParams`."""
     public = getattr(plgpu, "InterpretGPUParams", None)  # since jax 0.11.2
     if public is not None:
         return public(**options)
@@ -44,7 +44,7 @@ def launch(
     name: str,
     interpret: Any = None,
 ) -> list[Array]:
-    """Results of a kernel that gets the references of inputs and outputs, and scratch by name."""
+    """Launch a kernel that gets the references of inputs and outputs, and scratch by name."""
     return plgpu.kernel(
         kernel,
         out_type=outputs,
@@ -68,7 +68,7 @@ class Warpgroup:
     interpreted: bool
 
     def cast(self, x: Array, layout: Any = LAYOUT) -> Array:
-        """The same array in a layout."""
+        """Cast an array to a layout."""
         return x if self.interpreted else plgpu.layout_cast(x, layout)
 
     def full(

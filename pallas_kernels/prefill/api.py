@@ -22,7 +22,7 @@ def prefill(
     shard: Shard = WHOLE,
     backend_name: backend.Choice = None,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
-    """Attention of a slice over its own keys and all before, which the cache holds.
+    """Attend from a slice of one sequence to its own keys and all before, in the cache.
 
     Query head n reads kv head `n // (N / K)`. Key s of the sequence lies in page
     `page_table[s // page]`, row `s % page`, rotated to `geometry.key_position(s)`. Rows of a
@@ -31,7 +31,7 @@ def prefill(
     Args:
         queries: rotated to each of `geometry.query_positions`, in their order, and
             multiplied by the softmax scale; one view if `geometry` is None.
-        keys: the cache of all layers; it is read in place.
+        cache: keys and values of all layers, read in place.
         layer: which layer of the cache to read.
         start: position of the first query.
         length: queries that count; the rows after them are padding.

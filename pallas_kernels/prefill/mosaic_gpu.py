@@ -31,7 +31,7 @@ from pallas_kernels.prefill.mosaic_gpu_attend import attend
 from pallas_kernels.prefill.mosaic_gpu_block import COLUMNS, READERS, ROWS, Inputs, Scratch, Shape
 from pallas_kernels.prefill.mosaic_gpu_fetch import fetch
 from pallas_kernels.prefill.packed import pack
-from pallas_kernels.prefill.regions import ends
+from pallas_kernels.regions import tile_ends
 from pallas_kernels.shard import WHOLE, Shard
 
 BLOCKS = 132
@@ -180,7 +180,7 @@ def _rows(queries, group: int, tile: int):
 
 
 def _unpadded(x, T: int, N: int, tile: int, padded: int):
-    """What `_rows` has made of queries, back in their order."""
+    """Undo the padding and grouping of `_rows`."""
     heads, rest = x.shape[1], x.shape[2:]
     group = N // heads
     x = x.reshape(-1, padded, heads, *rest)[:, :tile].reshape(-1, heads, *rest)[: T * group]
@@ -209,7 +209,7 @@ def _items(first, tile, group, start, length, width, geometry, shard, plan, head
     of_tile = jnp.arange(first.size, dtype=jnp.int32).reshape(first.shape) // first.shape[1]
     final = jnp.minimum(first + TILE, (of_tile + 1) * tile) - 1
     block = width if plan is None else plan.tiles.k
-    stops, end = ends(
+    stops, end = tile_ends(
         first // group,
         final // group,
         block,

@@ -1,4 +1,4 @@
-"""What the warpgroups of a block share in the Mosaic GPU kernel of prefill: shapes, items, slots.
+"""State that warpgroups share in the Mosaic GPU kernel of prefill: shapes, items, slots.
 
 An item is a tile of rows of one head, and blocks take items in turn, the longest first. Keys and
 values pass through slots of shared memory; step i of a block, whatever the item, is in slot

@@ -179,7 +179,7 @@ def _in_smem(array, index_map):
 
 
 def _listed(plan: SparsePlan, cache: PagedKV, layer, page_table, kv_len, width, shard):
-    """What the kernel reads of a plan: packed columns, where they lie, and the bits of blocks.
+    """Arrays that the kernel reads of a plan: packed columns, their positions, bits of blocks.
 
     Returns:
         keys and values of the columns [N, columns, H], zero where there is none; their

@@ -37,7 +37,7 @@ class Columns:
     number: Int[Array, ""]
 
     def in_block(self, j):
-        """Which columns of step j lie in a block that the tile reads, [1, width]."""
+        """Mask of the columns of step j that lie in a block that the tile reads, [1, width]."""
         bit = jax.lax.rem(pl.program_id(1), WORD)
         return jax.lax.shift_right_logical(self.covered_ref[j], bit) & 1 > 0
 

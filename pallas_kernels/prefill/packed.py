@@ -1,4 +1,4 @@
-"""The columns of a plan, packed: single keys that lie apart in the cache, side by side."""
+"""Packed columns of a plan: single keys that lie apart in the cache, gathered side by side."""
 
 from typing import NamedTuple
 
@@ -35,7 +35,7 @@ def pack(
     width: int,
     shard: Shard,
 ) -> Packed:
-    """The columns of a plan before `kv_len`, padded to steps of `width`, at least one."""
+    """Gather the columns of a plan before `kv_len`, padded to steps of `width`, at least one."""
     N, V = plan.columns.shape
     page = cache.page
     steps = max(-(-V // width), 1)

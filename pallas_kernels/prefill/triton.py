@@ -30,7 +30,6 @@ from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.plan import SparsePlan
-from pallas_kernels.prefill.regions import ends
 from pallas_kernels.prefill.triton_tile import (
     finish,
     queries_of,
@@ -39,6 +38,7 @@ from pallas_kernels.prefill.triton_tile import (
     sweep_cut,
     sweep_singles,
 )
+from pallas_kernels.regions import tile_ends
 from pallas_kernels.shard import WHOLE, Shard
 from pallas_kernels.triton import call
 
@@ -113,7 +113,9 @@ def prefill(
     }
     where = jnp.stack([layer, start, length, *(shard.scalars() or [jnp.int32(0)])])
     args = queries, keys, values, where, page_table
-    bounds = functools.partial(ends, start=start, length=length, geometry=geometry, shard=shard)
+    bounds = functools.partial(
+        tile_ends, start=start, length=length, geometry=geometry, shard=shard
+    )
     if plan is None:
         return _launch_dense(args, bounds, tiles.k, programs, constants)
     return _launch_sparse(args, bounds, tiles.k, programs, constants, plan)

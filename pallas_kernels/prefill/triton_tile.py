@@ -1,4 +1,4 @@
-"""What a program of the Triton kernels of prefill does with its tile of queries.
+"""Flash attention of one tile of queries inside the Triton kernels of prefill.
 
 Row r of a tile is of query r // G and head r % G of the G heads that share its keys; `rows` is
 where a tile lies: its first row, one past the last of those that exist, and the kv head. The
@@ -83,7 +83,7 @@ def queries_of(
 @triton.jit
 @no_type_check
 def _at_step(step, high, table, found, PAGE: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):
-    """Where a step before `high` begins; anywhere in the cache past it. See `sweep`."""
+    """Start of a step before `high`; anywhere in the cache past it. See `sweep`."""
     if found is not None:
         steps: tl.constexpr = BLOCK // STEP
         return tl.load(found + step // steps, step < high, 0) + step % steps * STEP

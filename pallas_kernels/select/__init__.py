@@ -1,4 +1,4 @@
-"""Select: which columns and diagonals the last queries of a slice attend to, per head."""
+"""Select: columns and diagonals that the last queries of a slice attend to, per head."""
 
 from pallas_kernels.select.api import Selection as Selection
 from pallas_kernels.select.api import Votes as Votes

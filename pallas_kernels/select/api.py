@@ -17,7 +17,7 @@ FORCED_DIAGONALS = 100
 
 
 class Selection(NamedTuple):
-    """What the slice of a head reads.
+    """Masks of the columns and diagonals that each query head of a slice reads.
 
     Attributes:
         verticals: columns, at their position.
@@ -54,7 +54,7 @@ def select(
     shard: Shard = WHOLE,
     backend_name: backend.Choice = None,
 ) -> Selection:
-    """The columns and diagonals that hold most attention of a slice's last queries.
+    """Select the columns and diagonals that hold most attention of a slice's last queries.
 
     The last R queries of the slice, or as many as it has, vote with their softmax over
     all keys: a column gets the sum of its weights, a diagonal of those along it
@@ -63,12 +63,13 @@ def select(
     budgets. Ties go to the lower position.
 
     Args:
-        queries: the last R queries of the slice, the last in the last row, in each view of
-            `geometry.critical_positions`, multiplied by the softmax scale; rows
-            before the slice are ignored. One view if `geometry` is None.
+        queries: the last R queries of the slice, the last in the last row, rotated for each view by
+            `geometry.critical_offsets`, and multiplied by the softmax scale; rows before the
+            slice are ignored. One view if `geometry` is None.
+        cache: keys and values of all layers; only keys are read.
         start: position of the slice's first query.
         length: queries of the slice.
-        vertical: columns to keep, per query head; more than there are keeps all.
+        vertical: columns to keep per query head; more than there are keeps all.
         slash: diagonals to keep.
         shard: which part of each page the cache holds; inside `shard_map`, where all shards
             vote together.
@@ -105,7 +106,9 @@ def vote(
     shard: Shard = WHOLE,
     backend_name: backend.Choice = None,
 ) -> Votes:
-    """The first half of `select`: how much attention columns and diagonals hold.
+    """Sum the attention of the last queries by column and by diagonal: first half of `select`.
+
+    Reads keys only.
 
     Raises:
         Unsupported: if the backend does not run here or cannot take these shapes.
@@ -122,7 +125,7 @@ def select_keys(
     *,
     shard: Shard = WHOLE,
 ) -> Selection:
-    """The second half of `select`, of the first `end` positions."""
+    """Keep the largest votes of the first `end` positions: second half of `select`."""
     return Selection(
         top(votes.columns, vertical, low=0, high=FORCED_COLUMNS, end=end, shard=shard),
         top(votes.diagonals, slash, low=end - FORCED_DIAGONALS, high=end, end=end, shard=shard),

@@ -24,7 +24,7 @@ from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.mosaic_gpu import call
 from pallas_kernels.mosaic_gpu.call import BLOCK, ROWS, TILED, Warpgroup
 from pallas_kernels.paged_kv import PagedKV
-from pallas_kernels.regions import ends
+from pallas_kernels.regions import row_ends
 from pallas_kernels.shard import WHOLE, Shard
 
 VOTERS = 64  # rows of a product
@@ -75,7 +75,7 @@ def vote(
     votes = row < jnp.minimum(R, length)
     # Rows without a vote see what the first that votes sees, and are left out of the sums.
     first = jnp.minimum(jnp.maximum(start, end - R), end - 1)
-    seen = ends(jnp.maximum(end - 1 - row, first), geometry, shard)
+    seen = row_ends(jnp.maximum(end - 1 - row, first), geometry, shard)
     q = jnp.pad(queries[:, ::-1], ((0, 0), (0, VOTERS - R), (0, 0), (0, 0))).swapaxes(1, 2)
     given = (
         layer.reshape(1),

@@ -16,7 +16,7 @@ def top(
     end,
     shard: Shard = WHOLE,
 ) -> Bool[Array, "N S"]:
-    """Which of the first `end` entries of a row are its `budget` largest.
+    """Mask the `budget` largest of the first `end` entries of each row.
 
     Entries in [low, high) come before all others; of equal ones the first are taken.
     The k-th largest is found by bisection over the bits of a float, which order as the
@@ -58,7 +58,7 @@ def top(
 
 
 def _before_parts(chosen: Bool[Array, "N S"], shard: Shard) -> Int[Array, "N parts"]:
-    """How many are chosen at positions before each local part of a page, in all shards."""
+    """Number chosen at positions before each local part of a page, over all shards."""
     if shard.count == 1:
         return jnp.zeros((len(chosen), 1), jnp.int32)
     of_part = chosen.reshape(len(chosen), -1, shard.part).sum(-1, dtype=jnp.int32)

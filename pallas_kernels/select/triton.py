@@ -20,7 +20,7 @@ from pallas_kernels.dispatch import triton_sizes
 from pallas_kernels.dispatch.backend import TRITON_HEADS, Unsupported
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.paged_kv import PagedKV
-from pallas_kernels.regions import ends
+from pallas_kernels.regions import row_ends
 from pallas_kernels.shard import WHOLE, Shard
 from pallas_kernels.triton import call
 from pallas_kernels.triton.keys import LOG2E, START, cut_logits, logits_in_parts
@@ -76,7 +76,7 @@ def vote(
     votes = row < jnp.minimum(R, length)
     # Rows without a vote see what the first that votes sees, and are left out of the sums.
     first = jnp.minimum(jnp.maximum(start, end - R), end - 1)
-    seen = ends(jnp.maximum(end - 1 - row, first), geometry, shard)
+    seen = row_ends(jnp.maximum(end - 1 - row, first), geometry, shard)
 
     given = layer.reshape(1), page_table, _views(seen, P, page), seen, queries, keys
     sizes = {"R": R, "N": N, "G": N // K, "H": H, "K": K, "PAGES": pages, "PAGE": page, "P": P}
@@ -110,7 +110,7 @@ def vote(
 
 
 def _views(seen: Int[Array, "views M"], count: int, page: int) -> Int[Array, " P"]:
-    """In which view all rows see all of a page; one too many where a mask or a border cuts it.
+    """View in which all rows see all of a page; the number of views where a mask or border cuts it.
 
     Pages without a key count as cut.
     """

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import softmax
-from pallas_kernels.blockwise import dot, fetch, scores, whole_tiles
+from pallas_kernels.blockwise import dot, fetch, scores
 from pallas_kernels.dispatch.tiles import of_page
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.paged_kv import PagedKV
+from pallas_kernels.regions import whole_tiles
 from pallas_kernels.shard import WHOLE, Shard
 
 TILE = 1024  # keys a step

@@ -37,7 +37,7 @@ def launch(
     num_stages: int,
     **constants: Any,
 ) -> list[Array]:
-    """Results of a `triton.jit` kernel, whose last pointers are those of its outputs.
+    """Launch a `triton.jit` kernel, whose last pointers are those of its outputs.
 
     Works in jit, scan and shard_map; not in vmap or grad.
 

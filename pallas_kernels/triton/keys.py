@@ -1,4 +1,4 @@
-"""What Triton kernels that stream all keys share: where they lie, and logits that a mask cuts."""
+"""Parts of Triton kernels that stream all keys: addresses, and logits that a mask cuts."""
 
 from typing import no_type_check
 
@@ -81,7 +81,7 @@ def cut_logits(
     Args:
         queries: pointers [M] to the first view of the rows, `QUERIES` before the next one.
         there: which rows there are.
-        ends: pointers [M] to what `regions.ends` returns, `ROWS` before those of the next view.
+        ends: pointers [M] to what `regions.row_ends` returns, `ROWS` before those of the next view.
         keys: pointers [TILE].
         first: the first of these keys.
         limit: where these keys end.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import typer
 from rich.table import Table
 
-from pallas_kernels.cases import SERVED, Served
+from pallas_kernels.cases import Served
 from pallas_kernels.dispatch import backend
 from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.programs import PROGRAMS, inputs, program
@@ -21,6 +21,7 @@ from qwen_jax.cli.flags import Json, option
 from qwen_jax.config import ConfigError
 from qwen_jax.llm.options import Within
 from qwen_jax.planner import devices
+from qwen_jax.planner.shapes import SERVED
 
 FULL = "out of memory: end what else uses the device, or take a smaller shape"
 _SOON = {"cpu": "small at 2k"}

@@ -10,12 +10,13 @@ import pytest
 from support.broken_kernels import break_
 
 from convert import weights
-from pallas_kernels.cases import SERVED, Served
+from pallas_kernels.cases import Served
 from pallas_kernels.dispatch import backend
 from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.programs import PROGRAMS, inputs, program
 from qwen_jax.cli import kernels
+from qwen_jax.planner.shapes import SERVED
 
 SMALL = Served(
     num_layers=2,

@@ -9,12 +9,12 @@ import pytest
 from support.broken_kernels import break_, install
 
 from pallas_kernels import check
-from pallas_kernels.cases import MODELS
 from pallas_kernels.check import LIMIT, Shape
 from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.programs import DENSE, PROGRAMS
+from qwen_jax.planner.shapes import MODELS
 
 SHAPE = Shape(
     num_heads=4,
@@ -81,14 +81,14 @@ def test_the_slices_and_sequences_lie_across_every_border():
 
 def test_the_models_are_compared_at_the_borders_of_their_own_chunks():
     for model in MODELS.values():
-        short, long = check.places(Shape.of(model, dtype="bfloat16"))
+        short, long = check.places(model.compared(dtype="bfloat16"))
         assert long.geometry == model.geometry
         assert {model.geometry.chunk_len, 2 * model.geometry.chunk_len} < set(long.borders)
         assert short.context < 4096
 
 
 def test_the_inputs_of_a_million_tokens_take_little_memory():
-    shape = Shape.of(MODELS["7B"], dtype="bfloat16")
+    shape = MODELS["7B"].compared(dtype="bfloat16")
     _, long = check.places(shape)
     _, _, args = next(iter(check.inputs("prefill", shape, long)))
     assert len(args.rest[1]) * shape.page > 500_000
@@ -251,8 +251,12 @@ def test_a_wrong_kernel_is_told_from_a_right_one(fault, monkeypatch):
     [
         ("chunks one token longer", ("decode",)),
         *(
-            pytest.param(fault, FAULTS[fault][0], marks=pytest.mark.long)
-            for fault in ("chunks one token longer", "heads swapped", "a stale page")
+            pytest.param(fault, programs, marks=pytest.mark.long)
+            for fault, programs in (
+                ("chunks one token longer", ALL),
+                ("heads swapped", ALL),
+                ("a stale page", ATTEND),
+            )
         ),
     ],
 )
@@ -327,5 +331,5 @@ def test_every_file_of_the_kernels_is_in_their_digest(tmp_path, monkeypatch):
 @pytest.mark.long
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_reference_agrees_at_the_size_of_the_models(dtype):
-    shape = dataclasses.replace(Shape.of(MODELS["7B"], dtype=dtype).soon(), rows=130)
+    shape = dataclasses.replace(MODELS["7B"].compared(dtype=dtype).soon(), rows=130)
     assert np.all([each.error > 0 for each in all_agree(shape, "xla")])

@@ -10,8 +10,8 @@ import gpu_compile
 import gpu_facts
 import pytest
 
-from pallas_kernels.cases import MODELS
 from pallas_kernels.programs import PROGRAMS
+from qwen_jax.planner.shapes import MODELS
 from qwen_jax.sparse import budgets
 
 MISSING = gpu_compile.missing()

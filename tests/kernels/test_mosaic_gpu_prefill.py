@@ -4,17 +4,13 @@ The interpreter takes seconds for a few steps, so most of this is `long`. It has
 products are those of XLA, copies and barriers are the kernel's.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_shards
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
-from support import oracle
-from support.tolerances import assert_close
-from test_prefill_decode import LAYER, poison, random_inputs
+from support import shards
+from support.prefill_cases import Dense, Planned, Sharded, of
 
 from pallas_kernels import plan as plans
 from pallas_kernels.cases import Case
@@ -29,6 +25,7 @@ from pallas_kernels.prefill.mosaic_gpu_block import ENDS, FIRST, HEAD, ROW
 from pallas_kernels.shard import WHOLE
 
 INTERPRET = call.interpreter(detect_races=True, uninitialized_memory="nan")
+OPTIONS = {"interpret": INTERPRET, "blocks": 2}
 COLUMNS = 80  # more than a step
 
 
@@ -59,83 +56,58 @@ PLANS = {
 }
 
 
-@functools.cache
-def compiled(case, tiles):
-    """The kernel, dense for tiles None, else by a plan of these tiles."""
-
-    def run(queries, kv, table, start, length, verticals, slashes):
-        args = queries, kv, jnp.int32(LAYER), table, start, length
-        options = {"geometry": case.geometry, "interpret": INTERPRET, "blocks": 2}
-        if tiles is None:
-            return *mosaic_gpu.prefill(*args, **options), None
-        plan = plans.build(
-            verticals,
-            slashes,
-            start,
-            length,
-            num_queries=case.slice_len,
-            num_columns=COLUMNS,
-            tiles=tiles,
-        )
-        mask = plans.to_mask(plan, start, length, num_keys=verticals.shape[1])
-        return *mosaic_gpu.prefill(*args, **options, plan=plan), mask
-
-    return jax.jit(run)
+def last(case):
+    """The whole last slice of the cache, and one that ends before padding and before it."""
+    end, T = 11 * case.page, case.slice_len
+    return (end - T, T), (end - T - 9, T - 12)
 
 
-def check(case, start, length, tiles=None, selected=None, seed=0):
-    rng, cache, flat, table = random_inputs(case, jnp.dtype("bfloat16"), seed)
-    views = 1 if case.geometry is None else 3
-    shape = views, case.slice_len, case.num_heads, case.head_dim
-    queries = rng.standard_normal(shape).astype("bfloat16")
-    queries *= np.asarray(case.head_dim**-0.5, "bfloat16")
-    if selected is None:
-        selected = np.zeros((2, case.num_heads, len(flat[0])), bool)
-    out, lse, mask = compiled(case, tiles)(
-        jnp.asarray(queries),
-        poison(cache, case, table, start + length),
-        jnp.asarray(table),
-        jnp.int32(start),
-        jnp.int32(length),
-        *selected,
+def listed(case):
+    end = 11 * case.page
+    return (end - case.slice_len, case.slice_len, COLUMNS, 4), (end - 150, 30, 0, 9)
+
+
+class TestPrefill(Dense, Planned, Sharded):
+    function = staticmethod(mosaic_gpu.prefill)
+    options = OPTIONS
+    cases = CASES
+    columns = COLUMNS
+    scaled = True
+    dense = (
+        of("tiles fit the chunk", (704 - 45, 45), dtype="bfloat16"),
+        of("one window", (0, 1), dtype="bfloat16"),
+        *(
+            of(name, (0, 1), (250, 15), *last(case), dtype="bfloat16", marks=pytest.mark.long)
+            for name, case in CASES.items()
+        ),
     )
-    assert not interpret_pallas_call.get_races().races_found
-    out, lse = np.asarray(out), np.asarray(lse)
-    assert out.dtype == "bfloat16"
-    assert lse.dtype == np.float32
-    assert np.isfinite(out.astype(np.float32)).all()
-    mask = None if mask is None else np.asarray(mask)
-    expected, expected_lse = oracle.attention(queries, *flat, start, length, case.geometry, mask)
-    seen = expected_lse[:length] > -np.inf
-    assert (out[:length][~seen] == 0).all()
-    assert (lse[:length][~seen] == -np.inf).all()
-    if seen.any():
-        assert_close(out[:length], expected[:length])
-        assert_close(lse[:length][seen], expected_lse[:length][seen], 2e-6)
+    planned = (
+        of(
+            "tiles fit the chunk",
+            (704 - 64, 45, COLUMNS, 3),
+            dtype="bfloat16",
+            tiles=PLANS["tiles fit the chunk"],
+        ),
+        *(
+            of(
+                name,
+                *listed(case),
+                *((0, 1, 1, 1), (40, 2, 3, 0)),
+                dtype="bfloat16",
+                tiles=PLANS[name],
+                marks=pytest.mark.long,
+            )
+            for name, case in CASES.items()
+        ),
+    )
+    sharded = shards.Cut(head_dim=64, dtype="bfloat16")
 
+    def done(self):
+        assert not interpret_pallas_call.get_races().races_found
 
-def selection(case, end, columns, diagonals, seed=1):
-    """Columns and diagonals of each head; head 0 has columns alone, if there is another."""
-    rng = np.random.default_rng(seed)
-    selected = np.zeros((2, case.num_heads, 11 * case.page), bool)
-    for head in range(case.num_heads):
-        selected[0, head, rng.permutation(end)[:columns]] = True
-        alone = head == 0 and case.num_heads > 1
-        selected[1, head, rng.permutation(end)[: 0 if alone else diagonals]] = True
-    return selected
-
-
-def test_dense_attention_of_the_last_queries_reads_all_three_regions():
-    check(CASES["tiles fit the chunk"], 704 - 45, 45)
-
-
-def test_a_single_query_sees_itself():
-    check(CASES["one window"], 0, 1)
-
-
-def test_a_plan_gives_dense_attention_under_its_mask():
-    case = CASES["tiles fit the chunk"]
-    check(case, 704 - 64, 45, PLANS["tiles fit the chunk"], selection(case, 685, COLUMNS, 3))
+    @pytest.mark.long
+    def test_attention_of_all_shards_is_that_of_the_whole(self):
+        super().test_attention_of_all_shards_is_that_of_the_whole()
 
 
 @pytest.mark.parametrize("tiles", [None, Tiles(q=200, k=64)])
@@ -165,42 +137,6 @@ def test_items_are_all_tiles_of_all_heads_once_the_longest_first(tiles):
     steps = table[:, -1] + table[:, COLUMN_STEPS]
     assert (np.diff(steps * mosaic_gpu.EVEN // steps.max()) <= 0).all()
     assert (steps[table[:, FIRST] >= length] == 0).all()
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", CASES)
-def test_dense_attention_is_right_on_both_sides_of_a_chunk(name):
-    case = CASES[name]
-    end = 11 * case.page
-    T = case.slice_len
-    for start, length in ((0, 1), (250, 15), (end - T, T), (end - T - 9, T - 12)):
-        check(case, start, length)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", CASES)
-def test_every_plan_gives_dense_attention_under_its_mask(name):
-    case = CASES[name]
-    end = 11 * case.page
-    for start, length, columns, diagonals in (
-        (end - case.slice_len, case.slice_len, COLUMNS, 4),
-        (0, 1, 1, 1),
-        (end - 150, 30, 0, 9),
-        (40, 2, 3, 0),
-    ):
-        selected = selection(case, start + length, columns, diagonals)
-        check(case, start, length, PLANS[name], selected)
-
-
-@pytest.mark.long
-def test_attention_of_all_shards_is_that_of_the_whole(monkeypatch):
-    monkeypatch.setitem(test_shards.OPTIONS, "mosaic_gpu", {"interpret": INTERPRET, "blocks": 2})
-    monkeypatch.setattr(test_shards, "H", 64)
-    monkeypatch.setattr(test_shards, "DTYPE", jnp.dtype("bfloat16"))
-    geometry = test_shards.GEOMETRIES["borders in and between parts"]
-    first, *_, last = test_shards.SLICES
-    test_shards.prefill("mosaic_gpu", geometry, (first, last))
-    test_shards.prefill("mosaic_gpu", geometry, (first, last), test_shards.random_plan)
 
 
 @pytest.mark.parametrize(

@@ -1,24 +1,20 @@
 """The vote for TPU in the TPU interpreter, which raises on stale memory and stray reads."""
 
-import functools
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
-from support import sparse_oracle
-from support.tolerances import assert_close
+from support.vote_cases import AnySlice, slices
 
 from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.select import mosaic_tpu
 
-LAYER, NOWHERE = 1, 2**30
+NOWHERE = 2**30
 PAGE, PAGES = 256, 3
 S = PAGE * PAGES
 INTERPRET = pltpu.InterpretParams(
@@ -30,72 +26,39 @@ GEOMETRIES = {
     "tiles straddle the chunk": ChunkGeometry(150, 37),
     "chunks smaller than a tile": ChunkGeometry(33, 8),
 }
-
-
-@functools.cache
-def voter(geometry, tile):
-    return jax.jit(
-        functools.partial(mosaic_tpu.vote, geometry=geometry, tile=tile, interpret=INTERPRET)
-    )
-
-
-def check(start, length, geometry, *, N=2, K=2, R=20, H=16, dtype="float32", tile=128, limit=None):
-    """Votes of one slice against the oracle; what lies after it, in its last page too, is nan."""
-    rng = np.random.default_rng(start * S + length)
-    end = start + length
-    flat = rng.standard_normal((S, K, H)).astype(dtype)
-    flat[end:] = np.nan
-    used = -(-end // PAGE)
-    table = np.full(PAGES, NOWHERE, np.int32)  # to read a page that is not there is an error
-    table[:used] = rng.permutation(np.arange(1, used + 1))
-    cache = np.full((2, K, PAGES + 1, PAGE, H), np.nan, flat.dtype)
-    for page in range(used):
-        cache[LAYER, :, table[page]] = flat[page * PAGE : (page + 1) * PAGE].swapaxes(0, 1)
-    views = 1 if geometry is None else 3
-    queries = (rng.standard_normal((views, R, N, H)) * 6 / H).astype(dtype)
-    queries[:, : max(R - length, 0)] = 1e3  # rows before the slice do not vote
-    sums = voter(geometry, tile)(
-        jnp.asarray(queries),
-        PagedKV(*2 * [jnp.asarray(cache)]),
-        jnp.int32(LAYER),
-        jnp.asarray(table),
-        jnp.int32(start),
-        jnp.int32(length),
-    )
-    assert not interpret_pallas_call.races.races_found
-    expected = sparse_oracle.votes(queries, flat, start, length, geometry)
-    for actual, wanted in zip(sums, expected, strict=True):
-        assert actual.dtype == jnp.float32
-        assert_close(actual[:, :end], wanted, limit)
-        assert (np.asarray(actual)[:, end:] == 0).all()
-
-
 # One token; fewer than the rows; a tile and one more or less; across a chunk; a full cache.
 EDGES = ((0, 1), (0, 7), (100, 28), (3, 126), (0, 129), (250, 20), (223, 64), (300, 1), (0, S))
-
-
-@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES.keys())
-def test_votes_equal_the_sums_of_softmax_at_every_edge(geometry):
-    for start, length in EDGES:
-        check(start, length, geometry)
-
-
-@pytest.mark.parametrize("geometry", GEOMETRIES.values(), ids=GEOMETRIES.keys())
-@settings(max_examples=10, deadline=None, derandomize=True)
-@given(data=st.data())
-def test_votes_equal_the_sums_of_softmax_of_any_slice(geometry, data):
-    start = data.draw(st.integers(0, S - 1), "start")
-    check(start, data.draw(st.integers(1, S - start), "length"), geometry)
-
-
-@pytest.mark.parametrize(
-    ("N", "K", "R", "dtype"),
-    [(2, 2, 64, "bfloat16"), (3, 1, 16, "float32"), (5, 1, 1, "bfloat16"), (1, 1, 128, "float32")],
+HEADS = (
+    {"N": 2, "K": 2, "R": 64, "dtype": "bfloat16"},
+    {"N": 3, "K": 1, "R": 16},
+    {"N": 5, "K": 1, "R": 1, "dtype": "bfloat16"},
+    {"N": 1, "K": 1, "R": 128},
 )
-def test_votes_of_any_heads_rows_and_dtypes(N, K, R, dtype):
-    geometry = GEOMETRIES["tiles straddle the chunk"]
-    for start, length in ((0, 70), (200, 140)):
-        check(start, length, geometry, N=N, K=K, R=R, dtype=jnp.dtype(dtype), tile=256)
+
+
+class TestVote(AnySlice):
+    function = staticmethod(mosaic_tpu.vote)
+    options = MappingProxyType({"interpret": INTERPRET, "tile": 128})
+    shape = MappingProxyType({"K": 2, "page": PAGE, "pages": PAGES})
+    nowhere = NOWHERE  # to read a page that is not there is an error
+    voting = (
+        *(slices(name, geometry, *EDGES) for name, geometry in GEOMETRIES.items()),
+        *(
+            slices(
+                " ".join(map(str, heads.values())),
+                GEOMETRIES["tiles straddle the chunk"],
+                *((0, 70), (200, 140)),
+                options={"tile": 256},
+                **heads,
+            )
+            for heads in HEADS
+        ),
+    )
+    drawn = tuple(pytest.param([each], id=name) for name, each in GEOMETRIES.items())
+    keys = S
+
+    def done(self):
+        assert not interpret_pallas_call.races.races_found
 
 
 def test_shapes_that_do_not_fit_the_registers_are_refused():

@@ -1,4 +1,5 @@
 import functools
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -6,37 +7,47 @@ import numpy as np
 import pytest
 from support import sparse_oracle
 from support.tolerances import assert_close
-from test_prefill_decode import LAYER, poison, random_inputs
+from support.vote_cases import Vote, slices
 
 from pallas_kernels.cases import CASES
-from pallas_kernels.dispatch import backend
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.paged_kv import PagedKV
-from pallas_kernels.select import api
+from pallas_kernels.select import api, reference, xla
 from pallas_kernels.select.top import top
 
-VOTE = {name: backend.load("select", name).vote for name in backend.on("cpu")}
-VOTE["xla in tiles"] = functools.partial(VOTE["xla"], tile=4)
 LAST_Q = 10
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("name", VOTE)
-def test_votes_equal_the_sums_of_softmax_by_column_and_diagonal(name, case):
-    rng, cache, flat, table = random_inputs(case, np.float32)
-    N, H = case.num_heads, case.head_dim
-    views = 1 if case.geometry is None else 3
-    vote = jax.jit(functools.partial(VOTE[name], geometry=case.geometry))
-    for start, length in ((0, 1), (0, LAST_Q + 3), (1, 4), (2 * case.page + 3, 7), (5, LAST_Q)):
-        queries = rng.standard_normal((views, LAST_Q, N, H)).astype(np.float32)
-        kv = poison(cache, case, table, start + length)
-        columns, diagonals = vote(
-            queries, kv, jnp.int32(LAYER), table, jnp.int32(start), jnp.int32(length)
-        )
-        expected = sparse_oracle.votes(queries, flat[0], start, length, case.geometry)
-        for actual, sums in zip((columns, diagonals), expected, strict=True):
-            assert_close(actual[:, : start + length], sums)
-            assert (np.asarray(actual)[:, start + length :] == 0).all()
+VOTING = tuple(
+    slices(
+        name,
+        case.geometry,
+        *((0, 1), (0, LAST_Q + 3), (1, 4), (2 * case.page + 3, 7), (5, LAST_Q)),
+        N=case.num_heads,
+        K=case.num_kv_heads,
+        R=LAST_Q,
+        H=case.head_dim,
+        page=case.page,
+        pages=11,
+    )
+    for name, case in CASES.items()
+)
+
+
+class TestReference(Vote):
+    function = staticmethod(reference.vote)
+    voting = VOTING
+
+
+class TestXla(Vote):
+    function = staticmethod(xla.vote)
+    voting = VOTING
+
+
+class TestXlaInTiles(Vote):
+    function = staticmethod(xla.vote)
+    options = MappingProxyType({"tile": 4})
+    voting = VOTING
 
 
 def test_top_is_the_stable_order_of_numpy_with_forced_entries_first():
@@ -100,7 +111,7 @@ GEOMETRIES = (
 def selection(geometry):
     def run(queries, kv, table, start, length, vertical, slash):
         args = queries, kv, jnp.int32(0), table, start, length
-        votes = VOTE["xla"](*args, geometry=geometry, tile=64)
+        votes = xla.vote(*args, geometry=geometry, tile=64)
         return votes, api.select(*args, vertical, slash, geometry=geometry, backend_name="xla")
 
     return jax.jit(run)

@@ -15,10 +15,9 @@ from hlo import sizes
 from jax.sharding import PartitionSpec
 
 from pallas_kernels import check
-from pallas_kernels.cases import MODELS
-from pallas_kernels.check import Shape
 from pallas_kernels.programs import PROGRAMS, inputs, program
 from pallas_kernels.shard import Shard
+from qwen_jax.planner.shapes import MODELS
 from qwen_jax.sparse import budgets
 
 pytestmark = pytest.mark.optimized
@@ -130,7 +129,7 @@ def test_thirty_two_sequences_decode_in_one_step(generation):
 @pytest.mark.parametrize("generation", ["v5e", "v6e"])
 def test_what_an_engine_compares_at_first_contact_compiles(generation, name, who):
     mesh, _ = device(generation)
-    shape = Shape.of(MODELS["7B"], dtype="bfloat16", plan=budgets.TPU_TILES)
+    shape = MODELS["7B"].compared(dtype="bfloat16", plan=budgets.TPU_TILES)
     for place in check.places(shape):
         _, _, args = next(iter(check.inputs(name, shape, place)))
         run = check.compiled(name, who, place.geometry, "tpu")

@@ -15,13 +15,13 @@ import tune_kernels
 import tune_tpu
 from bench_gpu_truth import WrongError
 
-from pallas_kernels.cases import SERVED
 from pallas_kernels.dispatch import backend, tiles
 from pallas_kernels.dispatch.backend import Device
 from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.programs import PROGRAMS, inputs, program
 from pallas_kernels.triton import call
+from qwen_jax.planner.shapes import SERVED
 
 pytestmark = pytest.mark.optimized
 

@@ -14,7 +14,6 @@ import tpu_compile
 from flax import nnx
 from hlo import sizes
 
-from pallas_kernels.cases import MODELS
 from pallas_kernels.dispatch import backend
 from pallas_kernels.paged_kv import PagedKV
 from qwen_jax.config import ModelConfig
@@ -23,6 +22,7 @@ from qwen_jax.engine.model_runner import Steps, flatten
 from qwen_jax.models import rope
 from qwen_jax.models.qwen2 import Qwen2
 from qwen_jax.models.steps import PrefillStep
+from qwen_jax.planner.shapes import MODELS
 from qwen_jax.sparse import budgets as sparse
 
 pytestmark = pytest.mark.optimized

@@ -1,6 +1,7 @@
 """Sequences whose newest tokens attend to a paged cache, for tests of kernels that decode."""
 
 import functools
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,22 +18,29 @@ LAYER = 1
 class Sequences:
     """Random keys and values of B sequences, in a cache that holds nan everywhere else.
 
-    Page 0 has no keys; the table names it where a sequence has none.
-
     Attributes:
         function: that decodes.
+        options: it gets besides.
+        nowhere: what the table names where a sequence has no keys; page 0 has none.
+        shape: of the cache, where a batch does not say it; `pages` of a table, or as many as
+            the longest sequence has and one.
     """
 
-    function = None
+    function: Any = None
+    options: ClassVar[dict] = {}
+    nowhere = 0
+    shape: ClassVar[dict] = {}
 
-    def __init__(self, rows, geometry, *, G=2, K=1, H=16, page=32, dtype="float32", seed=0):
+    def __init__(self, rows, geometry, *, seed=0, **shape):
+        usual = {"G": 2, "K": 1, "H": 16, "page": 32, "dtype": "float32", "pages": None}
+        G, K, H, page, dtype, pages = (usual | self.shape | shape).values()
         rng = np.random.default_rng(seed)
         B, Q = len(rows), max(map(len, rows))
         self.rows, self.geometry = rows, geometry
         self.lens = [max(row, default=-1) + 1 for row in rows]
         used = [-(-n // page) for n in self.lens]
         where = iter(rng.permutation(np.arange(1, sum(used) + 1)))
-        self.table = np.zeros((B, max(used) + 1), np.int32)
+        self.table = np.full((B, pages or max(used) + 1), self.nowhere, np.int32)
         self.cache = np.full((2, 2, K, sum(used) + 1, page, H), np.nan, dtype)
         self.flat = [rng.standard_normal((2, n, K, H)).astype(dtype) for n in self.lens]
         for b in range(B):
@@ -45,23 +53,31 @@ class Sequences:
         self.queries = (rng.standard_normal((views, B, Q, K * G, H)) * 16 / H).astype(dtype)
         self.queries[:, self.positions < 0] = 1e3  # idle
 
-    def decode(self, shard=WHOLE, **sizes):
+    def decode(self, shard=WHOLE, *, queries=None, table=None, positions=None, **options):
         keys, values = self.cache
         if shard.count > 1:
             first = int(shard.index) * shard.part
             keys, values = self.cache[..., first : first + shard.part, :]
-        return jax.jit(
-            functools.partial(type(self).function, geometry=self.geometry, shard=shard, **sizes)
-        )(
-            jnp.asarray(self.queries),
+        options = self.options | options
+        decode = functools.partial(
+            type(self).function, geometry=self.geometry, shard=shard, **options
+        )
+        found = jax.jit(decode)(
+            jnp.asarray(self.queries if queries is None else queries),
             PagedKV(jnp.asarray(keys), jnp.asarray(values)),
             jnp.int32(LAYER),
-            jnp.asarray(self.table),
-            jnp.asarray(self.positions),
+            jnp.asarray(self.table if table is None else table),
+            jnp.asarray(self.positions if positions is None else positions),
         )
+        found = tuple(map(np.asarray, found))
+        self.done()
+        return found
 
-    def check(self, **sizes):
-        out, lse = map(np.asarray, self.decode(**sizes))
+    def done(self):
+        """Called after each run."""
+
+    def check(self, **options):
+        out, lse = self.decode(**options)
         assert out.dtype == self.cache.dtype
         assert lse.dtype == np.float32
         self.assert_expected(out, lse)

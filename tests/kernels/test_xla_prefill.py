@@ -1,3 +1,5 @@
+"""Prefill in XLA operations, in tiles of several sizes, and the reference, against float64."""
+
 import functools
 
 import jax
@@ -6,84 +8,69 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import oracle, sparse_oracle
+from support import sparse_oracle
+from support.paged import LAYER, PAGES, poison, random_inputs
+from support.prefill_cases import Dense, Planned, of
 from support.tolerances import assert_close
-from test_prefill_decode import LAYER, poison, random_inputs
 
-from pallas_kernels import plan as plans
 from pallas_kernels.cases import CASES, Case
-from pallas_kernels.dispatch import backend
 from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.paged_kv import PagedKV
-from pallas_kernels.prefill import xla
+from pallas_kernels.prefill import reference, xla
 
+STEPS = {"tiles": Tiles(q=10, k=4), "width": 8}
 COLUMNS = 11
-PREFILL = {name: backend.load("prefill", name).prefill for name in backend.on("cpu")}
-PREFILL["xla"] = functools.partial(xla.prefill, width=8)  # several steps even here
 
 
-@functools.cache
-def sparse(name, case, tiles):
-    def run(queries, kv, table, start, length, verticals, slashes):
-        plan = plans.build(
-            verticals,
-            slashes,
-            start,
-            length,
-            num_queries=case.slice_len,
-            num_columns=COLUMNS,
-            tiles=tiles,
-        )
-        args = queries, kv, jnp.int32(LAYER), table, start, length
-        mask = plans.to_mask(plan, start, length, num_keys=verticals.shape[1])
-        return *PREFILL[name](*args, geometry=case.geometry, plan=plan), mask
-
-    return jax.jit(run)
+def slices(case):
+    """Starts at borders of pages, the last one such that the slice ends with the cache."""
+    rng = np.random.default_rng(0)
+    starts = 0, 1, case.page, 2 * case.page + 3, (PAGES - 1) * case.page - case.slice_len
+    return [(start, int(rng.integers(1, case.slice_len + 1))) for start in starts]
 
 
-def random_selection(rng, heads, S, end, budget):
-    verticals, slashes = np.zeros((2, heads, S), bool)
-    for head in range(heads):
-        verticals[head, rng.permutation(end)[: min(budget, COLUMNS)]] = True
-        slashes[head, rng.permutation(end)[:budget]] = True
-    return verticals, slashes
+def listed(case):
+    rng, last = np.random.default_rng(0), (PAGES - 1) * case.page - case.slice_len
+    for start, budget in ((0, 3), (case.page + 1, 0), (last, 2), (last - 1, 5)):
+        yield start, int(rng.integers(1, case.slice_len + 1)), budget, budget
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("tiles", [Tiles(q=6, k=4), Tiles(q=8, k=2)])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("name", PREFILL)
-def test_a_plan_gives_dense_attention_under_its_mask(name, case, tiles, dtype):
-    rng, cache, flat, table = random_inputs(case, jnp.dtype(dtype))
-    T, N, H = case.slice_len, case.num_heads, case.head_dim
-    views = 1 if case.geometry is None else 3
-    S = len(flat[0])
-    for start, budget in ((0, 3), (case.page + 1, 0), (S - T, 2), (S - T - 1, 5)):
-        length = int(rng.integers(1, T + 1))
-        queries = rng.standard_normal((views, T, N, H)).astype(dtype)
-        kv = poison(cache, case, table, start + length)
-        verticals, slashes = random_selection(rng, N, S, start + length, budget)
-        slashes[0] = 0  # a head of columns alone
-        out, lse, mask = sparse(name, case, tiles)(
-            jnp.asarray(queries),
-            kv,
-            jnp.asarray(table),
-            jnp.int32(start),
-            jnp.int32(length),
-            verticals,
-            slashes,
-        )
-        expected, expected_lse = oracle.attention(
-            queries, flat[0], flat[1], start, length, case.geometry, np.asarray(mask)
-        )
-        out, lse = np.asarray(out[:length], np.float64), np.asarray(lse[:length])
-        empty = expected_lse[:length] == -np.inf
-        np.testing.assert_array_equal(lse == -np.inf, empty)
-        assert (out[empty] == 0).all()
-        if budget:
-            assert_close(jnp.asarray(out, dtype), expected[:length])
-            assert_close(lse[~empty], expected_lse[:length][~empty])
+DENSE = [
+    of(name, *slices(case), dtype=dtype)
+    for name, case in CASES.items()
+    for dtype in ("float32", "bfloat16")
+]
+PLANNED = [
+    of(name, *listed(case), dtype=dtype, tiles=tiles)
+    for name, case in CASES.items()
+    for tiles in (Tiles(q=6, k=4), Tiles(q=8, k=2))
+    for dtype in ("float32", "bfloat16")
+]
+
+
+class TestReference(Dense, Planned):
+    function = staticmethod(reference.prefill)
+    cases, columns, dense, planned = CASES, COLUMNS, DENSE, PLANNED
+    finite = False
+
+
+class TestXla(Dense):
+    function = staticmethod(xla.prefill)
+    cases, dense = CASES, DENSE
+
+
+class TestXlaInTiles(Dense, Planned):
+    """Of which a slice has several, one partly padding, and plans several steps."""
+
+    function = staticmethod(xla.prefill)
+    options = STEPS
+    cases, columns, dense, planned = CASES, COLUMNS, DENSE, PLANNED
+
+
+def sparse(case, tiles):
+    compiled = TestXlaInTiles.compiled(case, tiles)
+    return lambda queries, kv, *rest: compiled(queries, kv, jnp.int32(LAYER), *rest)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -104,7 +91,7 @@ def test_a_plan_of_everything_is_dense_attention_and_recall_grows_to_one(case):
     for budget in (0, 1, 4, 16, S):
         slashes = np.zeros((N, S), bool)
         slashes[:, order[:budget]] = True
-        out, lse, _ = sparse("xla", case, Tiles(q=4, k=2))(
+        out, lse, _ = sparse(case, Tiles(q=4, k=2))(
             *args, jnp.int32(start), jnp.int32(length), np.zeros((N, S), bool), slashes
         )
         grown = np.exp(np.asarray(lse) - np.asarray(dense_lse))
@@ -145,7 +132,7 @@ def test_every_selected_key_is_read_once_and_nothing_else_but_its_block(tiles, d
     queries = jnp.zeros((3, COUNTED.slice_len, 1, S))
     table = jnp.arange(S // COUNTED.page, dtype=jnp.int32)
     where = table, jnp.int32(start), jnp.int32(length)
-    out, lse, _ = sparse("xla", COUNTED, tiles)(queries, PagedKV(cache, cache), *where, *selected)
+    out, lse, _ = sparse(COUNTED, tiles)(queries, PagedKV(cache, cache), *where, *selected)
     times = np.asarray(out)[:length, 0] * np.exp(np.asarray(lse))[:length]
 
     blocks = sparse_oracle.blocks(
