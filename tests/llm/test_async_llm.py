@@ -123,7 +123,7 @@ def test_errors_reach_who_waits_and_leave_the_others(llm, shared):
         with pytest.raises(ConfigError, match="max_new_tokens 0"):
             await shared.generate("x", max_new_tokens=0)
         with pytest.raises(RequestError, match=r"prompts\[1\]\[0\]"):
-            await shared.generate(["x", [320]])
+            await shared.generate(["x", [320]], max_new_tokens=4)
         return await good
 
     assert asyncio.run(main()).text == llm.generate("the key", max_new_tokens=20).text

@@ -260,7 +260,7 @@ def test_errors_name_the_argument_of_an_answer(llm, name):
 )
 def test_errors_name_the_prompt(llm, prompts, said):
     with pytest.raises((ConfigError, RequestError), match=said):
-        llm.generate(prompts)
+        llm.generate(prompts, max_new_tokens=4)
     assert not llm.engine.busy
 
 
@@ -331,7 +331,7 @@ def test_what_is_closed_says_so(checkpoint):
     with LLM(checkpoint, max_len=64, max_seqs=1) as llm:
         llm.generate([5], max_new_tokens=1)
     with pytest.raises(EngineError, match="closed"):
-        llm.generate([5])
+        llm.generate([5], max_new_tokens=1)
     llm.close()
 
 
