@@ -49,21 +49,23 @@ def test_answers_log_probabilities_and_scores_are_those_of_transformers(llm, che
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    for prompt in PROMPTS:
-        ids = ids_of(llm, prompt)
-        answer = llm.generate(prompt, max_new_tokens=8, ignore_eos=True, logprobs=3)
-        theirs = model.generate(
-            torch.tensor([ids]), max_new_tokens=8, do_sample=False, eos_token_id=None
-        )[0].tolist()
-        assert [*ids, *answer.token_ids] == theirs
+
+    def rows_of(tokens):
         with torch.no_grad():
-            rows = model(torch.tensor([theirs])).logits[0].double().log_softmax(-1).numpy()
-        for token, found, row in zip(
-            answer.token_ids, answer.logprobs, rows[len(ids) - 1 :], strict=False
-        ):
+            return model(torch.tensor([tokens])).logits[0].double().log_softmax(-1).numpy()
+
+    for prompt in PROMPTS:
+        theirs = list(ids_of(llm, prompt))
+        for _ in range(8):  # ids over the tokenizer's are padding
+            theirs.append(int(rows_of(theirs)[-1, : llm.tokenizer.size].argmax()))
+        answer = llm.generate(prompt, max_new_tokens=8, ignore_eos=True, logprobs=3)
+        assert list(answer.token_ids) == theirs[-8:]
+        rows = rows_of(theirs)
+        for token, found, row in zip(answer.token_ids, answer.logprobs, rows[-9:-1], strict=True):
             assert found.logprob == pytest.approx(row[token], abs=1e-4)
-            assert [value for _, value in found.top] == pytest.approx(sorted(row)[:-4:-1], abs=1e-4)
-        expected = [row[token] for row, token in zip(rows, theirs[1:], strict=False)]
+            likeliest = sorted(row, reverse=True)[:3]
+            assert [value for _, value in found.top] == pytest.approx(likeliest, abs=1e-4)
+        expected = [row[token] for row, token in zip(rows[:-1], theirs[1:], strict=True)]
         np.testing.assert_allclose(llm.score(np.array(theirs)), expected, atol=1e-4)
 
 
