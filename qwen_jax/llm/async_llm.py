@@ -11,6 +11,7 @@ from jaxtyping import Float32
 
 from qwen_jax.engine.data_parallel import Replicas
 from qwen_jax.engine.engine import Engine
+from qwen_jax.engine.request import EngineError
 from qwen_jax.llm.answer import Answer, Pending
 from qwen_jax.llm.llm import (
     LLM,
@@ -127,7 +128,7 @@ class AsyncFront:
         self._front: Front | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="qwen-jax")
         self._waiting: list[_Waiting] = []
-        self._is_stepping = False
+        self._is_stepping = self._is_closed = False
 
     async def front(self) -> Front:
         """The same for callers that wait; the first call loads it."""
@@ -168,8 +169,9 @@ class AsyncFront:
 
     async def close(self) -> None:
         """Lets go of weights and cache, after the step that runs."""
-        if self._front is not None:
+        if self._front is not None and not self._is_closed:
             await self._run(self._front.close)
+        self._is_closed = True
         self._thread.shutdown(wait=False)
 
     async def __aenter__(self) -> Self:
@@ -199,7 +201,7 @@ class AsyncFront:
         def drop() -> None:
             if waiting in self._waiting:
                 self._waiting.remove(waiting)
-            if self._front is not None and not self._front.is_closed:
+            if waiting.pendings and self._front is not None and not self._front.is_closed:
                 self._front.server.drop(waiting.pendings)
 
         try:
@@ -219,6 +221,8 @@ class AsyncFront:
             self.end(waiting)
 
     async def _run(self, function: Callable[[], T]) -> T:
+        if self._is_closed:
+            raise EngineError("it was closed, with its weights: open the model again")
         return await asyncio.get_running_loop().run_in_executor(self._thread, function)
 
     def _opened(self) -> Front:
@@ -230,14 +234,12 @@ class AsyncFront:
         """Runs one step, then comes back after what was asked for meanwhile."""
         self._is_stepping = False
         front = self._opened()
-        if front.is_closed:
-            return
         try:
             front.server.step()
-        except BaseException as error:  # it reaches all who wait for this engine
+        except BaseException as error:  # it reaches all who wait, also where this was closed
             for each in self._waiting:
                 each.error = error
-        if front.server.is_busy and not all(each.error for each in self._waiting):
+        if not all(each.error for each in self._waiting) and front.server.is_busy:
             self._is_stepping = True
             self._thread.submit(self._step)
         for each in self._waiting:

@@ -91,10 +91,11 @@ class Streaming(Iterator[str]):
 
     def __next__(self) -> str:
         while self._pending is not None:
+            has_ended = self._pending.finish is not None  # before the text: threads may step
             text = self._pending.text()
             if text:
                 return text
-            if self._pending.finish is not None:
+            if has_ended:
                 pending, self._pending = self._pending, None
                 self.answer = pending.answer()
                 break
@@ -329,6 +330,8 @@ def answers_of(pendings: Sequence[Pending]) -> list[Answer]:
     Raises:
         RequestError: naming the prompt, if the engine failed on one.
     """
+    if len(pendings) == 1:
+        return [pendings[0].answer()]
     answers = []
     for index, pending in enumerate(pendings):
         try:
@@ -597,8 +600,10 @@ class LLM(Front):
                 try:
                     while not filling.is_complete:
                         filling.step()
-                finally:
+                except KeyboardInterrupt:
                     filling.save()
+                    raise
+                filling.save()
         return self.open_session(out)
 
     def open_session(self, directory: Path_) -> "Session":
@@ -608,6 +613,7 @@ class LLM(Front):
             SessionError: if it is damaged, not finished, or another model's.
         """
         kept = sessions.open_kept(self._opened, _path(directory))
+        self._opened.check_fits(len(kept.tokens) + 1)
         return Session(self._opened, self._weights, max_seqs=self._max_seqs, kept=kept)
 
 
@@ -671,7 +677,7 @@ def is_prompt(prompts: object) -> bool:
     """Whether it is one prompt: a text, or token ids."""
     if isinstance(prompts, str):
         return True
-    if isinstance(prompts, np.ndarray):
+    if isinstance(prompts, np.ndarray) and prompts.ndim > 0:
         return prompts.ndim == 1
     if not isinstance(prompts, Sequence):
         raise ConfigError(f"prompts must be texts or token ids, got {type(prompts).__name__}")

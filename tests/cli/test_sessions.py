@@ -319,7 +319,7 @@ def test_a_damaged_session_is_refused(spoiled, tiny, kept, run):
 @pytest.mark.parametrize(
     ("kind", "flags", "message"),
     [
-        ("dense", DCA, "(dca: none there, [256, 64] here): use the model and the flags"),
+        ("dense", DCA, "(dca: none there, [256, 64] here): use the model and the options"),
         ("dense", ["--dtype", "bf16"], "(dtype: float32 there, bfloat16 here)"),
         ("dense", ["--vllm-parity"], "(vllm_parity: false there, true here)"),
         ("dense", ["--file", "x"], "--kv contradicts --file"),

@@ -191,3 +191,16 @@ def test_help_and_a_closed_pipe_are_quiet():
     )
     assert done.stdout == "Usage: qwen-jax ask [OPTIONS] {MODEL} {QUESTION}\n"
     assert done.stderr == ""
+
+
+def test_log_probabilities_of_an_answer_are_in_its_json(tiny, run):
+    words = ["generate", tiny, "--prompt", "x", "--max-new-tokens", 2, "--greedy", "--ignore-eos"]
+    code, out, _ = run(*words, "--json", "--logprobs", 2)
+    found = json.loads(out)
+    assert (code, len(found["logprobs"])) == (0, 2)
+    for each in found["logprobs"]:
+        assert len(each["top"]) == 2
+        assert each["logprob"] <= each["top"][0][1] <= 0
+    assert "logprobs" not in json.loads(run(*words, "--json")[1])
+    code, _, err = run(*words, "--logprobs", 2)
+    assert (code, err) == (2, "error: --logprobs has no effect without --json: add it\n")

@@ -40,6 +40,9 @@ class FakeEngine:
         assert request_id == len(self.requests) - 1
         self._cancelled = True
 
+    def drop(self, request_ids):
+        self._running = self._running and len(self.requests) - 1 not in request_ids
+
     def step(self):
         if self.num_steps in self.interrupt_at:
             signal.raise_signal(signal.SIGINT)
