@@ -8,6 +8,7 @@
 #              a million tokens and more on whole topologies of them
 # make test-gpu-aot  all kernels and steps compiled for five NVIDIA GPUs, without a GPU
 # make lint    formatting, lint, types, import directions
+# make docs    the site of docs/, strict, into build/site
 # make bench   prefill, decode and memory against PyTorch (Python 3.11), then dense against sparse
 #
 # Everything is installed into $(VENV). Another Python: make test PYTHON=python3.12 VENV=.venv312
@@ -31,7 +32,7 @@ export TPU_WORKER_HOSTNAMES := localhost
 export TPU_ACCELERATOR_TYPE := v5litepod-4
 endif
 
-.PHONY: demo demo-long demo-mesh demo-pod test test-long test-tpu-aot test-gpu-aot lint bench clean
+.PHONY: demo demo-long demo-mesh demo-pod test test-long test-tpu-aot test-gpu-aot lint docs bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python scripts/demo.py
@@ -62,6 +63,11 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
+	$(BIN)/python scripts/draw_imports.py --check
+	$(BIN)/python scripts/draw_attention.py --check
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.test
 	$(BIN)/python scripts/bench.py
@@ -80,6 +86,10 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml
 
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) -e '.[demo,test,dev]' $(TORCH)
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.python pyproject.toml
+	$(PIP) -e '.[docs]'
 	touch $@
 
 $(VENV)/.gpu: $(VENV)/.test
