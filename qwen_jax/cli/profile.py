@@ -171,9 +171,10 @@ def check(directory: Path) -> None:
         ProfileError: if a profile cannot be written there.
         JournalError: if another run is writing there.
     """
-    nearest = next(each for each in (directory, *directory.absolute().parents) if each.exists())
+    nearest = next(each for each in (directory, *directory.parents) if each.exists())
     if not nearest.is_dir():
-        raise ProfileError(f"--profile {directory}: {nearest} is a file: give a directory")
+        which = "" if nearest == directory else f": {nearest}"
+        raise ProfileError(f"--profile {directory}{which} is a file: give a directory")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ProfileError(f"--profile {directory}: {nearest} cannot be written to")
     figures = directory / _FIGURES
