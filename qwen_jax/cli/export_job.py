@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import shlex
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -132,7 +133,7 @@ def export_job(
     )
     for path in write(out, texts, overwrite=overwrite):
         print(shown(path))
-    for line in files.start(str(out)).split("\n"):
+    for line in files.START.format(shlex.quote(str(out))).split("\n"):
         print(shown(line))
 
 

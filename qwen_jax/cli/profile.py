@@ -11,22 +11,27 @@ and `time` (when it began, in seconds since 1970). Of a job process 0 writes the
 
 import contextlib
 import dataclasses
+import datetime
 import functools
+import inspect
 import os
 import re
 import shlex
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from qwen_jax.cli.flags import adding, note, option
+import typer
+
 from qwen_jax.config import ConfigError
-from qwen_jax.distributed import multihost
+from qwen_jax.distributed import multihost, verbosity
 from qwen_jax.engine.observer import Observed, Step
+from qwen_jax.files.reading import shown
 from qwen_jax.planner import devices
 from qwen_jax.storage.jsonl import Journal, JournalError
 
@@ -49,11 +54,19 @@ class ProfileFlags:
 
     profile: Annotated[
         Path | None,
-        option("Trace steps for xprof and TensorBoard, and write their figures.", metavar="DIR"),
+        typer.Option(
+            help="Trace steps for xprof and TensorBoard, and write their figures.",
+            metavar="DIR",
+            show_default=False,
+        ),
     ] = None
     profile_steps: Annotated[
         str | None,
-        option("Which steps are traced, 0:64; all get figures.", metavar="FIRST:COUNT"),
+        typer.Option(
+            help="Which steps are traced, 0:64; all get figures.",
+            metavar="FIRST:COUNT",
+            show_default=False,
+        ),
     ] = None
 
     def steps(self) -> range:
@@ -62,16 +75,15 @@ class ProfileFlags:
         Raises:
             ConfigError: if they are malformed, or nothing is profiled.
         """
-        if self.profile_steps is None:
+        given = self.profile_steps
+        if given is None:
             return STEPS
         if self.profile is None:
-            raise ConfigError(
-                f"--profile-steps {self.profile_steps} has no effect without --profile"
-            )
-        match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", self.profile_steps, re.ASCII)
+            raise ConfigError(f"--profile-steps {given} has no effect without --profile")
+        match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", given, re.ASCII)
         if match is None:
             raise ConfigError(
-                f"--profile-steps {self.profile_steps!r} must be the first step and how many, "
+                f"--profile-steps {given!r} must be the first step and how many, "
                 "such as 0:64, or 0:0 for none"
             )
         first, count = map(int, match.groups())
@@ -84,14 +96,18 @@ def profiled(verb: Callable) -> Callable:
     Its engines are profiled from where they are given to `watch`.
     """
 
-    @adding(verb, "profile_flags", ProfileFlags)
-    def within(profile_flags: ProfileFlags, **given):
+    @functools.wraps(verb)
+    def within(*, profile_flags: ProfileFlags, **given):
         steps = profile_flags.steps()
         if profile_flags.profile is None:
             return verb(**given)
         with running(profile_flags.profile, steps):
             return verb(**given)
 
+    own, kind = inspect.signature(verb), inspect.Parameter.KEYWORD_ONLY
+    flags = inspect.Parameter("profile_flags", kind, annotation=ProfileFlags)
+    signature = own.replace(parameters=[*own.parameters.values(), flags])
+    setattr(within, "__signature__", signature)  # noqa: B010
     return within
 
 
@@ -127,25 +143,21 @@ def running(directory: Path, steps: range) -> Iterator[None]:
     """
     global _running
     check(directory)
-    profile = Profile(directory, steps)
+    profile = _running = Profile(directory, steps)
     ends_at_once = multihost.is_alone() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     if ends_at_once:
         signal.signal(signal.SIGTERM, _stop)
-    _running = profile
     try:
         yield
     except BaseException:
         # The reason of the end comes first; what failed here is only said.
-        try:
-            profile.close()
-            if profile.num_steps:
-                note(profile.summary)
-        except ProfileError as error:
-            note(str(error))
+        if (fault := profile.close()) or profile.num_ended:
+            _say(fault or profile.summary)
         raise
     else:
-        profile.close()
-        note(profile.summary)
+        if fault := profile.close():
+            raise ProfileError(fault)
+        _say(profile.summary)
     finally:
         _running = None
         if ends_at_once:
@@ -159,13 +171,10 @@ def check(directory: Path) -> None:
         ProfileError: if a profile cannot be written there.
         JournalError: if another run is writing there.
     """
-    if directory.exists() and not directory.is_dir():
-        raise ProfileError(f"--profile {directory} is a file: give a directory")
-    nearest = directory
-    while not nearest.exists():
-        nearest = nearest.parent
+    nearest = next(each for each in (directory, *directory.parents) if each.exists())
     if not nearest.is_dir():
-        raise ProfileError(f"--profile {directory}: {nearest} is a file: give a directory")
+        which = "" if nearest == directory else f": {nearest}"
+        raise ProfileError(f"--profile {directory}{which} is a file: give a directory")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise ProfileError(f"--profile {directory}: {nearest} cannot be written to")
     figures = directory / _FIGURES
@@ -182,6 +191,9 @@ class Profile:
 
     Args:
         steps: numbers of those that are traced.
+
+    Attributes:
+        num_ended: steps that have ended.
     """
 
     def __init__(self, directory: Path, steps: range):
@@ -189,22 +201,17 @@ class Profile:
         self._run = ""
         self._journal: Journal | None = None
         self._lock = threading.Lock()  # replicas step in threads
-        self._num_engines = self._num_begun = self._num_ended = 0
+        self._num_engines = self._num_begun = self.num_ended = 0
         self._num_left = len(steps)  # to be traced
         self._is_tracing = self._is_closed = False
         self._fault: str | None = None
 
     @property
-    def num_steps(self) -> int:
-        """Steps that have ended."""
-        return self._num_ended
-
-    @property
     def summary(self) -> str:
         """One line on what was written, and how to open it."""
-        if not self._num_ended:
+        if not self.num_ended:
             return f"--profile {self._directory}: no step was run"
-        text = f"{self._directory / _FIGURES}: {_count(self._num_ended)}"
+        text = f"{self._directory / _FIGURES}: {_count(self.num_ended)}"
         traced = range(self._steps.start, min(self._steps.stop, self._num_begun))
         if not traced:
             return f"{text}, none of them traced"
@@ -226,47 +233,39 @@ class Profile:
         engine.observe(functools.partial(self._observe, self._num_engines))
         self._num_engines += 1
 
-    def close(self) -> None:
+    def close(self) -> str | None:
         """Ends the trace and the figures; steps in flight are left out of both.
 
-        Raises:
-            ProfileError: if something could not be written.
+        Returns:
+            What could not be written, and the way out.
         """
         with self._lock:
             self._stop_trace()
             self._is_closed = True
             if self._journal is not None:
                 self._journal.close()
-        if self._fault is not None:
-            raise ProfileError(self._fault)
+        return self._fault
 
     def _open(self) -> None:
+        self._run = multihost.broadcast_json(
+            lambda: datetime.datetime.now().strftime("%Y_%m_%d_%H_%M_%S_%f")
+        )
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
-            self._run = multihost.broadcast_json(self._free_name)
             if multihost.is_first():
                 self._journal = Journal(self._directory / _FIGURES)
                 self._journal.repair()
         except OSError as error:
             raise ProfileError(f"--profile {self._directory}: {error.strerror}") from None
 
-    def _free_name(self) -> str:
-        """A run that is not there yet, named as jax names them."""
-        name = stem = time.strftime("%Y_%m_%d_%H_%M_%S")
-        number = 1
-        while self._trace(name).exists():
-            number += 1
-            name = f"{stem}_{number}"
-        return name
-
-    def _trace(self, run: str) -> Path:
-        return self._directory / "plugins" / "profile" / run
-
     @contextlib.contextmanager
     def _observe(self, engine: int, step: Step) -> Iterator[None]:
         import jax
 
-        number = self._begin()
+        with self._lock:
+            number, self._num_begun = self._num_begun, self._num_begun + 1
+            if self._num_left and number == self._steps.start and not self._is_closed:
+                self._start_trace()
         is_traced = number in self._steps
         began, start = time.time(), time.perf_counter()
         try:
@@ -274,8 +273,10 @@ class Profile:
                 yield
         finally:
             seconds = time.perf_counter() - start
-            if is_traced:
-                self._end_traced()
+            with self._lock:
+                self._num_left -= is_traced
+                if not self._num_left:
+                    self._stop_trace()
         self._record(
             {
                 "run": self._run,
@@ -289,25 +290,11 @@ class Profile:
             }
         )
 
-    def _begin(self) -> int:
-        """The number of a step; begins the trace before the first that is traced."""
-        with self._lock:
-            number, self._num_begun = self._num_begun, self._num_begun + 1
-            if self._num_left and number == self._steps.start and not self._is_closed:
-                self._start_trace()
-        return number
-
-    def _end_traced(self) -> None:
-        with self._lock:
-            self._num_left -= 1
-            if not self._num_left:
-                self._stop_trace()
-
     def _record(self, fields: dict[str, object]) -> None:
         with self._lock:
             if self._is_closed:
                 return
-            self._num_ended += 1
+            self.num_ended += 1
             if self._journal is None or self._fault is not None:
                 return
             try:
@@ -316,11 +303,12 @@ class Profile:
             except JournalError:
                 self._fault = (
                     f"--profile: {self._journal.path} could not be written beyond "
-                    f"{_count(self._num_ended - 1)}: free space, or name another directory"
+                    f"{_count(self.num_ended - 1)}: free space, or name another directory"
                 )
 
     @property
     def _scratch(self) -> Path:
+        """Where jax writes the trace: on a common disk the processes of one host have one name."""
         import jax
 
         return self._directory / f".{self._run}-{jax.process_index()}"
@@ -345,7 +333,7 @@ class Profile:
         import jax
 
         prefix = f"{jax.process_index()}-" if multihost.count() > 1 else ""
-        target = self._trace(self._run)
+        target = self._directory / "plugins" / "profile" / self._run
         try:
             jax.profiler.stop_trace()
             target.mkdir(parents=True, exist_ok=True)
@@ -365,6 +353,11 @@ def _holds_steps(path: Path) -> bool:
 
 def _count(steps: int) -> str:
     return f"{steps:,} step{'' if steps == 1 else 's'}"
+
+
+def _say(text: str) -> None:
+    if multihost.is_first() and verbosity.get() >= verbosity.Level.SHORT:
+        print(shown(text), file=sys.stderr, flush=True)
 
 
 def _stop(*_) -> None:

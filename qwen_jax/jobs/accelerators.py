@@ -11,6 +11,7 @@ xpk/core/system_characteristics.py of xpk 1.16.0.
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 from qwen_jax.config import ConfigError
 from qwen_jax.planner.devices import DEVICES, SMALL_CUBES, Topology
@@ -19,14 +20,10 @@ from qwen_jax.planner.devices import DEVICES, SMALL_CUBES, Topology
 _TYPED_CUBES = [*SMALL_CUBES, *"4x4x4 4x4x8 4x8x8 8x8x8".split()]
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Accelerator:
+class Accelerator(NamedTuple):
     """One kind of device as others name it; None where they have no such thing.
 
     Attributes:
-        platform: as jax calls it.
-        resource: of Kubernetes, a chip each.
-        per_host: chips of a host, of a slice of several hosts if TPUs.
         gke: value of the label `cloud.google.com/gke-tpu-accelerator` or `gke-accelerator`.
         machine: of the chips of a whole host, with their number as `{}` where there are several.
         xpk: name before the topology of a TPU, before the number of GPUs.
@@ -35,9 +32,6 @@ class Accelerator:
         ray: what Ray calls this TPU.
     """
 
-    platform: str
-    resource: str
-    per_host: int
     gke: str | None = None
     machine: str | None = None
     xpk: str | None = None
@@ -46,39 +40,26 @@ class Accelerator:
     ray: str | None = None
 
 
-# Names by kind: gke, machine and xpk; of TPUs also vm, runtime and ray.
-_CLOUD = {
-    "v4": ("tpu-v4-podslice", "ct4p-hightpu-4t", "v4", "v4", "tpu-ubuntu2204-base", "v4"),
-    "v5e": (
-        "tpu-v5-lite-podslice",
-        "ct5lp-hightpu-{}t",
-        "v5litepod",
-        "v5litepod",
-        "v2-alpha-tpuv5-lite",
-        "v5litepod",
+_V5E = "v5litepod"
+_ACCELERATORS = {
+    "v4": Accelerator(
+        "tpu-v4-podslice", "ct4p-hightpu-4t", "v4", "v4", "tpu-ubuntu2204-base", "v4"
     ),
-    "v5p": ("tpu-v5p-slice", "ct5p-hightpu-4t", "v5p", "v5p", "v2-alpha-tpuv5", "v5p"),
-    "v6e": ("tpu-v6e-slice", "ct6e-standard-{}t", "v6e", "v6e", "v2-alpha-tpuv6e", "v6e"),
-    "tpu7x": ("tpu7x", "tpu7x-standard-4t", "tpu7x", None, None, "v7x"),
-    "a100-40": ("nvidia-tesla-a100", "a2-highgpu-{}g"),
-    "a100-80": ("nvidia-a100-80gb", "a2-ultragpu-{}g"),
-    "l4": ("nvidia-l4",),
-    "h100": ("nvidia-h100-80gb", "a3-highgpu-8g", "h100-80gb"),
-    "h200": ("nvidia-h200-141gb", "a3-ultragpu-8g", "h200-141gb"),
-    "b200": ("nvidia-b200", "a4-highgpu-8g"),
+    "v5e": Accelerator(
+        "tpu-v5-lite-podslice", "ct5lp-hightpu-{}t", _V5E, _V5E, "v2-alpha-tpuv5-lite", _V5E
+    ),
+    "v5p": Accelerator("tpu-v5p-slice", "ct5p-hightpu-4t", "v5p", "v5p", "v2-alpha-tpuv5", "v5p"),
+    "v6e": Accelerator(
+        "tpu-v6e-slice", "ct6e-standard-{}t", "v6e", "v6e", "v2-alpha-tpuv6e", "v6e"
+    ),
+    "tpu7x": Accelerator("tpu7x", "tpu7x-standard-4t", "tpu7x", ray="v7x"),
+    "a100-40": Accelerator("nvidia-tesla-a100", "a2-highgpu-{}g"),
+    "a100-80": Accelerator("nvidia-a100-80gb", "a2-ultragpu-{}g"),
+    "l4": Accelerator("nvidia-l4"),
+    "h100": Accelerator("nvidia-h100-80gb", "a3-highgpu-8g", "h100-80gb"),
+    "h200": Accelerator("nvidia-h200-141gb", "a3-ultragpu-8g", "h200-141gb"),
+    "b200": Accelerator("nvidia-b200", "a4-highgpu-8g"),
 }
-_CLOUD_FIELDS = ("gke", "machine", "xpk", "vm", "runtime", "ray")
-
-
-def accelerator(kind: str) -> Accelerator:
-    """How others name a kind of `devices.DEVICES` that is no CPU."""
-    device = DEVICES[kind]
-    return Accelerator(
-        platform=device.platform,
-        resource="google.com/tpu" if device.platform == "tpu" else "nvidia.com/gpu",
-        per_host=device.per_host,
-        **dict(zip(_CLOUD_FIELDS, _CLOUD.get(kind, ()), strict=False)),
-    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -87,15 +68,26 @@ class Hosts:
 
     Attributes:
         topology: the devices.
-        accelerator: what their chips are.
         count: machines, each with one process.
         chips: of each.
     """
 
     topology: Topology
-    accelerator: Accelerator
     count: int
     chips: int
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return _ACCELERATORS.get(self.topology.kind, Accelerator())
+
+    @property
+    def is_tpu(self) -> bool:
+        return self.topology.device.platform == "tpu"
+
+    @property
+    def resource(self) -> str:
+        """What Kubernetes calls a chip."""
+        return "google.com/tpu" if self.is_tpu else "nvidia.com/gpu"
 
     @property
     def sides(self) -> str:
@@ -115,7 +107,7 @@ class Hosts:
         """
         name = getattr(self.accelerator, field)
         if name is None:
-            kinds = [kind for kind in _CLOUD if getattr(accelerator(kind), field) is not None]
+            kinds = [kind for kind, each in _ACCELERATORS.items() if getattr(each, field)]
             raise ConfigError(
                 f"{who} has no {self.topology.kind}: there are {', '.join(kinds)}; ray and slurm "
                 "run every GPU"
@@ -157,4 +149,4 @@ def hosts(topology: Topology, *, whole: bool = True) -> Hosts:
         known = ", ".join(kind for kind, each in DEVICES.items() if each.platform != "cpu")
         raise ConfigError(f"topology {topology.name!r}: jobs run on one of {known}")
     per_host = 8 if device.dims == 2 and chips == 8 and whole else device.per_host
-    return Hosts(topology, accelerator(topology.kind), -(-chips // per_host), min(chips, per_host))
+    return Hosts(topology, -(-chips // per_host), min(chips, per_host))

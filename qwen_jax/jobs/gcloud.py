@@ -9,6 +9,9 @@ from qwen_jax.jobs.job import Job, flag, script
 _USER = 1000  # of the image
 _TAKES = "image project zone bucket mount compile_cache runtime_version max_restarts grace spot"
 
+START = "bash {}/run.sh"
+"""What starts the job, of the quoted name of its directory."""
+
 
 def files(job: Job) -> dict[str, str]:
     """Names and texts of the files.
@@ -16,7 +19,7 @@ def files(job: Job) -> dict[str, str]:
     Raises:
         ConfigError: if something is missing, or there are no such TPU VMs.
     """
-    if job.hosts.accelerator.platform != "tpu":
+    if not job.hosts.is_tpu:
         raise ConfigError(
             f"gcloud rents TPU VMs, not {job.topology.kind}: take slurm, ray or jobset"
         )
@@ -32,11 +35,6 @@ def files(job: Job) -> dict[str, str]:
             f"exec {_gcloud('queued-resources', 'delete', job)} --force --quiet",
         ),
     }
-
-
-def start(directory: str) -> str:
-    """What starts the job."""
-    return f"bash {shlex.quote(directory)}/run.sh"
 
 
 def _gcloud(group: str, verb: str, job: Job) -> str:

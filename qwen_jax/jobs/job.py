@@ -143,7 +143,7 @@ class Job:
         """Variables of the command."""
         cache = self.compile_cache or f"{self.mount.rstrip('/')}/compile-cache"
         found = {"JAX_COMPILATION_CACHE_DIR": cache}
-        if self.hosts.accelerator.platform == "tpu":
+        if self.hosts.is_tpu:
             return found | {"JAX_COORDINATOR_PORT": str(PORT)}
         # Without it jax takes three quarters of a GPU, and the planner counts on more.
         return found | {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".93"}

@@ -6,7 +6,6 @@ jax starts; GPUs get flags. A pod that exits with 75, or whose node is taken awa
 its pod failure policy, for which the JobSet starts anew without counting; other failures count.
 """
 
-import shlex
 from typing import Any
 
 from qwen_jax.distributed.multihost import PREEMPTED
@@ -15,6 +14,9 @@ from qwen_jax.jobs.job import PORT, Job, numbered, yaml_text
 _TAKES = "image namespace service_account claim bucket mount compile_cache max_restarts grace spot"
 _RUNTIME_PORT = 8471  # of libtpu, between the hosts of a slice
 _PODS = "hosts"
+
+START = "kubectl apply -f {}/jobset.yaml"
+"""What starts the job, of the quoted name of its directory."""
 
 
 def files(job: Job) -> dict[str, str]:
@@ -27,16 +29,11 @@ def files(job: Job) -> dict[str, str]:
     return {"jobset.yaml": yaml_text(manifest(job))}
 
 
-def start(directory: str) -> str:
-    """What starts the job."""
-    return f"kubectl apply -f {shlex.quote(directory)}/jobset.yaml"
-
-
 def manifest(job: Job) -> dict[str, Any]:
     """The JobSet."""
     count = job.hosts.count
     metadata: dict[str, Any] = {"name": job.name, "namespace": job.namespace}
-    if count > 1 and job.hosts.accelerator.platform == "tpu":
+    if count > 1 and job.hosts.is_tpu:
         # All pods into one node pool, which is one slice.
         metadata["annotations"] = {
             "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
@@ -86,10 +83,10 @@ def manifest(job: Job) -> dict[str, Any]:
 
 
 def _pod(job: Job) -> dict[str, Any]:
-    hosts, accelerator = job.hosts, job.hosts.accelerator
-    chips, label = {accelerator.resource: hosts.chips}, hosts.named("gke", "GKE")
+    hosts = job.hosts
+    chips, label = {hosts.resource: hosts.chips}, hosts.named("gke", "GKE")
     volumes, mounts, ports = [_data(job)], [{"name": "data", "mountPath": job.mount}], [PORT]
-    if accelerator.platform == "tpu":
+    if hosts.is_tpu:
         selector = {
             "cloud.google.com/gke-tpu-accelerator": label,
             "cloud.google.com/gke-tpu-topology": hosts.sides,
@@ -111,7 +108,7 @@ def _pod(job: Job) -> dict[str, Any]:
         "resources": {"requests": chips, "limits": dict(chips)},
         "volumeMounts": mounts,
     }
-    if accelerator.platform == "tpu":
+    if hosts.is_tpu:
         # The devices of a TPU node are root's, and libtpu locks memory.
         container["securityContext"] = {"privileged": True, "runAsUser": 0}
     pod: dict[str, Any] = {"metadata": {"annotations": {"gke-gcsfuse/volumes": "true"}}}
@@ -121,7 +118,7 @@ def _pod(job: Job) -> dict[str, Any]:
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": job.grace,
         "nodeSelector": selector,
-        "tolerations": [{"key": accelerator.resource, "operator": "Exists"}],
+        "tolerations": [{"key": hosts.resource, "operator": "Exists"}],
         "securityContext": {"fsGroup": 1000, "fsGroupChangePolicy": "OnRootMismatch"},
         "containers": [container],
         "volumes": volumes,
@@ -145,7 +142,7 @@ def _data(job: Job) -> dict[str, Any]:
 
 
 def _command(job: Job) -> str:
-    if job.hosts.accelerator.platform == "tpu" or job.hosts.count == 1:
+    if job.hosts.is_tpu or job.hosts.count == 1:
         return job.command
     first = f"{job.name}-{_PODS}-0-0.{job.name}:{PORT}"
     return numbered(job.command, first, job.hosts.count, '"$JOB_COMPLETION_INDEX"')

@@ -1,10 +1,12 @@
 """ray: a submission to Ray's job server, and its driver's parameters (`ray_driver`)."""
 
 import json
-import shlex
 
 from qwen_jax.distributed.multihost import PREEMPTED
 from qwen_jax.jobs.job import FORMAT, PORT, Job, flag, numbered, script, yaml_text
+
+START = "bash {}/submit.sh"
+"""What starts the job, of the quoted name of its directory."""
 
 
 def files(job: Job) -> dict[str, str]:
@@ -14,19 +16,19 @@ def files(job: Job) -> dict[str, str]:
         ConfigError: if something is missing.
     """
     job.check("ray", "compile_cache address max_restarts", "compile_cache")
-    hosts, accelerator = job.hosts, job.hosts.accelerator
+    hosts = job.hosts
     parameters = {
         "format": FORMAT,
         "command": job.command,
         "hosts": hosts.count,
         "chips": hosts.chips,
-        "resource": "TPU" if accelerator.platform == "tpu" else "GPU",
+        "resource": "TPU" if hosts.is_tpu else "GPU",
         "topology": hosts.sides,
-        "tpu": accelerator.ray,
+        "tpu": hosts.accelerator.ray,
         "preempted": PREEMPTED,
         "max_restarts": job.max_restarts,
     }
-    if accelerator.platform == "gpu" and hosts.count > 1:
+    if not hosts.is_tpu and hosts.count > 1:
         # The driver knows the address only when the hosts are there.
         index = '"$QWEN_JAX_PROCESS"'
         parameters["command"] = numbered(
@@ -44,8 +46,3 @@ def files(job: Job) -> dict[str, str]:
         "runtime_env.yaml": yaml_text({"env_vars": job.environment()}),
         "job.json": json.dumps(parameters, indent=2, ensure_ascii=False) + "\n",
     }
-
-
-def start(directory: str) -> str:
-    """What starts the job."""
-    return f"bash {shlex.quote(directory)}/submit.sh"

@@ -7,23 +7,28 @@ import importlib
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from qwen_jax.files import reading, schema
-from qwen_jax.jobs.job import FORMAT
+import msgspec
+from msgspec import Meta, Struct
 
-_COUNT = schema.whole(1, 1 << 20)
-_PARAMETERS = schema.fields(
-    format=schema.one_of(FORMAT),
-    command=schema.text,
-    hosts=_COUNT,
-    chips=_COUNT,
-    resource=schema.one_of("TPU", "GPU"),
-    topology=schema.maybe(schema.text),
-    tpu=schema.maybe(schema.text),
-    preempted=schema.whole(1, 255),
-    max_restarts=schema.whole(0, 1 << 20),
-)
+from qwen_jax.files import reading
+
+_Count = Annotated[int, Meta(ge=1, le=1 << 20)]
+
+
+class Parameters(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a job.json holds."""
+
+    format: Literal["qwen-jax job 1"]
+    command: str
+    hosts: _Count
+    chips: _Count
+    resource: Literal["TPU", "GPU"]
+    topology: str | None
+    tpu: str | None
+    preempted: Annotated[int, Meta(ge=1, le=255)]
+    max_restarts: Annotated[int, Meta(ge=0, le=1 << 20)]
 
 
 def run(command: str, variables: dict[str, str]) -> int:
@@ -31,9 +36,9 @@ def run(command: str, variables: dict[str, str]) -> int:
     return subprocess.run(["bash", "-c", command], env=os.environ | variables).returncode
 
 
-def attempt(ray: Any, parameters: dict[str, Any]) -> list[int]:
+def attempt(ray: Any, parameters: Parameters) -> list[int]:
     """Runs the command once on every host; returns the exit codes, 1 for a host that is lost."""
-    count, resource = parameters["hosts"], parameters["resource"]
+    count, resource = parameters.hosts, parameters.resource
     group, release = _reserve(ray, parameters)
     try:
         ray.get(group.ready())
@@ -50,8 +55,8 @@ def attempt(ray: Any, parameters: dict[str, Any]) -> list[int]:
 
         first = ray.get(remote(ray.util.get_node_ip_address, 0, 0).remote())
         tasks = [
-            remote(run, index, parameters["chips"]).remote(
-                parameters["command"],
+            remote(run, index, parameters.chips).remote(
+                parameters.command,
                 {"QWEN_JAX_COORDINATOR": first, "QWEN_JAX_PROCESS": str(index)},
             )
             for index in range(count)
@@ -61,18 +66,18 @@ def attempt(ray: Any, parameters: dict[str, Any]) -> list[int]:
         release()
 
 
-def _reserve(ray: Any, parameters: dict[str, Any]) -> tuple[Any, Any]:
+def _reserve(ray: Any, parameters: Parameters) -> tuple[Any, Any]:
     """A placement group with a bundle on every host, and what gives it back."""
-    if parameters["resource"] == "TPU":
+    if parameters.resource == "TPU":
         tpu = importlib.import_module("ray.util.tpu")
         held = tpu.slice_placement_group(
-            topology=parameters["topology"],
-            accelerator_version=parameters["tpu"],
-            chips_per_vm=parameters["chips"],
+            topology=parameters.topology,
+            accelerator_version=parameters.tpu,
+            chips_per_vm=parameters.chips,
         )
         return held.placement_group, held.shutdown
-    bundle = {"GPU": parameters["chips"]}
-    group = ray.util.placement_group([bundle] * parameters["hosts"], strategy="STRICT_SPREAD")
+    bundle = {"GPU": parameters.chips}
+    group = ray.util.placement_group([bundle] * parameters.hosts, strategy="STRICT_SPREAD")
     return group, lambda: ray.util.remove_placement_group(group)
 
 
@@ -90,10 +95,9 @@ def main(path: str) -> int:
     The command was preempted if a host says so and none was refused.
     """
     try:
-        parameters = reading.read_object(path)
-        _PARAMETERS("", parameters)
+        parameters = msgspec.convert(reading.read_object(path), Parameters)
     except ValueError as error:
-        print(f"error: {path}: {error}", file=sys.stderr)
+        print(f"error: {path}: {reading.printable(error)}", file=sys.stderr)
         return 2
     ray = importlib.import_module("ray")
     ray.init()
@@ -105,10 +109,10 @@ def main(path: str) -> int:
             return 0
         if 2 in codes:
             return 2
-        if parameters["preempted"] in codes:
+        if parameters.preempted in codes:
             continue
         failures += 1
-        if failures > parameters["max_restarts"]:
+        if failures > parameters.max_restarts:
             return next(filter(None, codes))
 
 

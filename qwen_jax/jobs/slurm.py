@@ -11,6 +11,9 @@ from qwen_jax.config import ConfigError
 from qwen_jax.distributed.multihost import PREEMPTED
 from qwen_jax.jobs.job import Job, script
 
+START = "sbatch {}/job.sbatch"
+"""What starts the job, of the quoted name of its directory."""
+
 
 def files(job: Job) -> dict[str, str]:
     """Names and texts of the files.
@@ -19,7 +22,7 @@ def files(job: Job) -> dict[str, str]:
         ConfigError: if something is missing, or the devices are no GPUs.
     """
     hosts = job.hosts
-    if hosts.accelerator.platform != "gpu":
+    if hosts.is_tpu:
         raise ConfigError(f"slurm runs GPUs, not {job.topology.kind}: take jobset, xpk or gcloud")
     takes = "partition account time compile_cache grace"
     job.check("slurm", takes, "partition time compile_cache")
@@ -30,7 +33,7 @@ def files(job: Job) -> dict[str, str]:
         "nodes": hosts.count,
         "ntasks-per-node": 1,
         "gres": f"gpu:{hosts.chips}",
-        "exclusive": None if hosts.chips < hosts.accelerator.per_host else "",
+        "exclusive": None if hosts.chips < job.topology.device.per_host else "",
         "time": job.time,
         "signal": f"B:TERM@{job.grace}",
         "requeue": "",
@@ -66,8 +69,3 @@ def files(job: Job) -> dict[str, str]:
         'exit "$code"',
     )
     return {"job.sbatch": text}
-
-
-def start(directory: str) -> str:
-    """What starts the job."""
-    return f"sbatch {shlex.quote(directory)}/job.sbatch"

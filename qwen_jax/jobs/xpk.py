@@ -11,6 +11,9 @@ from qwen_jax.jobs.job import PORT, Job, flag, numbered, script
 _TAKES = "image project zone cluster storage compile_cache max_restarts grace"
 _FEWEST = 8  # chips of a v5e slice
 
+START = "bash {}/submit.sh"
+"""What starts the job, of the quoted name of its directory."""
+
 
 def files(job: Job) -> dict[str, str]:
     """Names and texts of the files.
@@ -21,12 +24,12 @@ def files(job: Job) -> dict[str, str]:
     job.check("xpk", _TAKES, "image project zone cluster compile_cache")
     hosts = accelerators.hosts(job.topology, whole=False)
     command, named = job.command, hosts.named("xpk", "xpk")
-    if hosts.accelerator.platform == "tpu":
+    if hosts.is_tpu:
         if job.topology.kind == "v5e" and job.topology.count < _FEWEST:
             raise ConfigError(f"xpk has v5e from {_FEWEST} chips on: take v5e:2x4, or jobset")
         devices = [flag("--tpu-type", f"{named}-{hosts.sides}")]
     else:
-        whole = hosts.accelerator.per_host
+        whole = job.topology.device.per_host
         if hosts.chips != whole:
             raise ConfigError(f"xpk has whole hosts of {whole} GPUs: take jobset for {hosts.chips}")
         devices = [
@@ -57,11 +60,6 @@ def files(job: Job) -> dict[str, str]:
         " \\\n".join(f"  {each}" for each in arguments),
     )
     return {"submit.sh": text}
-
-
-def start(directory: str) -> str:
-    """What starts the job."""
-    return f"bash {shlex.quote(directory)}/submit.sh"
 
 
 def _plain(command: str) -> str:

@@ -335,10 +335,13 @@ def test_a_driver_of_ray_goes_on_as_the_codes_say(attempts, code, place, monkeyp
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"hosts": "2"}, "hosts must be an integer from 1"),
-        ({"resource": "CPU"}, "resource must be 'TPU' or 'GPU'"),
-        ({"command": None}, "command must be a text"),
-        ({"x": 1}, "x is no field of it"),
+        ({"hosts": "2"}, "Expected `int`, got `str` - at `$.hosts`"),
+        ({"resource": "CPU"}, "Invalid enum value 'CPU' - at `$.resource`"),
+        ({"command": None}, "Expected `str`, got `null` - at `$.command`"),
+        ({"hosts": True}, "Expected `int`, got `bool` - at `$.hosts`"),
+        ({"max_restarts": -1}, "Expected `int` >= 0"),
+        ({"format": "x"}, "Invalid enum value 'x' - at `$.format`"),
+        ({"x": 1}, "Object contains unknown field `x`"),
         (None, "is not valid JSON"),
     ],
 )
