@@ -4,7 +4,7 @@ import asyncio
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, Self, TypeVar, Unpack, overload
+from typing import Any, Literal, TypeVar, Unpack, overload
 
 import numpy as np
 from jaxtyping import Float32
@@ -27,6 +27,7 @@ from qwen_jax.llm.llm import (
 )
 
 T = TypeVar("T")
+F = TypeVar("F", bound="AsyncFront")
 
 
 class _Waiting:
@@ -68,7 +69,7 @@ class AsyncStreaming:
         self._waiting: _Waiting | None = None
         self._is_over = False
 
-    def __aiter__(self) -> Self:
+    def __aiter__(self) -> "AsyncStreaming":
         return self
 
     async def __anext__(self) -> str:
@@ -99,7 +100,7 @@ class AsyncStreaming:
         """Cancels the request, if its answer has not ended."""
         self._end()
 
-    async def __aenter__(self) -> Self:
+    async def __aenter__(self) -> "AsyncStreaming":
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -174,7 +175,7 @@ class AsyncFront:
         self._is_closed = True
         self._thread.shutdown(wait=False)
 
-    async def __aenter__(self) -> Self:
+    async def __aenter__(self: F) -> F:
         await self.front()
         return self
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypedDict, Unpack, overload
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 import numpy as np
 from jaxtyping import Float32
@@ -33,6 +33,8 @@ Ids = Sequence[int] | np.ndarray
 Prompt = str | Ids
 Message = Mapping[str, str]
 """A turn of a conversation: `{"role": "user", "content": "..."}`."""
+
+F = TypeVar("F", bound="Front")
 
 
 class AnswerArguments(TypedDict, total=False):
@@ -108,7 +110,7 @@ class Streaming(Iterator[str]):
             self._server.drop([self._pending])
             self._pending = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Streaming":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -202,7 +204,7 @@ class Front:
             self._is_closed = True
             self._engine = self._server = self._weights = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self: F) -> F:
         return self
 
     def __exit__(
