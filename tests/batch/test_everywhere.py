@@ -51,7 +51,7 @@ def sent(monkeypatch):
         return json.loads(texts.pop(0))
 
     monkeypatch.setattr(multihost, "is_alone", lambda: False)
-    monkeypatch.setattr(multihost, "shared", shared)
+    monkeypatch.setattr(multihost, "broadcast_json", shared)
     return texts
 
 
@@ -96,6 +96,6 @@ def test_all_but_the_body_of_a_line_arrives(sent, tmp_path, tokenizer, monkeypat
 
 
 def test_alone_nothing_is_sent(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr(multihost, "shared", None)
+    monkeypatch.setattr(multihost, "broadcast_json", None)
     source = write(tmp_path / "in", [chat("a"), completion("b")])
     assert len(list(lockstep.items(lambda: read(source, tokenizer)))) == 2
