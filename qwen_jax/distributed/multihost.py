@@ -91,7 +91,7 @@ class _Job:
         fault: why this process cannot take part, which it tells the others.
         state: jax's, with the client of its coordination service; None before all have registered.
         steps: calls of `check_preemption`.
-        shared: calls of `shared` and `gathered`.
+        shared: calls of `broadcast_json` and `all_gather_json`.
         is_over: whether somebody has the last word already.
     """
 
