@@ -4,8 +4,7 @@ import sys
 
 import typer
 
-from convert.team import ALONE
-from convert.verbs import convert_with
+from convert.verbs import convert
 from qwen_jax.config import ConfigError
 from qwen_jax.storage.manifest import CheckpointError
 
@@ -13,7 +12,7 @@ from qwen_jax.storage.manifest import CheckpointError
 def main() -> None:
     """Run the command; errors of the user end it with one line and status 2."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(convert_with(ALONE))
+    app.command()(convert)
     try:
         app()
     except (CheckpointError, ConfigError) as error:

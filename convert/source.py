@@ -23,8 +23,8 @@ from convert.files import (
     regular_file,
     same_bytes,
 )
-from convert.team import ALONE, Team
 from qwen_jax.config import ModelConfig
+from qwen_jax.distributed import multihost
 from qwen_jax.files import reading
 from qwen_jax.files.reading import printable, reason, shown
 from qwen_jax.hf_config import model_config
@@ -288,10 +288,10 @@ def check(directory: str | os.PathLike) -> Source:
     )
 
 
-def verify_blobs(checked: Source, progress: Progress | None = None, *, team: Team = ALONE) -> int:
+def verify_blobs(checked: Source, progress: Progress | None = None) -> int:
     """Check the shards whose SHA-256 is known: in a Hugging Face cache it is the blob's name.
 
-    The processes of a team share them.
+    The processes of a job share them.
 
     Returns:
         How many shards were checked.
@@ -302,7 +302,7 @@ def verify_blobs(checked: Source, progress: Progress | None = None, *, team: Tea
     known = [
         shard for shard in checked.shards.values() if re.fullmatch("[0-9a-f]{64}", shard.path.name)
     ]
-    own = team.local_share(known)
+    own = multihost.local_share(known)
     total = sum(shard.path.stat().st_size for shard in own)
     done = 0
 
@@ -318,7 +318,7 @@ def verify_blobs(checked: Source, progress: Progress | None = None, *, team: Tea
                 f"{shown(checked.directory / shard.file)} is damaged: "
                 "its SHA-256 is not its blob's name"
             )
-    team.await_all()
+    multihost.await_all()
     return len(known)
 
 

@@ -15,8 +15,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 
-from convert.team import ALONE, Team
-from qwen_jax.distributed import verbosity
+from qwen_jax.distributed import multihost, verbosity
 from qwen_jax.distributed.verbosity import Level
 from qwen_jax.files import reading
 from qwen_jax.storage.manifest import Progress
@@ -25,9 +24,9 @@ _LINE_EVERY_S = 10.0
 
 
 @contextlib.contextmanager
-def shown(label: str, *, team: Team = ALONE) -> Iterator[Progress]:
+def shown(label: str) -> Iterator[Progress]:
     """A callback for bytes done and in all, which writes to stderr in the first process."""
-    if not team.is_first() or verbosity.get() is Level.NONE:
+    if not multihost.is_first() or verbosity.get() is Level.NONE:
         yield lambda done, total: None
         return
     console = Console(stderr=True)

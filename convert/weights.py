@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from convert import names, pickled, publish, source
-from convert.team import ALONE, Team
+from qwen_jax.distributed import multihost
 from qwen_jax.distributed.jax_settings import own_settings
 from qwen_jax.models import params
 from qwen_jax.storage import atomic, hub, orbax_io
@@ -91,7 +91,6 @@ def convert(
     resume: bool = False,
     allow_pickle: bool = False,
     progress: Progress | None = None,
-    team: Team = ALONE,
 ) -> Manifest:
     """Turn a Hugging Face directory into a converted checkpoint.
 
@@ -99,7 +98,7 @@ def convert(
     a stopped run leaves `dst.partial`, which `resume` continues. Peak memory is about that of a
     layer or of the output head, whichever is larger, twice over.
 
-    The processes of a team share the parts, on a file system that all of them see; the first
+    The processes of a job share the parts, on a file system that all of them see; the first
     does the rest.
 
     Args:
@@ -120,7 +119,7 @@ def convert(
         publish.check_apart(Path(src).resolve(), output)
         orbax_io.check_path(output)
         if allow_pickle and pickled.only(src):
-            if not team.is_alone():
+            if not multihost.is_alone():
                 raise CheckpointError(
                     f"{src} has weights in .bin files, which one process converts: start it "
                     "alone, with --num-processes 1"
@@ -142,12 +141,12 @@ def convert(
                 writes=_writes,
             )
 
-        if team.broadcast_json(begin):
+        if multihost.broadcast_json(begin):
             return params.read_manifest(output)
         with publish.errors(output):
-            _check_one_disk(staging.partial, team)
-            manifest = _write(checked, staging, dtype, outline, progress, team)
-        if team.is_first():
+            _check_one_disk(staging.partial)
+            manifest = _write(checked, staging, dtype, outline, progress)
+        if multihost.is_first():
             staging.publish()
     return manifest
 
@@ -185,9 +184,9 @@ def _writes(name: str) -> bool:
     return re.sub(r"(\.[0-9a-f]{8})?\.partial$", "", name) in _NAMES
 
 
-def _check_one_disk(directory: Path, team: Team) -> None:
-    """Raise CheckpointError if the processes of a team do not see one and the same directory."""
-    if team.is_alone():
+def _check_one_disk(directory: Path) -> None:
+    """Raise CheckpointError if the processes of a job do not see one and the same directory."""
+    if multihost.is_alone():
         return
     path = directory / "mark"
 
@@ -196,7 +195,7 @@ def _check_one_disk(directory: Path, team: Team) -> None:
         atomic.write(path, text)
         return text
 
-    expected = team.broadcast_json(mark)
+    expected = multihost.broadcast_json(mark)
     if not path.is_file() or path.read_text() != expected:
         raise CheckpointError(
             f"{directory}, where process 0 writes, is not here: several processes convert onto "
@@ -210,7 +209,6 @@ def _write(
     dtype: str,
     outline: str,
     progress: Progress | None,
-    team: Team,
 ) -> Manifest:
     """Write what is missing of the checkpoint, then its manifest; each process its share."""
     records = staging.partial / "parts"
@@ -230,7 +228,7 @@ def _write(
         files={},
     )
     grouped = _by_part(checked)
-    own = team.local_share(list(grouped))
+    own = multihost.local_share(list(grouped))
     sizes = {part: sum(checked.tensors[e.name].size for e in grouped[part]) for part in own}
     on_bytes = _counter(progress, sum(sizes.values()))
     done = {
@@ -239,26 +237,26 @@ def _write(
         )
         for part in own
     }
-    there = team.all_gather_json([part for part, record in done.items() if record])
-    if team.is_first():
+    there = multihost.all_gather_json([part for part, record in done.items() if record])
+    if multihost.is_first():
         kept = {part for parts in there for part in parts}
         _clean(staging.directory, kept)
         _check_space(checked, staging.directory, dtype, [p for p in grouped if p not in kept])
-    team.await_all()
+    multihost.await_all()
     for part, record in done.items():
         if record is None:
             entries = grouped[part]
             record = _write_part(checked, staging.directory, part, entries, dtype, whole, on_bytes)
             atomic.write(records / f"{part}.json", record.encode())
-    team.await_all()
-    if team.is_first():
+    multihost.await_all()
+    if multihost.is_first():
         parts = [manifests.read(records / f"{part}.json", record=True) for part in grouped]
         _write_manifest(checked, staging.directory, whole, parts)
-    team.await_all()
+    multihost.await_all()
     manifest = params.read_manifest(staging.directory)
-    files = frozenset(team.local_share(list(manifest.files)))
+    files = frozenset(multihost.local_share(list(manifest.files)))
     manifests.check_files(staging.directory, manifest, full=files, on_bytes=lambda _: on_bytes(0))
-    team.await_all()
+    multihost.await_all()
     return manifest
 
 

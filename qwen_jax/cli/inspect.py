@@ -11,7 +11,6 @@ from convert import source
 from convert.describe import describe
 from convert.terminal import show, shown
 from qwen_jax.cli.on_hosts import expand_on_hosts
-from qwen_jax.distributed import multihost
 from qwen_jax.files import reading
 from qwen_jax.models import params
 
@@ -83,14 +82,14 @@ def verify(
     directory carries no sums, unless it lies in a Hugging Face cache. Several
     processes share the files of --full.
     """
-    with shown("verify", team=multihost) as progress:
+    with shown("verify") as progress:
         if params.is_converted(path):
             manifest = params.verify(path, full=full, progress=progress)
             what = "every file and tensor" if full else "sizes and small files (--full reads all)"
             size = manifest.num_bytes
         else:
             checked = source.check(path)
-            summed = source.verify_blobs(checked, progress, team=multihost) if full else 0
+            summed = source.verify_blobs(checked, progress) if full else 0
             what = f"headers, and the sums of {summed} of {len(checked.shards)} weight files"
             size = checked.num_bytes
     print(reading.shown(f"{path} is intact: {what}, {size / 1e9:.2f} GB"))

@@ -4,10 +4,13 @@ Every process does the same with the same, in the same order. Process 0 alone re
 on its host only and writes answers; the others get what it read, and are silent on stdout.
 Conversion and verification have no steps in common: each process has its own share of the files.
 
+All communication is that of jax's coordination service. `jax.distributed.initialize` returns when
+all processes have registered; then they compare what they run through its key-value store.
+
 Two threads watch while a job runs. One takes part in jax's roll call of live processes, which
 returns without a process whose heartbeats have stopped; the other waits for the last words of a
 process that fails. Either ends this process too, with a sentence. jax itself ends a process that
-has lost the coordination service, by SIGABRT, whose handler says which process that was.
+cannot register or has lost the service, by SIGABRT, whose handler says why in a sentence.
 """
 
 import contextlib
@@ -15,10 +18,12 @@ import ctypes
 import dataclasses
 import fcntl
 import functools
+import hashlib
 import io
 import ipaddress
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -29,9 +34,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from qwen_jax.config import ConfigError
-from qwen_jax.distributed import rendezvous, verbosity
-from qwen_jax.distributed.rendezvous import Place
-from qwen_jax.files.reading import shown
+from qwen_jax.distributed import verbosity
+from qwen_jax.files import reading
 
 T = TypeVar("T")
 
@@ -40,6 +44,7 @@ PREEMPTED = 75
 LOST = 69
 """Exit code if another process is gone (EX_UNAVAILABLE)."""
 
+_FACTS = "qwen_jax/facts/"
 _FAILED = "qwen_jax/failed"
 _LEFT = "qwen_jax/left/"
 _SHARED = "qwen_jax/shared/"
@@ -47,11 +52,33 @@ _PART_BYTES = 1 << 20  # of a message of the key-value store
 _FOREVER_MS = 10**9
 _ROLL_CALL_S = 0.5  # between two
 _LINGER_S = 1.5  # that process 0 and its service outlive bad news
-_GRACE_S = 4.0  # over the heartbeat, until the dead process is named
+_GRACE_S = 4  # over the heartbeat, until the dead process is named
+_DIFFERENCES = 20  # that are named
+_VALUE_CHARS = 60  # that are shown of a value
+_ADVICE = "start the same command on all hosts"
 
 
 class Preempted(Exception):
     """All processes stop here, after the same step: one of them was told to by SIGTERM."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """Where a process is in its job.
+
+    Attributes:
+        coordinator: host and port of the coordination service, which process 0 runs.
+        bind: address and port that it listens on.
+        process: number of this process, from 0.
+        count: processes in all.
+        detected: jax found some of it in the environment, and finds this process's devices there.
+    """
+
+    coordinator: str
+    bind: str
+    process: int
+    count: int
+    detected: bool = False
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -60,14 +87,18 @@ class _Job:
 
     Attributes:
         heartbeat: seconds after which a silent process is dead.
-        state: jax's, with the client of its coordination service; None before they meet.
+        timeout: seconds to wait for the others to register.
+        fault: why this process cannot take part, which it tells the others.
+        state: jax's, with the client of its coordination service; None before all have registered.
         steps: calls of `check_preemption`.
-        shared: calls of `shared` and `gathered`.
+        shared: calls of `broadcast_json` and `all_gather_json`.
         is_over: whether somebody has the last word already.
     """
 
     place: Place
     heartbeat: int
+    timeout: int
+    fault: str | None = None
     state: Any = None
     steps: int = 0
     shared: int = 0
@@ -76,7 +107,7 @@ class _Job:
 
     @property
     def client(self) -> Any:
-        """Of jax's coordination service; None before the processes meet."""
+        """Of jax's coordination service; None before all have registered."""
         return self.state and self.state.client
 
     def claim(self) -> bool:
@@ -140,7 +171,7 @@ def find(
         )
     if not 0 <= process < count:
         raise ConfigError(f"--process-id {process} must be from 0 to {count - 1}")
-    rendezvous.split(coordinator)
+    split_address(coordinator)
     bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS", coordinator)
     return Place(
         coordinator=coordinator, bind=bind, process=process, count=count, detected=detected
@@ -175,19 +206,21 @@ def start(
             raise ConfigError(f"{flag} {value} must be at least 1 second")
     if place is None:
         return
-    _job = _Job(place=place, heartbeat=heartbeat)
+    _job = _Job(place=place, heartbeat=heartbeat, timeout=timeout)
     _redirect()
     if verbosity.get() is not verbosity.Level.NONE:
         _say(f"process {place.process} of {place.count}, {_where(place)}")
     try:
         found = dict(facts())
     except Exception as error:
-        rendezvous.withdraw(place, str(error), min(timeout, _GRACE_S))
+        _job.fault, _job.timeout = str(error), min(timeout, _GRACE_S)
+        _connect(_job, devices)
+        _compare(_job, {})
         raise
-    rendezvous.meet(place, {"--num-processes": str(place.count), **found}, timeout, note=_say)
-    _connect(place, heartbeat, timeout, devices)
-    for watch in (_call_roll, _hear_last_words):
-        threading.Thread(target=watch, args=(_job,), daemon=True).start()
+    _connect(_job, devices)
+    threading.Thread(target=_call_roll, args=(_job,), daemon=True).start()
+    _compare(_job, found)
+    threading.Thread(target=_hear_last_words, args=(_job,), daemon=True).start()
 
 
 def broadcast_json(make: Callable[[], T]) -> T:
@@ -301,6 +334,44 @@ def leave(code: int) -> int:
     os._exit(code)
 
 
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of an address; an IPv6 address is in brackets.
+
+    Raises:
+        ConfigError: if it is not HOST:PORT.
+    """
+    host, _, port = address.rpartition(":")
+    is_number = port.isascii() and port.isdecimal() and len(port) <= 5
+    if not host or not is_number or not 0 < int(port) < 2**16:
+        shown = reading.printable(address)
+        raise ConfigError(f"--coordinator {shown} must be HOST:PORT, such as 10.0.0.1:8476")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def differences(facts: Mapping[int, Mapping[str, str]]) -> str:
+    """What differs between processes: each name, its values and who has them; "" for nothing."""
+    found = []
+    for name in {name: None for each in facts.values() for name in each}:
+        values: dict[str, list[int]] = {}
+        for process, each in sorted(facts.items()):
+            values.setdefault(each.get(name, "missing"), []).append(process)
+        if len(values) > 1:
+            said = [f"{_shown(value)} on {_processes(have)}" for value, have in values.items()]
+            found.append(f"{reading.printable(name, _VALUE_CHARS)} is {' and '.join(said)}")
+    return "; ".join(found[:_DIFFERENCES])
+
+
+def _processes(numbers: Sequence[int]) -> str:
+    return f"process{'es' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
+def _shown(value: str) -> str:
+    if len(value) <= _VALUE_CHARS:
+        return reading.printable(value)
+    digest = hashlib.sha256(value.encode()).hexdigest()[:12]
+    return f"{reading.printable(value[:_VALUE_CHARS])}... (SHA-256 {digest})"
+
+
 def _detected(coordinator, count, process, timeout: int):
     """What jax finds in the environment for what is None."""
     # No public function says it before jax.distributed.initialize acts on it.
@@ -344,13 +415,13 @@ def _where(place: Place) -> str:
 def _redirect() -> None:
     """Answers to stdout from process 0 alone; apart from ours, what C++ writes there and to stderr.
 
-    That is kept in memory for `say_native`, or goes to stderr where more was asked for.
+    That is kept in memory for `say_native`.
     """
     global _stderr, _native
     sys.stdout.flush()
     sys.stderr.flush()
     kept, _stderr = os.dup(1), os.dup(2)
-    if verbosity.get() is not verbosity.Level.DETAIL and hasattr(os, "memfd_create"):
+    if hasattr(os, "memfd_create"):
         _native = os.memfd_create("stderr")
         fcntl.fcntl(_native, fcntl.F_SETFL, os.O_APPEND)
         os.dup2(_native, 2)
@@ -378,33 +449,115 @@ def say_native() -> None:
     os.write(_stderr, _native_words())
 
 
-def _connect(place: Place, heartbeat: int, timeout: int, devices: bool) -> None:
-    """Starts jax's coordination service, and its client in this process."""
+def _release_native() -> None:
+    """Has C++ write to stderr from here on."""
+    global _native
+    say_native()
+    os.dup2(_stderr, 2)
+    os.dup2(_stderr, 1)
+    _native = None
+
+
+def _connect(job: _Job, devices: bool) -> None:
+    """Registers this process with jax's coordination service, which process 0 starts."""
     import jax
     from jax._src import distributed
 
-    assert _job is not None
+    place = job.place
+    if place.process == 0:
+        _check_free(place.bind)
+        _bound_registration(job.timeout)
     # Else jax ends all processes when one is gone, without a word that a user can read.
     jax.config.update("jax_enable_recoverability", True)
     if _is_loopback(place.coordinator):
         _collectives_on_loopback()
-    _on_abort(place)
-    _pass_proxies(rendezvous.split(place.coordinator)[0])
-    _job.state = distributed.global_state if devices else distributed.State()
+    _on_abort(job)
+    _pass_proxies(split_address(place.coordinator)[0])
+    state = distributed.global_state if devices else distributed.State()
     if not devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_enable_preemption_service", False)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-    initialize = jax.distributed.initialize if devices else _job.state.initialize
+    initialize = jax.distributed.initialize if devices else state.initialize
+    # Python acts on Ctrl-C between two of its own steps, and this one may wait long.
+    previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
     initialize(
         place.coordinator,
         place.count,
         place.process,
         cluster_detection_method=None if place.detected else "deactivate",
-        initialization_timeout=timeout,
-        heartbeat_timeout_seconds=heartbeat,
+        initialization_timeout=job.timeout,
+        heartbeat_timeout_seconds=job.heartbeat,
         coordinator_bind_address=place.bind,
     )
+    signal.signal(signal.SIGINT, previous)
+    job.state = state
+    if verbosity.get() is verbosity.Level.DETAIL:
+        _release_native()
+
+
+def _compare(job: _Job, facts: Mapping[str, str]) -> None:
+    """Returns when all processes have told their facts, which agree.
+
+    Raises:
+        ConfigError: if another process has this one's number, has failed, or differs.
+    """
+    place, client = job.place, job.client
+    own = {"--num-processes": str(place.count), **facts}
+    try:
+        client.key_value_set(f"{_FACTS}{place.process}", json.dumps([job.fault, own]))
+    except RuntimeError as error:
+        if "ALREADY_EXISTS" in str(error):
+            raise ConfigError(_twice(place)) from None
+        raise
+    if job.fault is not None:
+        return
+
+    def read(number: int) -> tuple[str | None, dict[str, str]]:
+        return json.loads(client.blocking_key_value_get(f"{_FACTS}{number}", _FOREVER_MS))
+
+    _, first = read(0)
+    told = {}
+    for number in range(min(place.count, int(first["--num-processes"]))):  # who can register
+        fault, told[number] = read(number)
+        if fault is not None:
+            raise ConfigError(f"process {number} ended: {reading.printable(fault, 2000)}")
+    if found := differences(told):
+        raise ConfigError(f"the processes differ: {found}; {_ADVICE}")
+
+
+def _twice(place: Place) -> str:
+    return (
+        f"another process says it is process {place.process} of {place.count} too: give each a "
+        "--process-id of its own"
+    )
+
+
+def _check_free(address: str) -> None:
+    """Checks that process 0 can listen on an address.
+
+    gRPC shares a port with another process that does, and dies where it cannot have the address.
+
+    Raises:
+        ConfigError: if it cannot.
+    """
+    host, port = split_address(address)
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise ConfigError(
+            f"process 0 cannot listen on {address} ({error.strerror or error}): another process 0 "
+            "may be there already, or --coordinator names another host or a port in use"
+        ) from None
+
+
+def _bound_registration(timeout: int) -> None:
+    """Has jax's service name the processes that have not registered in time."""
+    from jax._src.lib import _jax
+
+    make = _jax.get_distributed_runtime_service
+    _jax.get_distributed_runtime_service = functools.partial(make, cluster_register_timeout=timeout)
 
 
 def _pass_proxies(host: str) -> None:
@@ -423,7 +576,7 @@ def _pass_proxies(host: str) -> None:
 
 def _is_loopback(address: str) -> bool:
     """Whether an address says so itself: all processes must find the same."""
-    host, _ = rendezvous.split(address)
+    host, _ = split_address(address)
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -438,17 +591,23 @@ def _collectives_on_loopback() -> None:
     _jax.make_gloo_tcp_collectives = functools.partial(make, hostname="127.0.0.1")
 
 
-def _on_abort(place: Place) -> None:
+def _on_abort(job: _Job) -> None:
     """Has a sentence said and a code of ours returned when jax ends this process.
 
     jax takes a callback for that, which it cannot call (std::bad_cast, up to jax 0.12).
     """
 
     def say(_: int) -> None:
-        if not place.process or b"JAX distributed service" not in _native_words():
+        words = _native_words().decode(errors="replace")
+        text, code = _lost(job.place), LOST
+        if job.client is None:
+            if verbosity.get() is verbosity.Level.DETAIL:
+                say_native()
+            text, code = job.fault or _unregistered(job, words), 2
+        elif not job.place.process or "JAX distributed service" not in words:
             say_native()
-        _say(f"error: {_lost(place)}")
-        os._exit(LOST)
+        _say(f"error: {text}")
+        _exit(job, code)
 
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(say)
     _kept.append(handler)
@@ -458,12 +617,47 @@ def _on_abort(place: Place) -> None:
 _kept: list[Any] = []  # of C, which does not keep them
 
 
+def _unregistered(job: _Job, words: str) -> str:
+    """Why this process could not register with jax's coordination service.
+
+    Args:
+        words: what C++ has written to stderr.
+    """
+    place = job.place
+    words = words[words.rfind("Terminating process") :]
+    if "newer incarnation" in words or "more recent barrier call" in words:
+        return _twice(place)
+    if "Unexpected task" in words:
+        return (
+            f"--num-processes is {place.count} on process {place.process} and less than "
+            f"{place.process + 1} on process 0: {_ADVICE}"
+        )
+    found = re.search(r"(\d+)/(\d+)\.\n.*task names:\n((?:\d+\n)+)", words)
+    if found is not None:
+        missing = sorted(map(int, found[3].split()))
+        there, count = int(found[1]), int(found[2])
+        more = f" and {count - there - len(missing)} more" * (len(missing) < count - there)
+        return (
+            f"{_processes(missing)}{more} of {count} did not come to {place.coordinator} in time "
+            f"(--init-timeout): {_ADVICE}"
+        )
+    fault = "who listens there started no job: process 0 names the missing processes"
+    try:
+        socket.create_connection(split_address(place.coordinator), timeout=1).close()
+    except OSError as error:
+        fault = reading.reason(error)
+    return (
+        f"process {place.process} of {place.count} did not find process 0 at {place.coordinator} "
+        f"within {job.timeout} s ({fault}): {_ADVICE}"
+    )
+
+
 def _lost(place: Place) -> str:
     """Why jax may have ended this process."""
     service = f"process 0, the coordinator at {place.coordinator},"
     if place.process:
         try:
-            socket.create_connection(rendezvous.split(place.coordinator), timeout=1).close()
+            socket.create_connection(split_address(place.coordinator), timeout=1).close()
         except OSError:
             return f"{service} is gone: process {place.process} of {place.count} ends too"
         return f"{service} does not answer: process {place.process} of {place.count} ends too"
@@ -481,10 +675,9 @@ def _call_roll(job: _Job) -> None:
         gone = [process for process in everybody if process not in living]
         dead = [process for process in gone if not _has_left(job, process)]
         if dead and job.claim():
-            names = f"process{'es' if len(dead) > 1 else ''} {', '.join(map(str, dead))}"
             _say(
-                f"error: {names} of {job.place.count} did not answer for {job.heartbeat} s: "
-                "killed, stopped or cut off; all end"
+                f"error: {_processes(dead)} of {job.place.count} did not answer for "
+                f"{job.heartbeat} s: killed, stopped or cut off; all end"
             )
             _exit(job, LOST)
         if _native is not None and os.fstat(_native).st_size > _NATIVE_BYTES:
@@ -521,4 +714,4 @@ def _exit(job: _Job, code: int) -> None:
 
 
 def _say(text: str) -> None:
-    os.write(_stderr, f"{shown(text)}\n".encode(errors="replace"))
+    os.write(_stderr, f"{reading.shown(text)}\n".encode(errors="replace"))

@@ -11,7 +11,7 @@ import jax
 import pytest
 from support import children
 from support.checkpoints import Tiny, assert_trees_equal, expected_tree
-from support.jobs import Job
+from support.jobs import IDLE, Job
 
 from convert import weights
 from qwen_jax.cli import main, on_hosts
@@ -21,25 +21,6 @@ from qwen_jax.models import params
 PROMPT = "The bee and the bear"
 MESH = "seq=2,tensor=2"
 GREEDY = ["--greedy", "--dtype", "f32", "--mesh", MESH]
-# A job without a model: what is watched does not depend on what is computed.
-IDLE = """
-import sys, time
-from qwen_jax import hosts
-from qwen_jax.cli import flags, main, on_hosts
-import qwen_jax.cli.generate as verb
-
-def idle(model, **flags):
-    print(hosts.shared(lambda: "up"), file=sys.stderr, flush=True)
-    while True:
-        hosts.check_preemption()
-        time.sleep(0.05)
-
-idle.__signature__ = __import__("inspect").Signature(
-    [__import__("inspect").Parameter("model", 3, annotation=flags.ModelArgument)]
-)
-verb.generate = on_hosts.expand_on_hosts(idle)
-sys.exit(main(["generate", *sys.argv[1:]]))
-"""
 HEARTBEAT = 4
 # Says how many bytes were read of the weights, and how many lie on the device.
 LOAD = """
@@ -47,7 +28,8 @@ import sys, time
 import jax
 from pathlib import Path
 from convert import weights
-from qwen_jax import hosts, params, sharding
+from qwen_jax.distributed import multihost as hosts, sharding
+from qwen_jax.models import params
 from qwen_jax.hf_config import model_config
 
 directory, _, coordinator, _, count, _, process = sys.argv[1:]
@@ -69,8 +51,8 @@ sys.exit(hosts.leave(0))
 # Process 1 is killed before it reads the second layer.
 DIES = """
 import os, signal, sys
-from qwen_jax import params
 from qwen_jax.cli import main
+from qwen_jax.models import params
 
 def restore(directory, part, target, real=params._restore):
     if part == "block_001" and sys.argv[-1] == "1":
@@ -255,34 +237,6 @@ def test_a_process_that_fails_ends_the_others_with_its_reason(tiny, tmp_path):
         assert job.codes() == [2, 2]
         reason = f"{tmp_path / 'nowhere.txt'} is missing"
         assert job.errors() == [[f"error: {reason}"], [f"error: process 0 of 2 ended: {reason}"]]
-
-
-def test_other_flags_or_files_are_refused_by_all(tiny, model, tmp_path):
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"rope_theta": 20000.0}))
-    own = {0: [tiny], 1: [model, "--greedy"]}
-    with Job(2, tmp_path, "generate", "--prompt", PROMPT, own=own) as job:
-        assert job.codes() == [2, 2]
-        errors = job.errors()
-        assert errors[0] == errors[1]
-        assert "--greedy is False on process 0 and True on process 1" in errors[0][0]
-        assert "config.json is " in errors[0][0]
-        assert "tokenizer.json" not in errors[0][0]
-
-
-def test_one_number_for_two_processes_is_refused(tiny, tmp_path):
-    arguments = ["generate", tiny, "--prompt", PROMPT]
-    with Job(3, tmp_path, *arguments, numbers=[0, 1, 1]) as job:
-        assert job.codes() == [2, 2, 2]
-        for each in job.errors():
-            assert "say they are process 1 of 3: give each a --process-id of its own" in each[0]
-
-
-def test_a_missing_process_is_waited_for_and_named(tiny, tmp_path):
-    arguments = ["generate", tiny, "--prompt", PROMPT, "--init-timeout", 2]
-    with Job(2, tmp_path, *arguments, numbers=[0]) as job:
-        assert job.codes() == [2]
-        assert job.errors()[0][0].startswith("error: process 1 of 2 did not come to 127.0.0.1:")
 
 
 @pytest.mark.parametrize(

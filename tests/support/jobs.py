@@ -11,6 +11,25 @@ from pathlib import Path
 
 VERB = "import sys; from qwen_jax.cli import main; sys.exit(main())"
 ROOT = Path(__file__).parents[2]
+# A job without a model: what is watched does not depend on what is computed.
+IDLE = """
+import sys, time
+from qwen_jax.distributed import multihost as hosts
+from qwen_jax.cli import flags, main, on_hosts
+import qwen_jax.cli.generate as verb
+
+def idle(model, **flags):
+    print(hosts.broadcast_json(lambda: "up"), file=sys.stderr, flush=True)
+    while True:
+        hosts.check_preemption()
+        time.sleep(0.05)
+
+idle.__signature__ = __import__("inspect").Signature(
+    [__import__("inspect").Parameter("model", 3, annotation=flags.ModelArgument)]
+)
+verb.generate = on_hosts.expand_on_hosts(idle)
+sys.exit(main(["generate", *sys.argv[1:]]))
+"""
 
 
 def free_port() -> int:
@@ -27,10 +46,12 @@ class Job:
         own: arguments of single processes, by number, after the others.
         numbers: of the processes that are started; all of them.
         code: what they run.
+        port: of the coordinator; a free one.
     """
 
-    def __init__(self, count, folder, *arguments, own=None, numbers=None, code=VERB):
-        self.port = free_port()
+    def __init__(self, count, folder, *arguments, own=None, numbers=None, code=VERB, port=None):
+        self.port = free_port() if port is None else port
+        folder.mkdir(exist_ok=True)
         self._folder = folder
         self.started = time.monotonic()
         self.processes = []
