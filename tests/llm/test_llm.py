@@ -237,7 +237,7 @@ ARGUMENTS = {
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_errors_name_the_argument_of_an_answer(llm, name):
+def test_errors_name_the_argument_of_an_answer(llm, name, unchecked):
     value, said = ARGUMENTS[name]
     with pytest.raises(ConfigError, match=said):
         llm.generate("the key", **{name: value})
@@ -260,7 +260,7 @@ def test_errors_name_the_argument_of_an_answer(llm, name):
         ),
     ],
 )
-def test_errors_name_the_prompt(llm, prompts, said):
+def test_errors_name_the_prompt(llm, prompts, said, unchecked):
     with pytest.raises((ConfigError, RequestError), match=said):
         llm.generate(prompts, max_new_tokens=4)
     assert not llm.engine.busy
@@ -279,7 +279,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_errors_name_the_argument_of_a_model(checkpoint, name):
+def test_errors_name_the_argument_of_a_model(checkpoint, name, unchecked):
     value, said = OPTIONS[name]
     with pytest.raises(ConfigError, match=said):
         _ = LLM(checkpoint, **{name: value}).engine
