@@ -208,8 +208,12 @@ def test_ctrl_c_ends_the_call_and_nothing_else(llm, monkeypatch):
         return step()
 
     monkeypatch.setattr(llm.engine, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        llm.generate(["Once", "upon"], max_new_tokens=400, ignore_eos=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job may ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["Once", "upon"], max_new_tokens=400, ignore_eos=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(steps) == 3
     monkeypatch.undo()
     assert "".join(other) == expected
