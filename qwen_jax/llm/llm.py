@@ -711,17 +711,20 @@ def _progress(pendings: Sequence[Pending], wanted: bool) -> Iterator[Callable[[]
     from rich.progress import Progress
 
     total = sum(len(each.request.prompt) for each in pendings)
-    with Progress(transient=True) as bar:
+    with Progress() as bar:
         reading = bar.add_task("tokens read", total=total)
         writing = bar.add_task("answers", total=len(pendings))
         shown_at = 0.0
+
+        def show() -> None:
+            bar.update(reading, completed=sum(each.prefilled for each in pendings))
+            bar.update(writing, completed=sum(each.finish is not None for each in pendings))
 
         def update() -> None:
             nonlocal shown_at
             if time.monotonic() - shown_at > 0.1:
                 shown_at = time.monotonic()
-                bar.update(reading, completed=sum(each.prefilled for each in pendings))
-                done = sum(each.finish is not None for each in pendings)
-                bar.update(writing, completed=done)
+                show()
 
         yield update
+        show()

@@ -58,7 +58,7 @@ def run(*arguments):
     [
         ("tpu", 8, None, {"data": 1, "seq": 4, "tensor": 2}),
         ("tpu", 8, "tensor=2,data=4", {"data": 4, "seq": 1, "tensor": 2}),
-        ("tpu", 8, placement.ONE, None),
+        ("tpu", 8, "seq=1", None),
         ("gpu", 1, None, None),
         ("cpu", 8, None, None),
     ],

@@ -208,8 +208,12 @@ def test_ctrl_c_ends_the_call_and_nothing_else(llm, monkeypatch):
         return step()
 
     monkeypatch.setattr(llm.engine, "step", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        llm.generate(["Once", "upon"], max_new_tokens=400, ignore_eos=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job may ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["Once", "upon"], max_new_tokens=400, ignore_eos=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert len(steps) == 3
     monkeypatch.undo()
     assert "".join(other) == expected
@@ -237,7 +241,7 @@ ARGUMENTS = {
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_errors_name_the_argument_of_an_answer(llm, name):
+def test_errors_name_the_argument_of_an_answer(llm, name, unchecked):
     value, said = ARGUMENTS[name]
     with pytest.raises(ConfigError, match=said):
         llm.generate("the key", **{name: value})
@@ -260,7 +264,7 @@ def test_errors_name_the_argument_of_an_answer(llm, name):
         ),
     ],
 )
-def test_errors_name_the_prompt(llm, prompts, said):
+def test_errors_name_the_prompt(llm, prompts, said, unchecked):
     with pytest.raises((ConfigError, RequestError), match=said):
         llm.generate(prompts, max_new_tokens=4)
     assert not llm.engine.busy
@@ -279,7 +283,7 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_errors_name_the_argument_of_a_model(checkpoint, name):
+def test_errors_name_the_argument_of_a_model(checkpoint, name, unchecked):
     value, said = OPTIONS[name]
     with pytest.raises(ConfigError, match=said):
         _ = LLM(checkpoint, **{name: value}).engine
