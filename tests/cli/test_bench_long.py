@@ -105,7 +105,7 @@ def test_published_models_have_no_weights(run, monkeypatch):
         assert (config.num_layers, args, random) == (layers, (1 << 20, 1, 1), True)
     code, _, err = run(*named, "7b-1m")
     assert code == 2
-    assert "--config 7b-1m has no weights: add --random-weights" in err
+    assert "--config 7b-1m has no weights here: add --random-weights" in err
     code, _, err = run(*named, "8b")
     assert code == 2
     assert "--config '8b' is not one of 7b-1m, 14b-1m" in err
