@@ -28,7 +28,7 @@ def connected(port):
     while True:
         try:
             return socket.create_connection(("127.0.0.1", port), timeout=20)
-        except ConnectionRefusedError:
+        except (ConnectionRefusedError, ConnectionResetError):
             pass
 
 

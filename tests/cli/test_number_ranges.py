@@ -12,7 +12,7 @@ from qwen_jax.cli import command
 
 ZERO = set(
     "--dca-original --dense-tail --process-id --temperature --top-k --top-p --min-p --seed "
-    "--margin --layer --head --price-per-hour --max-restarts --depths".split()
+    "--margin --layer --head --logprobs --price-per-hour --max-restarts --depths".split()
 )
 """Flags that may be 0."""
 SEVERAL = {"--lengths", "--depths"}

@@ -61,8 +61,8 @@ def test_bytes_have_units():
 
 # Flags of whole numbers that count something else.
 OTHERS = set(
-    "grace head heartbeat init_timeout layer max_restarts max_seqs num_processes process_id "
-    "repeats samples seed top_k".split()
+    "grace head heartbeat init_timeout layer logprobs max_restarts max_seqs num_processes "
+    "process_id repeats samples seed top_k".split()
 )
 
 

@@ -14,8 +14,8 @@ from qwen_jax.storage.manifest import CheckpointError
 CHILD = """
 import pathlib, resource, signal, sys
 import numpy as np
-from qwen_jax import store
-from qwen_jax.manifest import CheckpointError
+from qwen_jax.storage import orbax_io
+from qwen_jax.storage.manifest import CheckpointError
 
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 arrays = {name: np.ones((4, 1000, 64), np.float32) for name in "abcdef"}
@@ -23,7 +23,7 @@ folder = pathlib.Path(sys.argv[1])
 for limit in [-1, 0, 10, 1000, 100_000, 900_000]:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
     try:
-        store.save(folder / "part", arrays, alone=True)
+        orbax_io.save(folder / "part", arrays, alone=True)
         print("saved")
     except CheckpointError as error:
         print(error)

@@ -1,5 +1,6 @@
 """KV sessions of the tiny model with an engine that is a checksum, and what they hold."""
 
+import dataclasses
 import hashlib
 import json
 import zlib
@@ -21,7 +22,7 @@ class Checksum(FakeRunner):
     """Answers depend on every cached token, its scales and how it was prefilled."""
 
     def prefill_sparse(self, step):
-        marked = step._replace(query_scale=step.query_scale + 16)
+        marked = dataclasses.replace(step, query_scale=step.query_scale + 16)
         return self.prefill(marked), Report(density=jnp.float32(0.5), recall=jnp.float32(0.75))
 
     def read(self, table, length):
