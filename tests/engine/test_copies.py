@@ -11,12 +11,12 @@ from qwen_jax.engine.model_runner import Programs
 
 pytestmark = [pytest.mark.optimized, pytest.mark.usefixtures("unchecked")]
 
-WITHOUT_CACHE = {"choose", "logits", "mark"}
+WITHOUT_CACHE = {"sample", "sample_logprobs", "logits", "set_seen_tokens"}
 ON_ONE_DEVICE = {"sparse_plan", "survey"}
 
 
 def test_a_cache_of_one_page_and_one_row_is_written_in_place():
-    names = "prefill", "score", "decode", "extract_kv", "insert_kv", "copy_page"
+    names = "prefill", "score", "decode", "decode_logprobs", "extract_kv", "insert_kv", "copy_page"
     engine = engine_programs.engine(pages=1, rows=1)
     assert engine_programs.check(engine, *names) == {*names}
 

@@ -239,13 +239,13 @@ def check(act, numbers):
 def test_events_of_a_step_that_was_interrupted_come_with_the_next():
     engine = build()
     number = engine.add(REQUESTS[2])
-    decode = engine._runner.choose
+    decode = engine._runner.sample
 
     def choose(*args):
         press()
         return decode(*args)
 
-    with mock.patch.object(engine._runner, "choose", choose), pytest.raises(KeyboardInterrupt):
+    with mock.patch.object(engine._runner, "sample", choose), pytest.raises(KeyboardInterrupt):
         engine.step()
     assert engine.busy
     (event,) = engine.step()

@@ -233,10 +233,10 @@ def test_the_engine_reads_the_end_of_a_prompt_densely(monkeypatch, tail):
     )
     engine = Engine(config, tree, settings)
     seen = []
-    choose = engine._runner.choose
+    choose = engine._runner.sample
     monkeypatch.setattr(
         engine._runner,
-        "choose",
+        "sample",
         lambda logits, choice: seen.append(logits) or choose(logits, choice),
     )
     edges = [*range(0, LENGTH - tail, SLICE), LENGTH - tail]

@@ -104,6 +104,7 @@ def calls(engine: Engine):
     yield "score", (*model, step), {}
     yield "score_sparse", (*model, step, runner._budgets), {}
     yield "decode", (*model, runner._seen, slots.sampling, token), {}
+    yield "decode_logprobs", (*model, runner._seen, slots.sampling, token), {}
     yield "extract_kv", (cache, table, number), {"size": WINDOW}
     yield "insert_kv", (cache, shape, shape, table, number, number), {}
     yield "copy_page", (cache, number, number), {}
