@@ -159,7 +159,7 @@ CHINESE = "漢字仮名交じり文 テスト\n"
         (zipped(word__document="x"), "Word document"),
         (zipped(xl__workbook="x"), "Excel document"),
         (zipped(mimetype="application/epub+zip"), "EPUB"),
-        (gzip.compress(b"text"), "gunzip"),
+        (gzip.compress(b"text", mtime=0), "gunzip"),
         (TEXT.encode("utf-16"), "iconv -f UTF-16 "),
         (TEXT.encode("utf-32"), "iconv -f UTF-32 "),
         (TEXT.encode("utf-16-le"), "iconv -f UTF-16LE "),
