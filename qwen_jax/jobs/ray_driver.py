@@ -96,8 +96,11 @@ def main(path: str) -> int:
     """
     try:
         parameters = msgspec.convert(reading.read_object(path), Parameters)
-    except ValueError as error:
-        print(f"error: {path}: {reading.printable(error)}", file=sys.stderr)
+    except reading.FileError as error:  # which names the file
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except msgspec.ValidationError as error:
+        print(f"error: {reading.shown(path)}: {reading.printable(error)}", file=sys.stderr)
         return 2
     ray = importlib.import_module("ray")
     ray.init()
