@@ -10,6 +10,7 @@ import pytest
 from pallas_kernels import plan as plans
 from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
+from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.select import select_keys, vote
 from qwen_jax.sparse.recall import Grid, Survey, recall_grid
 
@@ -26,13 +27,14 @@ PIECES = ((0, T), (0, 7), (S - T, T), (131, 1), (57, 100), (200, 33))
 def programs(geometry):
     def take(queries, lse, rows, voters, keys, table, start, length):
         places = jnp.int32(0), table, start, length
-        votes = vote(voters, keys, *places, geometry=geometry)
+        cache = PagedKV(keys=keys, values=keys)  # of which only keys are read
+        votes = vote(voters, cache, *places, geometry=geometry)
         found = recall_grid(
             queries,
             lse,
             rows,
             votes,
-            keys,
+            cache,
             *places,
             num_queries=T,
             grid=GRID,
