@@ -374,7 +374,8 @@ class LLM(Front):
         compile_cache: keep compiled programs, and use those that were kept.
 
     Raises:
-        ConfigError: if there is no such model, or an argument or a file cannot be used.
+        FileNotFoundError, NotADirectoryError: if there is no such model.
+        ConfigError: if an argument or a file cannot be used.
         CheckpointError: if weights are missing, damaged or do not fit.
     """
 

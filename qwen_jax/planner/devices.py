@@ -349,6 +349,7 @@ def found() -> list[Any]:
     """
     import jax
 
+    quiet_libtpu()
     try:
         return jax.devices()
     except (RuntimeError, AssertionError) as error:  # the latter for cuda without its plugin
