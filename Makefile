@@ -84,8 +84,11 @@ $(VENV)/.demo: $(VENV)/.python pyproject.toml
 	$(PIP) -e '.[demo]'
 	touch $@
 
+# PyPI's PyTorch asks for another Triton than jax-triton, and runs on CPUs with either.
 $(VENV)/.test: $(VENV)/.demo
-	$(PIP) -e '.[demo,test,dev]' $(TORCH)
+	grep -v '^triton==' $(CONSTRAINTS) > $(VENV)/torch.txt
+	$(if $(TORCH),$(PIP:$(CONSTRAINTS)=$(VENV)/torch.txt) $(TORCH))
+	$(PIP) -e '.[demo,test,dev]'
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.python pyproject.toml
