@@ -1,10 +1,11 @@
-"""The loop behind ask, chat and generate: prefill with progress, then text as it comes."""
+"""What ask, chat and generate have in common: prefill with progress, then text as it comes."""
 
 import contextlib
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TimeRemainingColumn
@@ -12,14 +13,54 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from qwen_jax.cli.console import console
-from qwen_jax.cli.flags import note, says
+from qwen_jax.cli.flags import AnswerFlags, ModelFlags, note, says
 from qwen_jax.distributed import multihost
 from qwen_jax.engine.request import Request
 from qwen_jax.llm.answer import Answer, Engine, Server
+from qwen_jax.llm.llm import LLM, Call, Session
+from qwen_jax.llm.model import open_model
 from qwen_jax.text.tokenizer import Stream
 
 LINE_S = 10.0
 """Seconds between two lines of progress where there is no terminal."""
+
+
+def front(
+    model: Path, model_flags: ModelFlags, answer_flags: AnswerFlags, kv: Path | None, **more: int
+) -> LLM | Session:
+    """The model, or the session of it that `kv` names; nothing of it is loaded.
+
+    Args:
+        more: arguments of `LLM.of`.
+
+    Raises:
+        ConfigError: if flags cannot be used, before a session is read.
+        SessionError: if the session cannot be used.
+    """
+    llm = LLM.of(open_model(model, model_flags), **more)
+    answer_flags.sampling(llm.opened.generation)
+    answer_flags.stops()
+    return llm if kv is None else llm.open_session(kv)
+
+
+def respond(
+    front: LLM | Session, call: Call, write: Callable[[str], None], end: Callable[[Answer], None]
+) -> None:
+    """Answers the only request of a verb and says what that took.
+
+    Args:
+        write: called with each piece of the text.
+        end: called with the whole answer.
+
+    Raises:
+        KeyboardInterrupt: if Ctrl-C ended the answer, after all that.
+    """
+    request = call.request
+    engine = front.engine_for(len(request.prompt) + request.max_new_tokens)
+    done = answer(engine, request, stream=call.stream, write=write)
+    end(done)
+    if done.finish_reason == "cancelled":
+        raise KeyboardInterrupt
 
 
 @runtime_checkable

@@ -22,16 +22,18 @@ from qwen_jax.batch.lines import Input
 from qwen_jax.batch.reader import Defaults, ParsedLine, Reader
 from qwen_jax.batch.results import Results
 from qwen_jax.batch.run import Item, Totals
-from qwen_jax.cli.answer import LINE_S, interrupts
+from qwen_jax.cli.answer import LINE_S, front, interrupts
 from qwen_jax.cli.console import console
 from qwen_jax.cli.flags import AnswerFlags, Kv, ModelArgument, ModelFlags, note, option, says
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
 from qwen_jax.config import ConfigError
 from qwen_jax.distributed import multihost
+from qwen_jax.distributed.verbosity import Level
 from qwen_jax.files.reading import shown
 from qwen_jax.llm import sessions
-from qwen_jax.llm.model import Model, open_model
+from qwen_jax.llm.llm import LLM, Session
+from qwen_jax.llm.model import Model
 from qwen_jax.llm.options import Within
 from qwen_jax.storage import atomic
 
@@ -92,9 +94,8 @@ def batch(
     if dry_run and not multihost.is_alone():
         raise ConfigError("--dry-run is for one process: start it once, with --num-processes 1")
     with interrupts(signal.SIGTERM) as stopped:
-        opened = open_model(model, model_flags)
-        kept = None if kv is None else sessions.open_kept(opened, kv)
-        reader = _reader(opened, answer_flags, kept)
+        llm = front(model, model_flags, answer_flags, kv, max_seqs=max_seqs)
+        reader = _reader(llm, answer_flags)
         # Process 0 alone reads and writes files.
         source = Input(requests) if multihost.is_first() else None
 
@@ -108,21 +109,10 @@ def batch(
         if stopped():
             _leave(stopped())
         if dry_run and source is not None:
-            _plan(opened, source, reader, total, max_seqs, topology, price_per_hour)
+            _plan(llm.opened, source, reader, total, max_seqs, topology, price_per_hour)
             return
         try:
-            _answer(
-                opened,
-                source,
-                reader,
-                kept,
-                results,
-                total,
-                max_seqs,
-                price_per_hour,
-                began,
-                stopped,
-            )
+            _answer(llm, source, reader, results, total, price_per_hour, began, stopped)
         except multihost.Preempted as error:
             raise multihost.Preempted(f"{error}: the same command goes on") from None
 
@@ -140,10 +130,11 @@ class _Total(Totals):
     longest_line: int = 0
 
 
-def _reader(opened: Model, flags: AnswerFlags, kept: sessions.Kept | None) -> Reader:
+def _reader(llm: LLM | Session, flags: AnswerFlags) -> Reader:
     """Makes requests of lines, with what the flags say to those that do not."""
+    opened, kept, tokenizer = llm.opened, llm.kept, llm.tokenizer
     sampling, stops = flags.sampling(opened.generation), flags.stops()
-    tokenizer = opened.tokenizer()
+    note(flags.described(sampling), Level.DETAIL)
     return Reader(
         tokenizer=tokenizer,
         defaults=Defaults(max_new_tokens=flags.max_new_tokens, sampling=sampling, stop=stops),
@@ -252,13 +243,11 @@ def _plan(
 
 
 def _answer(
-    opened: Model,
+    llm: LLM | Session,
     source: Input | None,
     reader: Reader,
-    kept: sessions.Kept | None,
     path: Path,
     total: _Total,
-    max_seqs: int,
     price: float | None,
     began: float,
     stopped: Callable[[], int],
@@ -268,11 +257,11 @@ def _answer(
     Args:
         source: None in a process that neither reads lines nor keeps records.
     """
-    opened.mesh()  # before anything asks for devices
+    llm.opened.mesh()  # before anything asks for devices
     there, done, engine, records = Totals(), Totals(), None, None
     with contextlib.ExitStack() as stack:
         if source is not None:
-            records = stack.enter_context(Results(path, _settings(opened, reader, kept)))
+            records = stack.enter_context(Results(path, _settings(llm, reader)))
 
         def missing() -> Iterator[Item]:
             assert source is not None
@@ -282,23 +271,14 @@ def _answer(
         items = lockstep.items(missing, reader.prefix)
         first = next(items, None)
         if first is not None:
-            engine = opened.engine(
-                max(total.longest, 1),
-                max_seqs=max_seqs,
-                vocab_limit=reader.tokenizer.size,
-                whole_slices=True,
-                prefix_tokens=len(reader.prefix),
-                window=kept.window if kept else 0,
-            )
-            if kept is not None:
-                kept.restore(engine, note)
+            engine = llm.engine_for(max(total.longest, 1), whole_slices=True)
             with _shown(total, there) as on_step:
                 done = batches.run(
                     engine,
                     reader.tokenizer,
                     itertools.chain([first], items),
                     lockstep.NullSink() if records is None else records,
-                    model=opened.directory.resolve().name,
+                    model=llm.opened.directory.resolve().name,
                     stopped=stopped,
                     on_step=on_step,
                 )
@@ -318,8 +298,9 @@ def _answer(
             _leave(stopped())
 
 
-def _settings(opened: Model, reader: Reader, kept: sessions.Kept | None) -> dict[str, Any]:
+def _settings(llm: LLM | Session, reader: Reader) -> dict[str, Any]:
     """What the results depend on, beside the lines."""
+    opened, kept = llm.opened, llm.kept
     flags, defaults = opened.options, reader.defaults
     session = {} if kept is None else {"kv": kept.session.identity.tokens_sha256[:16]}
     return {

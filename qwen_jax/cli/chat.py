@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from qwen_jax.cli import placement
-from qwen_jax.cli.answer import answer, write
-from qwen_jax.cli.ask import print_table, read_files
+from qwen_jax.cli.answer import answer, front, write
 from qwen_jax.cli.flags import (
     AnswerFlags,
     Kv,
@@ -24,14 +23,10 @@ from qwen_jax.cli.flags import (
 from qwen_jax.cli.profile import profiled
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Request, RequestError, Sampling
-from qwen_jax.llm import documents, sessions
-from qwen_jax.llm.answer import Answer, Engine
+from qwen_jax.llm import documents
 from qwen_jax.llm.documents import Document, DocumentError
-from qwen_jax.llm.model import open_model
-from qwen_jax.text.tokenizer import Stream, Tokenizer, TokenizerError
-
-_LEN = 32768
-"""Tokens that a conversation holds by default: its cache is allocated whole."""
+from qwen_jax.llm.llm import DEFAULT_LEN, LLM, Session
+from qwen_jax.text.tokenizer import Stream, TokenizerError
 
 _HISTORY_BYTES = _LINE_CHARS = 1 << 26
 
@@ -68,34 +63,13 @@ def chat(
         echo "What is the capital of France?" | qwen-jax chat ckpt/7b-1m
     """
     placement.one_process("a conversation runs")
-    opened = open_model(model, model_flags)
-    sampling = answer_flags.sampling(opened.generation)
-    stops = answer_flags.stops()
-    tokenizer = opened.tokenizer()
-    tokenizer.check_chatml()
-    kept = None
     if kv is not None:
         refuse_text({"--system": system})
-        kept = sessions.open_kept(opened, kv, chat=True)
-    opening = list(kept.tokens) if kept else tokenizer.open_chat(system)
-    held = len(kept.tokens) if kept else 0
-    room = model_flags.max_len or min(opened.max_len, held + _LEN)
-    opened.check_fits(held + 1)
-    window = kept.window if kept else 0
-    engine = opened.engine(room, vocab_limit=tokenizer.size, prefix_tokens=held, window=window)
-    if kept is not None:
-        kept.restore(engine, note)
-    Conversation(
-        engine=engine,
-        tokenizer=tokenizer,
-        sampling=sampling,
-        stops=stops,
-        eos_ids=opened.end_ids(tokenizer, chat=True),
-        max_new_tokens=answer_flags.max_new_tokens,
-        room=room,
-        opening=opening,
-        kept=kept,
-    ).talk(_typed() if sys.stdin.isatty() else _piped())
+    llm = front(model, model_flags, answer_flags, kv)
+    llm.tokenizer.check_chatml()
+    if isinstance(llm, Session):
+        llm.kept.check_chat(model_flags)
+    Conversation(llm, answer_flags, system).talk(_typed() if sys.stdin.isatty() else _piped())
 
 
 class Conversation:
@@ -105,33 +79,21 @@ class Conversation:
     prompt begins with the one before it and the engine finds it in its cache.
     """
 
-    def __init__(
-        self,
-        *,
-        engine: Engine,
-        tokenizer: Tokenizer,
-        sampling: Sampling,
-        stops: tuple[str, ...],
-        eos_ids: tuple[int, ...],
-        max_new_tokens: int,
-        room: int,
-        opening: list[int],
-        kept: sessions.Kept | None = None,
-    ):
-        self._engine = engine
-        self._tokenizer = tokenizer
-        self._sampling = sampling
-        self._stops = stops
-        self._eos_ids = eos_ids
-        self._max_new_tokens = max_new_tokens
-        self._room = room
-        self._kept = kept
-        self._opening = opening
-        self._ids = self._opening
+    def __init__(self, llm: LLM | Session, flags: AnswerFlags, system: str | None):
+        self._tokenizer, self._kept, self._opened = llm.tokenizer, llm.kept, llm.opened
+        self._sampling, self._stops = flags.sampling(llm.opened.generation), flags.stops()
+        self._max_new_tokens = flags.max_new_tokens
+        self._eos_ids = llm.opened.end_ids(llm.tokenizer, chat=True)
+        held = len(self._kept.tokens) if self._kept else 0
+        llm.opened.check_fits(held + 1)
+        self._room = llm.opened.options.max_len or min(llm.max_len, held + DEFAULT_LEN)
+        self._engine = llm.engine_for(self._room)
+        opening = self._kept.tokens if self._kept else self._tokenizer.open_chat(system)
+        self._opening = self._ids = list(opening)
         self._files: list[Document] = []
         self._commands: dict[str, Callable[[str], None]] = {
             "/file": self._attach,
-            "/tokens": self._count,
+            "/tokens": lambda _: note(f"{len(self._ids):,} tokens of {self._room:,}"),
             "/params": self._params,
             "/reset": self._reset,
             "/help": lambda _: note(_HELP),
@@ -178,17 +140,10 @@ class Conversation:
             sampling=self._sampling,
             eos_ids=self._eos_ids,
         )
-        done = answer(
-            self._engine,
-            request,
-            stream=Stream(self._tokenizer, stop=self._stops),
-            write=write,
-        )
+        stream = Stream(self._tokenizer, stop=self._stops)
+        done = answer(self._engine, request, stream=stream, write=write)
         print()
         note(done.summary)
-        self._keep(prompt, request, done)
-
-    def _keep(self, prompt: tuple[int, ...], request: Request, done: Answer) -> None:
         if done.finish_reason == "cancelled" and not done.token_ids:
             note("stopped before the first word: your message is not in the conversation")
             return
@@ -198,43 +153,33 @@ class Conversation:
         self._files = []
 
     def _attach(self, argument: str) -> None:
-        if not argument:
-            raise ConfigError("/file needs a path")
-        if Path(argument) == documents.STDIN:
-            raise ConfigError("/file needs a path: standard input is the conversation itself")
-        found = read_files([Path(os.path.expanduser(argument))], self._tokenizer)
+        path = Path(os.path.expanduser(argument))
+        if not argument or path == documents.STDIN:
+            why = ": standard input is the conversation itself" if argument else ""
+            raise ConfigError(f"/file needs a path{why}")
+        found = documents.read([path], skipped=note)
         self._files += found
-        rows = [(document.name, count) for document, count in found.items()]
-        total = len(self._ids) + sum(found.values())
-        print_table(rows, total, self._room)
-
-    def _count(self, _: str) -> None:
-        note(f"{len(self._ids):,} tokens of {self._room:,}")
+        rows = [(each.name, len(self._tokenizer.encode_text(each.text))) for each in found]
+        total = len(self._ids) + sum(count for _, count in rows)
+        self._opened.options.counted(rows, total, self._room)
 
     def _params(self, argument: str) -> None:
-        if argument:
-            name, _, value = argument.partition(" ")
-            self._set(name, value.strip())
-        settings = dataclasses.asdict(self._sampling) | {"max_new_tokens": self._max_new_tokens}
-        note(", ".join(f"{name} {value}" for name, value in settings.items()))
-
-    def _set(self, name: str, value: str) -> None:
         kinds = {field.name: field.type for field in dataclasses.fields(Sampling)}
-        names = [*kinds, "max_new_tokens"]
-        if name not in names:
-            raise ConfigError(f"there is no parameter {name!r}; there are {', '.join(names)}")
+        kinds["max_new_tokens"] = int
+        name, _, value = argument.partition(" ")
+        if name and name not in kinds:
+            raise ConfigError(f"there is no parameter {name!r}; there are {', '.join(kinds)}")
         try:
-            if name == "max_new_tokens":
-                self._max_new_tokens = Request(
-                    prompt=(0,), max_new_tokens=int(value)
-                ).max_new_tokens
-            else:
-                number = int(value) if kinds[name] is int else float(value)
-                self._sampling = dataclasses.replace(self._sampling, **{name: number})
-        except RequestError:
-            raise
+            number = (int if kinds[name] is int else float)(value) if name else 0
         except ValueError:
             raise ConfigError(f"{name} must be a number, got {value!r}") from None
+        if name == "max_new_tokens":
+            request = Request(prompt=(0,), max_new_tokens=int(number))
+            self._max_new_tokens = request.max_new_tokens
+        elif name:
+            self._sampling = dataclasses.replace(self._sampling, **{name: number})
+        settings = dataclasses.asdict(self._sampling) | {"max_new_tokens": self._max_new_tokens}
+        note(", ".join(f"{name} {value}" for name, value in settings.items()))
 
     def _reset(self, _: str) -> None:
         self._ids, self._files = self._opening, []

@@ -1,7 +1,12 @@
 """Where verbs print tables, bars and pictures."""
 
+import sys
+from collections.abc import Sequence
+
 from rich.cells import cell_len
 from rich.console import Console
+
+from qwen_jax.files.reading import shown
 
 _WHOLE = 1 << 20  # columns of what is no terminal: no line ends early
 
@@ -32,3 +37,15 @@ def shorten(path: str, width: int) -> str:
         if cell_len(short) <= width:
             return short
     return f".../{name}"
+
+
+def print_table(rows: Sequence[tuple[str, int]], total: int, limit: int) -> None:
+    """A table of tokens on stderr: per file, together, and what fits."""
+    sums = [("with the question and the chat template", total), ("fits, with the answer", limit)]
+    counts = ["tokens", *(f"{count:,}" for _, count in [*rows, *sums])]
+    digits = max(map(len, counts))
+    room = console(stderr=True).width - digits - 2
+    names = ["file", *(shorten(shown(name), room) for name, _ in rows), *(text for text, _ in sums)]
+    width = min(room, max(map(cell_len, names)))
+    for name, count in zip(names, counts, strict=True):
+        print(f"{name}{' ' * (width - cell_len(name))}  {count:>{digits}}", file=sys.stderr)

@@ -2,23 +2,23 @@
 
 import copy
 import dataclasses
-import difflib
 import functools
 import inspect
 import sys
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import typer
 
+from qwen_jax.cli.console import print_table
 from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.config import ConfigError
 from qwen_jax.distributed import multihost, verbosity
 from qwen_jax.distributed.verbosity import Level
 from qwen_jax.files import reading
-from qwen_jax.llm.options import AnswerOptions, ModelOptions, Options
+from qwen_jax.llm.options import AnswerOptions, ModelOptions, Options, did_you_mean
 
 ModelArgument = Annotated[
     Path,
@@ -66,18 +66,18 @@ def not_one_of(flag: str, word: str, known: Iterable[str]) -> str:
     return f"{flag} '{shown}' is not one of {', '.join(known)}{did_you_mean(word, known)}"
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a complaint about an unknown word: the known one that it resembles, if any."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {found[0]}?" if found else ""
-
-
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Flags(Options):
     """Options as the command line has them: notes on stderr, and spelled as flags."""
 
+    counts: ClassVar[bool] = True
+
     def spelled(self, name: str) -> str:
         return spelled(name)
+
+    def counted(self, rows: Sequence[tuple[str, int]], total: int, limit: int) -> None:
+        if rows and says():
+            print_table(rows, total, limit)
 
     def say(self, text: str, level: Level = Level.SHORT) -> None:
         note(text, level)

@@ -2,26 +2,21 @@
 
 import contextlib
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from qwen_jax.cli import tokens as token_file
+from qwen_jax.cli import tokens as prompts
 from qwen_jax.cli.answer import interrupts, prefill_progress
-from qwen_jax.cli.ask import Exclude, Files, print_table
-from qwen_jax.cli.flags import ModelArgument, ModelFlags, System, note, option, spelled
+from qwen_jax.cli.ask import Exclude, Files
+from qwen_jax.cli.flags import ModelArgument, ModelFlags, System, option
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
 from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.config import ConfigError
-from qwen_jax.distributed import multihost, sharding
-from qwen_jax.llm import documents, sessions
-from qwen_jax.llm.model import Model, open_model
+from qwen_jax.distributed import multihost
+from qwen_jax.llm.llm import LLM
+from qwen_jax.llm.model import open_model
 from qwen_jax.llm.options import Within
-from qwen_jax.storage.kv_session import Session, Writer
 
 
 @expand_on_hosts
@@ -60,123 +55,31 @@ def prefill(
         qwen-jax prefill ckpt/7b-1m --file book.txt --out kv/book
         qwen-jax ask ckpt/7b-1m --kv kv/book "Who is the narrator?"
     """
-    given = {"--file": file or None, "--prompt-file": prompt_file, "--tokens": tokens}
-    named = [flag for flag, value in given.items() if value is not None]
-    if len(named) != 1:
-        raise ConfigError(f"give one of {', '.join(given)}, not {' and '.join(named) or 'none'}")
-    if system is not None and not file:
-        raise ConfigError(f"--system contradicts {named[0]}, which is raw: leave it out")
-    if exclude and not file:
-        raise ConfigError(f"--exclude contradicts {named[0]}, which is raw: leave it out")
-    began = time.monotonic()
-    with interrupts(signal.SIGTERM) as stopped:
-        if model_flags.mesh is not None and sharding.parse(model_flags.mesh).data > 1:
-            raise ConfigError(
-                f"--mesh {model_flags.mesh}: one prompt has no replicas: leave data out"
-            )
-        opened = open_model(model, model_flags)
-        rows, ids = _prompt(opened, file, exclude, system, prompt_file, tokens)
-        if rows:
-            print_table(rows, len(ids), opened.max_len)
-        opened.check_fits(len(ids))
-        with Writer(
-            out,
-            sessions.identity(opened, ids, is_chat=bool(file)),
-            ids,
-            documents=tuple(rows),
-            versions=sessions.versions(),
-            overwrite=overwrite,
-        ) as writer:
-            before = writer.session.saved
-            if before == len(ids):
-                note(f"{out} is complete already: {_described(writer.session)}")
-                return
-            if before:
-                note(f"{out} holds {before:,} of {len(ids):,} tokens: going on there")
-            _fill(opened, ids, writer, save_every, stopped)
-            seconds = time.monotonic() - began
-            note(
-                f"{len(ids) - before:,} tokens in {seconds:,.1f} s; "
-                f"{out} is complete: {_described(writer.session)}"
-            )
+    source = prompts.one_of({"--file": file, "--prompt-file": prompt_file, "--tokens": tokens})
+    for flag, value in {"--system": system, "--exclude": exclude or None}.items():
+        if value is not None and not file:
+            raise ConfigError(f"{flag} contradicts {source}, which is raw: leave it out")
+    with interrupts(signal.SIGTERM) as stopped, contextlib.ExitStack() as stack:
+        bar = None
 
-
-def _prompt(
-    opened: Model,
-    file: list[Path] | None,
-    exclude: list[str] | None,
-    system: str | None,
-    prompt_file: Path | None,
-    tokens: Path | None,
-) -> tuple[list[tuple[str, int]], tuple[int, ...]]:
-    """Names of the files with their tokens, and the ids of the prompt."""
-    if tokens is not None:
-        return [], tuple(
-            multihost.broadcast_json(lambda: token_file.read(tokens, opened.config.vocab_size))
-        )
-    tokenizer = opened.tokenizer()
-    if prompt_file is not None:
-        text = multihost.broadcast_json(lambda: documents.read_text(prompt_file))
-        if not text:
-            raise ConfigError(f"{prompt_file} is empty: give at least one character")
-        return [], tuple(tokenizer.encode_prompt(text))
-    tokenizer.check_chatml()
-
-    def read() -> tuple[list[tuple[str, int]], list[int]]:
-        texts = documents.read(file or (), skipped=note, exclude=exclude or (), spell=spelled)
-        rows, ids = sessions.files_prompt(tokenizer, texts, system)
-        return rows, list(ids)
-
-    rows, ids = multihost.broadcast_json(read)
-    return [(name, count) for name, count in rows], tuple(ids)
-
-
-def _fill(
-    opened: Model,
-    ids: tuple[int, ...],
-    writer: Writer,
-    save_every: int,
-    stopped: Callable[[], int],
-) -> None:
-    """Reads what is not saved yet, and saves it as it goes.
-
-    Raises:
-        hosts.Preempted: in all processes of a job, after all that was read is saved.
-        RequestError: if the model's numbers are not finite.
-        SessionError: if the disk is full or fails.
-    """
-    filling = sessions.Filling(opened, ids, writer, save_every)
-    progress = prefill_progress(len(ids))
-    with contextlib.closing(progress):
-        progress.update(filling.prefilled)
-        while not filling.is_complete:
-            try:
-                filling.step()
-            except multihost.Preempted:
-                filling.save()
-                note(_stopped(writer.session))
-                raise
-            progress.update(filling.prefilled)
+        def shown(done: int, total: int) -> None:
+            nonlocal bar
+            bar = bar or stack.enter_context(contextlib.closing(prefill_progress(total)))
+            bar.update(done)
             if stopped():
-                filling.save()
-                _leave(stopped(), writer.session)
-        filling.save()
+                raise multihost.Preempted if stopped() == signal.SIGTERM else KeyboardInterrupt
 
-
-def _leave(number: int, saved: Session) -> None:
-    """Ends a run that a signal has stopped."""
-    note(_stopped(saved))
-    if number == signal.SIGTERM:
-        raise typer.Exit(multihost.PREEMPTED)
-    raise KeyboardInterrupt
-
-
-def _stopped(saved: Session) -> str:
-    return (
-        f"stopped: {saved.saved:,} of {saved.identity.num_tokens:,} tokens are saved, the same "
-        "command goes on there"
-    )
-
-
-def _described(found: Session) -> str:
-    return f"{found.saved:,} tokens, {found.num_bytes / 1e9:.3f} GB"
+        llm = LLM.of(open_model(model, model_flags))
+        text = None
+        if not file:
+            text = prompts.prompt(None, prompt_file, tokens, llm.opened.config.vocab_size)
+        llm.prefill(
+            text,
+            out=out,
+            files=file or None,
+            exclude=exclude or None,
+            system=system,
+            save_every=save_every,
+            overwrite=overwrite,
+            progress=shown,
+        )

@@ -13,25 +13,21 @@ import contextlib
 import dataclasses
 import datetime
 import functools
-import inspect
 import os
 import re
 import shlex
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-import typer
-
+from qwen_jax.cli.flags import adding, note, option
 from qwen_jax.config import ConfigError
-from qwen_jax.distributed import multihost, verbosity
+from qwen_jax.distributed import multihost
 from qwen_jax.engine.observer import Observed, Step
-from qwen_jax.files.reading import shown
 from qwen_jax.planner import devices
 from qwen_jax.storage.jsonl import Journal, JournalError
 
@@ -54,19 +50,11 @@ class ProfileFlags:
 
     profile: Annotated[
         Path | None,
-        typer.Option(
-            help="Trace steps for xprof and TensorBoard, and write their figures.",
-            metavar="DIR",
-            show_default=False,
-        ),
+        option("Trace steps for xprof and TensorBoard, and write their figures.", metavar="DIR"),
     ] = None
     profile_steps: Annotated[
         str | None,
-        typer.Option(
-            help="Which steps are traced, 0:64; all get figures.",
-            metavar="FIRST:COUNT",
-            show_default=False,
-        ),
+        option("Which steps are traced, 0:64; all get figures.", metavar="FIRST:COUNT"),
     ] = None
 
     def steps(self) -> range:
@@ -96,7 +84,7 @@ def profiled(verb: Callable) -> Callable:
     Its engines are profiled from where they are given to `watch`.
     """
 
-    @functools.wraps(verb)
+    @adding(verb, "profile_flags", ProfileFlags)
     def within(*, profile_flags: ProfileFlags, **given):
         steps = profile_flags.steps()
         if profile_flags.profile is None:
@@ -104,10 +92,6 @@ def profiled(verb: Callable) -> Callable:
         with running(profile_flags.profile, steps):
             return verb(**given)
 
-    own, kind = inspect.signature(verb), inspect.Parameter.KEYWORD_ONLY
-    flags = inspect.Parameter("profile_flags", kind, annotation=ProfileFlags)
-    signature = own.replace(parameters=[*own.parameters.values(), flags])
-    setattr(within, "__signature__", signature)  # noqa: B010
     return within
 
 
@@ -152,12 +136,12 @@ def running(directory: Path, steps: range) -> Iterator[None]:
     except BaseException:
         # The reason of the end comes first; what failed here is only said.
         if (fault := profile.close()) or profile.num_ended:
-            _say(fault or profile.summary)
+            note(fault or profile.summary)
         raise
     else:
         if fault := profile.close():
             raise ProfileError(fault)
-        _say(profile.summary)
+        note(profile.summary)
     finally:
         _running = None
         if ends_at_once:
@@ -200,7 +184,7 @@ class Profile:
         self._directory, self._steps = directory, steps
         self._run = ""
         self._journal: Journal | None = None
-        self._lock = threading.Lock()  # replicas step in threads
+        self._lock = threading.RLock()  # replicas step in threads
         self._num_engines = self._num_begun = self.num_ended = 0
         self._num_left = len(steps)  # to be traced
         self._is_tracing = self._is_closed = False
@@ -222,14 +206,17 @@ class Profile:
         )
 
     def watch(self, engine: Observed) -> None:
-        """Be told of an engine's steps from now on.
-
-        Raises:
-            ProfileError: if the files cannot be made.
-            JournalError: if another run is writing them.
-        """
+        """Be told of an engine's steps from now on, see `watch` of this module."""
         if not self._run:
-            self._open()
+            now = datetime.datetime.now().strftime("%Y_%m_%d_%H_%M_%S_%f")
+            self._run = multihost.broadcast_json(lambda: now)
+            try:
+                self._directory.mkdir(parents=True, exist_ok=True)
+                if multihost.is_first():
+                    self._journal = Journal(self._directory / _FIGURES)
+                    self._journal.repair()
+            except OSError as error:
+                raise ProfileError(f"--profile {self._directory}: {error.strerror}") from None
         engine.observe(functools.partial(self._observe, self._num_engines))
         self._num_engines += 1
 
@@ -245,18 +232,6 @@ class Profile:
             if self._journal is not None:
                 self._journal.close()
         return self._fault
-
-    def _open(self) -> None:
-        self._run = multihost.broadcast_json(
-            lambda: datetime.datetime.now().strftime("%Y_%m_%d_%H_%M_%S_%f")
-        )
-        try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            if multihost.is_first():
-                self._journal = Journal(self._directory / _FIGURES)
-                self._journal.repair()
-        except OSError as error:
-            raise ProfileError(f"--profile {self._directory}: {error.strerror}") from None
 
     @contextlib.contextmanager
     def _observe(self, engine: int, step: Step) -> Iterator[None]:
@@ -277,20 +252,9 @@ class Profile:
                 self._num_left -= is_traced
                 if not self._num_left:
                     self._stop_trace()
-        self._record(
-            {
-                "run": self._run,
-                "step": number,
-                "traced": is_traced,
-                "engine": engine,
-                **dataclasses.asdict(step),
-                "seconds": seconds,
-                "peak_bytes": devices.peak_bytes(),
-                "time": began,
-            }
-        )
-
-    def _record(self, fields: dict[str, object]) -> None:
+        fields = {"run": self._run, "step": number, "traced": is_traced, "engine": engine}
+        fields |= dataclasses.asdict(step)
+        fields |= {"seconds": seconds, "peak_bytes": devices.peak_bytes(), "time": began}
         with self._lock:
             if self._is_closed:
                 return
@@ -353,11 +317,6 @@ def _holds_steps(path: Path) -> bool:
 
 def _count(steps: int) -> str:
     return f"{steps:,} step{'' if steps == 1 else 's'}"
-
-
-def _say(text: str) -> None:
-    if multihost.is_first() and verbosity.get() >= verbosity.Level.SHORT:
-        print(shown(text), file=sys.stderr, flush=True)
 
 
 def _stop(*_) -> None:

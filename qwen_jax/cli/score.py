@@ -2,8 +2,8 @@
 
 import collections
 import os
+import secrets
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Annotated
 import numpy as np
 from jaxtyping import Float32
 
-from qwen_jax.cli import tokens as token_file
+from qwen_jax.cli import tokens as prompts
 from qwen_jax.cli.answer import prefill_progress
 from qwen_jax.cli.flags import ModelArgument, ModelFlags, note, option
 from qwen_jax.cli.on_hosts import expand_on_hosts
@@ -51,7 +51,7 @@ def score(
         qwen-jax score ckpt/7b-1m --tokens ids.txt --out logits.npz --dtype f32 --dca off
     """
     opened = open_model(model, model_flags)
-    ids = tuple(multihost.broadcast_json(lambda: token_file.read(tokens, opened.config.vocab_size)))
+    ids = prompts.read(tokens, opened.config.vocab_size)
     if last is not None and last > len(ids):
         raise ConfigError(f"--last {last} must be from 1 to {len(ids)}, the tokens in {tokens}")
     opened.check_fits(len(ids))
@@ -80,11 +80,10 @@ def write_npz(
         FileExistsError: if there is a file that was not written here.
         OSError: if it cannot be written.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with (
-            os.fdopen(handle, "wb") as file,
-            zipfile.ZipFile(file, "w") as archive,
+            zipfile.ZipFile(partial, "x") as archive,
             archive.open("logits.npy", "w", force_zip64=True) as member,
         ):
             archive.comment = _COMMENT
@@ -92,11 +91,10 @@ def write_npz(
             np.lib.format.write_array_header_1_0(member, header)
             for block in blocks:
                 member.write(np.ascontiguousarray(block, "<f4").data)
-        os.chmod(name, 0o666 & ~_umask())
         atomic.check_ours(path, _is_ours)
-        os.replace(name, path)
+        os.replace(partial, path)
     except BaseException:
-        os.unlink(name)
+        partial.unlink(missing_ok=True)
         raise
 
 
@@ -124,9 +122,3 @@ def _is_ours(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - len(_COMMENT)))
         return file.read() == _COMMENT
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,22 +1,57 @@
-"""Files of token ids: a JSON list, or integers between white space."""
+"""Prompts of flags: text, files of text, and of token ids."""
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from qwen_jax.config import ConfigError
+from qwen_jax.distributed import multihost
 from qwen_jax.files import reading
 from qwen_jax.files.reading import printable, shown
+from qwen_jax.llm.documents import read_text
 
 _LARGEST_BYTES = 1 << 27  # over ten million ids
 
 
-def read(path: Path, vocab_size: int) -> tuple[int, ...]:
-    """The token ids in a file or pipe.
+def one_of(flags: Mapping[str, Any]) -> str:
+    """The name of the only flag that has a value.
+
+    Raises:
+        ConfigError: if none has one, or several have.
+    """
+    given = [flag for flag, value in flags.items() if value]
+    if len(given) != 1:
+        raise ConfigError(f"give one of {', '.join(flags)}, not {' and '.join(given) or 'none'}")
+    return given[0]
+
+
+def prompt(text: str | None, file: Path | None, ids: Path | None, vocab_size: int) -> Any:
+    """A text, that of a file, or token ids; process 0 reads files for all.
+
+    Raises:
+        ConfigError: if it is empty, or of token ids see `read`.
+        DocumentError: if the file holds no text.
+    """
+    if ids is not None:
+        return read(ids, vocab_size)
+    found = text if file is None else multihost.broadcast_json(lambda: read_text(file))
+    if not found:
+        raise ConfigError(f"{shown(file or 'the prompt')} is empty: give at least one character")
+    return found
+
+
+def read(path: Path, vocab_size: int) -> Sequence[int]:
+    """The token ids in a file or pipe, which process 0 reads for all.
 
     Raises:
         ConfigError: if it cannot be read, or naming the first item that is no id of the model's
             vocabulary.
     """
+    return tuple(multihost.broadcast_json(lambda: _read(path, vocab_size)))
+
+
+def _read(path: Path, vocab_size: int) -> list[int]:
     text = reading.read_text(path, limit=_LARGEST_BYTES, error=ConfigError, pipes=True)
     try:
         items = reading.parse_json(text) if text.lstrip().startswith("[") else _words(text)
@@ -26,7 +61,7 @@ def read(path: Path, vocab_size: int) -> tuple[int, ...]:
         ) from None
     if not items:
         raise ConfigError(f"{shown(path)} is empty: give at least one token id")
-    return tuple(_id(path, index, item, vocab_size) for index, item in enumerate(items))
+    return [_id(path, index, item, vocab_size) for index, item in enumerate(items)]
 
 
 def _words(text: str) -> list[int | str]:

@@ -21,9 +21,9 @@ from jaxtyping import Float32
 
 from qwen_jax.config import ConfigError, ModelConfig
 from qwen_jax.engine import interrupts
-from qwen_jax.engine.engine import Engine, EngineConfig, Piece
+from qwen_jax.engine.engine import Engine, EngineConfig, Piece, Runs
 from qwen_jax.engine.observer import Observer, Step
-from qwen_jax.engine.request import Event, Request, RequestError, Sparseness
+from qwen_jax.engine.request import Event, Request, Sparseness
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -83,7 +83,7 @@ class _Work:
     written: int = 0
 
 
-class Replicas:
+class Replicas(Runs):
     """Serves requests as an `Engine` does, on a mesh with `data`.
 
     A request goes to the replica with the fewest tokens left to read and to write. Replicas
@@ -130,6 +130,11 @@ class Replicas:
     def num_devices(self) -> int:
         """Devices that they run on."""
         return sum(each.engine.num_devices for each in self._replicas)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the cache on one device."""
+        return self._replicas[0].engine.cache_bytes
 
     @property
     def num_compilations(self) -> int:
@@ -181,6 +186,10 @@ class Replicas:
             replica.kept.append((number, functools.partial(replica.add, number, request)))
         return number
 
+    def check(self, request: Request) -> None:
+        """Refuse what can never be served, see `Engine.check`."""
+        self._replicas[0].engine.check(request)
+
     def cancel(self, request_id: int) -> None:
         """End a request before the next step of its replica; ignored if it has ended already."""
         if request_id in self._work:
@@ -221,27 +230,6 @@ class Replicas:
                 flight.result()
         events, self._events = self._events, []
         return events
-
-    def run(self, requests: Iterable[Request]) -> list[list[int]]:
-        """The answers to some requests, for callers with nothing else to serve.
-
-        Raises:
-            RequestError: if one of them cannot be served or fails.
-        """
-        requests = list(requests)
-        for request in requests:
-            self._replicas[0].engine.check(request)
-        first = self._num_requests
-        try:
-            answers: dict[int, list[int]] = {self.add(request): [] for request in requests}
-            while self.busy:
-                for event in self.step():
-                    if event.error is not None:
-                        raise RequestError(f"request {event.request_id}: {event.error}")
-                    answers.get(event.request_id, []).extend(event.tokens)
-            return list(answers.values())
-        finally:
-            self.drop(range(first, self._num_requests))
 
     def score(
         self, tokens: Iterable[int], *, last: int | None = None

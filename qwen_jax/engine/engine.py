@@ -65,7 +65,32 @@ class Piece:
     load: Callable[[jax.ShapeDtypeStruct], Window]
 
 
-class Engine:
+class Runs:
+    """What an engine and replicas have in common: answering some requests to their end."""
+
+    def run(self: Any, requests: Iterable[Request]) -> list[list[int]]:
+        """The answers to some requests, for callers with nothing else to serve.
+
+        Raises:
+            RequestError: if one of them cannot be served or fails.
+        """
+        requests = list(requests)
+        for request in requests:
+            self.check(request)
+        first = self._num_requests
+        try:
+            answers: dict[int, list[int]] = {self.add(request): [] for request in requests}
+            while self.busy:
+                for event in self.step():
+                    if event.error is not None:
+                        raise RequestError(f"request {event.request_id}: {event.error}")
+                    answers.get(event.request_id, []).extend(event.tokens)
+            return list(answers.values())
+        finally:
+            self.drop(range(first, self._num_requests))
+
+
+class Engine(Runs):
     """Serves requests by continuous batching; knows token ids, never text.
 
     A step is done as a whole, whenever Ctrl-C comes: that waits for its end, and the events are
@@ -163,6 +188,11 @@ class Engine:
         return 1 if self._mesh is None else self._mesh.size
 
     @property
+    def cache_bytes(self) -> int:
+        """Bytes of the cache on one device."""
+        return self._runner.cache_bytes
+
+    @property
     def num_compilations(self) -> int:
         """Programs compiled so far: no more than the slices and a few, whatever is asked."""
         return self._runner.num_compilations
@@ -254,27 +284,6 @@ class Engine:
             self._step()
         events, self._events = self._events, []
         return events
-
-    def run(self, requests: Iterable[Request]) -> list[list[int]]:
-        """The answers to some requests, for callers with nothing else to serve.
-
-        Raises:
-            RequestError: if one of them cannot be served or fails.
-        """
-        requests = list(requests)
-        for request in requests:
-            self.check(request)
-        first = self._num_requests
-        try:
-            answers: dict[int, list[int]] = {self.add(request): [] for request in requests}
-            while self.busy:
-                for event in self.step():
-                    if event.error is not None:
-                        raise RequestError(f"request {event.request_id}: {event.error}")
-                    answers.get(event.request_id, []).extend(event.tokens)
-            return list(answers.values())
-        finally:
-            self.drop(range(first, self._num_requests))
 
     def restore(
         self,
@@ -715,6 +724,7 @@ def kernels(
     dtype: str,
     mesh: Mesh | None,
     say: Callable[[str], None] = lambda _: None,
+    name: str = "backend",
 ) -> tuple[backend.Backends, EngineLayout]:
     """The backends and sizes of an engine; needs no weights.
 
@@ -725,6 +735,7 @@ def kernels(
         device: of jax; one of those that it runs on.
         dtype: of weights and cache.
         say: is told what is being waited for, if anything is.
+        name: what the user calls `EngineConfig.backend`.
 
     Raises:
         ConfigError: if there are none, or if they differ from the truth.
@@ -740,7 +751,7 @@ def kernels(
             dtype=dtype,
         )
     except backend.Unsupported as error:
-        raise ConfigError(f"backend={config.backend!r}: {error}") from None
+        raise ConfigError(f"{name}={config.backend!r}: {error}") from None
     seq, tensor = (1, 1) if mesh is None else (mesh.shape["seq"], mesh.shape["tensor"])
     layout = EngineLayout.resolve(model, config, platform=platform, seq=seq)
     if layout.page % seq:

@@ -110,6 +110,11 @@ class Runner:
     def cache_dtype(self) -> np.dtype:
         return self._cache.keys.dtype
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the cache on one device."""
+        return sum(each.addressable_data(0).nbytes for each in jax.tree.leaves(self._cache))
+
     def prefill(self, step: PrefillStep) -> Float32[Array, " V"]:
         """Fill the cache with a slice; returns the logits of its last token, on the device."""
         logits, self._cache = self._programs.prefill(self._weights, self._rotary, self._cache, step)

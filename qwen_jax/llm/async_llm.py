@@ -2,21 +2,20 @@
 
 import asyncio
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Unpack, overload
 
 import numpy as np
 from jaxtyping import Float32
 
-from qwen_jax.engine.data_parallel import Replicas
-from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.request import EngineError
 from qwen_jax.llm.answer import Answer, Pending
 from qwen_jax.llm.llm import (
     LLM,
     AnswerArguments,
     Call,
+    ChatArguments,
     Front,
     Message,
     Path_,
@@ -25,6 +24,10 @@ from qwen_jax.llm.llm import (
     answers_of,
     is_prompt,
 )
+
+if TYPE_CHECKING:
+    from qwen_jax.engine.data_parallel import Replicas
+    from qwen_jax.engine.engine import Engine
 
 T = TypeVar("T")
 F = TypeVar("F", bound="AsyncFront")
@@ -135,7 +138,7 @@ class AsyncFront:
         """The same for callers that wait; the first call loads it."""
         return await self._run(self._opened)
 
-    async def engine(self) -> Engine | Replicas:
+    async def engine(self) -> "Engine | Replicas":
         """The engine of token ids, which must not be stepped while requests run here."""
         front = await self.front()
         return await self._run(lambda: front.engine)
@@ -157,6 +160,37 @@ class AsyncFront:
         front = await self.front()
         answers = await self._answers(functools.partial(front.calls, several, arguments))
         return answers[0] if is_one else answers
+
+    @overload
+    async def chat(
+        self,
+        question: str | Sequence[Message],
+        *,
+        stream: Literal[False] = ...,
+        **arguments: Unpack[ChatArguments],
+    ) -> Answer: ...
+
+    @overload
+    async def chat(
+        self,
+        question: str | Sequence[Message],
+        *,
+        stream: Literal[True],
+        **arguments: Unpack[ChatArguments],
+    ) -> AsyncStreaming: ...
+
+    async def chat(
+        self,
+        question: str | Sequence[Message],
+        *,
+        stream: bool = False,
+        **arguments: Unpack[ChatArguments],
+    ) -> Answer | AsyncStreaming:
+        """Answers a question or the last message of a conversation, see `LLM.chat`."""
+        front = await self.front()
+        if stream:
+            return AsyncStreaming(self, lambda: front.asked(question, arguments))
+        return (await self._answers(lambda: [front.asked(question, arguments)]))[0]
 
     async def stream(self, prompt: Prompt, **arguments: Unpack[AnswerArguments]) -> AsyncStreaming:
         """Continues one prompt; its text comes piece by piece, see `LLM.stream`."""
@@ -266,47 +300,6 @@ class AsyncLLM(AsyncFront):
         assert isinstance(front, LLM)
         return front
 
-    @overload
-    async def chat(
-        self,
-        question: str | Sequence[Message],
-        *,
-        files: Path_ | Iterable[Path_] | None = ...,
-        exclude: Sequence[str] | None = ...,
-        system: str | None = ...,
-        stream: Literal[False] = ...,
-        **arguments: Unpack[AnswerArguments],
-    ) -> Answer: ...
-
-    @overload
-    async def chat(
-        self,
-        question: str | Sequence[Message],
-        *,
-        files: Path_ | Iterable[Path_] | None = ...,
-        exclude: Sequence[str] | None = ...,
-        system: str | None = ...,
-        stream: Literal[True],
-        **arguments: Unpack[AnswerArguments],
-    ) -> AsyncStreaming: ...
-
-    async def chat(
-        self,
-        question: str | Sequence[Message],
-        *,
-        files: Path_ | Iterable[Path_] | None = None,
-        exclude: Sequence[str] | None = None,
-        system: str | None = None,
-        stream: bool = False,
-        **arguments: Unpack[AnswerArguments],
-    ) -> Answer | AsyncStreaming:
-        """Answers a question or the last message of a conversation, see `LLM.chat`."""
-        llm = await self.llm()
-        make = functools.partial(llm.chat_call, question, files, exclude, system, arguments)
-        if stream:
-            return AsyncStreaming(self, make)
-        return (await self._answers(lambda: [make()]))[0]
-
     async def score(self, text: Prompt) -> Float32[np.ndarray, "n"]:
         """Log-probabilities of all tokens but the first, see `LLM.score`."""
         llm = await self.llm()
@@ -350,26 +343,3 @@ class AsyncSession(AsyncFront):
     def num_tokens(self) -> int:
         """Tokens that were read already."""
         return self._session.num_tokens
-
-    @overload
-    async def chat(
-        self,
-        question: str,
-        *,
-        stream: Literal[False] = ...,
-        **arguments: Unpack[AnswerArguments],
-    ) -> Answer: ...
-
-    @overload
-    async def chat(
-        self, question: str, *, stream: Literal[True], **arguments: Unpack[AnswerArguments]
-    ) -> AsyncStreaming: ...
-
-    async def chat(
-        self, question: str, *, stream: bool = False, **arguments: Unpack[AnswerArguments]
-    ) -> Answer | AsyncStreaming:
-        """Answers a question about the files, see `Session.chat`."""
-        make = functools.partial(self._session.chat_call, question, arguments)
-        if stream:
-            return AsyncStreaming(self, make)
-        return (await self._answers(lambda: [make()]))[0]

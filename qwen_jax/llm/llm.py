@@ -5,24 +5,29 @@ import dataclasses
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 import numpy as np
 from jaxtyping import Float32
 
 from qwen_jax.config import ConfigError
-from qwen_jax.engine.data_parallel import Replicas
-from qwen_jax.engine.engine import Engine
+from qwen_jax.distributed import multihost
+from qwen_jax.distributed.verbosity import Level
 from qwen_jax.engine.request import EngineError, Request, RequestError, check_ids
 from qwen_jax.llm import documents, options, sessions
 from qwen_jax.llm.answer import Answer, Pending, Server
 from qwen_jax.llm.model import Model, open_model
 from qwen_jax.llm.options import AnswerOptions, ModelOptions
-from qwen_jax.storage.kv_session import Writer
+from qwen_jax.storage import kv_session
 from qwen_jax.text.tokenizer import Stream, Tokenizer
+
+if TYPE_CHECKING:
+    from qwen_jax.engine.data_parallel import Replicas
+    from qwen_jax.engine.engine import Engine
 
 DEFAULT_LEN = 32_768
 """Tokens of prompt and answer together where `max_len` is None, or fewer if config.json says so."""
@@ -67,6 +72,23 @@ class AnswerArguments(TypedDict, total=False):
     stop: str | Sequence[str] | None
     logprobs: int | None
     ignore_eos: bool
+
+
+class ChatArguments(AnswerArguments, total=False):
+    """Keywords of `chat`: those of `AnswerArguments`, and what comes before the question.
+
+    Attributes:
+        files: text files and directories.
+        exclude: patterns as in .gitignore of what to leave out in directories.
+        system: system text instead of the checkpoint's own.
+    """
+
+    files: Path_ | Iterable[Path_] | None
+    exclude: Sequence[str] | None
+    system: str | None
+
+
+_TEXTS = ("files", "exclude", "system")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -126,45 +148,69 @@ class Front:
 
     Args:
         opened: the model.
-        weights: its weights on their devices.
+        weights: its weights on their devices; None to load them with the engine.
         max_seqs: requests that run at once.
         kept: a session that every prompt goes on after.
+        engines: those of other fronts of the same model, beside which this one has its own.
+
+    Attributes:
+        opened: the checkpoint and how it is run.
+        kept: the session.
     """
 
     def __init__(
-        self, opened: Model, weights: Any, *, max_seqs: int, kept: sessions.Kept | None = None
+        self,
+        opened: Model,
+        weights: Any,
+        *,
+        max_seqs: int,
+        kept: sessions.Kept | None = None,
+        engines: weakref.WeakSet | None = None,
     ):
-        self._opened, self._weights, self._max_seqs, self._kept = opened, weights, max_seqs, kept
+        self.opened, self._weights, self._max_seqs, self.kept = opened, weights, max_seqs, kept
         self._tokenizer = opened.tokenizer(required=False)
-        self._engine: Engine | Replicas | None = None
+        self._engines: weakref.WeakSet = weakref.WeakSet() if engines is None else engines
+        self._engine: "Engine | Replicas | None" = None
         self._server: Server | None = None
         self._is_closed = False
         self._lock = threading.RLock()
 
     @property
-    def engine(self) -> Engine | Replicas:
-        """The engine of token ids, built when it is first asked for.
+    def engine(self) -> "Engine | Replicas":
+        """The engine of token ids, built when it is first asked for, see `engine_for`."""
+        return self.engine_for(self.max_len)
+
+    def engine_for(self, length: int, *, whole_slices: bool = False) -> "Engine | Replicas":
+        """The engine; one that is not built yet gets room for requests of this length.
+
+        Args:
+            length: tokens of prompt and answer together.
+            whole_slices: see `EngineConfig`.
 
         Raises:
-            ConfigError: if the devices cannot hold its cache.
+            CheckpointError: if the weights are missing, damaged or do not fit.
+            ConfigError: if the devices cannot hold its cache, beside those of other engines.
             EngineError: if this was closed.
         """
         with self._lock:
             if self._is_closed:
                 raise EngineError("it was closed, with its weights: open the model again")
             if self._engine is None:
-                kept = self._kept
-                engine = self._opened.engine(
-                    self._opened.max_len,
+                kept = self.kept
+                engine = self.opened.engine(
+                    length,
                     max_seqs=self._max_seqs,
                     vocab_limit=self._tokenizer.size if self._tokenizer else None,
                     weights=self._weights,
+                    whole_slices=whole_slices,
                     prefix_tokens=len(kept.tokens) if kept else 0,
                     window=kept.window if kept else 0,
+                    beside=self._engines,
                 )
                 if kept is not None:
-                    kept.restore(engine)
+                    kept.restore(engine, self.opened.options.say)
                 self._engine, self._server = engine, Server(engine)
+                self._engines.add(engine)
             return self._engine
 
     @property
@@ -183,7 +229,7 @@ class Front:
     @property
     def max_len(self) -> int:
         """Longest prompt and answer together, in tokens."""
-        return self._opened.max_len
+        return self.opened.max_len
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -192,7 +238,7 @@ class Front:
         Raises:
             TokenizerError: if it has none.
         """
-        return self._tokenizer or self._opened.tokenizer()
+        return self._tokenizer or self.opened.tokenizer()
 
     def count_tokens(self, text: str) -> int:
         """The number of tokens that a text has, without a chat template."""
@@ -254,23 +300,82 @@ class Front:
         answers = self._run(calls, progress)
         return answers[0] if is_one else answers
 
+    @overload
+    def chat(
+        self,
+        question: str | Sequence[Message],
+        *,
+        stream: Literal[False] = ...,
+        **arguments: Unpack[ChatArguments],
+    ) -> Answer: ...
+
+    @overload
+    def chat(
+        self,
+        question: str | Sequence[Message],
+        *,
+        stream: Literal[True],
+        **arguments: Unpack[ChatArguments],
+    ) -> Streaming: ...
+
+    def chat(
+        self,
+        question: str | Sequence[Message],
+        *,
+        stream: bool = False,
+        **arguments: Unpack[ChatArguments],
+    ) -> Answer | Streaming:
+        """Answers a question, or the last message of a conversation, in the model's chat format.
+
+        That of a session is about its files.
+
+        Args:
+            question: a text, or messages with "role" and "content".
+            stream: return the pieces of the text as they come; the answer is `.answer` of them.
+            arguments: see `ChatArguments`.
+
+        Raises:
+            ConfigError: if arguments contradict each other, or a session holds raw text; see
+                `generate` also.
+            DocumentError: if a file holds no text or cannot be read.
+            RequestError: if it does not fit into `max_len`.
+            TokenizerError: if the model has no chat format, or another than ChatML.
+        """
+        call = self.asked(question, arguments)
+        return Streaming(self.server, call) if stream else self._run([call], False)[0]
+
+    def asked(self, question: str | Sequence[Message], arguments: ChatArguments) -> Call:
+        """The request of a question, see `chat`."""
+        texts: dict[str, Any] = dict(arguments)
+        own = {name: texts.pop(name) for name in _TEXTS if name in texts}
+        answer = options.answer(texts, *_TEXTS, "question", "stream")
+        return self.chat_call(question, answer, **own)
+
+    def chat_call(
+        self, question: str | Sequence[Message], answer: AnswerOptions, **texts: Any
+    ) -> Call:
+        """The request of a question.
+
+        Args:
+            texts: those of `ChatArguments` that come before it.
+        """
+        raise NotImplementedError
+
     def stream(self, prompt: Prompt, **arguments: Unpack[AnswerArguments]) -> Streaming:
         """Continues one prompt; its text comes piece by piece, see `generate`."""
         (call,) = self.calls([prompt], arguments)
         return Streaming(self.server, call)
 
-    def calls(self, prompts: Sequence[Prompt], arguments: AnswerArguments) -> list[Call]:
+    def calls(
+        self, prompts: Sequence[Prompt], arguments: AnswerArguments | AnswerOptions
+    ) -> list[Call]:
         """The requests of some prompts, see `generate`."""
-        make, ignore_eos = self._maker(arguments), arguments.get("ignore_eos", False)
-        ends = () if ignore_eos else self._opened.end_ids(self._tokenizer)
-        names = ["prompts"] if len(prompts) == 1 else [f"prompts[{i}]" for i in range(len(prompts))]
-        return [
-            make(self._ids(name, each), ends, name)
-            for name, each in zip(names, prompts, strict=True)
-        ]
+        make = self._maker(options.answer(arguments, "prompts", "progress"))
+        names = [f"prompts[{i}]" for i in range(len(prompts))] if len(prompts) != 1 else ["prompts"]
+        return [make(self._ids(*each), each[0]) for each in zip(names, prompts, strict=True)]
 
     def _ids(self, name: str, prompt: Prompt) -> tuple[int, ...]:
-        held = self._kept.tokens if self._kept else ()
+        held = self.kept.tokens if self.kept else ()
         if isinstance(prompt, str):
             if not prompt:
                 raise RequestError(f"{name} is empty: give at least one character")
@@ -278,27 +383,23 @@ class Front:
             encode = tokenizer.encode_text if held else tokenizer.encode_prompt
             return (*held, *encode(prompt))
         ids = tuple(prompt) if isinstance(prompt, list) else prompt
-        return (*held, *check_ids(name, ids, self._opened.config.vocab_size))
+        return (*held, *check_ids(name, ids, self.opened.config.vocab_size))
 
-    def _maker(
-        self, arguments: AnswerArguments
-    ) -> Callable[[tuple[int, ...], tuple[int, ...], str], Call]:
-        """Makes a call of prompt ids, end ids and the prompt's name."""
-        given: dict[str, Any] = dict(arguments)
-        given.pop("ignore_eos", None)
-        stop = given.pop("stop", None)
-        given["stop"] = [stop] if isinstance(stop, str) else stop if stop is None else list(stop)
-        answer = AnswerOptions(**given)
-        options.check(answer)
-        sampling, stops = answer.sampling(self._opened.generation), answer.stops()
-        if stops:
+    def _maker(self, answer: AnswerOptions, *, chat: bool = False) -> Callable[..., Call]:
+        """Makes a call of prompt ids and the prompt's name, which is empty for the only one."""
+        sampling, stops = answer.sampling(self.opened.generation), answer.stops()
+        answer.say(answer.described(sampling), Level.DETAIL)
+        if stops or chat:
             _ = self.tokenizer  # which they need
+        if chat:
+            self.tokenizer.check_chatml()
+        ends = () if answer.ignore_eos else self.opened.end_ids(self._tokenizer, chat=chat)
 
-        def make(ids: tuple[int, ...], ends: tuple[int, ...], name: str) -> Call:
+        def make(ids: tuple[int, ...], name: str = "") -> Call:
             try:
-                self._opened.check_fits(len(ids), answer.max_new_tokens)
+                self.opened.check_fits(len(ids), answer.max_new_tokens)
             except RequestError as error:
-                raise RequestError(f"{name}: {error}") from None
+                raise (RequestError(f"{name}: {error}") if "[" in name else error) from None
             request = Request(
                 prompt=ids,
                 max_new_tokens=answer.max_new_tokens,
@@ -316,11 +417,15 @@ class Front:
         try:
             for call in calls:
                 server.add(call.request, call.stream, to=mine)
-            with _progress(mine, progress) as update:
+            with _bars(progress, "tokens read", "answers") as show:
+                total = sum(len(each.request.prompt) for each in mine)
                 for pending in mine:
                     while pending.finish is None:
                         server.step(pending)
-                        update()
+                        if progress:
+                            read = sum(each.prefilled for each in mine)
+                            ended = sum(each.finish is not None for each in mine)
+                            show((read, total), (ended, len(mine)))
             return answers_of(mine)
         finally:
             server.drop(mine)
@@ -427,91 +532,51 @@ class LLM(Front):
             opened = dataclasses.replace(opened, max_len=length, options=chosen)
         super().__init__(opened, opened.weights(), max_seqs=max_seqs)
 
-    @overload
-    def chat(
-        self,
-        question: str | Sequence[Message],
-        *,
-        files: Path_ | Iterable[Path_] | None = ...,
-        exclude: Sequence[str] | None = ...,
-        system: str | None = ...,
-        stream: Literal[False] = ...,
-        **arguments: Unpack[AnswerArguments],
-    ) -> Answer: ...
-
-    @overload
-    def chat(
-        self,
-        question: str | Sequence[Message],
-        *,
-        files: Path_ | Iterable[Path_] | None = ...,
-        exclude: Sequence[str] | None = ...,
-        system: str | None = ...,
-        stream: Literal[True],
-        **arguments: Unpack[AnswerArguments],
-    ) -> Streaming: ...
-
-    def chat(
-        self,
-        question: str | Sequence[Message],
-        *,
-        files: Path_ | Iterable[Path_] | None = None,
-        exclude: Sequence[str] | None = None,
-        system: str | None = None,
-        stream: bool = False,
-        **arguments: Unpack[AnswerArguments],
-    ) -> Answer | Streaming:
-        """Answers a question, or the last message of a conversation, in the model's chat format.
-
-        Args:
-            question: a text, or messages with "role" and "content".
-            files: text files and directories that come before the question.
-            exclude: patterns as in .gitignore of what to leave out in directories.
-            system: system text instead of the checkpoint's own.
-            stream: return the pieces of the text as they come; the answer is `.answer` of them.
-            arguments: see `AnswerArguments`.
-
-        Raises:
-            ConfigError: if arguments contradict each other; see `generate` also.
-            DocumentError: if a file holds no text or cannot be read.
-            RequestError: if it does not fit into `max_len`.
-            TokenizerError: if the model has no chat format, or another than ChatML.
-        """
-        call = self.chat_call(question, files, exclude, system, arguments)
-        return Streaming(self.server, call) if stream else self._run([call], False)[0]
+    @classmethod
+    def of(cls, opened: Model, *, max_seqs: int = 1) -> "LLM":
+        """A model that was opened already; its weights are loaded with its engine."""
+        made = cls.__new__(cls)
+        Front.__init__(made, opened, None, max_seqs=max_seqs)
+        return made
 
     def chat_call(
         self,
         question: str | Sequence[Message],
-        files: Path_ | Iterable[Path_] | None,
-        exclude: Sequence[str] | None,
-        system: str | None,
-        arguments: AnswerArguments,
+        answer: AnswerOptions,
+        *,
+        files: Path_ | Iterable[Path_] | None = None,
+        exclude: Sequence[str] | None = None,
+        system: str | None = None,
     ) -> Call:
-        """The request of a question or a conversation, see `chat`."""
-        tokenizer = self.tokenizer
-        tokenizer.check_chatml()
-        make = self._maker(arguments)
-        if isinstance(question, str):
-            question = question.strip()
-            if not question:
-                raise ConfigError("question is empty: give at least one character")
-            text = question
-            if files is not None or exclude:
-                texts = documents.read(_paths(files), skipped=_unsaid, exclude=exclude or ())
-                text = documents.joined(texts, question)
-            messages: list[Message] = [{"role": "user", "content": text}]
-            if system is not None:
-                messages.insert(0, {"role": "system", "content": system})
-        else:
+        make = self._maker(answer, chat=True)
+        if not isinstance(question, str):
             for name, value in (("files", files), ("exclude", exclude), ("system", system)):
                 if value is not None:
                     raise ConfigError(f"{name} goes with a question: put it into the messages")
-            messages = list(question)
-        ends = (
-            () if arguments.get("ignore_eos", False) else self._opened.end_ids(tokenizer, chat=True)
-        )
-        return make(tuple(tokenizer.encode_chat(messages)), ends, "question")
+            return make(tuple(self.tokenizer.encode_chat(list(question))))
+        question = _asked(question)
+
+        def read() -> tuple[list[tuple[str, int]], list[int]]:
+            texts = self._read(files, exclude)
+            text = documents.joined(texts, question) if texts else question
+            messages: list[Message] = [{"role": "user", "content": text}]
+            if system is not None:
+                messages.insert(0, {"role": "system", "content": system})
+            counts = texts if self.opened.options.counts else []
+            rows = [(each.name, self.count_tokens(each.text)) for each in counts]
+            return rows, self.tokenizer.encode_chat(messages)
+
+        rows, ids = multihost.broadcast_json(read)
+        self.opened.options.counted(rows, len(ids), self.max_len)
+        return make(tuple(ids))
+
+    def _read(
+        self, files: Path_ | Iterable[Path_] | None, exclude: Sequence[str] | None
+    ) -> list[documents.Document]:
+        if files is None and not exclude:
+            return []
+        say, spell = self.opened.options.say, self.opened.options.spelled
+        return documents.read(_paths(files), skipped=say, exclude=exclude or (), spell=spell)
 
     def score(self, text: Prompt) -> Float32[np.ndarray, "n"]:
         """Log-probabilities of all tokens of a text but the first, each after those before it.
@@ -527,7 +592,7 @@ class LLM(Front):
     def score_ids(self, text: Prompt) -> tuple[int, ...]:
         """The token ids that `score` is about."""
         ids = self._ids("text", text)
-        self._opened.check_fits(len(ids))
+        self.opened.check_fits(len(ids))
         if len(ids) < 2:
             raise RequestError("text has one token: give at least two")
         return ids
@@ -554,6 +619,7 @@ class LLM(Front):
         system: str | None = None,
         save_every: int = 65_536,
         overwrite: bool = False,
+        progress: bool | Callable[[int, int], object] = False,
     ) -> "Session":
         """Reads a long prompt once and keeps its keys and values on disk.
 
@@ -567,6 +633,9 @@ class LLM(Front):
             system: system text before the files instead of the checkpoint's own.
             save_every: tokens between two savings, in memory twice while they are saved.
             overwrite: replace another session that is there.
+            progress: show a bar, in a terminal or a notebook; or what is told, before and after
+                each step, the tokens read and those of the prompt. What it raises may be
+                KeyboardInterrupt or Preempted: all that was read is saved first.
 
         Raises:
             ConfigError: if arguments contradict each other.
@@ -579,35 +648,73 @@ class LLM(Front):
         if text is not None and (exclude or system is not None):
             raise ConfigError(f"{'exclude' if exclude else 'system'} goes with files: leave it out")
         options.check_number("save_every", save_every, [options.Within(1)])
+        began, say = time.monotonic(), self.opened.options.say
+        sessions.check_mesh(self.opened)
         rows: list[tuple[str, int]] = []
         if text is not None:
             ids = self._ids("text", text)
         else:
             self.tokenizer.check_chatml()
-            found = documents.read(_paths(files), skipped=_unsaid, exclude=exclude or ())
-            rows, ids = sessions.files_prompt(self.tokenizer, found, system)
-        self._opened.check_fits(len(ids))
+            found = multihost.broadcast_json(
+                lambda: sessions.files_prompt(self.tokenizer, self._read(files, exclude), system)
+            )
+            rows, ids = [(name, count) for name, count in found[0]], tuple(found[1])
+            self.opened.options.counted(rows, len(ids), self.max_len)
+        self.opened.check_fits(len(ids))
         out = _path(out)
-        with Writer(
+        with kv_session.Writer(
             out,
-            sessions.identity(self._opened, ids, is_chat=files is not None),
+            sessions.identity(self.opened, ids, is_chat=files is not None),
             ids,
             documents=tuple(rows),
             versions=sessions.versions(),
             overwrite=overwrite,
         ) as writer:
-            if writer.session.saved < len(ids):
-                filling = sessions.Filling(
-                    self._opened, ids, writer, save_every, weights=self._weights
+            before = writer.session.saved
+            if before == len(ids):
+                say(f"{out} is complete already: {_described(writer.session)}")
+            else:
+                if before:
+                    say(f"{out} holds {before:,} of {len(ids):,} tokens: going on there")
+                self._fill(ids, writer, save_every, progress)
+                say(
+                    f"{len(ids) - before:,} tokens in {time.monotonic() - began:,.1f} s; "
+                    f"{out} is complete: {_described(writer.session)}"
                 )
-                try:
-                    while not filling.is_complete:
-                        filling.step()
-                except KeyboardInterrupt:
-                    filling.save()
-                    raise
+        stamp = kv_session.stamp(out, writer.session)
+        return self._session(
+            sessions.Kept(directory=out, session=writer.session, tokens=ids, stamp=stamp)
+        )
+
+    def _fill(
+        self,
+        ids: tuple[int, ...],
+        writer: kv_session.Writer,
+        save_every: int,
+        progress: bool | Callable[[int, int], object],
+    ) -> None:
+        """Reads what is not saved yet, and saves it, also if Ctrl-C or SIGTERM ends that."""
+        filling = sessions.Filling(
+            self.opened, ids, writer, save_every, weights=self._weights, beside=self._engines
+        )
+        with _bars(progress is True, "tokens read") as bar:
+            show = progress if callable(progress) else lambda *done: bar(done)
+            try:
+                show(filling.prefilled, len(ids))
+                while filling.prefilled < len(ids):
+                    filling.step()
+                    show(filling.prefilled, len(ids))
+            except (KeyboardInterrupt, multihost.Preempted) as stop:
                 filling.save()
-        return self.open_session(out)
+                stopped = (
+                    f"stopped: {writer.session.saved:,} of {len(ids):,} tokens are saved, the same "
+                    "command goes on there"
+                )
+                if isinstance(stop, multihost.Preempted):
+                    raise multihost.Preempted(stopped) from None
+                self.opened.options.say(stopped)
+                raise
+            filling.save()
 
     def open_session(self, directory: Path_) -> "Session":
         """A session that `prefill` made, here or on the command line.
@@ -615,65 +722,45 @@ class LLM(Front):
         Raises:
             SessionError: if it is damaged, not finished, or another model's.
         """
-        kept = sessions.open_kept(self._opened, _path(directory))
-        self._opened.check_fits(len(kept.tokens) + 1)
-        return Session(self._opened, self._weights, max_seqs=self._max_seqs, kept=kept)
+        kept = sessions.open_kept(self.opened, _path(directory))
+        self.opened.check_fits(len(kept.tokens) + 1)
+        return self._session(kept)
+
+    def _session(self, kept: sessions.Kept) -> "Session":
+        return Session(
+            self.opened, self._weights, max_seqs=self._max_seqs, kept=kept, engines=self._engines
+        )
 
 
 class Session(Front):
     """A long prompt that was read already, and an engine of its own that goes on after it."""
 
-    _kept: sessions.Kept
+    kept: sessions.Kept
 
     @property
     def documents(self) -> list[tuple[str, int]]:
         """Names of the files that it holds, with their tokens."""
-        return self._kept.documents
+        return self.kept.documents
 
     @property
     def num_tokens(self) -> int:
         """Tokens that were read already."""
-        return len(self._kept.tokens)
+        return len(self.kept.tokens)
 
-    @overload
-    def chat(
-        self,
-        question: str,
-        *,
-        stream: Literal[False] = ...,
-        **arguments: Unpack[AnswerArguments],
-    ) -> Answer: ...
-
-    @overload
-    def chat(
-        self, question: str, *, stream: Literal[True], **arguments: Unpack[AnswerArguments]
-    ) -> Streaming: ...
-
-    def chat(
-        self, question: str, *, stream: bool = False, **arguments: Unpack[AnswerArguments]
-    ) -> Answer | Streaming:
-        """Answers a question about the files; see `LLM.chat`.
-
-        Raises:
-            ConfigError: if the session holds raw text, after which no question can follow.
-        """
-        call = self.chat_call(question, arguments)
-        return Streaming(self.server, call) if stream else self._run([call], False)[0]
-
-    def chat_call(self, question: str, arguments: AnswerArguments) -> Call:
-        """The request of a question, see `chat`."""
-        self._kept.check_chat(self._opened.options)
-        question = question.strip()
-        if not question:
-            raise ConfigError("question is empty: give at least one character")
-        make = self._maker(arguments)
-        ids = (*self._kept.tokens, *self._kept.question(self.tokenizer, question))
-        ends = (
-            ()
-            if arguments.get("ignore_eos", False)
-            else self._opened.end_ids(self.tokenizer, chat=True)
-        )
-        return make(ids, ends, "question")
+    def chat_call(
+        self, question: str | Sequence[Message], answer: AnswerOptions, **texts: Any
+    ) -> Call:
+        for name, value in texts.items():
+            if value is not None:
+                raise ConfigError(f"{name} comes too late: the session holds its text already")
+        self.kept.check_chat(self.opened.options)
+        if not isinstance(question, str):
+            raise ConfigError("a session is asked a question, not a list of messages")
+        question = _asked(question)
+        make = self._maker(answer, chat=True)
+        ids = (*self.kept.tokens, *self.kept.question(self.tokenizer, question))
+        self.opened.options.counted(self.kept.documents, len(ids), self.max_len)
+        return make(ids)
 
 
 def is_prompt(prompts: object) -> bool:
@@ -699,33 +786,31 @@ def _paths(files: Path_ | Iterable[Path_] | None) -> list[Path]:
     )
 
 
-def _unsaid(_: str) -> None:
-    """What is skipped in directories, of which nothing is said."""
+def _described(session: kv_session.Session) -> str:
+    return f"{session.saved:,} tokens, {session.num_bytes / 1e9:.3f} GB"
+
+
+def _asked(question: str) -> str:
+    """A question without the line breaks that would join those after files."""
+    question = question.strip()
+    if not question:
+        raise ConfigError("the question is empty: give at least one character")
+    return question
 
 
 @contextlib.contextmanager
-def _progress(pendings: Sequence[Pending], wanted: bool) -> Iterator[Callable[[], None]]:
-    """A bar of tokens read and answers written, and what brings it up to date."""
+def _bars(wanted: bool, *names: str) -> Iterator[Callable[..., None]]:
+    """Bars in a terminal or a notebook, and what is told of each how much of how much is done."""
     if not wanted:
-        yield lambda: None
+        yield lambda *_: None
         return
     from rich.progress import Progress
 
-    total = sum(len(each.request.prompt) for each in pendings)
-    with Progress() as bar:
-        reading = bar.add_task("tokens read", total=total)
-        writing = bar.add_task("answers", total=len(pendings))
-        shown_at = 0.0
+    with Progress() as progress:
+        tasks = [progress.add_task(name, total=None) for name in names]
 
-        def show() -> None:
-            bar.update(reading, completed=sum(each.prefilled for each in pendings))
-            bar.update(writing, completed=sum(each.finish is not None for each in pendings))
+        def show(*done: tuple[int, int]) -> None:
+            for task, (completed, total) in zip(tasks, done, strict=True):
+                progress.update(task, completed=completed, total=total)
 
-        def update() -> None:
-            nonlocal shown_at
-            if time.monotonic() - shown_at > 0.1:
-                shown_at = time.monotonic()
-                show()
-
-        yield update
-        show()
+        yield show

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -163,6 +164,7 @@ class Model:
         whole_slices: bool = False,
         prefix_tokens: int = 0,
         window: int = 0,
+        beside: Iterable[Any] = (),
     ):
         """Builds an engine, or replicas on a mesh with data; says on stderr what runs where.
 
@@ -176,6 +178,7 @@ class Model:
             whole_slices: see `EngineConfig`.
             prefix_tokens: likewise.
             window: tokens that a session moves at a time.
+            beside: engines whose caches are on the same devices.
 
         Raises:
             CheckpointError: if the weights are missing, damaged or do not fit.
@@ -203,11 +206,25 @@ class Model:
             prefix_tokens=prefix_tokens,
         )
         placement.check_memory(
-            self.config, settings, name, mesh, window=window, spell=self.options.spelled
+            self.config,
+            settings,
+            name,
+            mesh,
+            window=window,
+            beside=sum(each.cache_bytes for each in beside),
+            spell=self.options.spelled,
         )
         device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
         # Before the weights take time and memory.
-        kernels(self.config, settings, device=device, dtype=name, mesh=mesh, say=self.options.say)
+        kernels(
+            self.config,
+            settings,
+            device=device,
+            dtype=name,
+            mesh=mesh,
+            say=self.options.say,
+            name=self.options.spelled("kernels"),
+        )
         engine = build(self.config, self.weights() if weights is None else weights, settings)
         self.options.say(engine.summary())
         self.options.say(f"{engine.describe()}; {name}: {why}; {self._attention()}", Level.DETAIL)

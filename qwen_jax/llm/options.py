@@ -1,12 +1,13 @@
 """Options of a model and of its answers, by the names that Python or the command line has."""
 
 import dataclasses
+import difflib
 import math
 import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from qwen_jax.config import ConfigError, GenerationConfig
 from qwen_jax.distributed.verbosity import Level
@@ -62,9 +63,15 @@ class Within:
 class Options:
     """Options as Python has them: silent, and spelled as arguments."""
 
+    counts: ClassVar[bool] = False
+    """Whether `counted` is told the tokens of files that a question comes with."""
+
     def spelled(self, name: str) -> str:
         """The name of an option as its user writes it."""
         return name
+
+    def counted(self, rows: Sequence[tuple[str, int]], total: int, limit: int) -> None:
+        """Is told the tokens of files, of the whole prompt, and of what fits."""
 
     def say(self, text: str, level: Level = Level.SHORT) -> None:
         """Tells the user something beside the output."""
@@ -108,6 +115,7 @@ class AnswerOptions(Options):
     seed: Annotated[int, Within(*LIMITS["seed"])] = 0
     stop: list[str] | None = None
     logprobs: Annotated[int | None, Within(0, MOST_LOGPROBS)] = None
+    ignore_eos: bool = False
 
     def sampling(self, defaults: GenerationConfig) -> Sampling:
         """How tokens are chosen: these options over the checkpoint's defaults.
@@ -137,7 +145,7 @@ class AnswerOptions(Options):
                 f"give a {self.spelled('temperature')} above 0"
             )
         penalty = self.repetition_penalty
-        found = Sampling(
+        return Sampling(
             temperature=temperature,
             repetition_penalty=defaults.repetition_penalty if penalty is None else penalty,
             seed=self.seed,
@@ -146,13 +154,14 @@ class AnswerOptions(Options):
                 for name in ("top_k", "top_p", "min_p")
             },
         )
-        used = [f"{name} {value}" for name, value in dataclasses.asdict(found).items()]
-        self.say(
-            f"sampling: {', '.join(used) if temperature else 'greedy'}; what "
-            "neither options nor generation_config.json say is neutral, top_k 0 takes all",
-            Level.DETAIL,
+
+    def described(self, sampling: Sampling) -> str:
+        """One line on how tokens are chosen."""
+        used = [f"{name} {value}" for name, value in dataclasses.asdict(sampling).items()]
+        return (
+            f"sampling: {', '.join(used) if sampling.temperature else 'greedy'}; what "
+            "neither options nor generation_config.json say is neutral, top_k 0 takes all"
         )
-        return found
 
     def stops(self) -> tuple[str, ...]:
         """The stop strings.
@@ -166,6 +175,36 @@ class AnswerOptions(Options):
             except TokenizerError as error:
                 raise ConfigError(f"{self.spelled('stop')}: {error}") from None
         return tuple(self.stop or ())
+
+
+def answer(arguments: Mapping[str, Any] | AnswerOptions, *own: str) -> AnswerOptions:
+    """The options that keywords of a method say.
+
+    Args:
+        own: other arguments of the method, which a mistyped one may have meant.
+
+    Raises:
+        ConfigError: if a value is of another kind or out of range.
+        TypeError: naming a keyword that is none, and what it may have been.
+    """
+    if isinstance(arguments, AnswerOptions):
+        return arguments
+    given, known = dict(arguments), [field.name for field in dataclasses.fields(AnswerOptions)]
+    for name in given:
+        if name not in known:
+            meant = did_you_mean(name, [*known, *own])
+            raise TypeError(f"there is no argument {name!r}{meant}")
+    stop = given.get("stop")
+    given["stop"] = [stop] if isinstance(stop, str) else stop if stop is None else list(stop)
+    made = AnswerOptions(**given)
+    check(made)
+    return made
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a complaint about an unknown word: the known one that it resembles, if any."""
+    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def check_number(flag: str, value: object, metadata: Iterable[object]) -> None:

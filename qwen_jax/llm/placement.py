@@ -66,6 +66,7 @@ def check_memory(
     mesh: "Mesh | None",
     *,
     window: int = 0,
+    beside: int = 0,
     spell: Spell = str,
 ) -> None:
     """Refuses what the devices cannot hold, by the planner's arithmetic.
@@ -73,6 +74,7 @@ def check_memory(
     Args:
         dtype: of weights and cache.
         window: see `layout.load`.
+        beside: bytes on a device of the caches of other engines.
         spell: spells names of options.
 
     Raises:
@@ -98,7 +100,7 @@ def check_memory(
         dtype=dtype,
         window=window,
     )
-    needed = budget.memory(config, load, shape).total
+    needed = budget.memory(config, load, shape).total + beside
     if limit is not None and needed > limit:
         cache = f"{engine.max_len:,} tokens"
         if engine.max_seqs > 1:
@@ -107,10 +109,15 @@ def check_memory(
             cache += f" of which {engine.prefix_tokens:,} are shared"
         way_out = "`qwen-jax plan` says what would fit"
         without = dataclasses.replace(load, window=0)
-        if budget.memory(config, without, shape).total <= limit:
+        if budget.memory(config, without, shape).total + beside <= limit:
             cache += f", and {load.window:,} of them once more on their way to or from the disk,"
             way_out = (
                 f"a session prefilled with a smaller {spell('save_every')} moves fewer at a time"
+            )
+        if beside and needed - beside <= limit:
+            cache += f", beside {beside / 2**30:,.2f} GiB of caches of other engines,"
+            way_out = (
+                f"close what is not needed, or open the model with a smaller {spell('max_len')}"
             )
         where = f"each of {shape.size} devices as {shape}" if mesh else "the device"
         raise ConfigError(

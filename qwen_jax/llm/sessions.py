@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,11 @@ class Kept:
         Raises:
             ConfigError: if it ends where none can.
         """
-        _check_chat(self.session, self.directory, options)
+        if not self.session.identity.is_chat:
+            raise ConfigError(
+                f"{self.directory} holds raw text, after which no question can follow: use "
+                f"`generate`, or prefill with {options.spelled('files')}"
+            )
 
     def restore(self, engine, say: Callable[[str], None] = lambda _: None) -> None:
         """Puts it into an engine that has no other; tells `say` what that took.
@@ -114,15 +118,11 @@ class Kept:
         )
 
 
-def open_kept(opened: Model, directory: Path, *, chat: bool = False) -> Kept:
+def open_kept(opened: Model, directory: Path) -> Kept:
     """A whole session of this model with these options; every byte of it is checked.
-
-    Args:
-        chat: a question is to follow.
 
     Raises:
         SessionError: if it is damaged, not finished, or another model's.
-        ConfigError: if it ends where no question can follow.
     """
     found = kv_session.read(directory)
     here = _identity(
@@ -142,21 +142,11 @@ def open_kept(opened: Model, directory: Path, *, chat: bool = False) -> Kept:
             f"{directory} holds {found.saved:,} of {found.identity.num_tokens:,} tokens: the "
             "`qwen-jax prefill` that began it goes on there"
         )
-    if chat:
-        _check_chat(found, directory, opened.options)
     kv_session.check_shared(directory, found)
     stamp = kv_session.stamp(directory, found)
     tokens = kv_session.read_tokens(directory, found)
     kv_session.check(directory, found)
     return Kept(directory=directory, session=found, tokens=tokens, stamp=stamp)
-
-
-def _check_chat(found: Session, directory: Path, options: Options) -> None:
-    if not found.identity.is_chat:
-        raise ConfigError(
-            f"{directory} holds raw text, after which no question can follow: use `generate`, or "
-            f"prefill with {options.spelled('files')}"
-        )
 
 
 def files_prompt(
@@ -172,6 +162,20 @@ def files_prompt(
     return rows, (*tokenizer.open_chat(system), *tokenizer.open_turn("user", text))
 
 
+def check_mesh(opened: Model) -> None:
+    """Refuses a mesh with replicas, before a prompt is read.
+
+    Raises:
+        ConfigError: if the mesh is malformed or has `data`.
+    """
+    from qwen_jax.distributed import sharding
+
+    mesh = opened.options.mesh
+    if mesh is not None and sharding.parse(mesh).data > 1:
+        name = opened.options.spelled("mesh")
+        raise ConfigError(f"{name} {mesh}: one prompt has no replicas: leave data out")
+
+
 class Filling:
     """A prefill of what a session does not hold yet, step by step, in an engine of its own.
 
@@ -179,6 +183,7 @@ class Filling:
         ids: the prompt.
         save_every: tokens after which a step saves.
         weights: what `Model.weights` gave; None to load them.
+        beside: other engines of the model.
 
     Attributes:
         prefilled: tokens read so far.
@@ -192,31 +197,26 @@ class Filling:
         save_every: int,
         *,
         weights: Any = None,
+        beside: Iterable[Any] = (),
     ):
         from qwen_jax.engine.engine import Engine
 
         held = writer.session.saved
         kept = Kept(directory=writer.directory, session=writer.session, tokens=ids)
         window = max(min(save_every, len(ids) - held), kept.window)
-        engine = opened.engine(len(ids) + _NEW, weights=weights, prefix_tokens=held, window=window)
-        if not isinstance(engine, Engine):
-            mesh = f"{opened.options.spelled('mesh')} {opened.options.mesh}"
-            raise ConfigError(f"{mesh}: one prompt has no replicas: leave data out")
+        engine = opened.engine(
+            len(ids) + _NEW, weights=weights, prefix_tokens=held, window=window, beside=beside
+        )
+        assert isinstance(engine, Engine)  # as `check_mesh` says
         if held:
             kept.restore(engine, opened.options.say)
         self._engine, self._writer, self._save_every = engine, writer, save_every
         self._number = engine.add(Request(prompt=ids, max_new_tokens=_NEW))
-        self._length = len(ids)
         self._last = Event(request_id=self._number, prefilled=held)
 
     @property
     def prefilled(self) -> int:
         return self._last.prefilled
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether all is read; it is not saved."""
-        return self.prefilled >= self._length
 
     def step(self) -> None:
         """Reads one slice, and saves if it is time.

@@ -15,8 +15,7 @@ from rich.table import Table
 
 import convert
 import qwen_jax
-from qwen_jax.cli.ask import print_table
-from qwen_jax.cli.console import console, shorten
+from qwen_jax.cli.console import console, print_table, shorten
 
 NAME = "a rather long name of a file, with words in it.txt"
 FOLDERS = "/home/somebody/texts/of/all/kinds/in/many/folders"

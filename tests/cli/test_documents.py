@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen_jax.cli.ask import print_table
+from qwen_jax.cli.console import print_table
 from qwen_jax.cli.flags import spelled
 from qwen_jax.files import reading
 from qwen_jax.llm import documents

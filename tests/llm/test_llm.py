@@ -10,6 +10,7 @@ import pytest
 
 from qwen_jax import LLM, EngineConfig, Request, Sampling
 from qwen_jax.config import ConfigError
+from qwen_jax.engine import memory as budget
 from qwen_jax.engine.request import EngineError, RequestError
 from qwen_jax.llm.documents import DocumentError
 from qwen_jax.text.tokenizer import Tokenizer, TokenizerError
@@ -277,7 +278,7 @@ OPTIONS = {
     "dense_tail": (-1, "dense_tail -1 must be at least 0"),
     "dca_chunk": (64, "dca_chunk has no effect.*add dca on"),
     "sparse": ("on", "sparse on: .*give sparse_config FILE"),
-    "kernels": ("fast", "backend='fast'"),
+    "kernels": ("fast", "kernels='fast'"),
     "mesh": ("rows=2", "rows"),
 }
 
@@ -287,6 +288,37 @@ def test_errors_name_the_argument_of_a_model(checkpoint, name, unchecked):
     value, said = OPTIONS[name]
     with pytest.raises(ConfigError, match=said):
         _ = LLM(checkpoint, **{name: value}).engine
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("temprature", "there is no argument 'temprature'; did you mean temperature?"),
+        ("progres", "did you mean progress?"),
+        ("zzz", "there is no argument 'zzz'$"),
+    ],
+)
+def test_an_unknown_argument_is_named_with_what_was_meant(llm, typed, said):
+    with pytest.raises(TypeError, match=said.replace("?", r"\?")):
+        llm.generate("the key", **{typed: 1})
+    with pytest.raises(TypeError, match="did you mean system"):
+        llm.chat("x", sytem="y")
+
+
+def test_the_cache_of_a_session_counts_beside_that_of_the_model(llm, tmp_path, monkeypatch):
+    session = llm.prefill("the key of the room", out=tmp_path / "kv", progress=True)
+    _ = llm.engine
+    totals, memory = [], budget.memory
+
+    def noted(*arguments):
+        totals.append(memory(*arguments).total)
+        return memory(*arguments)
+
+    monkeypatch.setattr(budget, "memory", noted)
+    _ = session.engine
+    monkeypatch.setattr("qwen_jax.planner.devices.host_bytes", lambda: totals[0])
+    with pytest.raises(ConfigError, match=r"beside .* of caches of other engines, take .* close"):
+        _ = llm.open_session(tmp_path / "kv").engine
 
 
 def test_arguments_that_contradict_each_other_are_refused(llm, tmp_path):
