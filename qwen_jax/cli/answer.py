@@ -6,23 +6,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
-from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TimeRemainingColumn
-from rich.progress import Progress as Bar
-from rich.text import Text
-
-from qwen_jax.cli.console import console
-from qwen_jax.cli.flags import AnswerFlags, ModelFlags, note, says
+from qwen_jax.cli.flags import AnswerFlags, ModelFlags
+from qwen_jax.cli.progress import Progress
 from qwen_jax.distributed import multihost
 from qwen_jax.engine.request import Request
 from qwen_jax.llm.answer import Answer, Engine, Server
 from qwen_jax.llm.llm import LLM, Call, Session
 from qwen_jax.llm.model import open_model
 from qwen_jax.text.tokenizer import Stream
-
-LINE_S = 10.0
-"""Seconds between two lines of progress where there is no terminal."""
 
 
 def front(
@@ -63,26 +55,12 @@ def respond(
         raise KeyboardInterrupt
 
 
-@runtime_checkable
-class Progress(Protocol):
-    """Shows how much of a prompt has been read."""
-
-    def update(self, done: int) -> None:
-        """Called after each step with the tokens done so far."""
-        ...
-
-    def close(self) -> None:
-        """Called before the first text, and again at the end."""
-        ...
-
-
 def answer(
     engine: Engine,
     request: Request,
     *,
     stream: Stream | None = None,
     write: Callable[[str], None],
-    progress: Progress | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Answer:
     """The answer to a request that is alone in the engine.
@@ -92,12 +70,11 @@ def answer(
     Args:
         stream: makes text of tokens and knows the stop strings; None for no text.
         write: called with each piece of the text.
-        progress: shown until the first token; None for a bar or lines on stderr.
 
     Raises:
         RequestError: if the request does not fit, or the engine fails on it.
     """
-    progress = progress or prefill_progress(len(request.prompt))
+    progress = Progress(len(request.prompt))
     server = Server(engine, clock=clock)
     with contextlib.closing(progress), interrupts() as interrupted:
         pending = server.add(request, stream)
@@ -148,68 +125,3 @@ def interrupts(*also: signal.Signals) -> Iterator[Callable[[], int]]:
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-
-
-def prefill_progress(total: int) -> Progress:
-    """A bar on a terminal; elsewhere a line now and then, so that logs stay readable.
-
-    Of several processes process 0 shows it.
-    """
-    return _Bar(total) if says() and sys.stderr.isatty() else Lines(total)
-
-
-class Lines:
-    """Progress as lines of text, at most one in `LINE_S` seconds."""
-
-    def __init__(
-        self,
-        total: int,
-        *,
-        say: Callable[[str], None] = note,
-        clock: Callable[[], float] = time.monotonic,
-    ):
-        self._total = total
-        self._say, self._clock = say, clock
-        self._start = self._said = clock()
-
-    def update(self, done: int) -> None:
-        now = self._clock()
-        if done >= self._total or now - self._said < LINE_S:
-            return
-        self._said = now
-        speed = done / (now - self._start)
-        left = f"{(self._total - done) / speed:,.0f} s left" if speed else "compiling"
-        self._say(f"read {done:,} of {self._total:,} tokens, {speed:,.0f} tokens/s, {left}")
-
-    def close(self) -> None:
-        pass
-
-
-class _Bar:
-    """Progress as a bar that vanishes when the answer begins."""
-
-    def __init__(self, total: int):
-        self._bar = Bar(
-            "reading",
-            BarColumn(),
-            MofNCompleteColumn(),
-            _Speed(),
-            TimeRemainingColumn(),
-            console=console(stderr=True),
-            transient=True,
-        )
-        self._task = self._bar.add_task("", total=total)
-        self._bar.start()
-
-    def update(self, done: int) -> None:
-        self._bar.update(self._task, completed=done)
-
-    def close(self) -> None:
-        self._bar.stop()
-
-
-class _Speed(ProgressColumn):
-    """Tokens a second."""
-
-    def render(self, task: Task) -> Text:
-        return Text("compiling" if task.speed is None else f"{task.speed:,.0f} tokens/s")

@@ -6,15 +6,12 @@ import hashlib
 import itertools
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
 from qwen_jax.batch import lockstep
 from qwen_jax.batch import run as batches
@@ -22,15 +19,15 @@ from qwen_jax.batch.lines import Input
 from qwen_jax.batch.reader import Defaults, ParsedLine, Reader
 from qwen_jax.batch.results import Results
 from qwen_jax.batch.run import Item, Totals
-from qwen_jax.cli.answer import LINE_S, front, interrupts
-from qwen_jax.cli.console import console
-from qwen_jax.cli.flags import AnswerFlags, Kv, ModelArgument, ModelFlags, note, option, says
+from qwen_jax.cli.answer import front, interrupts
+from qwen_jax.cli.flags import AnswerFlags, Kv, ModelArgument, ModelFlags, note, option
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
+from qwen_jax.cli.progress import Progress
 from qwen_jax.config import ConfigError
 from qwen_jax.distributed import multihost
 from qwen_jax.distributed.verbosity import Level
-from qwen_jax.files.reading import shown
+from qwen_jax.files import reading
 from qwen_jax.llm import sessions
 from qwen_jax.llm.llm import LLM, Session
 from qwen_jax.llm.model import Model
@@ -180,7 +177,7 @@ def _scan(
             total.refused += 1
             row = f"{'error':>10}  {'':>10}  {line.custom_id or '(none)'}: {asked}"
         if show:
-            print(f"{line.number:>8,}  {shown(row)}")
+            print(f"{line.number:>8,}  {reading.shown(row)}")
     if not total.lines and not stopped():
         raise ConfigError(f"{source.path} has no lines: give at least one request")
     return total
@@ -272,7 +269,7 @@ def _answer(
         first = next(items, None)
         if first is not None:
             engine = llm.engine_for(max(total.longest, 1), whole_slices=True)
-            with _shown(total, there) as on_step:
+            with contextlib.closing(Progress()) as progress:
                 done = batches.run(
                     engine,
                     reader.tokenizer,
@@ -280,7 +277,7 @@ def _answer(
                     lockstep.NullSink() if records is None else records,
                     model=llm.opened.directory.resolve().name,
                     stopped=stopped,
-                    on_step=on_step,
+                    on_step=shown(progress, total, there),
                 )
         if records is None:
             return
@@ -340,50 +337,15 @@ def _leave(number: int) -> None:
     raise KeyboardInterrupt
 
 
-@contextlib.contextmanager
-def _shown(total: Totals, there: Totals) -> Iterator[Callable[[Totals], None]]:
-    """A callback for what has been done: a bar on a terminal, a line now and then elsewhere."""
-    if says() and sys.stderr.isatty():
-        columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
-        with Bar(*columns, console=console(stderr=True), transient=True) as bar:
-            task = bar.add_task("", total=total.work)
-            yield lambda done: bar.update(
-                task,
-                description=_described(done, total, there),
-                completed=done.work,
-                total=total.work - there.work,
-            )
-        return
-    yield lines(total, there)
-
-
-def lines(
-    total: Totals,
-    there: Totals,
-    *,
-    say: Callable[[str], None] = note,
-    clock: Callable[[], float] = time.monotonic,
-) -> Callable[[Totals], None]:
-    """A callback for what has been done, which says it once in `LINE_S` seconds.
+def shown(progress: Progress, total: Totals, there: Totals) -> Callable[[Totals], None]:
+    """A callback for what has been done.
 
     Args:
         there: of `total`, what needs no more work.
     """
-    start = said = clock()
-
-    def on_step(done: Totals) -> None:
-        nonlocal said
-        now = clock()
-        if now - said < LINE_S:
-            return
-        said = now
-        left = "time left unknown"
-        if done.work:
-            left = total.work - there.work - done.work
-            left = f"{left * (now - start) / done.work:,.0f} s left"
-        say(f"{_described(done, total, there)}, {left}")
-
-    return on_step
+    return lambda done: progress.update(
+        done.work, total.work - there.work, _described(done, total, there)
+    )
 
 
 def _described(done: Totals, total: Totals, there: Totals) -> str:

@@ -14,9 +14,9 @@ import numpy as np
 import typer
 
 from qwen_jax.cli import quantities
-from qwen_jax.cli.answer import LINE_S
 from qwen_jax.cli.flags import ModelArgument, ModelFlags, Reads, expand, note, option, spelled
 from qwen_jax.cli.placement import one_device
+from qwen_jax.cli.progress import LINE_S
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.layout import EngineConfig, EngineLayout

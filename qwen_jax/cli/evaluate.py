@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from qwen_jax.cli.answer import prefill_progress
 from qwen_jax.cli.flags import note
+from qwen_jax.cli.progress import Progress
 from qwen_jax.distributed import multihost
 from qwen_jax.eval import score, text
 from qwen_jax.eval.catalog import FAMILIES, KINDS
@@ -69,7 +69,7 @@ def results(
     weights = next(iter(models.values())).weights()
     longest = max(map(_room, cells))
     tokens, read = sum(cell.length for each in missing.values() for cell in each), 0
-    with contextlib.closing(prefill_progress(tokens)) as progress:
+    with contextlib.closing(Progress(tokens)) as progress:
 
         def on_tokens(of_this: int) -> None:
             progress.update(read + of_this)

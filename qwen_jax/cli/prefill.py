@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 from qwen_jax.cli import tokens as prompts
-from qwen_jax.cli.answer import interrupts, prefill_progress
+from qwen_jax.cli.answer import interrupts
 from qwen_jax.cli.ask import Exclude, Files
 from qwen_jax.cli.flags import ModelArgument, ModelFlags, System, option
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
+from qwen_jax.cli.progress import Progress
 from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.config import ConfigError
 from qwen_jax.distributed import multihost
@@ -64,7 +65,7 @@ def prefill(
 
         def shown(done: int, total: int) -> None:
             nonlocal bar
-            bar = bar or stack.enter_context(contextlib.closing(prefill_progress(total)))
+            bar = bar or stack.enter_context(contextlib.closing(Progress(total)))
             bar.update(done)
             if stopped():
                 raise multihost.Preempted if stopped() == signal.SIGTERM else KeyboardInterrupt

@@ -1,6 +1,7 @@
 """score: logits of a token file, for comparing with other implementations."""
 
 import collections
+import contextlib
 import os
 import secrets
 import shutil
@@ -13,10 +14,10 @@ import numpy as np
 from jaxtyping import Float32
 
 from qwen_jax.cli import tokens as prompts
-from qwen_jax.cli.answer import prefill_progress
 from qwen_jax.cli.flags import ModelArgument, ModelFlags, note, option
 from qwen_jax.cli.on_hosts import expand_on_hosts
 from qwen_jax.cli.profile import profiled
+from qwen_jax.cli.progress import Progress
 from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.config import ConfigError
 from qwen_jax.distributed import multihost
@@ -59,15 +60,12 @@ def score(
     if multihost.is_first():
         _check_output(out, 4 * shape[0] * shape[1])
     engine = opened.engine(len(ids))
-    progress = prefill_progress(shape[0])
-    try:
+    with contextlib.closing(Progress(shape[0])) as progress:
         blocks = _counted(engine.score(ids, last=last), progress.update)
         if multihost.is_first():
             write_npz(out, blocks, shape)
         else:
             collections.deque(blocks, maxlen=0)
-    finally:
-        progress.close()
     note(f"wrote {out}: logits {list(shape)} f32")
 
 

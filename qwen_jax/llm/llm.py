@@ -8,7 +8,6 @@ import time
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 import numpy as np
@@ -156,6 +155,7 @@ class Front:
     Attributes:
         opened: the checkpoint and how it is run.
         kept: the session.
+        is_closed: whether it holds nothing any more.
     """
 
     def __init__(
@@ -172,7 +172,7 @@ class Front:
         self._engines: weakref.WeakSet = weakref.WeakSet() if engines is None else engines
         self._engine: "Engine | Replicas | None" = None
         self._server: Server | None = None
-        self._is_closed = False
+        self.is_closed = False
         self._lock = threading.RLock()
 
     @property
@@ -193,7 +193,7 @@ class Front:
             EngineError: if this was closed.
         """
         with self._lock:
-            if self._is_closed:
+            if self.is_closed:
                 raise EngineError("it was closed, with its weights: open the model again")
             if self._engine is None:
                 kept = self.kept
@@ -222,11 +222,6 @@ class Front:
             return self._server
 
     @property
-    def is_closed(self) -> bool:
-        """Whether it holds nothing any more."""
-        return self._is_closed
-
-    @property
     def max_len(self) -> int:
         """Longest prompt and answer together, in tokens."""
         return self.opened.max_len
@@ -247,18 +242,13 @@ class Front:
     def close(self) -> None:
         """Lets go of weights and cache; ignored if it was closed already."""
         with self._lock:
-            self._is_closed = True
+            self.is_closed = True
             self._engine = self._server = self._weights = None
 
     def __enter__(self: F) -> F:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @overload
@@ -352,14 +342,55 @@ class Front:
         return self.chat_call(question, answer, **own)
 
     def chat_call(
-        self, question: str | Sequence[Message], answer: AnswerOptions, **texts: Any
+        self,
+        question: str | Sequence[Message],
+        answer: AnswerOptions,
+        *,
+        files: Path_ | Iterable[Path_] | None = None,
+        exclude: Sequence[str] | None = None,
+        system: str | None = None,
     ) -> Call:
-        """The request of a question.
+        """The request of a question with these options, see `chat`."""
+        kept, told = self.kept, self.opened.options
+        if kept is not None:
+            kept.check_chat(told)
+        make = self._maker(answer, chat=True)
+        if kept is not None or not isinstance(question, str):
+            for name, value in (("files", files), ("exclude", exclude), ("system", system)):
+                if value is not None:
+                    why = "the session holds its text already" if kept else "put it into messages"
+                    raise ConfigError(f"{name} goes with a question alone: {why}")
+        if not isinstance(question, str):
+            if kept is not None:
+                raise ConfigError("a session is asked a question, not a list of messages")
+            return make(tuple(self.tokenizer.encode_chat(list(question))))
+        question = question.strip()  # or its line breaks would join those after the files
+        if not question:
+            raise ConfigError("the question is empty: give at least one character")
 
-        Args:
-            texts: those of `ChatArguments` that come before it.
-        """
-        raise NotImplementedError
+        def read() -> tuple[list[tuple[str, int]], list[int]]:
+            texts = self._read(files, exclude)
+            text = documents.joined(texts, question) if texts else question
+            messages: list[Message] = [{"role": "user", "content": text}]
+            if system is not None:
+                messages.insert(0, {"role": "system", "content": system})
+            rows = [(each.name, self.count_tokens(each.text)) for each in texts if told.counts]
+            return rows, self.tokenizer.encode_chat(messages)
+
+        if kept is None:
+            rows, ids = multihost.broadcast_json(read)
+        else:
+            rows, ids = kept.documents, [*kept.tokens, *kept.question(self.tokenizer, question)]
+        told.counted(rows, len(ids), self.max_len)
+        return make(tuple(ids))
+
+    def _read(
+        self, files: Path_ | Iterable[Path_] | None, exclude: Sequence[str] | None
+    ) -> list[documents.Document]:
+        if files is None and not exclude:
+            return []
+        say, spell = self.opened.options.say, self.opened.options.spelled
+        return documents.read(_paths(files), skipped=say, exclude=exclude or (), spell=spell)
 
     def stream(self, prompt: Prompt, **arguments: Unpack[AnswerArguments]) -> Streaming:
         """Continues one prompt; its text comes piece by piece, see `generate`."""
@@ -539,45 +570,6 @@ class LLM(Front):
         Front.__init__(made, opened, None, max_seqs=max_seqs)
         return made
 
-    def chat_call(
-        self,
-        question: str | Sequence[Message],
-        answer: AnswerOptions,
-        *,
-        files: Path_ | Iterable[Path_] | None = None,
-        exclude: Sequence[str] | None = None,
-        system: str | None = None,
-    ) -> Call:
-        make = self._maker(answer, chat=True)
-        if not isinstance(question, str):
-            for name, value in (("files", files), ("exclude", exclude), ("system", system)):
-                if value is not None:
-                    raise ConfigError(f"{name} goes with a question: put it into the messages")
-            return make(tuple(self.tokenizer.encode_chat(list(question))))
-        question = _asked(question)
-
-        def read() -> tuple[list[tuple[str, int]], list[int]]:
-            texts = self._read(files, exclude)
-            text = documents.joined(texts, question) if texts else question
-            messages: list[Message] = [{"role": "user", "content": text}]
-            if system is not None:
-                messages.insert(0, {"role": "system", "content": system})
-            counts = texts if self.opened.options.counts else []
-            rows = [(each.name, self.count_tokens(each.text)) for each in counts]
-            return rows, self.tokenizer.encode_chat(messages)
-
-        rows, ids = multihost.broadcast_json(read)
-        self.opened.options.counted(rows, len(ids), self.max_len)
-        return make(tuple(ids))
-
-    def _read(
-        self, files: Path_ | Iterable[Path_] | None, exclude: Sequence[str] | None
-    ) -> list[documents.Document]:
-        if files is None and not exclude:
-            return []
-        say, spell = self.opened.options.say, self.opened.options.spelled
-        return documents.read(_paths(files), skipped=say, exclude=exclude or (), spell=spell)
-
     def score(self, text: Prompt) -> Float32[np.ndarray, "n"]:
         """Log-probabilities of all tokens of a text but the first, each after those before it.
 
@@ -676,7 +668,16 @@ class LLM(Front):
             else:
                 if before:
                     say(f"{out} holds {before:,} of {len(ids):,} tokens: going on there")
-                self._fill(ids, writer, save_every, progress)
+                with _bars(progress is True, "tokens read") as bar:
+                    sessions.fill(
+                        self.opened,
+                        ids,
+                        writer,
+                        save_every,
+                        progress if callable(progress) else lambda *done: bar(done),
+                        weights=self._weights,
+                        beside=self._engines,
+                    )
                 say(
                     f"{len(ids) - before:,} tokens in {time.monotonic() - began:,.1f} s; "
                     f"{out} is complete: {_described(writer.session)}"
@@ -685,36 +686,6 @@ class LLM(Front):
         return self._session(
             sessions.Kept(directory=out, session=writer.session, tokens=ids, stamp=stamp)
         )
-
-    def _fill(
-        self,
-        ids: tuple[int, ...],
-        writer: kv_session.Writer,
-        save_every: int,
-        progress: bool | Callable[[int, int], object],
-    ) -> None:
-        """Reads what is not saved yet, and saves it, also if Ctrl-C or SIGTERM ends that."""
-        filling = sessions.Filling(
-            self.opened, ids, writer, save_every, weights=self._weights, beside=self._engines
-        )
-        with _bars(progress is True, "tokens read") as bar:
-            show = progress if callable(progress) else lambda *done: bar(done)
-            try:
-                show(filling.prefilled, len(ids))
-                while filling.prefilled < len(ids):
-                    filling.step()
-                    show(filling.prefilled, len(ids))
-            except (KeyboardInterrupt, multihost.Preempted) as stop:
-                filling.save()
-                stopped = (
-                    f"stopped: {writer.session.saved:,} of {len(ids):,} tokens are saved, the same "
-                    "command goes on there"
-                )
-                if isinstance(stop, multihost.Preempted):
-                    raise multihost.Preempted(stopped) from None
-                self.opened.options.say(stopped)
-                raise
-            filling.save()
 
     def open_session(self, directory: Path_) -> "Session":
         """A session that `prefill` made, here or on the command line.
@@ -747,21 +718,6 @@ class Session(Front):
         """Tokens that were read already."""
         return len(self.kept.tokens)
 
-    def chat_call(
-        self, question: str | Sequence[Message], answer: AnswerOptions, **texts: Any
-    ) -> Call:
-        for name, value in texts.items():
-            if value is not None:
-                raise ConfigError(f"{name} comes too late: the session holds its text already")
-        self.kept.check_chat(self.opened.options)
-        if not isinstance(question, str):
-            raise ConfigError("a session is asked a question, not a list of messages")
-        question = _asked(question)
-        make = self._maker(answer, chat=True)
-        ids = (*self.kept.tokens, *self.kept.question(self.tokenizer, question))
-        self.opened.options.counted(self.kept.documents, len(ids), self.max_len)
-        return make(ids)
-
 
 def is_prompt(prompts: object) -> bool:
     """Whether it is one prompt: a text, or token ids."""
@@ -788,14 +744,6 @@ def _paths(files: Path_ | Iterable[Path_] | None) -> list[Path]:
 
 def _described(session: kv_session.Session) -> str:
     return f"{session.saved:,} tokens, {session.num_bytes / 1e9:.3f} GB"
-
-
-def _asked(question: str) -> str:
-    """A question without the line breaks that would join those after files."""
-    question = question.strip()
-    if not question:
-        raise ConfigError("the question is empty: give at least one character")
-    return question
 
 
 @contextlib.contextmanager

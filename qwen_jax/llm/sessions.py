@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen_jax.config import ConfigError
+from qwen_jax.distributed import multihost
 from qwen_jax.engine.request import Event, Request, RequestError, Sparseness
 from qwen_jax.files import reading
 from qwen_jax.llm import documents
@@ -176,75 +177,70 @@ def check_mesh(opened: Model) -> None:
         raise ConfigError(f"{name} {mesh}: one prompt has no replicas: leave data out")
 
 
-class Filling:
-    """A prefill of what a session does not hold yet, step by step, in an engine of its own.
+def fill(
+    opened: Model,
+    ids: tuple[int, ...],
+    writer: Writer,
+    save_every: int,
+    show: Callable[[int, int], object],
+    *,
+    weights: Any = None,
+    beside: Iterable[Any] = (),
+) -> None:
+    """Reads what a session does not hold yet, in an engine of its own, and saves it as it goes.
 
     Args:
         ids: the prompt.
         save_every: tokens after which a step saves.
+        show: is told before and after each step the tokens read and those of the prompt.
         weights: what `Model.weights` gave; None to load them.
         beside: other engines of the model.
 
-    Attributes:
-        prefilled: tokens read so far.
+    Raises:
+        KeyboardInterrupt, Preempted: from `show` or a step, after all that was read is saved.
+        RequestError: if the model's numbers are not finite.
+        SessionError: if the disk is full or fails.
     """
+    from qwen_jax.engine.engine import Engine
 
-    def __init__(
-        self,
-        opened: Model,
-        ids: tuple[int, ...],
-        writer: Writer,
-        save_every: int,
-        *,
-        weights: Any = None,
-        beside: Iterable[Any] = (),
-    ):
-        from qwen_jax.engine.engine import Engine
+    held = writer.session.saved
+    there = Kept(directory=writer.directory, session=writer.session, tokens=ids)
+    window = max(min(save_every, len(ids) - held), there.window)
+    engine = opened.engine(
+        len(ids) + _NEW, weights=weights, prefix_tokens=held, window=window, beside=beside
+    )
+    assert isinstance(engine, Engine)  # as `check_mesh` says
+    if held:
+        there.restore(engine, opened.options.say)
+    number = engine.add(Request(prompt=ids, max_new_tokens=_NEW))
+    last = Event(request_id=number, prefilled=held)
 
-        held = writer.session.saved
-        kept = Kept(directory=writer.directory, session=writer.session, tokens=ids)
-        window = max(min(save_every, len(ids) - held), kept.window)
-        engine = opened.engine(
-            len(ids) + _NEW, weights=weights, prefix_tokens=held, window=window, beside=beside
+    def save() -> None:
+        start, stop = writer.session.saved, last.prefilled
+        if stop > start:
+            keys, values = engine.take(number, start, stop)
+            writer.add(stop, keys, values, last.sparse and dataclasses.asdict(last.sparse))
+
+    try:
+        show(held, len(ids))
+        while last.prefilled < len(ids):
+            for last in engine.step():
+                if last.error is not None:
+                    raise RequestError(last.error)
+            if last.prefilled - writer.session.saved >= save_every:
+                save()
+            show(last.prefilled, len(ids))
+    except (KeyboardInterrupt, multihost.Preempted) as stop:
+        save()
+        stopped = (
+            f"stopped: {writer.session.saved:,} of {len(ids):,} tokens are saved, the same "
+            "command goes on there"
         )
-        assert isinstance(engine, Engine)  # as `check_mesh` says
-        if held:
-            kept.restore(engine, opened.options.say)
-        self._engine, self._writer, self._save_every = engine, writer, save_every
-        self._number = engine.add(Request(prompt=ids, max_new_tokens=_NEW))
-        self._last = Event(request_id=self._number, prefilled=held)
-
-    @property
-    def prefilled(self) -> int:
-        return self._last.prefilled
-
-    def step(self) -> None:
-        """Reads one slice, and saves if it is time.
-
-        Raises:
-            Preempted: in all processes of a job, before anything is read.
-            RequestError: if the model's numbers are not finite.
-            SessionError: if the disk is full or fails.
-        """
-        for event in self._engine.step():
-            if event.error is not None:
-                raise RequestError(event.error)
-            self._last = event
-        if self.prefilled - self._writer.session.saved >= self._save_every:
-            self.save()
-
-    def save(self) -> None:
-        """Saves what is read.
-
-        Raises:
-            SessionError: if the disk is full or fails.
-        """
-        if self.prefilled > self._writer.session.saved:
-            keys, values = self._engine.take(
-                self._number, self._writer.session.saved, self.prefilled
-            )
-            figures = None if self._last.sparse is None else dataclasses.asdict(self._last.sparse)
-            self._writer.add(self.prefilled, keys, values, figures)
+        if isinstance(stop, multihost.Preempted):
+            raise multihost.Preempted(stopped) from None
+        opened.options.say(stopped)
+        raise
+    save()
 
 
 def tokenizer_fingerprint(directory: Path, names: tuple[str, ...] = TOKENIZER_FILES) -> str:

@@ -6,7 +6,8 @@ import signal
 import pytest
 from support.fake_engine import FakeEngine
 
-from qwen_jax.cli.answer import LINE_S, Lines, answer
+from qwen_jax.cli.answer import answer
+from qwen_jax.cli.progress import LINE_S, Progress
 from qwen_jax.engine.request import Request, RequestError
 from qwen_jax.text.tokenizer import Stream, Tokenizer
 
@@ -101,7 +102,7 @@ def test_speeds_count_computed_tokens_and_tokens_after_the_first(tokenizer):
 
 def test_progress_without_a_terminal_is_a_line_now_and_then():
     now, lines = [0.0], []
-    progress = Lines(1000, say=lines.append, clock=lambda: now[0])
+    progress = Progress(1000, say=lines.append, clock=lambda: now[0])
     for done in range(0, 1001, 10):
         now[0] = done / 10
         progress.update(done)

@@ -11,7 +11,8 @@ from support.batches import chat, completion, engine, line, read, write
 from support.children import Child
 
 from qwen_jax.batch.run import Totals
-from qwen_jax.cli.batch import lines as progress_lines
+from qwen_jax.cli.batch import shown
+from qwen_jax.cli.progress import Progress
 from qwen_jax.distributed.multihost import PREEMPTED
 from qwen_jax.storage.jsonl import Journal
 
@@ -206,7 +207,7 @@ def test_a_dry_run_says_what_does_not_fit(model, tmp_path, run):
 def test_progress_is_a_line_in_ten_seconds_with_what_is_left():
     now, said = [0.0], []
     total, there = Totals(answered=100, work=1100), Totals(answered=10, work=100)
-    on_step = progress_lines(total, there, say=said.append, clock=lambda: now[0])
+    on_step = shown(Progress(say=said.append, clock=lambda: now[0]), total, there)
     on_step(Totals())
     for second in range(1, 100):
         now[0] = float(second)

@@ -194,7 +194,7 @@ def test_eval_shows_how_much_it_has_read(tiny, run, monkeypatch):
             self.seen.append("closed")
 
     made = []
-    monkeypatch.setattr(evaluate, "prefill_progress", Recorder)
+    monkeypatch.setattr(evaluate, "Progress", Recorder)
     code, _, err = run(
         "eval", "passkey", tiny, "--lengths", "700,900", "--depths", "0,1", "--slice", 64
     )

@@ -197,6 +197,36 @@ def test_a_session_of_raw_text_is_continued(llm, tmp_path):
         session.chat("Who?")
 
 
+def test_a_session_is_asked_a_question_and_no_more(llm, tmp_path):
+    (tmp_path / "a.txt").write_text("A text.")
+    session = llm.prefill(files=tmp_path / "a.txt", out=tmp_path / "kv")
+    with pytest.raises(ConfigError, match="the session holds its text already"):
+        session.chat("Who?", system="Be brief.")
+    with pytest.raises(ConfigError, match="not a list of messages"):
+        session.chat([{"role": "user", "content": "Who?"}])
+    with pytest.raises(TypeError, match="did you mean temperature"):
+        session.chat("Who?", temprature=1.0)
+
+
+def test_what_prefill_tells_may_end_it_and_nothing_is_lost(checkpoint, tmp_path):
+    llm, told = LLM(checkpoint, max_len=256, max_seqs=1, slice=64), []
+
+    def told_twice(done, total):
+        told.append((done, total))
+        if len(told) == 2:
+            raise KeyboardInterrupt
+
+    ids = [7] * 200
+    with pytest.raises(KeyboardInterrupt):
+        llm.prefill(ids, out=tmp_path / "kv", progress=told_twice)
+    assert told == [(0, 200), (64, 200)]
+    again = []
+    session = llm.prefill(ids, out=tmp_path / "kv", progress=lambda *done: again.append(done))
+    assert again[0] == told[1]
+    assert again[-1] == (200, 200)
+    assert session.num_tokens == 200
+
+
 def test_ctrl_c_ends_the_call_and_nothing_else(llm, monkeypatch):
     expected = llm.generate("the key", max_new_tokens=6).text
     other = llm.stream("the key", max_new_tokens=6)
@@ -328,7 +358,9 @@ def test_arguments_that_contradict_each_other_are_refused(llm, tmp_path):
     ):
         with pytest.raises(ConfigError, match=said):
             llm.generate("the key", **arguments)
-    with pytest.raises(ConfigError, match="system goes with a question"):
+    with pytest.raises(
+        ConfigError, match="system goes with a question alone: put it into messages"
+    ):
         llm.chat([{"role": "user", "content": "x"}], system="y")
     with pytest.raises(ConfigError, match="question is empty"):
         llm.chat(" ")
