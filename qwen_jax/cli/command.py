@@ -255,47 +255,32 @@ def complaint(error: Any) -> str:
     return f"{name} '{word}' must be {kind}" if kind else f"{name} '{word}': {message}"
 
 
-def _louder(wanted: bool) -> None:
-    if wanted:
-        _choose(Level.DETAIL)
+def _flag(level: Level, text: str, *names: str) -> Any:
+    """A flag that chooses how much is said, before anything is."""
+
+    def choose(wanted: bool) -> None:
+        if wanted and verbosity.get() not in (Level.SHORT, level):
+            raise ConfigError("--quiet contradicts --verbose: leave one out")
+        if wanted:
+            verbosity.set_level(level)
+
+    return typer.Option(
+        *names,
+        help=text,
+        callback=choose,
+        is_eager=True,
+        expose_value=False,
+        rich_help_panel="Output",
+    )
 
 
-def _quieter(wanted: bool) -> None:
-    if wanted:
-        _choose(Level.NONE)
-
-
-def _choose(level: Level) -> None:
-    if verbosity.get() not in (Level.SHORT, level):
-        raise ConfigError("--quiet contradicts --verbose: leave one out")
-    verbosity.set_level(level)
+_MORE = "Say more on stderr: pages, slices, memory and attention in full."
+_LESS = "Say nothing on stderr but errors."
 
 
 def _output(
-    verbose: Annotated[
-        bool,
-        typer.Option(
-            "--verbose",
-            "-v",
-            help="Say more on stderr: pages, slices, memory and attention in full.",
-            callback=_louder,
-            is_eager=True,
-            expose_value=False,
-            rich_help_panel="Output",
-        ),
-    ] = False,
-    quiet: Annotated[
-        bool,
-        typer.Option(
-            "--quiet",
-            "-q",
-            help="Say nothing on stderr but errors.",
-            callback=_quieter,
-            is_eager=True,
-            expose_value=False,
-            rich_help_panel="Output",
-        ),
-    ] = False,
+    verbose: Annotated[bool, _flag(Level.DETAIL, _MORE, "--verbose", "-v")] = False,
+    quiet: Annotated[bool, _flag(Level.NONE, _LESS, "--quiet", "-q")] = False,
 ) -> None:
     """Say more or less on stderr."""
 

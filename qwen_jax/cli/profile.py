@@ -131,21 +131,18 @@ def running(directory: Path, steps: range) -> Iterator[None]:
     ends_at_once = multihost.is_alone() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     if ends_at_once:
         signal.signal(signal.SIGTERM, _stop)
+    has_ended = False
     try:
         yield
-    except BaseException:
-        # The reason of the end comes first; what failed here is only said.
-        if (fault := profile.close()) or profile.num_ended:
-            note(fault or profile.summary)
-        raise
-    else:
-        if fault := profile.close():
-            raise ProfileError(fault)
-        note(profile.summary)
+        has_ended = True
     finally:
-        _running = None
+        _running, fault = None, profile.close()
         if ends_at_once:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if has_ended and fault:
+            raise ProfileError(fault)
+        if has_ended or fault or profile.num_ended:
+            note(fault or profile.summary)  # the reason of another end comes first
 
 
 def check(directory: Path) -> None:
@@ -182,7 +179,7 @@ class Profile:
 
     def __init__(self, directory: Path, steps: range):
         self._directory, self._steps = directory, steps
-        self._run = ""
+        self._run, self._scratch = "", directory
         self._journal: Journal | None = None
         self._lock = threading.RLock()  # replicas step in threads
         self._num_engines = self._num_begun = self.num_ended = 0
@@ -208,8 +205,12 @@ class Profile:
     def watch(self, engine: Observed) -> None:
         """Be told of an engine's steps from now on, see `watch` of this module."""
         if not self._run:
+            import jax
+
             now = datetime.datetime.now().strftime("%Y_%m_%d_%H_%M_%S_%f")
             self._run = multihost.broadcast_json(lambda: now)
+            # On a common disk the processes of one host have one name.
+            self._scratch = self._directory / f".{self._run}-{jax.process_index()}"
             try:
                 self._directory.mkdir(parents=True, exist_ok=True)
                 if multihost.is_first():
@@ -240,7 +241,14 @@ class Profile:
         with self._lock:
             number, self._num_begun = self._num_begun, self._num_begun + 1
             if self._num_left and number == self._steps.start and not self._is_closed:
-                self._start_trace()
+                options = jax.profiler.ProfileOptions()
+                # Calls of Python functions would slow decoding down and fill the trace.
+                options.python_tracer_level = 0
+                try:
+                    jax.profiler.start_trace(self._scratch, profiler_options=options)
+                    self._is_tracing = True
+                except RuntimeError as error:
+                    self._fault = f"--profile: there is no trace: {error}"
         is_traced = number in self._steps
         began, start = time.time(), time.perf_counter()
         try:
@@ -256,10 +264,8 @@ class Profile:
         fields |= dataclasses.asdict(step)
         fields |= {"seconds": seconds, "peak_bytes": devices.peak_bytes(), "time": began}
         with self._lock:
-            if self._is_closed:
-                return
-            self.num_ended += 1
-            if self._journal is None or self._fault is not None:
+            self.num_ended += not self._is_closed
+            if self._is_closed or self._journal is None or self._fault is not None:
                 return
             try:
                 # Waiting for the disk would come between the steps of the device.
@@ -269,25 +275,6 @@ class Profile:
                     f"--profile: {self._journal.path} could not be written beyond "
                     f"{_count(self.num_ended - 1)}: free space, or name another directory"
                 )
-
-    @property
-    def _scratch(self) -> Path:
-        """Where jax writes the trace: on a common disk the processes of one host have one name."""
-        import jax
-
-        return self._directory / f".{self._run}-{jax.process_index()}"
-
-    def _start_trace(self) -> None:
-        import jax
-
-        options = jax.profiler.ProfileOptions()
-        # Calls of Python functions would slow decoding down and fill the trace.
-        options.python_tracer_level = 0
-        try:
-            jax.profiler.start_trace(self._scratch, profiler_options=options)
-            self._is_tracing = True
-        except RuntimeError as error:
-            self._fault = f"--profile: there is no trace: {error}"
 
     def _stop_trace(self) -> None:
         """Ends the trace, if it is running, and puts it where it is looked for."""

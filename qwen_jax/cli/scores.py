@@ -19,16 +19,10 @@ def print_json(settings: Mapping[str, Any], results: list[Result]) -> None:
         cell = result.cell
         groups.setdefault((cell.task, cell.length, cell.depth, result.variant), []).append(result)
     cells = []
-    for (task, length, depth, variant), group in groups.items():
+    for key, group in groups.items():
         found = mean(group)
-        cell = {
-            "task": task,
-            "length": length,
-            "depth": depth,
-            "variant": variant,
-            "score": found.score,
-            "asked": found.asked,
-        }
+        cell = dict(zip(("task", "length", "depth", "variant"), key, strict=True))
+        cell |= {"score": found.score, "asked": found.asked}
         if found.density is not None:
             cell |= {"density": found.density, "recall": found.recall}
         cells.append(cell)
@@ -65,28 +59,22 @@ def print_by_variant(results: list[Result]) -> None:
     for variant in variants:
         table.add_column(variant or "score", justify="right")
     for length in sorted({result.cell.length for result in results}):
-        row = [result for result in results if result.cell.length == length]
-        means = {
-            (task, variant): mean(
-                result for result in row if result.cell.task == task and result.variant == variant
-            )
-            for task in tasks
-            for variant in variants
-        }
+        rows = {}
         for task in tasks:
-            cells = [means[task, variant] for variant in variants]
-            table.add_row(
-                f"{length:,}",
-                *([task] if len(tasks) > 1 else []),
-                str(cells[0].asked),
-                *(_percent(cell.score) for cell in cells),
-            )
-        if len(tasks) > 1:
-            averages = [
-                sum(means[task, variant].score for task in tasks) / len(tasks)
-                for variant in variants
+            here = [
+                each for each in results if (each.cell.length, each.cell.task) == (length, task)
             ]
-            table.add_row(f"{length:,}", "mean of tasks", "", *map(_percent, averages))
+            rows[task] = [mean(each for each in here if each.variant == name) for name in variants]
+        for task, found in rows.items():
+            names = [task] if len(tasks) > 1 else []
+            cells = [_percent(each.score) for each in found]
+            table.add_row(f"{length:,}", *names, str(found[0].asked), *cells)
+        if len(tasks) > 1:
+            scores = [
+                [each.score for each in column] for column in zip(*rows.values(), strict=True)
+            ]
+            averages = [_percent(sum(each) / len(tasks)) for each in scores]
+            table.add_row(f"{length:,}", "mean of tasks", "", *averages)
     console().print(table)
     _print_sparseness(results)
 
