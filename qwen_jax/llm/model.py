@@ -156,29 +156,19 @@ class Model:
         self,
         length: int,
         *,
-        max_seqs: int = 1,
-        vocab_limit: int | None = None,
         weights=None,
-        slices: tuple[int, ...] | None = None,
-        attention: bool = True,
-        whole_slices: bool = False,
-        prefix_tokens: int = 0,
         window: int = 0,
         beside: Iterable[Any] = (),
+        **more: Any,
     ):
         """Builds an engine, or replicas on a mesh with data; says on stderr what runs where.
 
         Args:
             length: room for prompt and answer of one request, in tokens.
-            max_seqs: requests that run at once.
-            vocab_limit: ids from here on are never sampled.
             weights: what `weights` gave; None to load them.
-            slices: lengths that prefill is compiled for, unless an option says it.
-            attention: False leaves it out (`EngineConfig.attention`).
-            whole_slices: see `EngineConfig`.
-            prefix_tokens: likewise.
             window: tokens that a session moves at a time.
             beside: engines whose caches are on the same devices.
+            more: of `EngineConfig`, what no option says.
 
         Raises:
             CheckpointError: if the weights are missing, damaged or do not fit.
@@ -191,19 +181,16 @@ class Model:
 
         mesh = self.mesh()
         name, why = self.precision()
+        if self.options.slice is not None:
+            more["slices"] = (self.options.slice,)
         settings = EngineConfig(
             max_len=length,
-            max_seqs=max_seqs,
-            slices=slices if self.options.slice is None else (self.options.slice,),
             vllm_parity=self.options.vllm_parity,
-            vocab_limit=vocab_limit,
             backend=self.options.kernels,
             sparse=self.sparse,
             least_recall=self.options.least_recall or 0.0,
             dense_tail=self.options.dense_tail,
-            attention=attention,
-            whole_slices=whole_slices,
-            prefix_tokens=prefix_tokens,
+            **more,
         )
         placement.check_memory(
             self.config,
