@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 from convert.files import Shard, Tensor
 from qwen_jax.files import reading, schema, user_cache
@@ -24,11 +25,14 @@ _FORMAT = "qwen-jax sums 1"
 _SETTLED_NS = 3_000_000_000  # the coarsest times of files that are in use have two seconds
 _READERS = 8  # threads
 _SMALL_BYTES = 1 << 20  # of a file that is read each time
-_KEPT = schema.fields(
-    format=schema.one_of(_FORMAT),
-    state=schema.items(schema.whole(-(1 << 64), 1 << 64)),
-    tensors=schema.values(schema.sha256),
-)
+
+
+class _Kept(schema.Record, frozen=True):
+    """What the file of a file's sums holds."""
+
+    format: Literal["qwen-jax sums 1"]
+    state: list[int]
+    tensors: dict[str, schema.Sha256]
 
 
 def of(
@@ -141,12 +145,10 @@ def _read(path: Path, state: list[int]) -> dict[str, str] | None:
     """The sums that were kept of a file in this state."""
     place = _place(path)
     try:
-        kept = None if place is None else reading.read_json(place)
-        if kept is not None:
-            _KEPT("", kept)
+        kept = None if place is None else schema.read(reading.read_json(place), _Kept)
     except ValueError:  # missing or damaged: it can be made again
         return None
-    return None if kept is None or kept["state"] != state else kept["tensors"]
+    return None if kept is None or kept.state != state else kept.tensors
 
 
 def _write(path: Path, state: list[int], began: int, tensors: dict[str, str]) -> None:

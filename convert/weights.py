@@ -1,7 +1,6 @@
 """Stream shards, apply the table, check, write a manifest, resume; or load without converting."""
 
 import contextlib
-import dataclasses
 import functools
 import importlib.metadata
 import itertools
@@ -11,6 +10,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from msgspec import structs
 
 from convert import names, pickled, publish, source
 from qwen_jax.distributed import multihost
@@ -271,7 +272,7 @@ def _write_manifest(
         shutil.copyfile(path, copy)
         atomic.sync(copy)
         files[name] = manifests.file_sums(copy)
-    manifest = dataclasses.replace(
+    manifest = structs.replace(
         whole,
         num_parameters=sum(tensor.num_elements for tensor in tensors),
         tensors=tuple(tensors),
@@ -302,7 +303,7 @@ def _write_part(
         leaves[entry.path] = entry.to_ours(raw)
         del raw
     files = params.save_part(directory, part, leaves)
-    return dataclasses.replace(whole, tensors=tuple(tensors), files=files, shards=())
+    return structs.replace(whole, tensors=tuple(tensors), files=files, shards=())
 
 
 def _tensor(entry: names.Entry, found: str, kept: str, sha256: str, source_sha256: str) -> Tensor:

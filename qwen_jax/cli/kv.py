@@ -1,10 +1,10 @@
 """kv: look at KV sessions."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
 from convert.terminal import show, shown
@@ -36,7 +36,7 @@ def inspect(directory: Directory, json_output: Json = False):
     found = kv_session.read(directory)
     identity = found.identity
     if json_output:
-        body = dataclasses.asdict(found) | {
+        body = msgspec.to_builtins(found) | {
             "saved": found.saved,
             "complete": found.is_complete,
             "bytes": found.num_bytes,
