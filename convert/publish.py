@@ -20,7 +20,6 @@ file system without exchange) both of them inside `NAME.partial`, where the next
 import contextlib
 import ctypes
 import errno
-import fcntl
 import json
 import os
 import re
@@ -252,14 +251,9 @@ class Staging:
         return None
 
     def _take_lock(self) -> None:
-        if self._lock is not None:
-            return
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._lock = os.open(self.partial / "lock", flags, 0o666)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(f"another process is writing {self.output}") from None
+        if self._lock is None:
+            busy = CheckpointError(f"another process is writing {self.output}")
+            self._lock = atomic.lock(self.partial / "lock", busy)
 
     def _recover(self) -> None:
         """Finish what was stopped while it published."""

@@ -69,7 +69,7 @@ def load_huggingface(
     if dtype is None:
         dtype = params.stored_dtype(tensor.dtype for tensor in checked.tensors.values())
     stack = params.Stack(checked.config, dtype, shardings)
-    on_bytes = _counter(progress, checked.num_bytes)
+    on_bytes = manifests.counter(progress, checked.num_bytes)
     for part, entries in _by_part(checked).items():
         leaves = {}
         for entry in entries:
@@ -231,7 +231,7 @@ def _write(
     grouped = _by_part(checked)
     own = multihost.local_share(list(grouped))
     sizes = {part: sum(checked.tensors[e.name].size for e in grouped[part]) for part in own}
-    on_bytes = _counter(progress, sum(sizes.values()))
+    on_bytes = manifests.counter(progress, sum(sizes.values()))
     done = {
         part: _recorded(
             staging.directory, records / f"{part}.json", checked, grouped[part], dtype, on_bytes
@@ -389,16 +389,3 @@ def _by_part(checked: source.Source) -> dict[str, list[names.Entry]]:
     for entry in checked.table.values():
         grouped.setdefault(entry.part, []).append(entry)
     return grouped
-
-
-def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
-    """A function that adds up bytes and reports them."""
-    done = 0
-
-    def on_bytes(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress:
-            progress(done, total)
-
-    return on_bytes

@@ -18,7 +18,6 @@ allocated, and content with its checksums before it is used.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -368,7 +367,11 @@ class Writer:
                 orbax_io.check_path(directory)
                 self._refuse_foreign()
                 directory.mkdir(parents=True, exist_ok=True)
-                self._take_lock()
+                busy = SessionError(
+                    f"{directory} is being written by another run: wait for it or name another "
+                    "directory"
+                )
+                self._lock = atomic.lock(directory / _LOCK, busy)
                 there = self._there(identity, overwrite)
                 if there is None:
                     self._write(blank)  # first: what is there belongs to nothing any more
@@ -437,17 +440,6 @@ class Writer:
             self.session = before
             raise SessionError(
                 f"{error}; {before.saved:,} tokens are saved, the same command goes on there"
-            ) from None
-
-    def _take_lock(self) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._lock = os.open(self.directory / _LOCK, flags, 0o666)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SessionError(
-                f"{self.directory} is being written by another run: wait for it or name another "
-                "directory"
             ) from None
 
     def _refuse_foreign(self) -> None:

@@ -379,6 +379,19 @@ def unseal(
     return found
 
 
+def counter(progress: Progress | None, total: int) -> Callable[[int], None]:
+    """A function that adds up bytes and reports them."""
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress:
+            progress(done, total)
+
+    return on_bytes
+
+
 def check_files(
     directory: Path,
     manifest: Manifest,
