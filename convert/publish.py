@@ -45,7 +45,7 @@ _BEFORE_STATE = re.compile(r"checkpoint|lock|ready|state\.json(\.[0-9a-f]{8})?\.
 
 
 class _State(schema.Record, frozen=True):
-    """What state.json holds."""
+    """The content of state.json."""
 
     format: Literal["qwen-jax staging 1"]
     work: dict[str, str]

@@ -28,7 +28,7 @@ _SMALL_BYTES = 1 << 20  # of a file that is read each time
 
 
 class _Kept(schema.Record, frozen=True):
-    """What the file of a file's sums holds."""
+    """The content of a file that keeps the sums of another."""
 
     format: Literal["qwen-jax sums 1"]
     state: list[int]

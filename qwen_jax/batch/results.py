@@ -24,7 +24,7 @@ _FORMAT = "qwen-jax batch 1"
 
 
 class _Meta(schema.Record, frozen=True):
-    """What the file beside the output holds."""
+    """The content of the file beside the output."""
 
     format: Literal["qwen-jax batch 1"]
     settings: dict[str, Any]
@@ -39,7 +39,7 @@ class _Response(schema.Record, frozen=True):
 
 
 class _Line(schema.Record, frozen=True):
-    """A line of the output."""
+    """A record in the output."""
 
     id: Annotated[str, named("batch_req_[0-9a-f]{32}", "the id of a batch line")]
     custom_id: str | None

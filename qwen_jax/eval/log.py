@@ -21,13 +21,13 @@ _LOG_BYTES = 1 << 30
 
 
 class _Settings(schema.Record, frozen=True):
-    """The first line."""
+    """The first line of a log."""
 
     settings: dict[str, Any]
 
 
 class _Row(schema.Record, frozen=True, omit_defaults=True):
-    """Another line."""
+    """A result in a log."""
 
     task: str
     variant: str | None

@@ -16,26 +16,16 @@ from qwen_jax.files.schema import named
 _LOG_BYTES = 1 << 30
 _Tokens = Annotated[str, named(r"[1-9]\d{0,11}", "tokens")]
 _Tables = dict[_Tokens, list[list[Annotated[float, Meta(ge=-10, le=10)]]]]
-_Count = Annotated[int, Meta(ge=1, le=1 << 40)]
 
 
-class _File(schema.Record, frozen=True):
-    """What `calibrate` writes as its report."""
+class _File(Struct, frozen=True, kw_only=True):
+    """The fields of a report of `calibrate` that are read."""
 
     format: Literal["qwen-jax calibration 1"]
     model: str
     recall: _Tables
     density: _Tables
     speedup: dict[_Tokens, Annotated[float, Meta(ge=0, le=1e6)]]
-    target_recall: schema.Share = 0
-    margin: schema.Share = 0
-    last_q: _Count = 1
-    tiles: tuple[_Count, ...] = ()
-    lengths: tuple[_Count, ...] = ()
-    vertical: tuple[tuple[_Count, ...], ...] = ()
-    slash: tuple[tuple[_Count, ...], ...] = ()
-    budgets_sha256: schema.Sha256 = ""
-    replaced_budgets_sha256: schema.Sha256 = ""
 
 
 class _Head(Struct, frozen=True):
@@ -45,7 +35,7 @@ class _Head(Struct, frozen=True):
 
 
 class _Line(Struct, frozen=True, kw_only=True):
-    """What counts in a line of a log of `eval`."""
+    """The fields of a line of a log of `eval` that are read."""
 
     length: Annotated[int, Meta(ge=1, lt=1 << 40)]
     depth: schema.Share | None = None

@@ -19,7 +19,7 @@ FAULT = re.compile(
     r"(?: - at (?:`key` in )?`\$\.?(.*)`)?",
     re.DOTALL,
 )
-"""What msgspec says: what is wrong with a field, its name; or the fault; and the path to it."""
+"""A message of msgspec: what is wrong with a field and its name, or the fault; then the path."""
 
 _WORDS = {
     "`array`": "a list",

@@ -56,7 +56,7 @@ _Id = Annotated[int, Meta(ge=0, lt=WORDS)]
 
 
 class _Model(Struct):
-    """What is read of a model here; the library reads the rest."""
+    """The part of a model that is checked here; the library checks the rest."""
 
     vocab: Annotated[
         dict[Annotated[str, Meta(max_length=WORD_CHARS)], _Id],
@@ -65,6 +65,8 @@ class _Model(Struct):
 
 
 class _File(Struct):
+    """A file, of which the model alone is read."""
+
     model: _Model
 
 
