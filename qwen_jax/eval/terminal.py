@@ -93,9 +93,10 @@ def _rows(
     for label, row in zip(shown.rows.labels, values, strict=True):
         line = Text(f"{label:>{indent - 1}} ")
         for value in row:
-            style = _cell_style(shown, value) if _coloured(console) else ""
-            if math.isnan(value):
-                cell, style = "-", ""
+            measured = not math.isnan(value)
+            style = _cell_style(shown, value) if measured and _coloured(console) else ""
+            if not measured:
+                cell = "-"
             elif numbered:
                 cell = f"{value:.2f}"
             else:
