@@ -1,15 +1,16 @@
 """A converted checkpoint back to a Hugging Face directory, byte for byte where nothing changed."""
 
-import dataclasses
+import functools
 import json
 import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 from convert import publish, source
 from qwen_jax.files import reading, schema
+from qwen_jax.files.schema import named
 from qwen_jax.models import params
 from qwen_jax.storage import atomic
 from qwen_jax.storage import manifest as manifests
@@ -18,23 +19,16 @@ from qwen_jax.storage.manifest import CheckpointError, File, Manifest, Progress
 RECORD = ".qwen-jax-export.json"
 _FORMAT = "qwen-jax export 1"
 _DTYPES = {ours: theirs for theirs, ours in manifests.SAFETENSORS_DTYPES.items()}
-_RECORD = schema.fields(
-    files=schema.values(
-        schema.fields(size=schema.whole(0, 1 << 60), sha256=schema.sha256),
-        key=schema.matching(re.compile(r"[\w.-]+", re.ASCII), "the name of a file"),
-    )
-)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Record:
+class Record(schema.Record, frozen=True):
     """What an export wrote: its files by name."""
 
-    files: dict[str, File]
+    files: dict[Annotated[str, named(r"[\w.-]+", "the name of a file")], File]
 
     def encode(self) -> bytes:
         """The content of `RECORD`, which carries its own checksum."""
-        return manifests.seal(_FORMAT, dataclasses.asdict(self))
+        return manifests.seal(_FORMAT, self)
 
 
 def export(
@@ -93,10 +87,7 @@ def _check_ours(directory: Path) -> None:
         raise CheckpointError(f"it has no {RECORD}, so it was not exported")
     content = reading.read_bytes(path, limit=reading.JSON_BYTES, error=CheckpointError)
 
-    def decode(body: dict[str, Any]) -> Record:
-        _RECORD("", body)
-        return Record({name: File(**file) for name, file in body["files"].items()})
-
+    decode = functools.partial(schema.read, kind=Record)
     record = manifests.unseal(path, content, _FORMAT, decode, "export again")
     publish.check_written(directory, record.files, RECORD)
 

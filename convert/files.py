@@ -6,14 +6,13 @@ import re
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from convert import names
 from qwen_jax.files import reading
 from qwen_jax.files.reading import printable, shown
-from qwen_jax.storage.manifest import SAFETENSORS_DTYPES, CheckpointError
+from qwen_jax.storage.manifest import SAFETENSORS_DTYPES, CheckpointError, header_rows
 
 CHUNK_BYTES = 16 << 20  # read at once
 HEADER_BYTES = 8 << 20
@@ -164,27 +163,27 @@ def _read_shard(path: Path, target: Path, length: int) -> Shard:
     except SafetensorError as error:
         raise CheckpointError(f"{name} is no valid safetensors file: {printable(error)}") from None
     try:
-        rows = _rows(reading.parse_json(header))
+        rows = header_rows(reading.parse_json(header))
     except ValueError as error:
         raise CheckpointError(f"{name} has a malformed header: {error}") from None
-    if {tensor: (dtype, shape) for tensor, (dtype, shape, *_) in rows.items()} != seen:
+    if {tensor: (row.dtype, row.shape) for tensor, row in rows.items()} != seen:
         raise CheckpointError(f"{name} has an ambiguous header")
-    for tensor, (dtype, *_) in rows.items():
-        if dtype not in SAFETENSORS_DTYPES and not names.DROPPED.fullmatch(tensor):
+    for tensor, row in rows.items():
+        if row.dtype not in SAFETENSORS_DTYPES and not names.DROPPED.fullmatch(tensor):
             raise CheckpointError(
-                f"{name}: {printable(tensor)} is of type {printable(dtype)}: "
+                f"{name}: {printable(tensor)} is of type {printable(row.dtype)}: "
                 f"only {', '.join(SAFETENSORS_DTYPES)} weights can be used"
             )
     tensors = (
         Tensor(
             name=tensor,
             shard=path.name,
-            dtype=SAFETENSORS_DTYPES.get(dtype, dtype),
-            shape=shape,
-            start=8 + length + begin,
-            size=end - begin,
+            dtype=SAFETENSORS_DTYPES.get(row.dtype, row.dtype),
+            shape=row.shape,
+            start=8 + length + row.data_offsets[0],
+            size=row.data_offsets[1] - row.data_offsets[0],
         )
-        for tensor, (dtype, shape, begin, end) in rows.items()
+        for tensor, row in rows.items()
     )
     return Shard(
         file=path.name,
@@ -193,38 +192,6 @@ def _read_shard(path: Path, target: Path, length: int) -> Shard:
         header=header,
         tensors=tuple(sorted(tensors, key=lambda tensor: tensor.start)),
     )
-
-
-def _rows(header: Any) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
-    """Dtype, shape, start and end of each tensor of a header.
-
-    Raises:
-        ValueError: naming the first field that is malformed.
-    """
-    rows = {}
-    if not isinstance(header, dict):
-        raise ValueError("it must be an object")
-    for name, row in header.items():
-        if name == "__metadata__":
-            continue
-        found = reading.check_fields(printable(name), row, _ROW, ValueError)
-        dtype, shape, ends = (found[field] for field in _ROW)
-        if not isinstance(dtype, str):
-            raise ValueError(f"{printable(name)}: dtype must be a text")
-        if not _are_sizes(shape) or not _are_sizes(ends) or len(ends) != 2:
-            raise ValueError(
-                f"{printable(name)}: shape and data_offsets must be lists of whole numbers, "
-                "two of them offsets"
-            )
-        rows[name] = dtype, tuple(shape), *ends
-    return rows
-
-
-_ROW = ("dtype", "shape", "data_offsets")
-
-
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(each) is int and each >= 0 for each in value)
 
 
 def same_bytes(shards: dict[str, Shard], one: Tensor, other: Tensor) -> bool:

@@ -5,7 +5,6 @@ holes (CVE-2025-32434, CVE-2026-24747).
 """
 
 import contextlib
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -21,6 +20,7 @@ from typing import Any
 
 from convert import files, publish, source
 from qwen_jax.files.reading import printable, shown
+from qwen_jax.storage import atomic
 from qwen_jax.storage.manifest import CheckpointError
 
 _INDEX = "pytorch_model.bin.index.json"
@@ -91,14 +91,11 @@ def _begin(directory: Path) -> int:
                 "choose another path"
             )
     directory.mkdir(exist_ok=True)
-    lock = os.open(directory / _MARK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    busy = CheckpointError(f"another process is writing {shown(directory)}")
+    lock = atomic.lock(directory / _MARK, busy)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.lexists(directory / _WEIGHTS):
             shutil.rmtree(directory / _WEIGHTS)
-    except BlockingIOError:
-        os.close(lock)
-        raise CheckpointError(f"another process is writing {shown(directory)}") from None
     except OSError:
         os.close(lock)
         raise

@@ -20,14 +20,13 @@ file system without exchange) both of them inside `NAME.partial`, where the next
 import contextlib
 import ctypes
 import errno
-import fcntl
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qwen_jax.files import reading, schema
 from qwen_jax.files.reading import shown
@@ -37,15 +36,20 @@ from qwen_jax.storage.manifest import CheckpointError, File, file_sums
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 _FORMAT = "qwen-jax staging 1"
-_STATE = schema.fields(
-    format=schema.one_of(_FORMAT), work=schema.values(schema.text), replace=schema.truth
-)
 _STATE_BYTES = 1 << 20
 _OURS = re.compile(
     r"checkpoint|parts|old|lock|(state\.json|ready|mark)((\.[0-9a-f]{8})?\.partial)?"
 )
 _PARTS = re.compile(r"[\w.-]+\.json(\.[0-9a-f]{8})?(\.partial)?")
 _BEFORE_STATE = re.compile(r"checkpoint|lock|ready|state\.json(\.[0-9a-f]{8})?\.partial")
+
+
+class _State(schema.Record, frozen=True):
+    """The content of state.json."""
+
+    format: Literal["qwen-jax staging 1"]
+    work: dict[str, str]
+    replace: bool
 
 
 def place(output: str | os.PathLike) -> Path:
@@ -218,7 +222,7 @@ class Staging:
         if os.path.lexists(path):
             try:
                 left = reading.read_json(path, limit=_STATE_BYTES, error=schema.SchemaError)
-                _STATE("", left)
+                schema.read(left, _State)
             except schema.SchemaError as error:
                 raise CheckpointError(f"{shown(path)}: {error}: move {name} away") from None
             known = _OURS
@@ -247,14 +251,9 @@ class Staging:
         return None
 
     def _take_lock(self) -> None:
-        if self._lock is not None:
-            return
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._lock = os.open(self.partial / "lock", flags, 0o666)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise CheckpointError(f"another process is writing {self.output}") from None
+        if self._lock is None:
+            busy = CheckpointError(f"another process is writing {self.output}")
+            self._lock = atomic.lock(self.partial / "lock", busy)
 
     def _recover(self) -> None:
         """Finish what was stopped while it published."""

@@ -34,6 +34,7 @@ from qwen_jax.storage.manifest import (
     READ_FILES,
     CheckpointError,
     Progress,
+    counter,
     file_sums,
     fingerprint,
 )
@@ -303,15 +304,7 @@ def verify_blobs(checked: Source, progress: Progress | None = None) -> int:
         shard for shard in checked.shards.values() if re.fullmatch("[0-9a-f]{64}", shard.path.name)
     ]
     own = multihost.local_share(known)
-    total = sum(shard.path.stat().st_size for shard in own)
-    done = 0
-
-    def on_bytes(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress:
-            progress(done, total)
-
+    on_bytes = counter(progress, sum(shard.path.stat().st_size for shard in own))
     for shard in own:
         if file_sums(shard.path, on_bytes).sha256 != shard.path.name:
             raise CheckpointError(

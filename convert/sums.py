@@ -14,21 +14,25 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 from convert.files import Shard, Tensor
 from qwen_jax.files import reading, schema, user_cache
 from qwen_jax.storage import atomic
-from qwen_jax.storage.manifest import CheckpointError, Manifest, Progress, file_sums
+from qwen_jax.storage.manifest import CheckpointError, Manifest, Progress, counter, file_sums
 
 _FORMAT = "qwen-jax sums 1"
 _SETTLED_NS = 3_000_000_000  # the coarsest times of files that are in use have two seconds
 _READERS = 8  # threads
 _SMALL_BYTES = 1 << 20  # of a file that is read each time
-_KEPT = schema.fields(
-    format=schema.one_of(_FORMAT),
-    state=schema.items(schema.whole(-(1 << 64), 1 << 64)),
-    tensors=schema.values(schema.sha256),
-)
+
+
+class _Kept(schema.Record, frozen=True):
+    """The content of a file that keeps the sums of another."""
+
+    format: Literal["qwen-jax sums 1"]
+    state: list[int]
+    tensors: dict[str, schema.Sha256]
 
 
 def of(
@@ -57,17 +61,14 @@ def of(
             missing[file] = inside, state
         else:
             found |= {each.name: kept[each.name] for each in inside}
-    total = sum(each.size for inside, _ in missing.values() for each in inside)
-    done = 0
+    on_bytes = counter(progress, sum(e.size for inside, _ in missing.values() for e in inside))
     pool = ThreadPoolExecutor(_READERS)
     try:
         for file, (inside, state) in missing.items():
             pending = {each: pool.submit(sha256, each.name) for each in inside}
             for each, future in pending.items():
                 found[each.name] = future.result()
-                done += each.size
-                if progress:
-                    progress(done, total)
+                on_bytes(each.size)
             shard = shards[file]
             if _state(shard.path, shard.state) == state:
                 _write(shard.path, state, began, {each.name: found[each.name] for each in inside})
@@ -92,7 +93,7 @@ def check_parameters(directory: Path, manifest: Manifest, progress: Progress | N
             state = _state(directory / name)
             if _read((directory / name).resolve(), state) != {"": expected.sha256}:
                 missing[name] = state
-    total, done = sum(state[2] for state in missing.values()), 0
+    on_bytes = counter(progress, sum(state[2] for state in missing.values()))
     pool = ThreadPoolExecutor(_READERS)
     try:
         pending = {name: pool.submit(file_sums, directory / name) for name in missing}
@@ -108,9 +109,7 @@ def check_parameters(directory: Path, manifest: Manifest, progress: Progress | N
                 raise CheckpointError(f"{path} changed while it was read: start again")
             if found.size > _SMALL_BYTES:
                 _write(path.resolve(), missing[name], began, {"": found.sha256})
-            done += found.size
-            if progress:
-                progress(done, total)
+            on_bytes(found.size)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -141,12 +140,10 @@ def _read(path: Path, state: list[int]) -> dict[str, str] | None:
     """The sums that were kept of a file in this state."""
     place = _place(path)
     try:
-        kept = None if place is None else reading.read_json(place)
-        if kept is not None:
-            _KEPT("", kept)
+        kept = None if place is None else schema.read(reading.read_json(place), _Kept)
     except ValueError:  # missing or damaged: it can be made again
         return None
-    return None if kept is None or kept["state"] != state else kept["tensors"]
+    return None if kept is None or kept.state != state else kept.tensors
 
 
 def _write(path: Path, state: list[int], began: int, tensors: dict[str, str]) -> None:

@@ -1,7 +1,6 @@
 """Stream shards, apply the table, check, write a manifest, resume; or load without converting."""
 
 import contextlib
-import dataclasses
 import functools
 import importlib.metadata
 import itertools
@@ -11,6 +10,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from msgspec import structs
 
 from convert import names, pickled, publish, source
 from qwen_jax.distributed import multihost
@@ -68,7 +69,7 @@ def load_huggingface(
     if dtype is None:
         dtype = params.stored_dtype(tensor.dtype for tensor in checked.tensors.values())
     stack = params.Stack(checked.config, dtype, shardings)
-    on_bytes = _counter(progress, checked.num_bytes)
+    on_bytes = manifests.counter(progress, checked.num_bytes)
     for part, entries in _by_part(checked).items():
         leaves = {}
         for entry in entries:
@@ -230,7 +231,7 @@ def _write(
     grouped = _by_part(checked)
     own = multihost.local_share(list(grouped))
     sizes = {part: sum(checked.tensors[e.name].size for e in grouped[part]) for part in own}
-    on_bytes = _counter(progress, sum(sizes.values()))
+    on_bytes = manifests.counter(progress, sum(sizes.values()))
     done = {
         part: _recorded(
             staging.directory, records / f"{part}.json", checked, grouped[part], dtype, on_bytes
@@ -271,7 +272,7 @@ def _write_manifest(
         shutil.copyfile(path, copy)
         atomic.sync(copy)
         files[name] = manifests.file_sums(copy)
-    manifest = dataclasses.replace(
+    manifest = structs.replace(
         whole,
         num_parameters=sum(tensor.num_elements for tensor in tensors),
         tensors=tuple(tensors),
@@ -302,7 +303,7 @@ def _write_part(
         leaves[entry.path] = entry.to_ours(raw)
         del raw
     files = params.save_part(directory, part, leaves)
-    return dataclasses.replace(whole, tensors=tuple(tensors), files=files, shards=())
+    return structs.replace(whole, tensors=tuple(tensors), files=files, shards=())
 
 
 def _tensor(entry: names.Entry, found: str, kept: str, sha256: str, source_sha256: str) -> Tensor:
@@ -388,16 +389,3 @@ def _by_part(checked: source.Source) -> dict[str, list[names.Entry]]:
     for entry in checked.table.values():
         grouped.setdefault(entry.part, []).append(entry)
     return grouped
-
-
-def _counter(progress: Progress | None, total: int) -> Callable[[int], None]:
-    """A function that adds up bytes and reports them."""
-    done = 0
-
-    def on_bytes(count: int) -> None:
-        nonlocal done
-        done += count
-        if progress:
-            progress(done, total)
-
-    return on_bytes

@@ -1,6 +1,5 @@
 """Bodies of OpenAI's requests for completions, and the errors that refuse one."""
 
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -8,6 +7,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from qwen_jax.files.reading import printable
+from qwen_jax.files.schema import FAULT
 
 IGNORED = frozenset(
     "model user metadata store service_tier safety_identifier prompt_cache_key "
@@ -23,11 +23,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logprobs": (False,),
     "stream": (False,),
 }
-
-_FAULT = re.compile(
-    r"(?:Object (missing required|contains unknown) field `(.*?)`|(.*?))(?: - at `\$\.?(.*)`)?",
-    re.DOTALL,
-)
 
 Text = Annotated[str, Meta(min_length=1)]
 Ids = Annotated[list[int], Meta(min_length=1)]
@@ -169,7 +164,7 @@ def _without_nothing(message: Any) -> Any:
 
 def _refusal(text: str) -> APIError:
     """The error for what msgspec found at fault."""
-    found = _FAULT.fullmatch(text)
+    found = FAULT.fullmatch(text)
     assert found is not None
     what, name, fault, path = found.groups()
     param = printable(".".join(filter(None, (path, name))))

@@ -2,34 +2,49 @@
 
 import json
 import os
-import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
 
 from qwen_jax.batch.lines import BatchError, Line
 from qwen_jax.batch.openai_schema import APIError
 from qwen_jax.batch.reader import ParsedLine
 from qwen_jax.files import reading, schema
 from qwen_jax.files.reading import shown
+from qwen_jax.files.schema import named
 from qwen_jax.storage import jsonl
 from qwen_jax.storage.jsonl import Journal, JournalError, changes
 
 Record = dict[str, Any]
 
 _FORMAT = "qwen-jax batch 1"
-_META = schema.fields(format=schema.one_of(_FORMAT), settings=schema.values(schema.anything))
-_RECORD = schema.fields(
-    id=schema.matching(re.compile("batch_req_[0-9a-f]{32}"), "the id of a batch line"),
-    custom_id=schema.maybe(schema.text),
-    response=schema.fields(
-        status_code=schema.whole(100, 599),
-        request_id=schema.text,
-        body=schema.values(schema.anything),
-    ),
-    error=schema.maybe(schema.anything),
-)
+
+
+class _Meta(schema.Record, frozen=True):
+    """The content of the file beside the output."""
+
+    format: Literal["qwen-jax batch 1"]
+    settings: dict[str, Any]
+
+
+class _Response(schema.Record, frozen=True):
+    """An answer or an error, as HTTP would have it."""
+
+    status_code: Annotated[int, Meta(ge=100, le=599)]
+    request_id: str
+    body: dict[str, Any]
+
+
+class _Line(schema.Record, frozen=True):
+    """A record in the output."""
+
+    id: Annotated[str, named("batch_req_[0-9a-f]{32}", "the id of a batch line")]
+    custom_id: str | None
+    response: _Response
+    error: Any
 
 
 def answered(
@@ -169,7 +184,7 @@ class Results:
         for number, line in enumerate(self._journal.lines(), start=1):
             try:
                 record = reading.parse_json(line)
-                _RECORD("", record)
+                schema.read(record, _Line)
                 twice = _name(record["custom_id"], record["id"]) in self._ids
                 self._remember(record)
             except ValueError as error:
@@ -203,7 +218,7 @@ def _read_meta(path: Path, meta: Path) -> dict[str, Any] | None:
         return None
     try:
         found = reading.read_object(meta, error=JournalError)
-        _META("", found)
+        schema.read(found, _Meta)
     except schema.SchemaError as error:
         raise JournalError(
             f"{shown(meta)} does not belong to a batch, {error}: name another output than "

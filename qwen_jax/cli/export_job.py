@@ -4,70 +4,47 @@ import dataclasses
 import importlib
 import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import typer
 
 from qwen_jax.cli.flags import ModelFlags, expand, note, option
-from qwen_jax.cli.plan import DeviceMemory, Topology, examine, opened_or_published
-from qwen_jax.cli.quantities import tokens_option
+from qwen_jax.cli.plan import LoadFlags, Topology, examine, opened_or_published
 from qwen_jax.config import ConfigError
 from qwen_jax.files.reading import shown
-from qwen_jax.jobs.job import DASHBOARD, Job, write
-from qwen_jax.llm.options import Within
+from qwen_jax.jobs.job import Job, Place, write
 from qwen_jax.models import presets
 from qwen_jax.planner import devices
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
-    """Flags that say where a job runs; `qwen_jax.jobs.job.Job` has their meaning."""
+class PlaceFlags(Place):
+    """Flags that say where a job runs."""
 
-    name: Annotated[str, typer.Option(help="Of the job, and of what is made for it.")] = "qwen-jax"
-    image: Annotated[
-        str | None, option("Image with qwen-jax (docs/pods.md; not for slurm and ray).")
-    ] = None
-    project: Annotated[str | None, option("Google Cloud project (xpk, gcloud).")] = None
-    zone: Annotated[str | None, option("Google Cloud zone (xpk, gcloud).")] = None
-    cluster: Annotated[str | None, option("GKE cluster (xpk).")] = None
-    namespace: Annotated[str, typer.Option(help="Kubernetes namespace (jobset).")] = "default"
-    service_account: Annotated[
-        str | None, option("Kubernetes service account that may use the bucket (jobset).")
-    ] = None
-    claim: Annotated[
-        str | None, option("Persistent volume claim that every host mounts (jobset).")
-    ] = None
-    bucket: Annotated[
-        str | None, option("Cloud Storage bucket that every host mounts (jobset, gcloud).")
-    ] = None
-    storage: Annotated[str | None, option("Storage of `xpk storage` to mount (xpk).")] = None
-    mount: Annotated[
-        str, typer.Option(help="Where the claim or the bucket appears on every host.")
-    ] = "/data"
-    compile_cache: Annotated[
-        str | None,
-        option("Directory of compiled programs, the same on every host; in --mount by itself."),
-    ] = None
-    runtime_version: Annotated[
-        str | None, option("Software version of the TPU VM; the usual one (gcloud).")
-    ] = None
-    partition: Annotated[str | None, option("Partition (slurm).")] = None
-    account: Annotated[str | None, option("Account that is charged (slurm).")] = None
-    time: Annotated[str | None, option("Time limit, as 4:00:00 (slurm).")] = None
-    address: Annotated[str, typer.Option(help="Where Ray takes jobs (ray).")] = DASHBOARD
-    max_restarts: Annotated[
-        int,
-        typer.Option(help="Starts after failures; preemption is not counted."),
-        Within(0, 1 << 16),
-    ] = 10
-    grace: Annotated[
-        int,
-        typer.Option(help="Seconds from SIGTERM to SIGKILL; a slice must fit."),
-        Within(1, 86400),
-    ] = 120
-    spot: Annotated[
-        bool, option("Rent what may be taken away at any time (jobset, gcloud).", "--spot")
-    ] = False
+    helps: ClassVar[dict[str, Any]] = {
+        "name": typer.Option(help="Of the job, and of what is made for it."),
+        "image": option("Image with qwen-jax (docs/pods.md; not for slurm and ray)."),
+        "project": option("Google Cloud project (xpk, gcloud)."),
+        "zone": option("Google Cloud zone (xpk, gcloud)."),
+        "cluster": option("GKE cluster (xpk)."),
+        "namespace": typer.Option(help="Kubernetes namespace (jobset)."),
+        "service_account": option("Kubernetes service account that may use the bucket (jobset)."),
+        "claim": option("Persistent volume claim that every host mounts (jobset)."),
+        "bucket": option("Cloud Storage bucket that every host mounts (jobset, gcloud)."),
+        "storage": option("Storage of `xpk storage` to mount (xpk)."),
+        "mount": typer.Option(help="Where the claim or the bucket appears on every host."),
+        "compile_cache": option(
+            "Directory of compiled programs, the same on every host; in --mount by itself."
+        ),
+        "runtime_version": option("Software version of the TPU VM; the usual one (gcloud)."),
+        "partition": option("Partition (slurm)."),
+        "account": option("Account that is charged (slurm)."),
+        "time": option("Time limit, as 4:00:00 (slurm)."),
+        "address": typer.Option(help="Where Ray takes jobs (ray)."),
+        "max_restarts": typer.Option(help="Starts after failures; preemption is not counted."),
+        "grace": typer.Option(help="Seconds from SIGTERM to SIGKILL; a slice must fit."),
+        "spot": option("Rent what may be taken away at any time (jobset, gcloud).", "--spot"),
+    }
 
 
 @expand
@@ -79,7 +56,8 @@ def export_job(
     topology: Topology,
     command: Annotated[str, option("What bash runs on every host, all hosts alike.")],
     out: Annotated[Path, option("Directory for the files.", metavar="DIR")],
-    place: Place,
+    place: PlaceFlags,
+    load: LoadFlags,
     model: Annotated[
         Path | None,
         option(
@@ -87,23 +65,6 @@ def export_job(
             f"{' or '.join(presets.NAMES)}."
         ),
     ] = None,
-    tokens: Annotated[
-        int | None,
-        tokens_option("Prompt and answer, in tokens; the longest of --model."),
-        Within(1),
-    ] = None,
-    mesh: Annotated[
-        str | None, option("How the command uses the devices, as seq=4,tensor=4.")
-    ] = None,
-    slice: Annotated[  # noqa: A002
-        int | None,
-        tokens_option("Prompt tokens that the command computes at a time."),
-        Within(1),
-    ] = None,
-    dtype: Annotated[
-        Literal["f32", "bf16"] | None, option("Precision that the command has.")
-    ] = None,
-    memory: DeviceMemory = None,
     force: Annotated[bool, option("Write a job that does not fit.", "--force")] = False,
     overwrite: Annotated[
         bool, option("Overwrite files in --out that it wrote.", "--overwrite")
@@ -128,46 +89,29 @@ def export_job(
         f"{job.topology.name}: {hosts.count * hosts.chips} chips, {hosts.count} "
         f"{'hosts' if hosts.count > 1 else 'host'} of {hosts.chips}"
     )
-    _check_fits(
-        job, model, tokens, mesh, ModelFlags(slice=slice), dtype, memory=memory, force=force
-    )
+    _check_fits(job, model, load, force=force)
     for path in write(out, texts, overwrite=overwrite):
         print(shown(path))
     for line in files.START.format(shlex.quote(str(out))).split("\n"):
         print(shown(line))
 
 
-def _check_fits(
-    job: Job,
-    model: Path | None,
-    tokens: int | None,
-    mesh: str | None,
-    flags: ModelFlags,
-    dtype: str | None,
-    *,
-    memory: int | None,
-    force: bool,
-) -> None:
+def _check_fits(job: Job, model: Path | None, load: LoadFlags, *, force: bool) -> None:
     """Says whether the model fits, if there is one.
 
     Raises:
         ConfigError: if it does not, or flags about it have no model.
     """
     if model is None:
-        given = {
-            "tokens": tokens,
-            "mesh": mesh,
-            "slice": flags.slice,
-            "dtype": dtype,
-            "memory": memory,
-        }
-        for name, value in given.items():
+        for name, value in dataclasses.asdict(load).items():
             if value is not None:
                 raise ConfigError(f"--{name} has no effect without --model")
         note("whether a model fits was not asked: --model and --tokens do")
         return
-    with opened_or_published(model, None, flags) as opened:
-        found = examine(opened, job.topology.name, tokens, mesh, dtype, memory=memory)
+    with opened_or_published(model, None, ModelFlags(slice=load.slice)) as opened:
+        found = examine(
+            opened, job.topology.name, load.tokens, load.mesh, load.dtype, memory=load.memory
+        )
     total, limit = (
         f"{size / 2**30:,.2f} GiB" for size in (found["bytes"]["total"], found["device"]["memory"])
     )

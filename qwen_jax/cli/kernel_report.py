@@ -29,6 +29,7 @@ from qwen_jax.distributed.jax_settings import own_settings
 from qwen_jax.engine import first_contact
 from qwen_jax.engine.layout import EngineConfig, EngineLayout
 from qwen_jax.files import reading
+from qwen_jax.planner import devices
 from qwen_jax.storage import atomic
 
 FORMAT = "qwen-jax kernel report 1"
@@ -69,10 +70,7 @@ def show(
     placement.one_process("kernels are compared")
     if report is not None:
         _check_report(report)
-    try:
-        device = jax.local_devices()[0]
-    except RuntimeError as error:
-        raise ConfigError(f"no device: {reading.printable(str(error).splitlines()[0])}") from None
+    device = devices.found()[0]
     shape, served = _shapes(device, model, config)
     choices = _choices(device, shape, names)
     say = (lambda *text: None) if json_output else functools.partial(print, flush=True)

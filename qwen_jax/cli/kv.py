@@ -1,10 +1,10 @@
 """kv: look at KV sessions."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
 from convert.terminal import show, shown
@@ -13,6 +13,7 @@ from qwen_jax.cli.flags import Json
 from qwen_jax.files import reading
 from qwen_jax.storage import kv_session
 from qwen_jax.storage.kv_session import Session, SessionError
+from qwen_jax.storage.manifest import counter
 
 app = command.App("Look at what `prefill` keeps.")
 
@@ -36,7 +37,7 @@ def inspect(directory: Directory, json_output: Json = False):
     found = kv_session.read(directory)
     identity = found.identity
     if json_output:
-        body = dataclasses.asdict(found) | {
+        body = msgspec.to_builtins(found) | {
             "saved": found.saved,
             "complete": found.is_complete,
             "bytes": found.num_bytes,
@@ -78,14 +79,8 @@ def verify(directory: Directory):
 
     found = kv_session.read(directory)
     kv_session.read_tokens(directory, found)
-    done = 0
     with shown("verify") as progress:
-
-        def on_bytes(count: int) -> None:
-            nonlocal done
-            done += count
-            progress(done, found.num_bytes)
-
+        on_bytes = counter(progress, found.num_bytes)
         kv_session.check(directory, found, on_bytes=on_bytes)
     jax.config.update("jax_platforms", "cpu")  # other programs may use the accelerators
     kv_session.check_arrays(directory, found)

@@ -12,7 +12,7 @@ import typer
 
 from convert.terminal import show
 from qwen_jax.cli import quantities
-from qwen_jax.cli.flags import Json, ModelFlags, not_one_of, note, option
+from qwen_jax.cli.flags import Json, ModelFlags, expand, not_one_of, note, option
 from qwen_jax.cli.quantities import tokens_option
 from qwen_jax.config import ConfigError, ModelConfig
 from qwen_jax.files import compile_cache
@@ -61,6 +61,33 @@ DeviceMemory = Annotated[
 _LEAST_SLICE = 128  # tokens that advice asks for
 
 
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LoadFlags:
+    """Flags that say what a model is to do on some devices."""
+
+    tokens: Annotated[
+        int | None,
+        tokens_option(
+            "Prompt and answer, in tokens: 128K, or 1M (1,048,576; Qwen2.5-1M declare 1,010,000); "
+            "the longest that config.json declares."
+        ),
+        Within(1),
+    ] = None
+    mesh: Annotated[
+        str | None, option("How to use the devices, as seq=4,tensor=4.", metavar="AXIS=N,...")
+    ] = None
+    slice: Annotated[
+        int | None,
+        tokens_option("Prompt tokens computed at a time; the engine's largest."),
+        Within(1),
+    ] = None
+    dtype: Annotated[
+        Literal["f32", "bf16"] | None,
+        option("Precision of weights and cache; the checkpoint's own, on CPUs f32."),
+    ] = None
+    memory: DeviceMemory = None
+
+
 @contextlib.contextmanager
 def opened_or_published(
     model: Path | None, config: str | None, flags: ModelFlags
@@ -101,31 +128,12 @@ def published(model: Path | None, config: str | None) -> str | None:
     return preset
 
 
+@expand
 def plan(
     topology: Topology,
+    load: LoadFlags,
     model: OptionalModel = None,
     config: PublishedModel = None,
-    tokens: Annotated[
-        int | None,
-        tokens_option(
-            "Prompt and answer, in tokens: 128K, or 1M (1,048,576; Qwen2.5-1M declare 1,010,000); "
-            "the longest that config.json declares."
-        ),
-        Within(1),
-    ] = None,
-    mesh: Annotated[
-        str | None, option("How to use the devices, as seq=4,tensor=4.", metavar="AXIS=N,...")
-    ] = None,
-    slice: Annotated[  # noqa: A002
-        int | None,
-        tokens_option("Prompt tokens computed at a time; the engine's largest."),
-        Within(1),
-    ] = None,
-    dtype: Annotated[
-        Literal["f32", "bf16"] | None,
-        option("Precision of weights and cache; the checkpoint's own, on CPUs f32."),
-    ] = None,
-    memory: DeviceMemory = None,
     compile_programs: Annotated[
         bool,
         option("Also compile the programs for these devices (TPUs; minutes).", "--compile"),
@@ -143,9 +151,15 @@ def plan(
         qwen-jax plan ckpt/7b-1m --topology v5e:4x4 --tokens 1010000 --compile
         qwen-jax plan ckpt/14b-1m --topology v5p:2x2x2 --mesh seq=2,tensor=4 --json
     """
-    with opened_or_published(model, config, ModelFlags(slice=slice)) as opened:
+    with opened_or_published(model, config, ModelFlags(slice=load.slice)) as opened:
         found = examine(
-            opened, topology, tokens, mesh, dtype, memory=memory, compiled=compile_programs
+            opened,
+            topology,
+            load.tokens,
+            load.mesh,
+            load.dtype,
+            memory=load.memory,
+            compiled=compile_programs,
         )
     if published(model, config) is not None:
         found["model"] = config or str(model)

@@ -1,10 +1,12 @@
 """Results in a file, one JSON object a line, so that a run can be continued."""
 
-import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
 
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import Sparseness
@@ -16,27 +18,26 @@ from qwen_jax.storage.jsonl import Journal, changes
 
 _OPENING = b'{"settings"'
 _LOG_BYTES = 1 << 30
-_SETTINGS = schema.fields(settings=schema.values(schema.anything))
-_SHARE = schema.number(0, 1)
-_RESULT = schema.fields(
-    task=schema.text,
-    variant=schema.maybe(schema.text),
-    length=schema.whole(1, 1 << 40),
-    depth=schema.maybe(_SHARE),
-    sample=schema.whole(0, 1 << 40),
-    expected=schema.items(schema.text, least=1),
-    answer=schema.text,
-    score=_SHARE,
-    optional={
-        "sparse": schema.fields(
-            density=schema.number(0, 2),
-            recall=schema.number(-1, 2),
-            least_recall=schema.number(-1, 2),
-            pairs=schema.whole(0, 1 << 60),
-            tokens=schema.whole(0, 1 << 60),
-        )
-    },
-)
+
+
+class _Settings(schema.Record, frozen=True):
+    """The first line of a log."""
+
+    settings: dict[str, Any]
+
+
+class _Row(schema.Record, frozen=True, omit_defaults=True):
+    """A result in a log."""
+
+    task: str
+    variant: str | None
+    length: Annotated[int, Meta(ge=1, le=1 << 40)]
+    depth: schema.Share | None
+    sample: Annotated[int, Meta(ge=0, le=1 << 40)]
+    expected: Annotated[tuple[str, ...], Meta(min_length=1)]
+    answer: str
+    score: schema.Share
+    sparse: Sparseness | None = None
 
 
 class LogError(ConfigError):
@@ -72,15 +73,15 @@ class Log:
         for number, line in enumerate(lines, 1):
             try:
                 record = reading.parse_json(line)
-                (_SETTINGS if number == 1 else _RESULT)("", record)
+                found = schema.read(record, _Settings if number == 1 else _Row)
             except ValueError as error:
                 raise LogError(
                     f"{path}, line {number}: {error}: it is not a file of results, name another one"
                 ) from None
-            if number == 1:
-                self._check(record["settings"], settings)
+            if isinstance(found, _Settings):
+                self._check(found.settings, settings)
             else:
-                self._remember(_result(record))
+                self._remember(_result(found))
         with Journal(path) as journal:
             journal.repair()
             if not lines:
@@ -90,7 +91,7 @@ class Log:
         """Keep a result; it is on disk when this returns."""
         self._remember(result)
         with Journal(self.path) as journal:
-            journal.append(_record(result))
+            journal.append(msgspec.to_builtins(_row(result)))
 
     def _remember(self, result: Result) -> None:
         self.results[result.variant, result.cell] = result
@@ -103,36 +104,26 @@ class Log:
             )
 
 
-def _record(result: Result) -> dict[str, Any]:
-    record = {
-        "task": result.cell.task,
-        "variant": result.variant,
-        "length": result.cell.length,
-        "depth": result.cell.depth,
-        "sample": result.cell.sample,
-        "expected": list(result.expected),
-        "answer": result.answer,
-        "score": result.score,
-    }
-    if result.sparse is not None:
-        record["sparse"] = dataclasses.asdict(result.sparse)
-    return record
+def _row(result: Result) -> _Row:
+    cell = result.cell
+    return _Row(
+        task=cell.task,
+        variant=result.variant,
+        length=cell.length,
+        depth=cell.depth,
+        sample=cell.sample,
+        expected=result.expected,
+        answer=result.answer,
+        score=result.score,
+        sparse=result.sparse,
+    )
 
 
-def _result(record: Mapping[str, Any]) -> Result:
-    sparse, depth = record.get("sparse"), record["depth"]
-    if sparse is not None:
-        shares = ("density", "recall", "least_recall")
-        sparse = sparse | {name: float(sparse[name]) for name in shares}
+def _result(row: _Row) -> Result:
     return Result(
-        cell=Cell(
-            length=record["length"],
-            task=record["task"],
-            depth=None if depth is None else float(depth),
-            sample=record["sample"],
-        ),
-        variant=record["variant"],
-        expected=tuple(record["expected"]),
-        answer=record["answer"],
-        sparse=Sparseness(**sparse) if sparse is not None else None,
+        cell=Cell(length=row.length, task=row.task, depth=row.depth, sample=row.sample),
+        variant=row.variant,
+        expected=row.expected,
+        answer=row.answer,
+        sparse=row.sparse,
     )

@@ -1,46 +1,51 @@
 """Heat maps from files: scores from logs of `eval`, recall from reports of `calibrate`."""
 
-import dataclasses
 import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+from msgspec import Meta, Struct
 
 from qwen_jax.eval.heatmap import Axis, HeatMap, Panels, PlotError
 from qwen_jax.files import reading, schema
-from qwen_jax.files.reading import printable
+from qwen_jax.files.schema import named
 
-_REPORT_FORMAT = "qwen-jax calibration 1"
 _LOG_BYTES = 1 << 30
-_LENGTH = schema.matching(re.compile(r"[1-9]\d{0,11}", re.ASCII), "tokens")
-_TABLES = schema.values(schema.items(schema.items(schema.number(-10, 10))), key=_LENGTH)
-_BUDGETS = schema.items(schema.items(schema.whole(1, 1 << 31)))
-_REPORT = schema.fields(
-    format=schema.text,
-    model=schema.text,
-    recall=_TABLES,
-    density=_TABLES,
-    speedup=schema.values(schema.number(0, 1e6), key=_LENGTH),
-    optional={
-        "target_recall": schema.number(0, 1),
-        "margin": schema.number(0, 1),
-        "last_q": schema.whole(1, 1 << 31),
-        "tiles": schema.items(schema.whole(1, 1 << 31)),
-        "lengths": schema.items(schema.whole(1, 1 << 40)),
-        "vertical": _BUDGETS,
-        "slash": _BUDGETS,
-        "budgets_sha256": schema.sha256,
-        "replaced_budgets_sha256": schema.sha256,
-    },
-)
+_Tokens = Annotated[str, named(r"[1-9]\d{0,11}", "tokens")]
+_Tables = dict[_Tokens, list[list[Annotated[float, Meta(ge=-10, le=10)]]]]
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Answer:
+class _File(Struct, frozen=True, kw_only=True):
+    """The fields of a report of `calibrate` that are read."""
+
+    format: Literal["qwen-jax calibration 1"]
+    model: str
+    recall: _Tables
+    density: _Tables
+    speedup: dict[_Tokens, Annotated[float, Meta(ge=0, le=1e6)]]
+
+
+class _Head(Struct, frozen=True):
+    """The first line of a log of `eval`."""
+
+    settings: dict[str, Any]
+
+
+class _Line(Struct, frozen=True, kw_only=True):
+    """The fields of a line of a log of `eval` that are read."""
+
+    length: Annotated[int, Meta(ge=1, lt=1 << 40)]
+    depth: schema.Share | None = None
+    score: schema.Share | None = None
+    correct: bool | schema.Share | None = None
+    task: str | None = None
+    variant: str | None = None
+
+
+class _Answer(NamedTuple):
     panel: tuple[str, str, str]  # file, task, variant
     length: int
     depth: float | None
@@ -128,17 +133,11 @@ def _read_log(path: Path) -> tuple[dict[str, Any], list[_Answer]]:
             continue
         try:
             record = reading.parse_json(line)
-            if not isinstance(record, dict):
-                raise ValueError("it is no JSON object")
             if settings is None:
-                settings = dict(record["settings"])
+                settings = schema.read(record, _Head).settings
             else:
                 answers.append(_answer(path, settings, record))
-        except KeyError as error:
-            raise PlotError(
-                f"{path}, line {number}: {error} is missing: no log of `qwen-jax eval`"
-            ) from None
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise PlotError(f"{path}, line {number}: {error}: no log of `qwen-jax eval`") from None
     if settings is None:
         raise PlotError(f"{path} is empty: no log of `qwen-jax eval`")
@@ -146,24 +145,14 @@ def _read_log(path: Path) -> tuple[dict[str, Any], list[_Answer]]:
 
 
 def _answer(path: Path, settings: dict[str, Any], record: dict[str, Any]) -> _Answer:
-    length, depth = record["length"], record.get("depth")
-    score = record["score"] if record.get("score") is not None else record["correct"]
-    if type(length) is not int or not 1 <= length < 1 << 40:
-        raise ValueError(f"length={printable(repr(length), 60)} must be tokens")
-    for name, value in (("depth", depth), ("score", score)):
-        if name == "depth" and value is None:
-            continue
-        if not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise ValueError(f"{name}={printable(repr(value), 60)} must lie in [0, 1]")
+    line = schema.read(record, _Line)
+    score = line.correct if line.score is None else line.score
+    if score is None:
+        raise ValueError("correct is missing")
     by_default = "dca" if settings.get("dca") else "rope"
-    task = record.get("task") or settings.get("task") or "answers"
-    variant = record.get("variant") or settings.get("variant") or by_default
-    return _Answer(
-        panel=(str(path), str(task), str(variant)),
-        length=length,
-        depth=None if depth is None else float(depth),
-        score=float(score),
-    )
+    task = line.task or settings.get("task") or "answers"
+    variant = line.variant or settings.get("variant") or by_default
+    return _Answer((str(path), str(task), str(variant)), line.length, line.depth, float(score))
 
 
 def _sizes(lengths: Sequence[int]) -> tuple[str, ...]:
@@ -222,8 +211,7 @@ def recall(path: Path, length: int | None = None) -> Panels:
     )
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Report:
+class _Report(NamedTuple):
     model: str
     length: int
     recall: Float[np.ndarray, "L N"]
@@ -233,39 +221,31 @@ class _Report:
 
 def _read_report(path: Path, length: int | None) -> _Report:
     try:
-        report = reading.read_object(path)
-    except reading.FileError as error:
-        raise PlotError(f"{error}: no report of `qwen-jax calibrate`") from None
-    try:
-        if report.get("format") != _REPORT_FORMAT:
-            raise ValueError(f"its format is not {_REPORT_FORMAT!r}")
-        _REPORT("", report)
-        known = sorted(int(each) for each in report["recall"])
+        report = schema.read(reading.read_object(path), _File)
+        known = sorted(map(int, report.recall))
         if not known:
             raise ValueError("recall has no lengths")
         chosen = max(known) if length is None else length
         if chosen not in known:
-            lengths = ", ".join(str(each) for each in known)
+            lengths = ", ".join(map(str, known))
             raise PlotError(f"{path} holds no length {chosen}: choose --length from {lengths}")
-        found = _table(report["recall"], chosen, "recall")
-        kept = _table(report["density"], chosen, "density")
+        found = _table(report.recall, chosen, "recall")
+        kept = _table(report.density, chosen, "density")
         if found.shape != kept.shape:
             raise ValueError("recall and density are not of the same layers and heads")
     except PlotError:
         raise
+    except reading.FileError as error:
+        raise PlotError(f"{error}: no report of `qwen-jax calibrate`") from None
     except ValueError as error:
         raise PlotError(f"{path}: {error}: no report of `qwen-jax calibrate`") from None
-    speedup = report["speedup"].get(str(chosen))
-    return _Report(
-        model=Path(report["model"]).name,
-        length=chosen,
-        recall=found,
-        density=kept,
-        speedup=None if speedup is None else float(speedup),
-    )
+    name = Path(report.model).name
+    return _Report(name, chosen, found, kept, report.speedup.get(str(chosen)))
 
 
-def _table(tables: dict[str, Any], length: int, name: str) -> Float[np.ndarray, "L N"]:
+def _table(
+    tables: dict[str, list[list[float]]], length: int, name: str
+) -> Float[np.ndarray, "L N"]:
     rows = tables.get(str(length), [])
     if not rows or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
         raise ValueError(f"{name} of {length} tokens is no table of layers and heads")

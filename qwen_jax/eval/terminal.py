@@ -1,6 +1,7 @@
 """Pictures in a terminal: colours where it has them, digits and letters where it has not."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 from rich.color import Color
@@ -24,7 +25,6 @@ _VIRIDIS = np.array(
         ).split()
     ]
 )
-_UNMEASURED = (128, 128, 128)
 
 
 def show_heat_maps(panels: Panels, console: Console) -> None:
@@ -53,13 +53,18 @@ def _heat_map(shown: HeatMap, console: Console) -> list[Text]:
         f" {shown.columns.name}" if len(head) + len(shown.columns.name) < console.width else ""
     )
     values = shown.values[:, :fitting]
-    lines = [Text(shown.title), head]
-    if numbered:
-        lines += _numbers(shown, values, indent, width, console)
-    elif _coloured(console):
-        lines += _half_blocks(shown, values, indent, width)
-    else:
-        lines += _digits(shown, values, indent, width)
+    lines = [Text(shown.title), head, *_rows(shown, values, indent, width, console, numbered)]
+    if not numbered:
+        step = (shown.high - shown.low) / 10
+        lines.append(
+            Text(
+                f"{shown.what}: 0 is below {shown.low + step:.3g}, 1 below "
+                f"{shown.low + 2 * step:.3g}, and so on to 9, from {shown.high - step:.3g} to "
+                f"{shown.high:.3g}"
+            )
+        )
+    if np.isnan(values).any():
+        lines.append(Text("- was not measured"))
     if fitting < count:
         lines.append(
             Text(
@@ -81,63 +86,24 @@ def _ruler(labels: tuple[str, ...], width: int) -> str:
     return text.ljust(room)
 
 
-def _numbers(
-    shown: HeatMap, values: np.ndarray, indent: int, width: int, console: Console
-) -> list[Text]:
-    lines = []
+def _rows(
+    shown: HeatMap, values: np.ndarray, indent: int, width: int, console: Console, numbered: bool
+) -> Iterator[Text]:
+    """A line for each row: numbers, or the digits of their tenths, on their colours."""
     for label, row in zip(shown.rows.labels, values, strict=True):
         line = Text(f"{label:>{indent - 1}} ")
         for value in row:
-            if math.isnan(value):
-                line.append(f"{'-':>{width}}")
-                continue
-            style = _cell_style(shown, value) if _coloured(console) else ""
-            line.append(f"{value:>{width}.2f}", style)
-        lines.append(line)
-    if np.isnan(values).any():
-        lines.append(Text("- was not measured"))
-    return lines
-
-
-def _half_blocks(shown: HeatMap, values: np.ndarray, indent: int, width: int) -> list[Text]:
-    """Two rows a line: the upper half of a character has one colour, the lower another."""
-    lines = []
-    for upper in range(0, len(values), 2):
-        line = Text(f"{shown.rows.labels[upper]:>{indent - 1}} ")
-        for column, value in enumerate(values[upper]):
-            below = values[upper + 1, column] if upper + 1 < len(values) else None
-            background = None if below is None else _rgb(_colour(shown, below))
-            style = Style(color=_rgb(_colour(shown, value)), bgcolor=background)
-            line.append("▀" * width, style)
-        lines.append(line)
-    scale = Text(f"{shown.what} {shown.low:.2f} ")
-    for step in np.linspace(shown.low, shown.high, 24):
-        scale.append(" ", Style(bgcolor=_rgb(_colour(shown, step))))
-    scale.append(f" {shown.high:.2f}")
-    if np.isnan(values).any():
-        scale.append(", grey was not measured")
-    return [*lines, scale]
-
-
-def _digits(shown: HeatMap, values: np.ndarray, indent: int, width: int) -> list[Text]:
-    step = (shown.high - shown.low) / 10
-    lines = []
-    for label, row in zip(shown.rows.labels, values, strict=True):
-        cells = [
-            "-"
-            if math.isnan(value)
-            else str(min(9, max(0, math.floor((value - shown.low) / step + 1e-9))))
-            for value in row
-        ]
-        lines.append(Text(f"{label:>{indent - 1}} " + "".join(cell.ljust(width) for cell in cells)))
-    meaning = (
-        f"{shown.what}: 0 is below {shown.low + step:.3g}, 1 below {shown.low + 2 * step:.3g}, "
-        f"and so on to 9, from {shown.high - step:.3g} to {shown.high:.3g}"
-    )
-    lines.append(Text(meaning))
-    if np.isnan(values).any():
-        lines.append(Text("- was not measured"))
-    return lines
+            measured = not math.isnan(value)
+            style = _cell_style(shown, value) if measured and _coloured(console) else ""
+            if not measured:
+                cell = "-"
+            elif numbered:
+                cell = f"{value:.2f}"
+            else:
+                tenth = 10 * (value - shown.low) / (shown.high - shown.low)
+                cell = str(min(9, max(0, math.floor(tenth + 1e-9))))
+            line.append(cell.rjust(width) if numbered else cell.ljust(width), style)
+        yield line
 
 
 def show_plan(picture: PlanPicture, console: Console) -> None:
@@ -200,20 +166,13 @@ def _coloured(console: Console) -> bool:
 
 
 def _cell_style(shown: HeatMap, value: float) -> Style:
-    red, green, blue = background = _colour(shown, value)
-    dark = 0.299 * red + 0.587 * green + 0.114 * blue < 128
-    return Style(color="white" if dark else "black", bgcolor=_rgb(background))
-
-
-def _colour(shown: HeatMap, value: float) -> tuple[float, float, float]:
-    if math.isnan(value):
-        return _UNMEASURED
     at = (value - shown.low) / (shown.high - shown.low) * (len(_VIRIDIS) - 1)
     steps = np.arange(len(_VIRIDIS))
-    red, green, blue = (float(np.interp(at, steps, channel)) for channel in _VIRIDIS.T)
-    return red, green, blue
+    colour = np.array([np.interp(at, steps, channel) for channel in _VIRIDIS.T])
+    dark = colour @ (0.299, 0.587, 0.114) < 128
+    return Style(color="white" if dark else "black", bgcolor=_rgb(colour))
 
 
-def _rgb(colour: tuple[float, float, float] | np.ndarray) -> Color:
+def _rgb(colour: np.ndarray) -> Color:
     red, green, blue = (round(float(channel)) for channel in colour)
     return Color.from_rgb(red, green, blue)

@@ -7,7 +7,6 @@ import re
 import select
 import stat
 import time
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -203,25 +202,6 @@ def json_kind(value: Any) -> str:
     """What a JSON value is, in words."""
     names = {dict: "an object", list: "a list", str: "a text", bool: "a truth value"}
     return "null" if value is None else names.get(type(value), "a number")
-
-
-def check_fields(
-    where: str, value: Any, known: Collection[str], error: type[ValueError]
-) -> dict[str, Any]:
-    """An object with exactly the fields `known`.
-
-    Raises:
-        ValueError: of the type `error`, naming the first field that is missing or unknown.
-    """
-    if not isinstance(value, dict):
-        raise error(f"{where} must be an object, got {json_kind(value)}")
-    for name in known:
-        if name not in value:
-            raise error(f"{where} lacks {name}")
-    for name in value:
-        if name not in known:
-            raise error(f"{where} has an unknown field {printable(name)}")
-    return value
 
 
 def reason(error: BaseException) -> str:

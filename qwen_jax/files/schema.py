@@ -1,146 +1,84 @@
-"""Checks of parsed JSON against what a file may hold; errors name the first field at fault.
+r"""Parsed JSON as structs of msgspec; errors name the first field at fault.
 
-A check is a function of a field's name and its value. Small ones are put together:
+class Shard(Record):
+    file: Annotated[str, named(r"[\w.-]+", "the name of a file")]
 
-    shard = fields(file=matching(NAME, "the name of a file"), header=text)
-    check("shards", body["shards"], items(shard))   # ... shards[2].file must be the name of ...
+schema.read(body, Manifest)    # ... shards[2].file must be the name of a file
 """
 
-import math
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from qwen_jax.files.reading import json_kind, printable
+import msgspec
+from msgspec import Meta, Struct
 
-Check = Callable[[str, Any], None]
+from qwen_jax.files.reading import printable
+
+FAULT = re.compile(
+    r"(?:Object (missing required|contains unknown) field `(.*?)`|(.*?))"
+    r"(?: - at (?:`key` in )?`\$\.?(.*)`)?",
+    re.DOTALL,
+)
+"""A message of msgspec: what is wrong with a field and its name, or the fault; then the path."""
+
+_WORDS = {
+    "`array`": "a list",
+    "`bool`": "true or false",
+    "`float`": "a number",
+    "`int`": "an integer",
+    "`int | float`": "a number",
+    "`null`": "null",
+    "`object`": "an object",
+    "`str`": "a text",
+}
+_Kind = TypeVar("_Kind")
 
 
 class SchemaError(ValueError):
     """A value that a file must not hold; the text names its field."""
 
 
-def anything(where: str, value: Any) -> None:
-    """Accept every value."""
+class Record(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An object of JSON that has these fields and no others."""
 
 
-def text(where: str, value: Any) -> None:
-    """Accept texts."""
-    if type(value) is not str:
-        raise wrong(where, "a text", value)
-
-
-def truth(where: str, value: Any) -> None:
-    """Accept true and false."""
-    if type(value) is not bool:
-        raise wrong(where, "true or false", value)
-
-
-def whole(low: int, high: int) -> Check:
-    """Accept integers from `low` to `high`."""
-
-    def check(where: str, value: Any) -> None:
-        if type(value) is not int or not low <= value <= high:
-            raise wrong(where, f"an integer from {low} to {high}", value)
-
-    return check
-
-
-def number(low: float | int, high: float | int) -> Check:
-    """Accept finite numbers from `low` to `high`."""
-
-    def check(where: str, value: Any) -> None:
-        fits = type(value) in (int, float) and low <= value <= high and math.isfinite(value)
-        if not fits:
-            raise wrong(where, f"a number from {low:g} to {high:g}", value)
-
-    return check
-
-
-def matching(pattern: re.Pattern[str], words: str) -> Check:
-    """Accept texts that a pattern matches from end to end.
+def named(pattern: str, words: str) -> Meta:
+    """A constraint on texts: the pattern matches from end to end, letters being those of ASCII.
 
     Args:
-        words: what such a text is.
+        words: what such a text is, for errors.
     """
-
-    def check(where: str, value: Any) -> None:
-        if type(value) is not str or not pattern.fullmatch(value):
-            raise wrong(where, words, value)
-
-    return check
+    whole = rf"\A(?a:{pattern})\Z"
+    _WORDS[f"`str` matching regex {whole!r}"] = words
+    return Meta(pattern=whole)
 
 
-sha256 = matching(re.compile("[0-9a-f]{64}"), "a SHA-256 of 64 hexadecimal digits")
-"""Accept checksums."""
+Sha256 = Annotated[str, named("[0-9a-f]{64}", "a SHA-256 of 64 hexadecimal digits")]
+Size = Annotated[int, Meta(ge=0, le=1 << 60)]
+Share = Annotated[float, Meta(ge=0, le=1)]
 
 
-def one_of(*known: str) -> Check:
-    """Accept some texts."""
+def read(value: Any, kind: type[_Kind] | Any) -> _Kind:
+    """The struct in parsed JSON, or another type that msgspec knows.
 
-    def check(where: str, value: Any) -> None:
-        if type(value) is not str or value not in known:
-            raise wrong(where, " or ".join(map(repr, known)), value)
-
-    return check
-
-
-def maybe(inner: Check) -> Check:
-    """Accept null too."""
-
-    def check(where: str, value: Any) -> None:
-        if value is not None:
-            inner(where, value)
-
-    return check
+    Raises:
+        SchemaError: naming the first field that is missing, unknown or of another kind.
+    """
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise SchemaError(printable(_sentence(str(error)), 300)) from None
 
 
-def items(inner: Check, *, least: int = 0) -> Check:
-    """Accept lists of at least `least` values that pass a check."""
-
-    def check(where: str, value: Any) -> None:
-        if type(value) is not list or len(value) < least:
-            raise wrong(where, f"a list of at least {least}" if least else "a list", value)
-        for index, each in enumerate(value):
-            inner(f"{where}[{index}]", each)
-
-    return check
-
-
-def values(inner: Check, *, key: Check = text) -> Check:
-    """Accept objects whose values, and keys, pass a check."""
-
-    def check(where: str, value: Any) -> None:
-        if type(value) is not dict:
-            raise wrong(where, "an object", value)
-        for name, each in value.items():
-            key(f"a key of {where}", name)
-            inner(f"{where}[{printable(repr(name), 80)}]", each)
-
-    return check
-
-
-def fields(*, optional: Mapping[str, Check] | None = None, **required: Check) -> Check:
-    """Accept objects with exactly these fields, those of `optional` left out or not."""
-    known = {**required, **(optional or {})}
-
-    def check(where: str, value: Any) -> None:
-        if type(value) is not dict:
-            raise wrong(where or "it", "an object", value)
-        prefix = f"{where}." if where else ""
-        for name in required:
-            if name not in value:
-                raise SchemaError(f"{prefix}{name} is missing")
-        for name, each in value.items():
-            if name not in known:
-                raise SchemaError(f"{prefix}{printable(name, 80)} is no field of it")
-            known[name](f"{prefix}{name}", each)
-
-    return check
-
-
-def wrong(where: str, words: str, value: Any) -> SchemaError:
-    """The error for a value that is not what `words` say."""
-    simple = isinstance(value, (str, int, float)) and not isinstance(value, bool)
-    shown = printable(repr(value), 80) if simple else json_kind(value)
-    return SchemaError(f"{where} must be {words}, got {shown}")
+def _sentence(text: str) -> str:
+    found = FAULT.fullmatch(text)
+    assert found is not None
+    what, name, fault, path = found.groups()
+    if what:
+        field = f"{path}.{name}" if path else name
+        return f"{field} is missing" if what == "missing required" else f"{field} is no field of it"
+    where = f"a key of {path}" if "`key` in" in text else path or "it"
+    for theirs in sorted(_WORDS, key=len, reverse=True):
+        fault = fault.replace(theirs, _WORDS[theirs])
+    expected = fault.removeprefix("Expected ")
+    return f"{where}: {fault.lower()}" if fault == expected else f"{where} must be {expected}"

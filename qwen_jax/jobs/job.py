@@ -53,11 +53,10 @@ _PATTERNS = {
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """One command on every host of a topology.
+class Place:
+    """Where and how a job runs.
 
     Attributes:
-        command: run by bash, in the same way on every host.
         name: of the job, and of what is made for it.
         max_restarts: after other failures than exit code 75.
         grace: seconds from SIGTERM to SIGKILL; a slice of the prompt must fit.
@@ -71,8 +70,6 @@ class Job:
         ConfigError: if a value is none of its kind.
     """
 
-    topology: Topology
-    command: str
     name: str = "qwen-jax"
     image: str | None = None
     project: str | None = None
@@ -99,15 +96,33 @@ class Job:
             value = getattr(self, name)
             if value is not None and re.fullmatch(pattern, value, re.ASCII) is None:
                 raise ConfigError(f"{spelled(name)} {value!r} must be {meaning}")
-        if not self.command.strip():
-            raise ConfigError("--command is empty: give what every host runs")
-        if bad := re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", self.command):
-            raise ConfigError(f"--command has a control character, {bad[0]!r}")
         for name, least, most in (("max_restarts", 0, 1 << 16), ("grace", 1, 86400)):
             if not least <= getattr(self, name) <= most:
                 raise ConfigError(
                     f"{spelled(name)} {getattr(self, name)} must be from {least} to {most}"
                 )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Job(Place):
+    """One command on every host of a topology.
+
+    Attributes:
+        command: run by bash, in the same way on every host.
+
+    Raises:
+        ConfigError: if a value is none of its kind.
+    """
+
+    topology: Topology
+    command: str
+
+    def __post_init__(self):
+        Place.__post_init__(self)
+        if not self.command.strip():
+            raise ConfigError("--command is empty: give what every host runs")
+        if bad := re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", self.command):
+            raise ConfigError(f"--command has a control character, {bad[0]!r}")
 
     @property
     def hosts(self) -> accelerators.Hosts:

@@ -149,14 +149,7 @@ def verify(
     own = dict(multihost.local_share(list(manifest.by_part().items()))) if full else {}
     total = sum(manifest.files[name].size for name in files)
     total += sum(tensor.num_bytes for tensors in own.values() for tensor in tensors)
-    done = 0
-
-    def on_bytes(count: int):
-        nonlocal done
-        done += count
-        if progress and full:
-            progress(done, total)
-
+    on_bytes = manifests.counter(progress if full else None, total)
     manifests.check_files(directory, manifest, full=frozenset(files), on_bytes=on_bytes)
     read_manifest(directory)
     for part, tensors in own.items():
@@ -383,8 +376,7 @@ def load(
     manifest = _check(directory, full=verify == "full")
     dtype = stored_dtype(tensor.dtype for tensor in manifest.tensors) if dtype is None else dtype
     stack = Stack(model_config(Path(directory)), dtype, shardings)
-    total = sum(tensor.num_bytes for tensor in manifest.tensors)
-    done = 0
+    on_bytes = manifests.counter(progress, sum(tensor.num_bytes for tensor in manifest.tensors))
     for part, tensors in manifest.by_part().items():
         target = {
             tensor.path: jax.ShapeDtypeStruct(
@@ -400,7 +392,5 @@ def load(
                 leaves[path] = stack.build(path, leaf.shape, leaf.__getitem__)
         stack.put(part, leaves)
         _return_freed()
-        done += sum(tensor.num_bytes for tensor in tensors)
-        if progress:
-            progress(done, total)
+        on_bytes(sum(tensor.num_bytes for tensor in tensors))
     return stack.tree()

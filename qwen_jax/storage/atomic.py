@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
 import secrets
@@ -134,6 +135,23 @@ def check_ours(path: Path, is_ours: Callable[[Path], bool], *, streams: bool = F
     if os.path.lexists(path) and not (path.is_file() and is_ours(path)):
         problem = "exists and was not written by this command: name another file, or remove it"
         raise FileExistsError(errno.EEXIST, problem, str(path))
+
+
+def lock(path: Path, busy: ValueError) -> int:
+    """The descriptor of a file, made if missing, that no other process locks until it is closed.
+
+    Raises:
+        ValueError: `busy`, if another process has locked it.
+        OSError: if it cannot be opened or locked, or is a link.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    file = os.open(path, flags, 0o666)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(file)
+        raise busy if isinstance(error, BlockingIOError) else error from None
+    return file
 
 
 def sync(path: Path) -> None:

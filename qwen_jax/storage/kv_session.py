@@ -18,8 +18,6 @@ allocated, and content with its checksums before it is used.
 """
 
 import contextlib
-import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -28,25 +26,28 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
+from msgspec import Meta, structs
 
 from qwen_jax.config import ConfigError
 from qwen_jax.distributed import multihost
+from qwen_jax.files import schema
 from qwen_jax.files.reading import JSON_BYTES, read_bytes, reason, shown
+from qwen_jax.files.schema import Record, named
 from qwen_jax.storage import atomic, manifest
-from qwen_jax.storage.manifest import DTYPES, CheckpointError, File, file_sums
+from qwen_jax.storage.manifest import DTYPES, CheckpointError, Dtype, File, file_sums
 
 FORMAT = "qwen-jax session 1"
 _MANIFEST, _TOKENS, _LOCK = "session.json", "tokens", "lock"
-_WINDOW = re.compile(r"window_\d{6}")
-_INSIDE = re.compile(r"window_\d{6}(/[\w.-]+)+")
+_WINDOW = r"window_\d{6}"
+_INSIDE = rf"{_WINDOW}(/[\w.-]+)+"
 _PARTIAL = re.compile(rf"({_MANIFEST}|{_TOKENS})(\.[0-9a-f]{{8}})?\.partial")
-_OURS = re.compile(
-    rf"{_MANIFEST}|{_TOKENS}|{_LOCK}|{_PARTIAL.pattern}|{_WINDOW.pattern}(\.orbax-[\w.-]+)?"
-)
+_OURS = re.compile(rf"{_MANIFEST}|{_TOKENS}|{_LOCK}|{_PARTIAL.pattern}|{_WINDOW}(\.orbax-[\w.-]+)?")
 _MOST_TOKENS = 1 << 28
+_Count = Annotated[int, Meta(ge=1, le=_MOST_TOKENS)]
 _READERS = 8  # threads that compute checksums
 _FIGURES = {"density", "recall", "least_recall", "pairs", "tokens"}
 _AGAIN = "prefill again with --overwrite"
@@ -56,8 +57,7 @@ class SessionError(ConfigError):
     """A session that cannot be used or written; the text names it and the way out."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Window:
+class Window(Record, frozen=True):
     """Keys and values of the tokens from `start` to `stop`.
 
     Attributes:
@@ -65,11 +65,14 @@ class Window:
         files: by path in the session.
     """
 
-    name: str
-    start: int
-    stop: int
-    size: int
-    files: dict[str, File]
+    name: Annotated[str, named(_WINDOW, "the name of a window")]
+    start: Annotated[int, Meta(ge=0)]
+    stop: _Count
+    size: _Count
+    files: Annotated[
+        dict[Annotated[str, named(_INSIDE, "the name of a file in a window")], File],
+        Meta(min_length=1),
+    ]
 
     @property
     def num_bytes(self) -> int:
@@ -77,8 +80,7 @@ class Window:
         return sum(file.size for file in self.files.values())
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Identity:
+class Identity(Record, frozen=True):
     """What the keys and values of a prompt depend on.
 
     Attributes:
@@ -95,9 +97,9 @@ class Identity:
     weights: str
     tokenizer: str
     settings: dict[str, Any]
-    dtype: str
-    shape: tuple[int, int, int]
-    num_tokens: int
+    dtype: Dtype
+    shape: tuple[_Count, _Count, _Count]
+    num_tokens: _Count
     tokens_sha256: str
     is_chat: bool
 
@@ -120,8 +122,7 @@ class Identity:
         return None
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Session:
+class Session(Record, frozen=True):
     """What a session holds.
 
     Attributes:
@@ -134,7 +135,7 @@ class Session:
     versions: dict[str, str]
     identity: Identity
     documents: tuple[tuple[str, int], ...]
-    sparse: dict[str, float] | None
+    sparse: dict[str, int | float] | None
     windows: tuple[Window, ...]
 
     @property
@@ -153,7 +154,7 @@ class Session:
 
     def encode(self) -> bytes:
         """The content of session.json, which carries its own checksum."""
-        return manifest.seal(FORMAT, dataclasses.asdict(self))
+        return manifest.seal(FORMAT, self)
 
     @property
     def sha256(self) -> str:
@@ -186,19 +187,7 @@ def _decoded(body: dict[str, Any]) -> Session:
     Raises:
         ValueError: if it holds what we never write; other errors if it is still stranger.
     """
-    identity = {**body["identity"], "shape": tuple(body["identity"]["shape"])}
-    windows = (
-        Window(**{**row, "files": {name: File(**file) for name, file in row["files"].items()}})
-        for row in body["windows"]
-    )
-    found = Session(
-        **{
-            **body,
-            "identity": Identity(**identity),
-            "documents": tuple((name, count) for name, count in body["documents"]),
-            "windows": tuple(windows),
-        }
-    )
+    found = schema.read(body, Session)
     if not _is_sound(found):
         raise ValueError("what is in the session does not fit together")
     return found
@@ -378,7 +367,11 @@ class Writer:
                 orbax_io.check_path(directory)
                 self._refuse_foreign()
                 directory.mkdir(parents=True, exist_ok=True)
-                self._take_lock()
+                busy = SessionError(
+                    f"{directory} is being written by another run: wait for it or name another "
+                    "directory"
+                )
+                self._lock = atomic.lock(directory / _LOCK, busy)
                 there = self._there(identity, overwrite)
                 if there is None:
                     self._write(blank)  # first: what is there belongs to nothing any more
@@ -433,9 +426,9 @@ class Writer:
                 start=before.saved,
                 stop=stop,
                 size=keys.shape[1],
-                files={path: File(**file) for path, file in files.items()},
+                files=schema.read(files, dict[str, File]),
             )
-            self.session = dataclasses.replace(
+            self.session = structs.replace(
                 before,
                 sparse=None if sparse is None else dict(sparse),
                 windows=(*before.windows, window),
@@ -447,17 +440,6 @@ class Writer:
             self.session = before
             raise SessionError(
                 f"{error}; {before.saved:,} tokens are saved, the same command goes on there"
-            ) from None
-
-    def _take_lock(self) -> None:
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        self._lock = os.open(self.directory / _LOCK, flags, 0o666)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SessionError(
-                f"{self.directory} is being written by another run: wait for it or name another "
-                "directory"
             ) from None
 
     def _refuse_foreign(self) -> None:
@@ -578,65 +560,45 @@ def _is_sound(session: Session) -> bool:
 
     A session can come from a stranger, who can compute checksums too.
     """
-    identity, at = session.identity, 0
-    numbers = (*identity.shape, identity.num_tokens)
-    if len(identity.shape) != 3 or not all(_is_count(number) for number in numbers):
+    figures = session.sparse
+    if figures is not None and figures.keys() != _FIGURES:
         return False
-    texts = (identity.weights, identity.tokenizer, identity.tokens_sha256)
-    if not all(type(text) is str for text in (*texts, *session.versions.values())):
+    if not all(-1e18 < figure < 1e18 for figure in (figures or {}).values()):
         return False
-    if identity.dtype not in DTYPES or type(identity.is_chat) is not bool:
+    if not _are_settings(session.identity.settings):
         return False
-    for name, count in session.documents:
-        if type(name) is not str or type(count) is not int:
-            return False
-    if session.sparse is not None:
-        figures = session.sparse.values()
-        if session.sparse.keys() != _FIGURES or not all(map(_is_number, figures)):
-            return False
-    if not _are_settings(identity.settings):
-        return False
+    at = 0
     for index, window in enumerate(session.windows):
-        if window.name != f"window_{index:06d}" or not window.files:
+        if window.name != f"window_{index:06d}" or window.start != at:
             return False
-        if type(window.start) is not int or window.start != at:
-            return False
-        if not all(_is_count(number) for number in (window.stop, window.size)):
-            return False
-        spans = window.start < window.stop <= identity.num_tokens
+        spans = window.start < window.stop <= session.identity.num_tokens
         if not spans or window.stop - window.start > window.size:
             return False
-        for name, file in window.files.items():
-            inside = _INSIDE.fullmatch(name) and name.startswith(f"{window.name}/")
-            if not inside or ".." in name.split("/") or type(file.size) is not int:
-                return False
+        if any(
+            name.split("/")[0] != window.name or ".." in name.split("/") for name in window.files
+        ):
+            return False
         at = window.stop
     return True
-
-
-def _is_count(number: Any) -> bool:
-    return type(number) is int and 0 < number <= _MOST_TOKENS
-
-
-def _is_number(figure: Any) -> bool:
-    return type(figure) in (int, float) and -1e18 < figure < 1e18
 
 
 def _are_settings(settings: dict[str, Any]) -> bool:
     """Whether settings can be shown, which are only compared otherwise."""
     sizes, original = settings["dca"], settings["dca_original"]
-    if sizes is not None and not (len(sizes) == 2 and all(_is_count(size) for size in sizes)):
+    if sizes is not None and not (
+        len(sizes) == 2 and all(type(size) is int and 0 < size <= _MOST_TOKENS for size in sizes)
+    ):
         return False
     return type(original) is int and isinstance(settings["sparse"], dict | None)
 
 
-def _sums(directory: Path, folder: Path) -> dict[str, dict[str, Any]]:
+def _sums(directory: Path, folder: Path) -> dict[str, Any]:
     """Checksums of a window's files, which are flushed to the disk."""
     from qwen_jax.storage import orbax_io
 
     with _writing(directory):
         files = orbax_io.flush(folder, folder.parent)
-    return {name: dataclasses.asdict(file) for name, file in files.items()}
+    return msgspec.to_builtins(files)
 
 
 def _read(path: Path, *, limit: int) -> bytes:

@@ -1,22 +1,22 @@
 """What a converted checkpoint holds, with checksums: the file manifest.json."""
 
-import dataclasses
 import hashlib
 import json
 import math
 import os
-import re
 import stat
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Annotated, Any, Protocol, TypeVar, runtime_checkable
 
 import ml_dtypes
+import msgspec
 import numpy as np
+from msgspec import Meta
 
 from qwen_jax.files import reading, schema
 from qwen_jax.files.reading import printable, shown
-from qwen_jax.files.schema import SchemaError
+from qwen_jax.files.schema import Record, SchemaError, Sha256, Size, named
 
 FORMAT = "qwen-jax checkpoint 1"
 DTYPES = {
@@ -35,8 +35,6 @@ READ_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
-    "added_tokens.json",
-    "special_tokens_map.json",
 )
 """Files that this program reads of a model, beside its weights."""
 
@@ -47,60 +45,21 @@ _CHUNK_BYTES = 16 << 20  # read and hashed at once
 _SMALL_BYTES = 1 << 20  # files up to this size are hashed even by the fast check
 
 _PART = r"(embed|final|block_\d{3,6})"
-_SHARD_NAME = re.compile(r"(?!\.)[\w.-]+\.safetensors", re.ASCII)
 # A file beside the parameters, which `export` copies; or one of the parameters.
-_FILE_NAME = re.compile(
-    rf"(?!\.|.*\.safetensors$|manifest\.json$)[\w.-]+|params/{_PART}(/(?!\.\.?(/|$))[\w.-]+)+",
-    re.ASCII,
+_FILE_NAME = (
+    rf"(?!\.|.*\.safetensors\Z|manifest\.json\Z)[\w.-]+|params/{_PART}(/(?!\.\.?(/|\Z))[\w.-]+)+"
 )
-_FILES = schema.values(
-    schema.fields(size=schema.whole(0, 1 << 60), sha256=schema.sha256),
-    key=schema.matching(_FILE_NAME, "the name of a file of a checkpoint"),
-)
-_SHAPE = schema.items(schema.whole(1, 1 << 40), least=1)
-_MANIFEST = schema.fields(
-    versions=schema.values(schema.text),
-    dtype=schema.one_of("keep", *DTYPES),
-    num_parameters=schema.whole(0, 1 << 60),
-    source_sha256=schema.sha256,
-    tensors=schema.items(
-        schema.fields(
-            name=schema.text,
-            part=schema.matching(re.compile(_PART, re.ASCII), "the name of a part"),
-            path=schema.items(schema.text, least=1),
-            shape=_SHAPE,
-            dtype=schema.one_of(*DTYPES),
-            source_shape=_SHAPE,
-            source_dtype=schema.one_of(*DTYPES),
-            transposed=schema.truth,
-            sha256=schema.sha256,
-            source_sha256=schema.sha256,
-        )
-    ),
-    aliases=schema.values(schema.text),
-    dropped=schema.items(schema.text),
-    shards=schema.items(
-        schema.fields(
-            file=schema.matching(_SHARD_NAME, "the name of a .safetensors file, without folders"),
-            header=schema.text,
-        )
-    ),
-    files=_FILES,
-)
-_OFFSET = schema.whole(0, 1 << 60)
-_HEADER_ROW = schema.fields(
-    dtype=schema.text,
-    shape=schema.items(schema.whole(0, 1 << 40)),
-    data_offsets=schema.items(_OFFSET, least=2),
-)
+_SHARD_NAME = r"(?!\.)[\w.-]+\.safetensors"
+Dtype = Annotated[str, named("|".join(DTYPES), " or ".join(map(repr, DTYPES)))]
+_Side = Annotated[int, Meta(ge=1, le=1 << 40)]
+_Shape = Annotated[tuple[_Side, ...], Meta(min_length=1)]
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the text names the file and the tensor at fault."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Tensor:
+class Tensor(Record, frozen=True):
     """A stored array and the Hugging Face tensor it came from.
 
     Attributes:
@@ -117,15 +76,15 @@ class Tensor:
     """
 
     name: str
-    part: str
-    path: tuple[str, ...]
-    shape: tuple[int, ...]
-    dtype: str
-    source_shape: tuple[int, ...]
-    source_dtype: str
+    part: Annotated[str, named(_PART, "the name of a part")]
+    path: Annotated[tuple[str, ...], Meta(min_length=1)]
+    shape: _Shape
+    dtype: Dtype
+    source_shape: _Shape
+    source_dtype: Dtype
     transposed: bool
-    sha256: str
-    source_sha256: str
+    sha256: Sha256
+    source_sha256: Sha256
 
     @property
     def num_elements(self) -> int:
@@ -144,8 +103,7 @@ class Tensor:
         return array.reshape(self.source_shape)
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Shard:
+class Shard(Record, frozen=True):
     """A safetensors file of the source, so that it can be written again.
 
     Attributes:
@@ -153,20 +111,26 @@ class Shard:
         header: its JSON header, padding included.
     """
 
-    file: str
+    file: Annotated[str, named(_SHARD_NAME, "the name of a .safetensors file, without folders")]
     header: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class File:
+class File(Record, frozen=True):
     """Size and checksum of a file of the checkpoint."""
 
-    size: int
-    sha256: str
+    size: Size
+    sha256: Sha256
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Manifest:
+class HeaderRow(Record, frozen=True):
+    """A tensor in a header of safetensors; its bytes follow the header."""
+
+    dtype: str
+    shape: tuple[Annotated[int, Meta(ge=0, le=1 << 40)], ...]
+    data_offsets: tuple[Size, Size]
+
+
+class Manifest(Record, frozen=True):
     """What a converted checkpoint holds.
 
     Attributes:
@@ -183,14 +147,14 @@ class Manifest:
     """
 
     versions: dict[str, str]
-    dtype: str
-    num_parameters: int
-    source_sha256: str
+    dtype: Annotated[str, named("|".join(["keep", *DTYPES]), "'keep' or a dtype")]
+    num_parameters: Size
+    source_sha256: Sha256
     tensors: tuple[Tensor, ...]
     aliases: dict[str, str]
     dropped: tuple[str, ...]
     shards: tuple[Shard, ...]
-    files: dict[str, File]
+    files: dict[Annotated[str, named(_FILE_NAME, "the name of a file of a checkpoint")], File]
 
     @property
     def num_bytes(self) -> int:
@@ -214,7 +178,7 @@ class Manifest:
 
     def encode(self) -> bytes:
         """The content of manifest.json, which carries its own checksum."""
-        return seal(FORMAT, dataclasses.asdict(self))
+        return seal(FORMAT, self)
 
 
 def fingerprint(
@@ -245,35 +209,13 @@ def read(path: Path, *, record: bool = False) -> Manifest:
     content = reading.read_bytes(path, limit=reading.JSON_BYTES, error=CheckpointError)
 
     def decode(body: dict[str, Any]) -> Manifest:
-        found = _decoded(body)
+        found = schema.read(body, Manifest)
         _check_tensors(found)
         if not record:
             _check_whole(found)
         return found
 
     return unseal(path, content, FORMAT, decode, "convert again")
-
-
-def _decoded(body: dict[str, Any]) -> Manifest:
-    """A manifest of what `Manifest.encode` wrote.
-
-    Raises:
-        SchemaError: if a field is of another kind.
-    """
-    _MANIFEST("", body)
-    tensors = (
-        Tensor(**{**row, **{key: tuple(row[key]) for key in ("path", "shape", "source_shape")}})
-        for row in body["tensors"]
-    )
-    return Manifest(
-        **{
-            **body,
-            "tensors": tuple(tensors),
-            "dropped": tuple(body["dropped"]),
-            "shards": tuple(Shard(**row) for row in body["shards"]),
-            "files": {name: File(**row) for name, row in body["files"].items()},
-        }
-    )
 
 
 def _check_tensors(found: Manifest) -> None:
@@ -325,7 +267,7 @@ def _check_whole(found: Manifest) -> None:
         raise SchemaError("dropped names a tensor twice, or one that is stored")
     if len({shard.file.casefold() for shard in found.shards}) < len(found.shards):
         raise SchemaError("shards has two of one file")
-    rows: dict[str, dict[str, Any]] = {}
+    rows: dict[str, HeaderRow] = {}
     for number, shard in enumerate(found.shards):
         for name, row in _header(f"shards[{number}].header", shard.header).items():
             if name in rows:
@@ -340,9 +282,9 @@ def _check_whole(found: Manifest) -> None:
             continue
         size = tensor.num_elements * DTYPES[tensor.source_dtype].itemsize
         if (
-            SAFETENSORS_DTYPES.get(row["dtype"]) != tensor.source_dtype
-            or row["shape"] != list(tensor.source_shape)
-            or row["data_offsets"][1] - row["data_offsets"][0] != size
+            SAFETENSORS_DTYPES.get(row.dtype) != tensor.source_dtype
+            or row.shape != tensor.source_shape
+            or row.data_offsets[1] - row.data_offsets[0] != size
         ):
             raise SchemaError(f"{where} is not of the dtype, shape and size that tensors says")
     there = {found.aliases.get(name, name) for name in rows}
@@ -351,28 +293,42 @@ def _check_whole(found: Manifest) -> None:
         raise SchemaError(f"shards lacks {printable(min(lacking))}")
 
 
-def _header(where: str, text: str) -> dict[str, dict[str, Any]]:
+def _header(where: str, text: str) -> dict[str, HeaderRow]:
     """The rows of a header of safetensors, whose tensors lie one after another.
 
     Raises:
         SchemaError: if it is none.
     """
     try:
-        body = reading.parse_json(text)
+        rows = header_rows(reading.parse_json(text))
+    except SchemaError as error:
+        raise SchemaError(f"{where}: {error}") from None
     except ValueError as error:
         raise SchemaError(f"{where} is not valid JSON: {error}") from None
-    schema.values(schema.anything)(where, body)
-    schema.maybe(schema.values(schema.text))(
-        f"{where}.__metadata__", body.pop("__metadata__", None)
-    )
     end = 0
-    for name, row in body.items():
-        _HEADER_ROW(f"{where}[{printable(repr(name), 80)}]", row)
-    for name, row in sorted(body.items(), key=lambda each: each[1]["data_offsets"]):
-        if len(row["data_offsets"]) != 2 or row["data_offsets"][0] != end:
+    for name, row in sorted(rows.items(), key=lambda each: each[1].data_offsets):
+        if row.data_offsets[0] != end:
             raise SchemaError(f"{where}: {printable(name)} does not begin where another ends")
-        end = row["data_offsets"][1]
-    return body
+        end = row.data_offsets[1]
+    return rows
+
+
+def header_rows(header: Any) -> dict[str, HeaderRow]:
+    """The tensors of a parsed header of safetensors, by name.
+
+    Raises:
+        SchemaError: naming the tensor, if it is no such header.
+    """
+    found = {}
+    for name, row in schema.read(header, dict[str, Any]).items():
+        metadata = name == "__metadata__"
+        try:
+            read = schema.read(row, dict[str, str] | None if metadata else HeaderRow)
+        except SchemaError as error:
+            raise SchemaError(f"{printable(name)}: {error}") from None
+        if not metadata:
+            found[name] = read
+    return found
 
 
 @runtime_checkable
@@ -384,9 +340,9 @@ class Sealed(Protocol):
         ...
 
 
-def seal(kind: str, body: dict[str, Any]) -> bytes:
+def seal(kind: str, body: Record | dict[str, Any]) -> bytes:
     """The content of a JSON file that carries its own checksum."""
-    body = {"format": kind, **body}
+    body = {"format": kind, **msgspec.to_builtins(body)}
     digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
     return json.dumps({"sha256": digest, **body}, indent=1).encode() + b"\n"
 
@@ -421,6 +377,19 @@ def unseal(
     if not whole:
         raise damaged
     return found
+
+
+def counter(progress: Progress | None, total: int) -> Callable[[int], None]:
+    """A function that adds up bytes and reports them."""
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress:
+            progress(done, total)
+
+    return on_bytes
 
 
 def check_files(

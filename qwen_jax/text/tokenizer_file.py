@@ -6,11 +6,12 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tokenizers
+from msgspec import Meta, Struct
 
-from qwen_jax.files import limited, reading
+from qwen_jax.files import limited, reading, schema
 from qwen_jax.files.reading import json_kind, printable, shown
 from qwen_jax.text import pattern_probe
 from qwen_jax.text.chat_template import SPECIAL_NAMES, TEMPLATE_BYTES
@@ -50,6 +51,40 @@ KNOWN_PATTERNS = frozenset(
 """Patterns of linear time: Qwen's and Llama 3's. Another one is tried, once, in a child."""
 PATTERN_SECONDS = 30
 """Processor time for trying a pre-tokenizer with other patterns."""
+
+_Id = Annotated[int, Meta(ge=0, lt=WORDS)]
+
+
+class _Model(Struct):
+    """The part of a model that is checked here; the library checks the rest."""
+
+    vocab: Annotated[
+        dict[Annotated[str, Meta(max_length=WORD_CHARS)], _Id],
+        Meta(min_length=1, max_length=WORDS),
+    ]
+
+
+class _File(Struct):
+    """A file, of which the model alone is read."""
+
+    model: _Model
+
+
+class _Token(schema.Record, frozen=True):
+    """An added token."""
+
+    id: _Id
+    content: Annotated[str, Meta(min_length=1, max_length=WORD_CHARS)]
+    single_word: bool
+    lstrip: bool
+    rstrip: bool
+    normalized: bool
+    special: bool
+
+
+class _AddedTokens(Struct):
+    added_tokens: Annotated[list[_Token], Meta(max_length=ADDED_TOKENS)]
+
 
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -107,7 +142,7 @@ def read(directory: Path) -> Files:
         _check_steps("pre_tokenizer", raw.get("pre_tokenizer"), PRE_TOKENIZERS)
         _check_kind("decoder", raw.get("decoder"), ("ByteLevel",))
         added = _added(raw.get("added_tokens"))
-    except TokenizerError as error:
+    except (TokenizerError, schema.SchemaError) as error:
         raise TokenizerError(f"{shown(path)}: {error}") from None
     _check_switches(settings, config, raw["pre_tokenizer"])
     sources = {settings: config}
@@ -173,20 +208,7 @@ def guarded(where: str, function: Any, *arguments: Any, **flags: Any) -> Any:
 def _check_model(model: Any) -> dict[str, int]:
     """The vocabulary of a model."""
     _check_kind("model", model, ("BPE",))
-    vocab = model.get("vocab")
-    if not isinstance(vocab, dict) or not 0 < len(vocab) <= WORDS:
-        raise TokenizerError(f"model.vocab must be an object of 1 to {WORDS:,} words")
-    for word, token in vocab.items():
-        if type(token) is not int or not 0 <= token < WORDS:
-            raise TokenizerError(
-                f"model.vocab: {printable(word, 60)!r} must have an id from 0 to {WORDS - 1}, got "
-                f"{_value(token)}"
-            )
-        if len(word) > WORD_CHARS:
-            raise TokenizerError(
-                f"model.vocab: {printable(word, 60)!r} has {len(word):,} characters, more than the "
-                f"{WORD_CHARS:,} allowed"
-            )
+    vocab = schema.read({"model": model}, _File).model.vocab
     if len(set(vocab.values())) < len(vocab):
         raise TokenizerError("model.vocab gives one id to two words")
     if model.get("dropout"):
@@ -269,27 +291,10 @@ def _added(tokens: Any) -> dict[str, dict[str, Any]]:
     """The added tokens by content."""
     if tokens is None:
         return {}
-    if not isinstance(tokens, list) or len(tokens) > ADDED_TOKENS:
-        raise TokenizerError(f"added_tokens must be a list of at most {ADDED_TOKENS:,} tokens")
-    found: dict[str, dict[str, Any]] = {}
-    for index, token in enumerate(tokens):
-        where = f"added_tokens[{index}]"
-        reading.check_fields(where, token, ("id", "content", *_FLAGS), TokenizerError)
-        content, number = token["content"], token["id"]
-        if not isinstance(content, str) or not 0 < len(content) <= WORD_CHARS:
-            raise TokenizerError(
-                f"{where}.content must be a text of 1 to {WORD_CHARS:,} characters"
-            )
-        if type(number) is not int or not 0 <= number < WORDS:
-            raise TokenizerError(f"{where}.id must be from 0 to {WORDS - 1}, got {_value(number)}")
-        for flag in _FLAGS:
-            if not isinstance(token[flag], bool):
-                raise TokenizerError(f"{where}.{flag} must be true or false")
-        if content in found:
-            raise TokenizerError(f"{where}: {printable(content, 60)!r} is there twice")
-        found[content] = token
-    if len({token["id"] for token in found.values()}) < len(found):
-        raise TokenizerError("added_tokens gives one id to two tokens")
+    schema.read({"added_tokens": tokens}, _AddedTokens)
+    found = {token["content"]: token for token in tokens}
+    if len(found) < len(tokens) or len({token["id"] for token in tokens}) < len(tokens):
+        raise TokenizerError("added_tokens has a token twice, or gives one id to two tokens")
     return found
 
 

@@ -239,7 +239,7 @@ META = '{"format": "qwen-jax batch 1", "settings": {}}'
         (b"notes", None, "out is not the output of a batch, .*out.meta is missing"),
         (b"{}\n", META, "line 1 is not a result, id is missing"),
         (b"\n", META, "line 1 is not a result, Expecting value"),
-        (b'{"id": "x", "custom_id": "x"}\n', META, "line 1 is not a result, response is miss"),
+        (b'{"id": "x", "custom_id": "x"}\n', META, "line 1 is not a result, id must be the id"),
         (b"{}\n", "{", "out.meta is not valid JSON.*: name another output than"),
         (b"{}\n", "[]", "out.meta must hold a JSON object, got a list: name another output"),
         (b"{}\n", "{}", "out.meta does not belong to a batch, format is missing"),

@@ -1,11 +1,11 @@
 """What files, names, ids and peers say: printed with escapes, on the line where it belongs."""
 
-import dataclasses
 import json
 import shutil
 
 import numpy as np
 import pytest
+from msgspec import structs
 from safetensors.numpy import save_file
 from support.kept import sign
 from support.tiny_model import CONFIG, random_weights
@@ -154,7 +154,7 @@ def test_words_of_a_session(tmp_path, run):
     refused(run("kv", "verify", directory))
     sign(directory, lambda body: body.update({EVIL: 1}))
     refused(run("kv", "verify", directory))
-    assert dataclasses.replace(identity, weights="x").difference(identity)
+    assert structs.replace(identity, weights="x").difference(identity)
 
 
 def test_variants_of_a_log(tmp_path, run):

@@ -1,6 +1,5 @@
 """KV sessions: the answers of an undivided prompt, or a refusal; nothing is computed twice."""
 
-import dataclasses
 import errno
 import fcntl
 import io
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec import structs
 from safetensors.numpy import save_file
 from support.kept import TEXT, Checksum, content, sign
 from support.tiny_model import random_weights
@@ -500,7 +500,7 @@ def test_a_session_that_changes_while_it_is_read_is_not_used(
     def changed(*arguments):
         found = load(*arguments)
         if change == "begun anew":
-            blank = dataclasses.replace(arguments[1], windows=())
+            blank = structs.replace(arguments[1], windows=())
             atomic.write(directory / "session.json", blank.encode())
         elif change == "a file":
             path = largest(directory / DATA)

@@ -160,17 +160,14 @@ def test_cells_have_their_colours_in_a_terminal_with_colours(log, tmp_path):
     panels = sources.recall(tmp_path / "report.json")
     recall = panels.maps[0]
     lines = printed(terminal.show_heat_maps, panels, colours=True)
-    cell = r"\x1b\[38;2;(\d+);(\d+);(\d+)(?:;48;2;(\d+);(\d+);(\d+))?m▀▀"
-    found = [re.findall(cell, line) for line in lines[4:7]]
+    cell = r"\x1b\[\d+;48;2;(\d+);(\d+);(\d+)m(\d) "
     viridis = colormaps["viridis"]
-    for row in range(5):
-        for column in range(28):
-            value = recall.values[row, column]
+    for line, row in zip(lines[4:9], recall.values, strict=True):
+        for (*colour, digit), value in zip(re.findall(cell, line), row, strict=True):
             share = (value - recall.low) / (recall.high - recall.low)
             expected = np.multiply(viridis(float(share))[:3], 255)
-            colour = found[row // 2][column][3 * (row % 2) :][:3]
             np.testing.assert_allclose(np.array(colour, int), expected, atol=7)
-    assert found[2][0][3:] == ("", "", "")
+            assert int(digit) == int(10 * share + 1e-9)
 
 
 def test_a_plan_is_drawn_with_its_borders(tmp_path):

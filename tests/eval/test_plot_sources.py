@@ -104,18 +104,18 @@ def test_lengths_are_labelled_as_flags_take_them(tmp_path, lengths, labels):
     [
         ("", r"log\.jsonl is empty"),
         ("a diary\n", r"log\.jsonl, line 1: Expecting value"),
-        ("[1]\n", r"log\.jsonl, line 1: it is no JSON object"),
-        ('{"length": 1}\n', r"log\.jsonl, line 1: 'settings' is missing"),
+        ("[1]\n", r"log\.jsonl, line 1: it must be an object"),
+        ('{"length": 1}\n', r"log\.jsonl, line 1: settings is missing"),
         ('{"settings": {}}\n', r"log\.jsonl holds no answers yet"),
-        ('{"settings": {}}\n\n{"depth": 1}\n', r"log\.jsonl, line 3: 'length' is missing"),
-        ('{"settings": {}}\n{"length": 9}\n', r"log\.jsonl, line 2: 'correct' is missing"),
+        ('{"settings": {}}\n\n{"depth": 1}\n', r"log\.jsonl, line 3: length is missing"),
+        ('{"settings": {}}\n{"length": 9}\n', r"log\.jsonl, line 2: correct is missing"),
         (
             '{"settings": {}}\n{"length": "9", "correct": true}\n',
-            r"log\.jsonl, line 2: length='9' must be tokens",
+            r"log\.jsonl, line 2: length must be an integer, got a text",
         ),
         (
             '{"settings": {}}\n{"length": 9, "correct": true, "depth": 50}\n',
-            r"log\.jsonl, line 2: depth=50 must lie in \[0, 1\]",
+            r"log\.jsonl, line 2: depth must be a number <= 1",
         ),
         (
             '{"settings": {}}\n{"length": 9, "score": NaN}\n',
@@ -158,16 +158,16 @@ def test_a_report_is_shown_at_its_longest_or_at_a_given_length(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"format": "another 1"}, "its format is not 'qwen-jax calibration 1'"),
+        ({"format": "another 1"}, "format: invalid enum value 'another 1'"),
         ({"recall": {"16384": [[0.5], [0.5, 0.5]]}}, "recall of 16384 tokens is no table"),
-        ({"recall": {"16384": [0.5, 0.5]}}, r"recall\['16384'\]\[0\] must be a list, got"),
+        ({"recall": {"16384": [0.5, 0.5]}}, r"recall\[...\]\[0\] must be a list, got"),
         ({"recall": {"16384": [[0.5]]}}, "not of the same layers and heads"),
         ({"density": {"8192": [[0.5]]}}, "density of 16384 tokens is no table"),
         ({"recall": {}}, "recall has no lengths"),
-        ({"recall": {"-1": [[0.5]]}}, "a key of recall must be tokens, got '-1'"),
-        ({"recall": {"9": [[True]]}}, r"recall\['9'\]\[0\]\[0\] must be a number"),
+        ({"recall": {"-1": [[0.5]]}}, "a key of recall must be tokens"),
+        ({"recall": {"9": [[True]]}}, r"recall\[...\]\[0\]\[0\] must be a number"),
         ({"speedup": [1]}, "speedup must be an object, got a list"),
-        ({"model": 5}, "model must be a text, got 5"),
+        ({"model": 5}, "model must be a text, got an integer"),
     ],
 )
 def test_a_file_that_is_no_report_is_refused_by_name(tmp_path, changes, named):
