@@ -95,7 +95,7 @@ def requests(seed, count):
 
 def forget():
     """Leave the engine as if it had never seen a prompt."""
-    pages = engine()._pages
+    pages = engine().pages
     pages.give(pages.take(pages.total))
 
 
@@ -269,10 +269,10 @@ def unchecked():
 def test_no_compiled_step_makes_a_second_cache():
     heads = MODEL.num_layers * ((200,) * MODEL.num_heads,)
     budgets = SparseConfig(vertical=heads, slash=heads)
-    runner = build(max_len=16 * 1024, num_pages=8199, sparse=budgets)._runner
-    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(runner._cache))
+    runner = build(max_len=16 * 1024, num_pages=8199, sparse=budgets).runner
+    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(runner.cache))
     assert cache_bytes > 64e6  # more than the votes over the keys of one sequence take
-    arrays = runner._weights, runner._rotary
+    arrays = runner.weights, runner.rotary
     piece = inputs.prefill(
         (1,), size=SLICES[0], start=0, pages=[1], table_len=1024, scales=(1.0, 1.0)
     )
@@ -280,18 +280,18 @@ def test_no_compiled_step_makes_a_second_cache():
     step = inputs.decode(
         [], max_seqs=MAX_SEQS, page_table=slots.page_table, scales=lambda n: (1.0, 1.0)
     )
-    steps = Programs(*map(jitted, runner._programs))
+    steps = Programs(*map(jitted, runner.programs))
     programs = {
-        "prefill": steps.prefill.lower(*arrays, runner._cache, piece),
+        "prefill": steps.prefill.lower(*arrays, runner.cache, piece),
         "prefill sparsely": steps.prefill_sparse.lower(
-            *arrays, runner._cache, piece, runner._budgets
+            *arrays, runner.cache, piece, runner.budgets
         ),
         "sparse_plan": steps.sparse_plan.lower(
-            *arrays, runner._cache, piece, runner._budgets, layer=0
+            *arrays, runner.cache, piece, runner.budgets, layer=0
         ),
-        "survey": steps.survey.lower(*arrays, runner._cache, piece, grid=GRID),
-        "score": steps.score.lower(*arrays, runner._cache, piece),
-        "decode": steps.decode.lower(*arrays, runner._cache, runner._seen, slots.sampling, step),
+        "survey": steps.survey.lower(*arrays, runner.cache, piece, grid=GRID),
+        "score": steps.score.lower(*arrays, runner.cache, piece),
+        "decode": steps.decode.lower(*arrays, runner.cache, runner.seen, slots.sampling, step),
     }
     for name, lowered in programs.items():
         plan = lowered.compile().memory_analysis()
@@ -301,7 +301,7 @@ def test_no_compiled_step_makes_a_second_cache():
 
 def test_no_second_cache_is_left_between_steps():
     shared = engine()
-    shape = shared._runner._cache.keys.shape
+    shape = shared.runner.cache.keys.shape
     for request in requests(13, 3):
         shared.add(request)
     scores = shared.score(tokens(12, 100))
@@ -314,7 +314,7 @@ def test_no_second_cache_is_left_between_steps():
 def test_an_engine_that_is_dropped_frees_its_cache_at_once():
     short_lived = build(num_pages=77)
     short_lived.run([Request(prompt=tokens(14, 5), max_new_tokens=2)])
-    shape = short_lived._runner._cache.keys.shape
+    shape = short_lived.runner.cache.keys.shape
 
     def alive():
         return sum(array.shape == shape for array in jax.live_arrays())

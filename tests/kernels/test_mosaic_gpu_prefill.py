@@ -128,7 +128,7 @@ def test_items_are_all_tiles_of_all_heads_once_the_longest_first(tiles):
     first = jnp.arange(-(-T // tile))[:, None] * tile + jnp.arange(0, tile, 128)
     numbers = jnp.int32(start), jnp.int32(length)
     geometry = ChunkGeometry(320, 64)
-    table = mosaic_gpu._items(first, tile, 1, *numbers, 64, geometry, WHOLE, plan, N)
+    table = mosaic_gpu.item_table(first, tile, 1, *numbers, 64, geometry, WHOLE, plan, N)
     table = np.asarray(table)
     places = {(head, row) for head, row in table[:, [HEAD, ROW]]}
     assert places == {(n, 128 * i) for n in range(N) for i in range(first.size)}

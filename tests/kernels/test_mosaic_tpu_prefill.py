@@ -2,8 +2,7 @@
 
 import jax.numpy as jnp
 import pytest
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental.pallas import tpu as pltpu
+from support.mosaic_tpu_interpreter import INTERPRET, Raceless
 from support.prefill_cases import AnySlice, Dense, Planned, of
 
 from pallas_kernels.cases import Case
@@ -13,9 +12,6 @@ from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.prefill import mosaic_tpu
 
-INTERPRET = pltpu.InterpretParams(
-    detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
-)
 OPTIONS = {"interpret": INTERPRET, "step": 128}
 SMALL = Tiles(q=128, k=32)
 
@@ -40,7 +36,7 @@ BESIDE = (127, 129), (255, 1), (256, 1), (500, 13), (554, 150)
 LISTED = (554, 150, 150, 4), (0, 1, 3, 3), (511, 2, 0, 0)
 
 
-class TestPrefill(Dense, Planned, AnySlice):
+class TestPrefill(Raceless, Dense, Planned, AnySlice):
     function = staticmethod(mosaic_tpu.prefill)
     options = OPTIONS
     cases = CASES
@@ -66,9 +62,6 @@ class TestPrefill(Dense, Planned, AnySlice):
     @classmethod
     def dense_options(cls, case):
         return {"tiles": Tiles(q=128 * case.num_heads // case.num_kv_heads, k=128)}
-
-    def done(self):
-        assert not interpret_pallas_call.races.races_found
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,7 @@ from types import MappingProxyType
 import jax
 import jax.numpy as jnp
 import pytest
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental.pallas import tpu as pltpu
+from support.mosaic_tpu_interpreter import INTERPRET, NOWHERE, Raceless
 from support.vote_cases import AnySlice, slices
 
 from pallas_kernels.dispatch.backend import Unsupported
@@ -14,12 +13,8 @@ from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.select import mosaic_tpu
 
-NOWHERE = 2**30
 PAGE, PAGES = 256, 3
 S = PAGE * PAGES
-INTERPRET = pltpu.InterpretParams(
-    detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
-)
 GEOMETRIES = {
     "one window": None,
     "tiles fit the chunk": ChunkGeometry(320, 64),
@@ -36,11 +31,11 @@ HEADS = (
 )
 
 
-class TestVote(AnySlice):
+class TestVote(Raceless, AnySlice):
     function = staticmethod(mosaic_tpu.vote)
     options = MappingProxyType({"interpret": INTERPRET, "tile": 128})
     shape = MappingProxyType({"K": 2, "page": PAGE, "pages": PAGES})
-    nowhere = NOWHERE  # to read a page that is not there is an error
+    nowhere = NOWHERE
     voting = (
         *(slices(name, geometry, *EDGES) for name, geometry in GEOMETRIES.items()),
         *(
@@ -56,9 +51,6 @@ class TestVote(AnySlice):
     )
     drawn = tuple(pytest.param([each], id=name) for name, each in GEOMETRIES.items())
     keys = S
-
-    def done(self):
-        assert not interpret_pallas_call.races.races_found
 
 
 def test_shapes_that_do_not_fit_the_registers_are_refused():

@@ -49,7 +49,7 @@ def test_loading_onto_a_mesh_holds_the_shards_and_a_part(checkpoints):
     slack = 768 << 20  # half of it is used; without returning what was freed, more than all
     assert whole >= 2 * 10**9 > largest + slack
     for directory in checkpoints:
-        placed, added = run("test_loading", "load", directory)
+        placed, added = run(load, directory)
         assert placed >= 2 * whole - (1 << 20)  # along `seq` everything is there twice
         assert added - placed <= largest + slack, directory
 
