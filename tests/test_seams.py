@@ -35,6 +35,12 @@ REFUSED = {
     "monkeypatch by path": "def test(monkeypatch):\n    monkeypatch.setattr('qwen_jax.a._b', 1)",
     "mock": "from unittest import mock\nmock.patch.object(engine, '_land', None)",
     "mock by path": "from unittest import mock\nmock.patch('convert.publish._exchange')",
+    "mock of several": "from unittest import mock\nmock.patch.multiple(engine, _land=None)",
+    "a method in its place": "class E(Engine):\n    def _land(self): pass",
+    "of a subclass of that": (
+        "class E(Engine): pass\nclass F(E):\n    def step(self):\n        self._events = []"
+    ),
+    "vars": "vars(engine)['_pages']",
     "getattr": "getattr(engine, '_runner')",
     "a child": "CODE = 'from convert import publish\\npublish._exchange = None'",
     "a child, formatted": "CODE = f'import convert.x\\nconvert.x._y({n})'",

@@ -459,19 +459,19 @@ class Engine:
         return tokens
 
     def _survey(self, tokens: tuple[int, ...], grid: Grid) -> Iterator[tuple[int, int, Survey]]:
-        for start, length, step in self._cuts(tokens):
+        for start, length, step in self.cuts(tokens):
             with self._unstopped():
                 surveyed = self.runner.survey(step, grid)
             yield start, length, surveyed
 
     def _plans(self, tokens: tuple[int, ...], layer: int, head: int):
-        for start, length, step in self._cuts(tokens):
+        for start, length, step in self.cuts(tokens):
             with self._unstopped():
                 _, report = self.runner.prefill_sparse(step)
                 listed = self.runner.sparse_plan(step, layer, head)
             yield start, length, listed, jax.device_get(report)
 
-    def _cuts(self, tokens: tuple[int, ...]) -> Iterator[tuple[int, int, PrefillStep]]:
+    def cuts(self, tokens: tuple[int, ...]) -> Iterator[tuple[int, int, PrefillStep]]:
         """Start, length and step of each slice of a text."""
         with self._borrowed(len(tokens)) as pages:
             start = 0

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from support.batches import (
     END,
+    FAULTY,
     MAX_LEN,
     SETTINGS,
     completion,
     engine,
     expected,
+    mixed,
     read,
     reader,
     requests,

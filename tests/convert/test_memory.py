@@ -1,11 +1,7 @@
 """Peak memory of conversion depends on a layer, not on the model."""
 
-import json
-
-import ml_dtypes
-import numpy as np
 import pytest
-from support.checkpoints import Tiny, write_shards
+from support.checkpoints import Tiny, write_large
 from support.children import peak_memory, run
 
 from convert import export, weights
@@ -21,16 +17,7 @@ SHARDS = 5
 def large(tmp_path_factory):
     """A checkpoint of some 430 MB in five files, and the bytes of the largest."""
     directory = tmp_path_factory.mktemp("large") / "hf"
-    Tiny(layers=1).write(directory)
-    (directory / "model.safetensors").unlink()
-    (directory / "config.json").write_text(json.dumps(MODEL.config()))
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 2**14, 40 << 20, np.uint16)  # finite bfloat16
-    tensors = {}
-    for number, (name, shape) in enumerate(MODEL.shapes().items()):
-        size = int(np.prod(shape))
-        tensors[name] = noise[number : number + size].view(ml_dtypes.bfloat16).reshape(shape)
-    write_shards(directory, tensors, SHARDS)
+    write_large(directory, MODEL, SHARDS)
     return directory
 
 

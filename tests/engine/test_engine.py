@@ -4,14 +4,13 @@ import functools
 import gc
 
 import jax
-import jaxtyping
 import numpy as np
 import pytest
 from support.engine_programs import jitted
-from support.random_models import weights
+from support.random_models import smallest, weights
 
 from pallas_kernels.geometry import ChunkGeometry
-from qwen_jax.config import ModelConfig, SparseConfig
+from qwen_jax.config import SparseConfig
 from qwen_jax.engine import inputs
 from qwen_jax.engine.engine import Engine, EngineConfig
 from qwen_jax.engine.model_runner import Programs
@@ -22,7 +21,7 @@ from qwen_jax.sparse.recall import Grid
 
 MAX_LEN, MAX_SEQS, PAGE, SLICES = 240, 4, 16, (32, 8)
 CHUNK_LEN = 32
-MODEL = ModelConfig(
+MODEL = smallest(
     num_layers=2,
     vocab_size=300,
     embed_dim=48,
@@ -30,8 +29,6 @@ MODEL = ModelConfig(
     num_heads=4,
     num_kv_heads=2,
     head_dim=16,
-    rope_theta=1e4,
-    norm_eps=1e-6,
     tie_embeddings=False,
     max_len=MAX_LEN,
     weights_dtype="float32",
@@ -255,14 +252,6 @@ def test_a_conversation_goes_on_without_reading_it_again():
     kept = (len(prompt) + len(answer) - 1) // PAGE * PAGE
     assert shared.num_prefilled - before == len(follow_up.prompt) - kept
     assert tuple(shared_answer) == alone(follow_up)
-
-
-@pytest.fixture
-def unchecked():
-    """Annotations unchecked: `lower` puts descriptions of arrays where arrays are asked for."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.mark.usefixtures("unchecked")

@@ -5,9 +5,9 @@ import dataclasses
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from support.checksum_engine import MAX_LEN, MODEL, ORIGINAL_LEN, alone, build
+from support.draws import machine
 from support.fake_runner import POISON, VOCAB
 
 from pallas_kernels.dispatch import backend
@@ -151,29 +151,10 @@ class ServingAfterALongPrefix(Serving):
     whole_slices = True
 
 
-TestServing = Serving.TestCase
-TestServing.settings = settings(
-    max_examples=60,
-    stateful_step_count=50,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-TestServingAfterAPrefix = ServingAfterAPrefix.TestCase
-TestServingAfterAPrefix.settings = settings(
-    max_examples=25,
-    stateful_step_count=50,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-TestServingAfterALongPrefix = ServingAfterALongPrefix.TestCase
-TestServingAfterALongPrefix.settings = TestServingAfterAPrefix.settings
-TestServingInParity = ServingInParity.TestCase
-TestServingInParity.settings = settings(
-    max_examples=30,
-    stateful_step_count=50,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+TestServing = machine(Serving, 60, 50)
+TestServingAfterAPrefix = machine(ServingAfterAPrefix, 25, 50)
+TestServingAfterALongPrefix = machine(ServingAfterALongPrefix, 25, 50)
+TestServingInParity = machine(ServingInParity, 30, 50)
 
 
 def test_a_shared_beginning_is_computed_once():
@@ -209,6 +190,19 @@ def test_a_prefix_from_outside_is_not_computed_again(length):
     assert engine.num_prefilled == len(requests) + length
     with pytest.raises(RequestError, match="holds restored tokens already"):
         engine.restore(prefix, ())
+
+
+def test_what_was_restored_can_be_forgotten():
+    engine = build(prefix_tokens=10)
+    for first in range(2):
+        prefix = (first,) * 10
+        restore(engine, prefix)
+        assert engine.restored == prefix
+        request = Request(prompt=(*prefix, 5), max_new_tokens=1)
+        assert engine.run([request]) == [alone(request, False, prefix)[0]]
+        engine.forget()
+        assert engine.restored == ()
+        assert engine.pages.used == 0
 
 
 def test_a_conversation_after_a_prefix_is_read_once():

@@ -1,15 +1,13 @@
 """The TPU kernel of prefill in the TPU interpreter, which finds races and bad reads."""
 
-import jax.numpy as jnp
 import pytest
 from support.mosaic_tpu_interpreter import INTERPRET, Raceless
 from support.prefill_cases import AnySlice, Dense, Planned, of
+from support.refusals import refused
 
 from pallas_kernels.cases import Case
-from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
-from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.prefill import mosaic_tpu
 
 OPTIONS = {"interpret": INTERPRET, "step": 128}
@@ -69,8 +67,5 @@ class TestPrefill(Raceless, Dense, Planned, AnySlice):
     [(Tiles(q=128, k=96), "96 keys"), (Tiles(q=128, k=128), "a TPU copies")],
 )
 def test_keys_that_are_not_whole_registers_are_refused(tiles, text):
-    queries = jnp.zeros((1, 8, 2, 16))
-    cache = jnp.zeros((1, 1, 3, 4, 16))
-    where = jnp.int32(0), jnp.arange(3), jnp.int32(0), jnp.int32(0)
-    with pytest.raises(Unsupported, match=text):
-        mosaic_tpu.prefill(queries, PagedKV(cache, cache), *where, geometry=None, tiles=tiles)
+    shape = {"rows": (8,), "head_dim": 16, "page": 4, "pages": 3}
+    refused(mosaic_tpu.prefill, text, **shape, queries="float32", keys="float32", tiles=tiles)

@@ -1,16 +1,14 @@
 """The vote for TPU in the TPU interpreter, which raises on stale memory and stray reads."""
 
+import functools
 from types import MappingProxyType
 
-import jax
-import jax.numpy as jnp
 import pytest
 from support.mosaic_tpu_interpreter import INTERPRET, NOWHERE, Raceless
+from support.refusals import refused
 from support.vote_cases import AnySlice, slices
 
-from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.geometry import ChunkGeometry
-from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.select import mosaic_tpu
 
 PAGE, PAGES = 256, 3
@@ -54,19 +52,8 @@ class TestVote(Raceless, AnySlice):
 
 
 def test_shapes_that_do_not_fit_the_registers_are_refused():
-    def refuse(*, page=PAGE, R=64, H=128, dtype="bfloat16", match):
-        queries = jax.ShapeDtypeStruct((1, R, 2, H), "bfloat16")
-        keys = jax.ShapeDtypeStruct((1, 1, 4, page, H), dtype)
-        table, scalar = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((3,), ()))
-        with pytest.raises(Unsupported, match=match):
-            jax.eval_shape(
-                lambda queries, keys, *rest: mosaic_tpu.vote(
-                    queries, PagedKV(keys, keys), *rest, geometry=None
-                ),
-                *(queries, keys, scalar, table, scalar, scalar),
-            )
-
-    refuse(H=64, match="head_dim=64 must be a multiple of 128")
-    refuse(page=64, match="page=64 must be a multiple of 128")
-    refuse(R=129, match="R=129 rows must be at most 128")
-    refuse(dtype="float32", match="queries are bfloat16, keys float32")
+    refuse = functools.partial(refused, mosaic_tpu.vote)
+    refuse("head_dim=64 must be a multiple of 128", head_dim=64, page=PAGE)
+    refuse("page=64 must be a multiple of 128", page=64)
+    refuse("R=129 rows must be at most 128", rows=(129,), page=PAGE)
+    refuse("queries are bfloat16, keys float32", keys="float32", page=PAGE)

@@ -7,27 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.geometry import ChunkGeometry
-from qwen_jax.config import ModelConfig
 from qwen_jax.engine import data_parallel
 from qwen_jax.engine.engine import Engine, EngineConfig
 from support.fake_runner import VOCAB, FakeRunner, following
+from support.random_models import smallest
 
 ORIGINAL_LEN = 24
 MAX_LEN = 48
-MODEL = ModelConfig(
-    num_layers=1,
-    vocab_size=VOCAB,
-    embed_dim=8,
-    mlp_dim=8,
-    num_heads=1,
-    num_kv_heads=1,
-    head_dim=8,
-    rope_theta=1e4,
-    norm_eps=1e-6,
-    tie_embeddings=True,
-    max_len=MAX_LEN,
-    dual_chunk=ChunkGeometry(20, 4),
-    original_len=ORIGINAL_LEN,
+MODEL = smallest(
+    vocab_size=VOCAB, max_len=MAX_LEN, dual_chunk=ChunkGeometry(20, 4), original_len=ORIGINAL_LEN
 )
 
 
