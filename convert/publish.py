@@ -270,7 +270,7 @@ class Staging:
     def _swap(self) -> None:
         if not self._occupied():
             os.rename(self.directory, self.output)
-        elif _exchange(self.directory, self.output):
+        elif exchange(self.directory, self.output):
             os.rename(self.directory, self.partial / "old")
         else:
             os.rename(self.output, self.partial / "old")
@@ -358,7 +358,7 @@ def errors(output: Path):
         raise CheckpointError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def exchange(one: Path, other: Path) -> bool:
     """Exchange two directories in one step; False if this system or file system cannot."""
     library = ctypes.CDLL(None, use_errno=True)
     if not hasattr(library, "renameat2"):

@@ -22,7 +22,7 @@ from qwen_jax.storage import atomic
 from qwen_jax.storage.manifest import CheckpointError, Manifest, Progress, counter, file_sums
 
 _FORMAT = "qwen-jax sums 1"
-_SETTLED_NS = 3_000_000_000  # the coarsest times of files that are in use have two seconds
+SETTLED_NS = 3_000_000_000  # the coarsest times of files that are in use have two seconds
 _READERS = 8  # threads
 _SMALL_BYTES = 1 << 20  # of a file that is read each time
 
@@ -149,7 +149,7 @@ def _read(path: Path, state: list[int]) -> dict[str, str] | None:
 def _write(path: Path, state: list[int], began: int, tensors: dict[str, str]) -> None:
     """Keep the sums of a file, if it had settled when it `began` to be read, in ns."""
     place = _place(path)
-    if place is not None and began - max(state[-2:]) > _SETTLED_NS:
+    if place is not None and began - max(state[-2:]) > SETTLED_NS:
         content = json.dumps({"format": _FORMAT, "state": state, "tensors": tensors})
         try:
             atomic.write(place, content)

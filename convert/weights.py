@@ -126,7 +126,7 @@ def convert(
                     "alone, with --num-processes 1"
                 )
             if not resume:
-                publish.Staging(output).check(overwrite=overwrite, check_ours=_check_ours)
+                publish.Staging(output).check(overwrite=overwrite, check_ours=check_ours)
             src = stack.enter_context(pickled.as_safetensors(src, output))
         checked = source.check(src)
         outline = checked.outline()
@@ -138,8 +138,8 @@ def convert(
                 overwrite=overwrite,
                 resume=resume,
                 same=lambda directory: _is_conversion(directory, checked, dtype, progress),
-                check_ours=_check_ours,
-                writes=_writes,
+                check_ours=check_ours,
+                writes=writes,
             )
 
         if multihost.broadcast_json(begin):
@@ -167,7 +167,7 @@ def _is_conversion(
     }
 
 
-def _check_ours(directory: Path) -> None:
+def check_ours(directory: Path) -> None:
     """Refuse a directory that holds what no conversion wrote.
 
     Raises:
@@ -177,7 +177,7 @@ def _check_ours(directory: Path) -> None:
     publish.check_written(directory, files, "manifest.json", by_name="params/")
 
 
-def _writes(name: str) -> bool:
+def writes(name: str) -> bool:
     """Whether a path in a checkpoint is of a file that a conversion writes."""
     folder, _, rest = name.partition("/")
     if folder == "params":

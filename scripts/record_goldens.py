@@ -13,14 +13,11 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "model"))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import demo_checkpoint  # noqa: E402
-import goldens  # noqa: E402
-import huggingface  # noqa: E402
-import random_models  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from support import demo_checkpoint, goldens, huggingface, random_models  # noqa: E402
 from transformers import Qwen2ForCausalLM  # noqa: E402
 
 

@@ -140,10 +140,10 @@ def schedules(mesh, function: Callable, *args) -> list[Schedule]:
         old.unlink()
     text = compiled(mesh, function, *args).text
     kernels = re.findall(r"%([\w.-]+) = [^\n]* custom_call_target=\"tpu_custom_call\"", text)
-    return [_schedule(dump, name) for name in dict.fromkeys(kernels)]
+    return [schedule_of(dump, name) for name in dict.fromkeys(kernels)]
 
 
-def _schedule(dump: Path, name: str) -> Schedule:
+def schedule_of(dump: Path, name: str) -> Schedule:
     (use,) = dump.glob(f"*-{name}-*final_hlo-static-per-bundle-utilization.txt")
     (bundles,) = dump.glob(f"*-{name}-*-final_bundles.txt")
     _, names, sizes, _, *lines = use.read_text().splitlines()

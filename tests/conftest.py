@@ -1,14 +1,9 @@
 """Settings that every test shares; set before jax is imported anywhere."""
 
 import os
-import sys
 import tempfile
-from pathlib import Path
 
-for folder in ". kernels model engine convert eval text cli jobs mesh batch ../scripts".split():
-    sys.path.insert(0, str(Path(__file__).parent / folder))
-
-import tpu_compile  # noqa: E402
+import tpu_compile
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 # Warpgroups of the Mosaic GPU interpreter wait in XLA's threads: with two, none is left to go on.

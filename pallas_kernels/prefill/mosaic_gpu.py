@@ -107,7 +107,7 @@ def prefill(
     extra = []
     first = jnp.arange(num_tiles, dtype=jnp.int32)[:, None] * tile
     first = first + jnp.arange(0, padded, TILE, dtype=jnp.int32)
-    items = _items(first, tile, group, start, length, width, geometry, shard, plan, heads)
+    items = item_table(first, tile, group, start, length, width, geometry, shard, plan, heads)
     if plan is not None:
         packed = pack(plan, cache, layer, page_table, end, width=width, shard=shard)
         steps = packed.local.shape[1] // width
@@ -200,7 +200,7 @@ def _tails(cache: PagedKV, layer, page_table, end, step, width: int):
     ]
 
 
-def _items(first, tile, group, start, length, width, geometry, shard, plan, heads):
+def item_table(first, tile, group, start, length, width, geometry, shard, plan, heads):
     """The table [items, columns] of `mosaic_gpu_block`, the longest items first.
 
     Args:

@@ -153,13 +153,20 @@ def main(arguments: list[str] | None = None) -> int:
     return multihost.leave(code)
 
 
+def application() -> typer.Typer:
+    """The command line, whose verbs are imported when they are asked for."""
+    app = typer.Typer(name="qwen-jax", cls=_Verbs, **command.PLAIN)
+    app.callback(help=command.teach(_root))(_root)
+    return app
+
+
 def _run(arguments: list[str]) -> int:
     verbosity.set_level(verbosity.Level.SHORT)
     devices.quiet_libtpu()
-    app = typer.Typer(name="qwen-jax", cls=_Verbs, **command.PLAIN)
-    app.callback(help=command.teach(_root))(_root)
     try:
-        return app(arguments or ["--help"], prog_name="qwen-jax", standalone_mode=False) or 0
+        return (
+            application()(arguments or ["--help"], prog_name="qwen-jax", standalone_mode=False) or 0
+        )
     except command.UsageError as error:
         return _usage(error)
     except _FAULTS as error:

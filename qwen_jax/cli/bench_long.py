@@ -193,7 +193,7 @@ def _runs(engine, opened: Model, tokens: int, new_tokens: int, repeats: int) -> 
             raise KeyboardInterrupt
         return done
 
-    run(_warm_up(tokens, engine.slices[0], opened), min(new_tokens, 2))
+    run(warm_up_tokens(tokens, engine.slices[0], opened), min(new_tokens, 2))
     runs: list[Answer] = []
     while len(runs) < repeats:
         before = engine.num_compilations
@@ -215,7 +215,7 @@ def _decode_s(runs: list[Answer]) -> float:
     return 1 / statistics.median(each.timings.decode_tokens_per_s for each in runs)
 
 
-def _warm_up(tokens: int, largest: int, opened: Model) -> int:
+def warm_up_tokens(tokens: int, largest: int, opened: Model) -> int:
     """A prompt that is prefilled as one of `tokens` is, with the same rest after whole slices."""
     least = 2 * largest
     if opened.sparse is not None and tokens > opened.sparse.threshold:

@@ -92,7 +92,7 @@ def calibrate(
     kept = out.with_suffix(".progress")
     if kept in (out, report):
         raise ConfigError(f"{kept} is where texts are kept on the way: name another file")
-    _check_ours(out, report)
+    check_ours(out, report)
     vertical, slash = calibration.budgets_up_to(sizes[-1])
     voters = last_q(opened.directory)
     tiles = tiles_on(jax.default_backend())
@@ -112,7 +112,7 @@ def calibrate(
     )
     content = json.dumps(calibration.file_content(budgets)) + "\n"
     figures["budgets_sha256"] = hashlib.sha256(content.encode()).hexdigest()
-    _check_ours(out, report)
+    check_ours(out, report)
     if out.exists():  # so that these are known as ours until the others are in their place
         figures["replaced_budgets_sha256"] = _sha256(out)
     atomic.write(report, json.dumps(figures) + "\n")
@@ -215,7 +215,7 @@ def _print(budgets: calibration.Budgets, speedup: dict[str, float] | None = None
         )
 
 
-def _check_ours(out: Path, report: Path) -> None:
+def check_ours(out: Path, report: Path) -> None:
     """Refuses to replace what no calibration wrote."""
     found = {}
     if os.path.lexists(report):

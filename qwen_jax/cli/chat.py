@@ -28,7 +28,7 @@ from qwen_jax.llm.documents import Document, DocumentError
 from qwen_jax.llm.llm import DEFAULT_LEN, LLM, Session
 from qwen_jax.text.tokenizer import Stream, TokenizerError
 
-_HISTORY_BYTES = _LINE_CHARS = 1 << 26
+_HISTORY_BYTES = LINE_CHARS = 1 << 26
 
 _HELP = """\
 /file PATH            put a text file or directory before your next message
@@ -194,9 +194,9 @@ def _piped() -> Iterator[str]:
     """
     if isinstance(sys.stdin, io.TextIOWrapper):  # what is not UTF-8 is refused as a message
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-    while line := sys.stdin.readline(_LINE_CHARS):
-        if len(line) == _LINE_CHARS:
-            raise ConfigError(f"a line of standard input has over {_LINE_CHARS:,} characters")
+    while line := sys.stdin.readline(LINE_CHARS):
+        if len(line) == LINE_CHARS:
+            raise ConfigError(f"a line of standard input has over {LINE_CHARS:,} characters")
         yield line
 
 

@@ -37,7 +37,7 @@ REPEATS = 5
 _BYTES = 16 << 20
 # Rows of a matrix and bytes of a copy, large enough for the device to be busy.
 _MATRIX = {"cpu": 1024}, 8192
-_COPY = {"cpu": 1 << 25}, 1 << 30
+COPIED_BYTES = {"cpu": 1 << 25}, 1 << 30
 _PATH = re.compile(r"""(?<![/:\w])~?(?:/[^\s/'":,;()<>]+)*/(?=[^\s/])""")
 
 
@@ -71,7 +71,7 @@ def show(
     if report is not None:
         _check_report(report)
     device = devices.found()[0]
-    shape, served = _shapes(device, model, config)
+    shape, served = shapes(device, model, config)
     choices = _choices(device, shape, names)
     say = (lambda *text: None) if json_output else functools.partial(print, flush=True)
     say(_headline(shape, device))
@@ -144,7 +144,7 @@ def _check_report(path: Path) -> None:
         )
 
 
-def _shapes(device: Any, model: Path | None, config: str | None) -> tuple[Shape, dict[str, Served]]:
+def shapes(device: Any, model: Path | None, config: str | None) -> tuple[Shape, dict[str, Served]]:
     """What is compared, and what is timed."""
     slow = device.platform == "cpu"
     if model is None and config is None:
@@ -202,7 +202,7 @@ def _keep(shape: Shape, chosen: dict[str, str], results: list[Result], device: A
 
 def ceilings(platform: str) -> dict[str, float | None]:
     """What products of matrices and a copy reach here: medians of a few; None if out of memory."""
-    n, size = (few.get(platform, many) for few, many in (_MATRIX, _COPY))
+    n, size = (few.get(platform, many) for few, many in (_MATRIX, COPIED_BYTES))
     product = jax.jit(functools.partial(jnp.dot, precision="highest"))
     limits = {}
     for dtype in ("bfloat16", "float32"):

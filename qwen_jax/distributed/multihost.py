@@ -209,7 +209,7 @@ def start(
     _job = _Job(place=place, heartbeat=heartbeat, timeout=timeout)
     _redirect()
     if verbosity.get() is not verbosity.Level.NONE:
-        _say(f"process {place.process} of {place.count}, {_where(place)}")
+        write_stderr(f"process {place.process} of {place.count}, {_where(place)}")
     try:
         found = dict(facts())
     except Exception as error:
@@ -472,7 +472,7 @@ def _connect(job: _Job, devices: bool) -> None:
     if _is_loopback(place.coordinator):
         _collectives_on_loopback()
     _on_abort(job)
-    _pass_proxies(split_address(place.coordinator)[0])
+    pass_proxies(split_address(place.coordinator)[0])
     state = distributed.global_state if devices else distributed.State()
     if not devices:
         jax.config.update("jax_platforms", "cpu")
@@ -560,7 +560,7 @@ def _bound_registration(timeout: int) -> None:
     _jax.get_distributed_runtime_service = functools.partial(make, cluster_register_timeout=timeout)
 
 
-def _pass_proxies(host: str) -> None:
+def pass_proxies(host: str) -> None:
     """Has gRPC connect to a host directly, whatever proxies the environment names for HTTP.
 
     It tunnels through `grpc_proxy`, `https_proxy` and `http_proxy`, which lead out of a cluster,
@@ -606,7 +606,7 @@ def _on_abort(job: _Job) -> None:
             text, code = job.fault or _unregistered(job, words), 2
         elif not job.place.process or "JAX distributed service" not in words:
             say_native()
-        _say(f"error: {text}")
+        write_stderr(f"error: {text}")
         _exit(job, code)
 
     handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(say)
@@ -675,7 +675,7 @@ def _call_roll(job: _Job) -> None:
         gone = [process for process in everybody if process not in living]
         dead = [process for process in gone if not _has_left(job, process)]
         if dead and job.claim():
-            _say(
+            write_stderr(
                 f"error: {_processes(dead)} of {job.place.count} did not answer for "
                 f"{job.heartbeat} s: killed, stopped or cut off; all end"
             )
@@ -700,7 +700,9 @@ def _hear_last_words(job: _Job) -> None:
     except Exception:  # as in `_call_roll`
         return
     if words["process"] != job.place.process and job.claim():
-        _say(f"error: process {words['process']} of {job.place.count} ended: {words['text']}")
+        write_stderr(
+            f"error: process {words['process']} of {job.place.count} ended: {words['text']}"
+        )
         _exit(job, words["code"])
 
 
@@ -713,5 +715,6 @@ def _exit(job: _Job, code: int) -> None:
     os._exit(code)
 
 
-def _say(text: str) -> None:
+def write_stderr(text: str) -> None:
+    """Write a line to the standard error that the process began with."""
     os.write(_stderr, f"{reading.shown(text)}\n".encode(errors="replace"))

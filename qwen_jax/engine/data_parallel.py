@@ -22,6 +22,7 @@ from jaxtyping import Float32
 from qwen_jax.config import ConfigError, ModelConfig
 from qwen_jax.engine import interrupts
 from qwen_jax.engine.engine import Engine, EngineConfig, Piece, Runs
+from qwen_jax.engine.model_runner import Runner
 from qwen_jax.engine.observer import Observer, Step
 from qwen_jax.engine.request import Event, Request, Sparseness
 
@@ -93,18 +94,34 @@ class Replicas(Runs):
         model: the configuration that the weights belong to.
         weights: parameter tree on the mesh; replicas use the arrays that lie there.
         config: of each replica.
+        make_runner: of each replica, as in `Engine`.
 
     Raises:
         ConfigError: if the weights lie on no mesh, or the configuration asks for what the
             model or device cannot do.
     """
 
-    def __init__(self, model: ModelConfig, weights, config: EngineConfig):
-        self._replicas = [_Replica(Engine(model, part, config)) for part in split(weights)]
+    def __init__(
+        self,
+        model: ModelConfig,
+        weights,
+        config: EngineConfig,
+        *,
+        make_runner: Callable[..., Runner] | None = None,
+    ):
+        self._replicas = [
+            _Replica(Engine(model, part, config, make_runner=make_runner))
+            for part in split(weights)
+        ]
         self._pool = ThreadPoolExecutor(len(self._replicas))
         self._work: dict[int, _Work] = {}
         self._num_requests = 0
         self._events: list[Event] = []  # that nobody has yet
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """The engine of each replica."""
+        return tuple(each.engine for each in self._replicas)
 
     @property
     def busy(self) -> bool:
@@ -295,15 +312,24 @@ def _between_steps(replica: _Replica, blocks: Generator[Any]) -> Iterator[Any]:
         blocks.close()
 
 
-def build(model: ModelConfig, weights, config: EngineConfig) -> Engine | Replicas:
+def build(
+    model: ModelConfig,
+    weights,
+    config: EngineConfig,
+    *,
+    make_runner: Callable[..., Runner] | None = None,
+) -> Engine | Replicas:
     """What serves requests where the weights lie: replicas on a mesh with `data`, else an engine.
+
+    Args:
+        make_runner: as in `Engine`.
 
     Raises:
         ConfigError: if the configuration asks for what the model or device cannot do.
     """
     mesh = _mesh(weights)
     many = mesh is not None and mesh.shape["data"] > 1
-    return (Replicas if many else Engine)(model, weights, config)
+    return (Replicas if many else Engine)(model, weights, config, make_runner=make_runner)
 
 
 def split(weights) -> list[Any]:

@@ -100,15 +100,26 @@ class Engine(Runs):
     Args:
         model: the configuration that the weights belong to.
         weights: parameter tree on the device, nested dicts as in `params.abstract`.
+        make_runner: makes what runs the model, from the arguments of `Runner`.
 
     Attributes:
+        layout: sizes of pages, slices and cache.
+        pages: of the cache: how many there are, are used and are free.
+        runner: the compiled steps and the cache.
         num_prefilled: prompt tokens computed so far; shared pages do not count.
 
     Raises:
         ConfigError: if the configuration asks for what the model or device cannot do.
     """
 
-    def __init__(self, model: ModelConfig, weights, config: EngineConfig):
+    def __init__(
+        self,
+        model: ModelConfig,
+        weights,
+        config: EngineConfig,
+        *,
+        make_runner: Callable[..., Runner] | None = None,
+    ):
         self._model = model
         self._config = config
         self._mesh = _mesh_of(weights)
@@ -127,14 +138,14 @@ class Engine(Runs):
             "head_dim": model.head_dim,
             "dtype": dtype,
         }
-        self._layout = layout
+        self.layout = layout
         self._page, self._table_len = layout.page, layout.table_len
-        self._pages = Pages(layout.num_pages)
+        self.pages = Pages(layout.num_pages)
         # A function of its own: a method would tie engine and scheduler into a circle, and with
         # it the cache's memory to the garbage collector.
         self._scales = functools.partial(_scales, model, config.vllm_parity)
         self._scheduler = Scheduler(
-            self._pages,
+            self.pages,
             layout=layout,
             max_seqs=config.max_seqs,
             dense_tail=config.dense_tail,
@@ -145,7 +156,7 @@ class Engine(Runs):
         if config.sparse is not None:
             with own_settings():
                 budgets = layout.budgets(config.sparse, least_recall=config.least_recall)
-        self._runner = Runner(
+        self.runner = (make_runner or Runner)(
             model,
             weights,
             mesh=self._mesh,
@@ -175,7 +186,22 @@ class Engine(Runs):
     @property
     def slices(self) -> tuple[int, ...]:
         """Lengths that prefill is compiled for, largest first."""
-        return self._layout.slices
+        return self.layout.slices
+
+    @property
+    def restored(self) -> tuple[int, ...]:
+        """Tokens that `restore` put into the cache; () for none."""
+        return () if self._prefix is None else self._prefix.tokens
+
+    @property
+    def request_ids(self) -> tuple[int, ...]:
+        """Requests that have not ended, in the order in which they came."""
+        return tuple(self._sequences)
+
+    @property
+    def free_rows(self) -> tuple[int, ...]:
+        """Rows of the decode step that no request has, ascending."""
+        return tuple(sorted(self._scheduler.free_rows))
 
     @property
     def max_seqs(self) -> int:
@@ -195,24 +221,24 @@ class Engine(Runs):
     @property
     def num_compilations(self) -> int:
         """Programs compiled so far: no more than the slices and a few, whatever is asked."""
-        return self._runner.num_compilations
+        return self.runner.num_compilations
 
     def summary(self) -> str:
         """One short line: devices, kernels and dtype; why better kernels are not used."""
         kernels = self._backend.prefill if len(set(self._backend)) == 1 else self._backend
         return (
             f"{self._device.device_kind}, {self._devices()}; {kernels} kernels{self._why_not()}; "
-            f"{self._runner.cache_dtype}"
+            f"{self.runner.cache_dtype}"
         )
 
     def describe(self) -> str:
         """One line on what runs where and how."""
-        slices = "/".join(map(str, self._layout.slices))
+        slices = "/".join(map(str, self.layout.slices))
         return (
             f"{self._device.platform} ({self._device.device_kind}), {self._devices()}; "
             f"{self._backend}{self._why_not()}; "
-            f"weights and cache {self._runner.cache_dtype}; "
-            f"{self._pages.total} pages of {self._page} tokens; slices {slices}; "
+            f"weights and cache {self.runner.cache_dtype}; "
+            f"{self.pages.total} pages of {self._page} tokens; slices {slices}; "
             f"up to {self._config.max_seqs} x {self._config.max_len} tokens"
         )
 
@@ -315,11 +341,20 @@ class Engine(Runs):
                 shape = self.window(length)
                 with self._unstopped():
                     # No name keeps a piece on the device while the next one is loaded.
-                    self._runner.insert_kv(piece.load(shape), table, piece.start, length)
+                    self.runner.insert_kv(piece.load(shape), table, piece.start, length)
             with self._unstopped(), self._all_or_nothing():
                 for page in pages:
-                    self._pages.share(page)
+                    self.pages.share(page)
                 self._prefix = Prefix(tokens=tokens, pages=tuple(pages), sparse=sparse)
+
+    def forget(self) -> None:
+        """Let go of what `restore` put into the cache, so that other tokens can be restored."""
+        self._check_alive()
+        if self._prefix is not None:
+            with self._unstopped(), self._all_or_nothing():
+                self.pages.give(self._prefix.pages)
+                self._prefix = None
+                self._scheduler.freed()
 
     def take(self, request_id: int, start: int, stop: int) -> Window:
         """Keys and values of the prompt tokens from `start` to `stop`, for `restore`.
@@ -336,11 +371,11 @@ class Engine(Runs):
             raise RequestError(f"request {request_id} holds {filled} tokens, not {start}:{stop}")
         size = self.window(stop - start).shape[1]
         table = inputs.table(sequence.pages, self._table_len)
-        return self._runner.extract_kv(table, start, size)
+        return self.runner.extract_kv(table, start, size)
 
     def window(self, tokens: int) -> jax.ShapeDtypeStruct:
         """Shape [layers, tokens, kv_heads, head_dim], dtype and placement of what `take` gives."""
-        return self._runner.window(-(-tokens // WINDOW_UNIT) * WINDOW_UNIT)
+        return self.runner.window(-(-tokens // WINDOW_UNIT) * WINDOW_UNIT)
 
     def score(
         self, tokens: Iterable[int], *, last: int | None = None
@@ -433,31 +468,31 @@ class Engine(Runs):
         return tokens
 
     def _survey(self, tokens: tuple[int, ...], grid: Grid) -> Iterator[tuple[int, int, Survey]]:
-        for start, length, step in self._cuts(tokens):
+        for start, length, step in self.cuts(tokens):
             with self._unstopped():
-                surveyed = self._runner.survey(step, grid)
+                surveyed = self.runner.survey(step, grid)
             yield start, length, surveyed
 
     def _plans(self, tokens: tuple[int, ...], layer: int, head: int):
-        for start, length, step in self._cuts(tokens):
+        for start, length, step in self.cuts(tokens):
             with self._unstopped():
-                _, report = self._runner.prefill_sparse(step)
-                listed = self._runner.sparse_plan(step, layer, head)
+                _, report = self.runner.prefill_sparse(step)
+                listed = self.runner.sparse_plan(step, layer, head)
             yield start, length, listed, jax.device_get(report)
 
-    def _cuts(self, tokens: tuple[int, ...]) -> Iterator[tuple[int, int, PrefillStep]]:
+    def cuts(self, tokens: tuple[int, ...]) -> Iterator[tuple[int, int, PrefillStep]]:
         """Start, length and step of each slice of a text."""
         with self._borrowed(len(tokens)) as pages:
             start = 0
             while start < len(tokens):
-                length, size = self._layout.slice_bounds(start, len(tokens))
+                length, size = self.layout.slice_bounds(start, len(tokens))
                 yield start, length, self._step_of(tokens, start, length, size, pages)
                 start += length
 
     def _score(self, tokens: tuple[int, ...], first: int) -> Iterator[np.ndarray]:
         row_bytes = 4 * self._model.vocab_size
-        small = tuple(size for size in self._layout.slices if size * row_bytes <= _SCORE_BYTES)
-        small = small or self._layout.slices[-1:]
+        small = tuple(size for size in self.layout.slices if size * row_bytes <= _SCORE_BYTES)
+        small = small or self.layout.slices[-1:]
         sparsely = self._is_sparse(tokens)
         with self._borrowed(len(tokens)) as pages:
             start = 0
@@ -466,7 +501,7 @@ class Engine(Runs):
                 length, size, is_sparse = self._scheduler.cut(start, len(tokens), sparsely=sparsely)
                 is_scored = start + length > first
                 if is_scored and not is_sparse:
-                    length, size = self._layout.slice_bounds(start, len(tokens), small)
+                    length, size = self.layout.slice_bounds(start, len(tokens), small)
                     is_scored = start + length > first
                 step = self._step_of(tokens, start, length, size, pages)
                 kind = "score" if is_scored else "prefill_sparse" if is_sparse else "prefill"
@@ -484,8 +519,8 @@ class Engine(Runs):
     ) -> Iterable[np.ndarray]:
         """Logits of the tokens of a slice from `first` on; of one that has none it is only read."""
         if first < int(step.length):
-            return [self._runner.score(step)[first:]]
-        logits = self._runner.prefill(step)
+            return [self.runner.score(step)[first:]]
+        logits = self.runner.prefill(step)
         if seen is not None:  # the device may still be at it
             jax.block_until_ready(logits)
         return ()
@@ -496,13 +531,13 @@ class Engine(Runs):
         """The same of a sparse slice, so many rows at a time, while they are taken."""
         length = int(step.length)
         if first < length:
-            hidden, report = self._runner.score_sparse(step)
+            hidden, report = self.runner.score_sparse(step)
             blocks = (
-                self._runner.logits(hidden, row, rows)[: length - row]
+                self.runner.logits(hidden, row, rows)[: length - row]
                 for row in range(first, length, rows)
             )
         else:
-            _, report = self._runner.prefill_sparse(step)
+            _, report = self.runner.prefill_sparse(step)
             blocks = ()
         if seen is not None:
             seen.density, seen.recall = (float(each.mean()) for each in jax.device_get(report))
@@ -512,19 +547,19 @@ class Engine(Runs):
     def _borrowed(self, length: int) -> Iterator[list[int]]:
         """Pages for a text beside the requests."""
         count = -(-length // self._page)
-        if count > self._pages.free:
+        if count > self.pages.free:
             raise RequestError(
-                f"{length} tokens need {count} cache pages, {self._pages.free} are free: "
+                f"{length} tokens need {count} cache pages, {self.pages.free} are free: "
                 "wait for other requests to end"
             )
         pages: list[int] = []
         try:
             with self._unstopped(), self._all_or_nothing():
-                pages += self._pages.take(count)
+                pages += self.pages.take(count)
             yield pages
         finally:
             with self._unstopped(), self._all_or_nothing():
-                self._pages.give(pages)
+                self.pages.give(pages)
                 self._scheduler.freed()
 
     def _step_of(self, tokens, start: int, length: int, size: int, pages) -> PrefillStep:
@@ -538,7 +573,7 @@ class Engine(Runs):
         )
 
     def _check_length(self, what: str, length: int, prefix: Prefix | None = None) -> None:
-        pages = self._pages.total
+        pages = self.pages.total
         if self._prefix is not None:
             pages -= len(self._prefix.pages)
         if prefix is not None:
@@ -547,7 +582,7 @@ class Engine(Runs):
         if length > room:
             raise RequestError(
                 f"{what} do not fit: the engine holds {room} "
-                f"(max_len={self._config.max_len}, {self._pages.total} pages of {self._page})"
+                f"(max_len={self._config.max_len}, {self.pages.total} pages of {self._page})"
             )
 
     @contextlib.contextmanager
@@ -565,14 +600,14 @@ class Engine(Runs):
             start=max((sequence.filled for sequence in sequences), default=start),
             tokens=tokens,
             size=size,
-            pages=self._pages.used,
+            pages=self.pages.used,
         )
         with self._observer(step):
             yield step
             step.compiled = self.num_compilations - before
 
     def _check_alive(self) -> None:
-        if self._is_dead or not self._runner.is_whole:
+        if self._is_dead or not self.runner.is_whole:
             raise EngineError(_DEAD)
 
     @contextlib.contextmanager
@@ -582,7 +617,7 @@ class Engine(Runs):
             with interrupts.deferred():
                 yield
         except BaseException:
-            self._is_dead |= not self._runner.is_whole
+            self._is_dead |= not self.runner.is_whole
             raise
 
     @contextlib.contextmanager
@@ -610,9 +645,9 @@ class Engine(Runs):
         sequence = piece.sequence
         sampling = sequence.request.sampling if piece.is_last else _GREEDY
         if sampling.repetition_penalty != 1:
-            self._runner.set_seen_tokens(sequence.row, sequence.request.prompt)
+            self.runner.set_seen_tokens(sequence.row, sequence.request.prompt)
         if piece.copied is not None:
-            self._runner.copy_page(piece.copied, sequence.pages[piece.start // self._page])
+            self.runner.copy_page(piece.copied, sequence.pages[piece.start // self._page])
         stop = piece.start + piece.length
         step = inputs.prefill(
             sequence.span(piece.start, stop),
@@ -624,19 +659,19 @@ class Engine(Runs):
         )
         density = recall = np.ones(())
         if piece.is_sparse:
-            logits, report = self._runner.prefill_sparse(step)
+            logits, report = self.runner.prefill_sparse(step)
             density, recall = jax.device_get(report)
             if seen is not None:
                 seen.density, seen.recall = float(density.mean()), float(recall.mean())
         else:
-            logits = self._runner.prefill(step)
+            logits = self.runner.prefill(step)
         # After every slice, to wait for it and to see at once when numbers go wrong.
         choice = inputs.sample_step(sampling, row=sequence.row, position=stop)
         found = None
         if piece.is_last and sequence.request.logprobs is not None:
-            token, found = self._runner.sample_logprobs(logits, choice)
+            token, found = self.runner.sample_logprobs(logits, choice)
         else:
-            token = self._runner.sample(logits, choice)
+            token = self.runner.sample(logits, choice)
         with self._all_or_nothing():
             if sequence.sparse is not None:
                 sequence.sparse = sequence.sparse.plus(piece.start, piece.length, density, recall)
@@ -660,16 +695,16 @@ class Engine(Runs):
         ids = tuple(sequence.id for sequence in sequences)
         if self._slots is None or self._slots[0] != ids:
             slots = inputs.decode_slots(sequences, max_seqs=max_seqs, table_len=self._table_len)
-            self._slots = ids, self._runner.place(slots)
+            self._slots = ids, self.runner.place(slots)
         _, slots = self._slots
         step = inputs.decode(
             sequences, max_seqs=max_seqs, page_table=slots.page_table, scales=self._scales
         )
         found = None
         if any(sequence.request.logprobs is not None for sequence in sequences):
-            new, found = self._runner.decode_logprobs(slots.sampling, step)
+            new, found = self.runner.decode_logprobs(slots.sampling, step)
         else:
-            new = self._runner.decode(slots.sampling, step)
+            new = self.runner.decode(slots.sampling, step)
         with self._all_or_nothing():
             for sequence in sequences:
                 token = int(new[sequence.row])

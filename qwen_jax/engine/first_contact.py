@@ -34,8 +34,9 @@ PACKAGES = (
 _FLAGS = "XLA_FLAGS", "LIBTPU_INIT_ARGS"
 _DRIVER = Path("/proc/driver/nvidia/version")
 _FORMAT = "qwen-jax checked kernels 1"
-_BYTES = 1 << 20
-_agreed: set[str] = set()  # in this process, for where nothing can be kept
+MAX_BYTES = 1 << 20
+agreed_here: set[str] = set()
+"""Names of what agreed in this process, for where nothing can be kept."""
 
 
 def ensure(
@@ -136,13 +137,13 @@ def versions(device: Any) -> dict[str, str | None]:
 
 def known(key: dict[str, Any]) -> bool:
     """Whether what a key stands for agreed before, in this process or by a whole file of it."""
-    if _name(key) in _agreed:
+    if _name(key) in agreed_here:
         return True
     directory = user_cache.directory("kernels")
     if directory is None:
         return False
     try:
-        content = reading.read_bytes(directory / _name(key), limit=_BYTES)
+        content = reading.read_bytes(directory / _name(key), limit=MAX_BYTES)
         return content == _sealed(key, reading.parse_json(content)["results"])
     except (ValueError, TypeError, KeyError):  # missing or damaged: compared again
         return False
@@ -154,7 +155,7 @@ def keep(key: dict[str, Any], results: Iterable[Result]) -> None:
     directory = user_cache.directory("kernels")
     path = None if directory is None else directory / _name(key)
     agreed = all(row["verdict"] == "agrees" for row in rows)
-    (_agreed.add if agreed else _agreed.discard)(_name(key))
+    (agreed_here.add if agreed else agreed_here.discard)(_name(key))
     if path is not None:
         with contextlib.suppress(OSError):  # what cannot be kept is compared again
             atomic.write(path, _sealed(key, rows)) if agreed else path.unlink(missing_ok=True)

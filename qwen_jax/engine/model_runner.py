@@ -46,6 +46,10 @@ class Runner:
         budgets: of sparse prefill; None where there is none.
         skip_attention: leave it out, selection aside.
 
+    Attributes:
+        programs: the compiled steps.
+        weights, rotary, cache, seen, budgets: arrays that the steps are given, in their order.
+
     Raises:
         ValueError: if the weights are not those of this configuration.
     """
@@ -68,15 +72,15 @@ class Runner:
         dtype = jax.tree.leaves(weights)[0].dtype
         # As a plain list, which costs less to hand over at every step than a module's state.
         tensor = mesh.shape["tensor"] if mesh is not None else 1
-        self._weights, structure = flatten(
+        self.weights, structure = flatten(
             sharding.padded(config, tensor), weights, dtype, skip_attention=skip_attention
         )
         whole, of_cache, platform = _placements(weights, mesh)
-        self._whole, self._mesh = whole, mesh
+        self._whole, self.mesh = whole, mesh
         empty = functools.partial(kv_cache.init, config, num_pages, page, dtype)
         with own_settings():
             # Where steps return them, or the second step of each kind would be compiled anew.
-            self._rotary, self._seen, self._budgets = sharding.put(
+            self.rotary, self.seen, self.budgets = sharding.put(
                 (
                     rope.table(config, table_len * page),
                     jnp.zeros((max_seqs, config.vocab_size), bool),
@@ -84,10 +88,10 @@ class Runner:
                 ),
                 whole,
             )
-            self._cache = jax.jit(empty, out_shardings=of_cache)()
+            self.cache = jax.jit(empty, out_shardings=of_cache)()
         self._steps = Steps(structure, vocab_limit, backend)
         made = programs(self._steps, whole, of_cache, platform)
-        self._programs = Programs(*(_on(mesh, program) for program in made))
+        self.programs = Programs(*(_on(mesh, program) for program in made))
 
     @property
     def num_compilations(self) -> int:
@@ -97,7 +101,7 @@ class Runner:
     @property
     def is_whole(self) -> bool:
         """Whether all that steps overwrite is there: not if one failed, or was stopped, midway."""
-        state = self._cache, self._seen
+        state = self.cache, self.seen
         if any(array.is_deleted() for array in jax.tree.leaves(state)):
             return False
         try:
@@ -108,7 +112,7 @@ class Runner:
 
     @property
     def cache_dtype(self) -> np.dtype:
-        return self._cache.keys.dtype
+        return self.cache.keys.dtype
 
     @property
     def cache_bytes(self) -> int:
@@ -117,50 +121,50 @@ class Runner:
 
     def prefill(self, step: PrefillStep) -> Float32[Array, " V"]:
         """Fill the cache with a slice; returns the logits of its last token, on the device."""
-        logits, self._cache = self._programs.prefill(self._weights, self._rotary, self._cache, step)
+        logits, self.cache = self.programs.prefill(self.weights, self.rotary, self.cache, step)
         return logits
 
     def prefill_sparse(self, step: PrefillStep) -> tuple[Float32[Array, " V"], Report]:
         """As `prefill`, by the budgets; also says how, on the device."""
-        logits, self._cache, report = self._programs.prefill_sparse(
-            self._weights, self._rotary, self._cache, step, self._budgets
+        logits, self.cache, report = self.programs.prefill_sparse(
+            self.weights, self.rotary, self.cache, step, self.budgets
         )
         return logits, report
 
     def sparse_plan(self, step: PrefillStep, layer: int, head: int) -> SparsePlan:
         """How `prefill_sparse` reads a slice in one layer and head, on the device."""
-        listed, self._cache = self._programs.sparse_plan(
-            self._weights, self._rotary, self._cache, step, self._budgets, layer=layer
+        listed, self.cache = self.programs.sparse_plan(
+            self.weights, self.rotary, self.cache, step, self.budgets, layer=layer
         )
         return jax.tree.map(lambda array: array[head : head + 1], listed)
 
     def survey(self, step: PrefillStep, grid: Grid) -> Survey:
         """Fill the cache with a slice, densely; returns what budgets would find of it."""
-        self._cache, surveyed = self._programs.survey(
-            self._weights, self._rotary, self._cache, step, grid=grid
+        self.cache, surveyed = self.programs.survey(
+            self.weights, self.rotary, self.cache, step, grid=grid
         )
         return jax.device_get(surveyed)
 
     def sample(self, logits: Float32[Array, " V"], choice: SampleStep) -> int:
         """A token by what `prefill` returned, -1 if that is not finite."""
-        return int(jax.device_get(self._programs.sample(logits, self._seen, choice)))
+        return int(jax.device_get(self.programs.sample(logits, self.seen, choice)))
 
     def sample_logprobs(
         self, logits: Float32[Array, " V"], choice: SampleStep
     ) -> tuple[int, Logprobs]:
         """As `sample`, with the log-probabilities of one row."""
-        token, found = jax.device_get(self._programs.sample_logprobs(logits, self._seen, choice))
+        token, found = jax.device_get(self.programs.sample_logprobs(logits, self.seen, choice))
         return int(token), found
 
     def score(self, step: PrefillStep) -> Float32[np.ndarray, "T V"]:
         """Fill the cache with a slice; returns the logits of each of its tokens."""
-        logits, self._cache = self._programs.score(self._weights, self._rotary, self._cache, step)
+        logits, self.cache = self.programs.score(self.weights, self.rotary, self.cache, step)
         return jax.device_get(logits)[: int(step.length)]
 
     def score_sparse(self, step: PrefillStep) -> tuple[Float[Array, "T D"], Report]:
         """As `prefill_sparse`, with what `logits` takes of every token."""
-        hidden, self._cache, report = self._programs.score_sparse(
-            self._weights, self._rotary, self._cache, step, self._budgets
+        hidden, self.cache, report = self.programs.score_sparse(
+            self.weights, self.rotary, self.cache, step, self.budgets
         )
         return hidden, report
 
@@ -169,7 +173,7 @@ class Runner:
     ) -> Float32[np.ndarray, "n V"]:
         """Logits of the tokens of a slice from `start` on, at most `rows` of them."""
         first = min(start, len(hidden) - rows)
-        found = self._programs.logits(self._weights, hidden, np.int32(first), rows=rows)
+        found = self.programs.logits(self.weights, hidden, np.int32(first), rows=rows)
         return jax.device_get(found)[start - first :]
 
     def place(self, roster: DecodeSlots) -> DecodeSlots:
@@ -178,8 +182,8 @@ class Runner:
 
     def decode(self, sampling: Rows, step: DecodeStep) -> Int[np.ndarray, " B"]:
         """The token after the given one in every row, -1 if not finite."""
-        token, self._cache, self._seen = self._programs.decode(
-            self._weights, self._rotary, self._cache, self._seen, sampling, step
+        token, self.cache, self.seen = self.programs.decode(
+            self.weights, self.rotary, self.cache, self.seen, sampling, step
         )
         return jax.device_get(token)
 
@@ -187,40 +191,40 @@ class Runner:
         self, sampling: Rows, step: DecodeStep
     ) -> tuple[Int[np.ndarray, " B"], Logprobs]:
         """As `decode`, with the log-probabilities of every row."""
-        token, found, self._cache, self._seen = self._programs.decode_logprobs(
-            self._weights, self._rotary, self._cache, self._seen, sampling, step
+        token, found, self.cache, self.seen = self.programs.decode_logprobs(
+            self.weights, self.rotary, self.cache, self.seen, sampling, step
         )
         return jax.device_get((token, found))
 
     def extract_kv(self, page_table: Int[np.ndarray, " P"], start: int, size: int) -> Window:
         """Keys and values of `size` tokens of a sequence, on the device (`transfer.extract_kv`)."""
-        return self._programs.extract_kv(self._cache, page_table, np.int32(start), size=size)
+        return self.programs.extract_kv(self.cache, page_table, np.int32(start), size=size)
 
     def insert_kv(
         self, window: Window, page_table: Int[np.ndarray, " P"], start: int, length: int
     ) -> None:
         """Write what `extract_kv` gave, of which `length` tokens mean something."""
         keys, values = window
-        self._cache = self._programs.insert_kv(
-            self._cache, keys, values, page_table, np.int32(start), np.int32(length)
+        self.cache = self.programs.insert_kv(
+            self.cache, keys, values, page_table, np.int32(start), np.int32(length)
         )
 
     def copy_page(self, source: int, target: int) -> None:
         """Make a page of the cache the same as another."""
-        self._cache = self._programs.copy_page(self._cache, np.int32(source), np.int32(target))
+        self.cache = self.programs.copy_page(self.cache, np.int32(source), np.int32(target))
 
     def window(self, size: int) -> jax.ShapeDtypeStruct:
         """Shape, dtype and placement of the two arrays that `insert_kv` takes for `size` tokens."""
-        layers, heads, _, _, head_dim = self._cache.keys.shape
-        placed = self._whole if self._mesh is None else kv_transfer.placement(self._mesh, size)
+        layers, heads, _, _, head_dim = self.cache.keys.shape
+        placed = self._whole if self.mesh is None else kv_transfer.placement(self.mesh, size)
         shape = layers, size, heads, head_dim
-        return jax.ShapeDtypeStruct(shape, self._cache.keys.dtype, sharding=placed)
+        return jax.ShapeDtypeStruct(shape, self.cache.keys.dtype, sharding=placed)
 
     def set_seen_tokens(self, row: int, prompt: tuple[int, ...]) -> None:
         """Say which tokens the repetition penalty of a row begins with."""
-        mask = np.zeros(self._seen.shape[1], bool)
+        mask = np.zeros(self.seen.shape[1], bool)
         mask[np.asarray(prompt)] = True
-        self._seen = self._programs.set_seen_tokens(self._seen, np.asarray(row, np.int32), mask)
+        self.seen = self.programs.set_seen_tokens(self.seen, np.asarray(row, np.int32), mask)
 
 
 class Steps:

@@ -69,7 +69,7 @@ class Scheduler:
         self._dense_tail = dense_tail
         self._whole_slices = whole_slices
         self._scales = scales
-        self._rows = list(range(max_seqs))
+        self.free_rows = list(range(max_seqs))
         self._waiting: collections.deque[Sequence] = collections.deque()
         self._prefilling: collections.deque[Sequence] = collections.deque()
         self._decoding: list[Sequence] = []
@@ -133,7 +133,7 @@ class Scheduler:
         self._pages.give(sequence.pages)
         sequence.pages = []
         if sequence.row >= 0:
-            heapq.heappush(self._rows, sequence.row)
+            heapq.heappush(self.free_rows, sequence.row)
             sequence.row = -1
         self._is_full = False
 
@@ -142,7 +142,7 @@ class Scheduler:
         self._is_full = False
 
     def _admit(self) -> None:
-        while self._waiting and self._rows and not self._is_full:
+        while self._waiting and self.free_rows and not self._is_full:
             sequence = self._waiting[0]
             self._begin(sequence)
             self._share(sequence)
@@ -155,7 +155,7 @@ class Scheduler:
                 self._is_full = True
                 return
             sequence.pages += self._pages.take(missing)
-            sequence.row = heapq.heappop(self._rows)
+            sequence.row = heapq.heappop(self.free_rows)
             self._prefilling.append(self._waiting.popleft())
 
     def _begin(self, sequence: Sequence) -> None:

@@ -20,7 +20,7 @@ from qwen_jax.llm.options import Spell
 STDIN = Path("-")
 """The name of standard input."""
 
-_LARGEST_BYTES = 1 << 28  # some sixty million tokens: more than any model reads
+LARGEST_BYTES = 1 << 28  # some sixty million tokens: more than any model reads
 _IGNORE_BYTES = 1 << 20
 _SNIFFED_BYTES = 8192
 _LISTED, _LARGEST_SHOWN = 10, 5  # skipped files: all of so few, else the largest
@@ -256,12 +256,12 @@ def read_text(path: Path) -> str:
         DocumentError: if it is binary, not UTF-8, no file, or cannot be read.
     """
     if path == STDIN:
-        name, data = "standard input", sys.stdin.buffer.read(_LARGEST_BYTES + 1)
-        if len(data) > _LARGEST_BYTES:
-            raise DocumentError(f"{name} has more than the {_LARGEST_BYTES:,} bytes allowed")
+        name, data = "standard input", sys.stdin.buffer.read(LARGEST_BYTES + 1)
+        if len(data) > LARGEST_BYTES:
+            raise DocumentError(f"{name} has more than the {LARGEST_BYTES:,} bytes allowed")
     else:
         name = shown(path)
-        data = reading.read_bytes(path, limit=_LARGEST_BYTES, error=DocumentError, pipes=True)
+        data = reading.read_bytes(path, limit=LARGEST_BYTES, error=DocumentError, pipes=True)
     known = next((what for magic, what in _FORMATS if data.startswith(magic)), None)
     if data.startswith(b"PK\x03\x04"):
         known = next((what for mark, what in _ZIPPED if mark in data), known)

@@ -13,7 +13,7 @@ from qwen_jax.config import ConfigError
 from qwen_jax.files.reading import reason, shown
 from qwen_jax.storage import atomic
 
-_CHUNK_BYTES = 1 << 20
+CHUNK_BYTES = 1 << 20
 _LINE_BYTES = 1 << 28  # far more than the longest answer
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -81,7 +81,7 @@ class Journal:
         end = self._size
         with atomic.naming(self.path):
             while end:
-                start = max(0, end - _CHUNK_BYTES)
+                start = max(0, end - CHUNK_BYTES)
                 newline = os.pread(self._file, end - start, start).rfind(b"\n")
                 if newline >= 0:
                     end = start + newline + 1

@@ -3,9 +3,8 @@
 import json
 
 import pytest
-from support.batches import END, MAX_LEN, chat, completion, engine, reader, write
+from support.batches import END, MAX_LEN, chat, completion, engine, mixed, reader, write
 from support.fake_runner import VOCAB
-from test_run import mixed
 
 from qwen_jax.batch import lockstep
 from qwen_jax.batch import run as batches

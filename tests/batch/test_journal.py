@@ -15,7 +15,7 @@ def lines(path):
 
 
 def test_whatever_a_line_is_cut_at_the_others_stay(tmp_path, monkeypatch):
-    monkeypatch.setattr(jsonl, "_CHUNK_BYTES", 5)
+    monkeypatch.setattr(jsonl, "CHUNK_BYTES", 5)
     path = tmp_path / "log"
     with Journal(path) as log:
         log.append({"a": 1}, {"b": "x" * 20})

@@ -7,39 +7,25 @@ import numpy as np
 import pytest
 from support.batches import (
     END,
+    FAULTY,
     MAX_LEN,
     SETTINGS,
     completion,
     engine,
     expected,
+    mixed,
     read,
     reader,
     requests,
     run,
     write,
 )
-from support.fake_runner import POISON, VOCAB
+from support.fake_runner import VOCAB
 
 from qwen_jax.batch import run as batches
 from qwen_jax.batch.lines import BatchError, Input
 from qwen_jax.batch.results import Results
 from qwen_jax.storage.jsonl import JournalError
-
-FAULTY = [
-    b"{",
-    completion("refused", (1, 2), n=2),
-    completion("long", [1] * MAX_LEN),
-    completion("poisoned", (1, POISON), max_tokens=2),
-    b'{"custom_id": ""}',
-]
-
-
-def mixed(seed, count=12):
-    rng = np.random.default_rng(seed)
-    lines = requests(rng, count)
-    for fault in FAULTY:
-        lines.insert(int(rng.integers(len(lines) + 1)), fault)
-    return lines
 
 
 @pytest.fixture(scope="module")

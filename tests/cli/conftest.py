@@ -1,15 +1,12 @@
 """A checkpoint so small that verbs run on it in seconds, and a way to run them."""
 
-import json
 import shutil
 from pathlib import Path
 
 import jax
 import pytest
-from safetensors.numpy import save_file
+from support import tiny_model
 from support.fake_engine import FakeEngine
-from support.tiny_model import CONFIG, random_weights
-from support.vocabularies import byte_level, save, small_vocabulary
 
 from qwen_jax.cli import main
 from qwen_jax.llm.model import Model
@@ -18,10 +15,7 @@ from qwen_jax.llm.model import Model
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """A Hugging Face directory of a random model with a tokenizer."""
-    directory = tmp_path_factory.mktemp("tiny")
-    (directory / "config.json").write_text(json.dumps(CONFIG))
-    save_file(random_weights(), directory / "model.safetensors", metadata={"format": "pt"})
-    return save(byte_level(*small_vocabulary()), directory)
+    return tiny_model.write(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from support import batch_child
 from support.batches import chat, completion, engine, line, read, write
 from support.children import Child
 
@@ -47,9 +48,7 @@ class Batch:
         self.size = (directory / "out.jsonl").stat().st_size
 
     def start(self, output, *flags) -> Child:
-        return Child(
-            "support.batch_child", "batch", self.compiled, self.model, self.source, output, *flags
-        )
+        return Child(batch_child.batch, self.compiled, self.model, self.source, output, *flags)
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,7 @@ def test_decoding_is_timed_after_the_prompt(tiny, run):
 
 
 def test_a_run_that_compiled_is_not_counted(tiny, run, monkeypatch):
-    monkeypatch.setattr(bench_long, "_warm_up", lambda tokens, largest, opened: 20)
+    monkeypatch.setattr(bench_long, "warm_up_tokens", lambda tokens, largest, opened: 20)
     code, out, err = run("bench", "prefill", tiny, "--tokens", 3000, "--no-split", "--json")
     assert code == 0
     assert err.count("this run compiled something and is not counted") == 1

@@ -194,7 +194,7 @@ def test_standard_input_that_is_no_text_is_refused(tiny, fake, monkeypatch, run)
 
 
 def test_a_line_without_an_end_is_refused(tiny, fake, monkeypatch, run):
-    monkeypatch.setattr(chat, "_LINE_CHARS", 1000)
+    monkeypatch.setattr(chat, "LINE_CHARS", 1000)
     with Path("/dev/zero").open() as endless:
         monkeypatch.setattr("sys.stdin", endless)
         code, _, err = run("chat", tiny)

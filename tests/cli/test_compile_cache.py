@@ -103,7 +103,7 @@ def test_a_directory_that_others_may_write_to_is_not_used(mode, tmp_path, monkey
 
 
 def test_answers_are_the_same_bit_for_bit_and_errors_of_the_cache_are_silent(tiny, tmp_path):
-    assert in_child("test_compile_cache", "answer_often", tiny, tmp_path) == "done"
+    assert in_child(answer_often, tiny, tmp_path) == "done"
 
 
 def answer_often(model: Path, scratch: Path):

@@ -134,7 +134,7 @@ def test_standard_input_is_a_file_once(tmp_path, monkeypatch):
         read(Path("-"))
     with Path("/dev/zero").open() as endless:
         monkeypatch.setattr("sys.stdin", endless)
-        monkeypatch.setattr(documents, "_LARGEST_BYTES", 1000)
+        monkeypatch.setattr(documents, "LARGEST_BYTES", 1000)
         with pytest.raises(DocumentError, match="standard input has more than the 1,000 bytes"):
             read(Path("-"))
 

@@ -8,8 +8,7 @@ import os
 import re
 
 import pytest
-from support.kept import TEXT
-from test_sessions import PREFILL, checksums
+from support.kept import PREFILL, TEXT, checksums
 
 CODES = [
     errno.EIO,

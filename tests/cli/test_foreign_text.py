@@ -166,6 +166,6 @@ def test_variants_of_a_log(tmp_path, run):
 
 
 def test_words_of_a_peer(capfd):
-    multihost._say(f"error: {EVIL}")
+    multihost.write_stderr(f"error: {EVIL}")
     flags.note(EVIL)
     assert capfd.readouterr().err == f"error: {SHOWN}\n{SHOWN}\n"

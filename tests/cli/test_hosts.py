@@ -53,14 +53,14 @@ sys.exit(hosts.leave(0))
 DIES = """
 import os, signal, sys
 from qwen_jax.cli import main
-from qwen_jax.models import params
+from qwen_jax.storage import orbax_io
 
-def restore(directory, part, target, real=params._restore):
-    if part == "block_001" and sys.argv[-1] == "1":
+def load(folder, target, real=orbax_io.load):
+    if folder.name == "block_001" and sys.argv[-1] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(directory, part, target)
+    return real(folder, target)
 
-params._restore = restore
+orbax_io.load = load
 sys.exit(main())
 """
 
@@ -106,9 +106,7 @@ def test_two_processes_answer_as_one_does_and_listen_on_loopback_only(tiny, tmp_
         assert job.out(1) == ""
         assert f"it listens on 127.0.0.1:{job.port}" in job.err(0)
         found = json.loads(job.out(0))
-    alone = json.loads(
-        children.run("test_hosts", "answer_alone", *arguments, "--prompt-file", prompt)
-    )
+    alone = json.loads(children.run(answer_alone, *arguments, "--prompt-file", prompt))
     assert found["token_ids"] == alone["token_ids"]
     assert found["text"] == alone["text"]
     assert len(set(found["token_ids"])) > 4
@@ -183,11 +181,11 @@ def test_proxies_for_http_are_passed_by_and_libraries_are_silent(idle, monkeypat
 def test_no_proxy_keeps_what_it_says(monkeypatch):
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
-    multihost._pass_proxies("10.0.0.1")
+    multihost.pass_proxies("10.0.0.1")
     assert "no_proxy" not in os.environ
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
     monkeypatch.setenv("no_proxy", "localhost,.corp")
-    multihost._pass_proxies("10.0.0.1")
+    multihost.pass_proxies("10.0.0.1")
     assert os.environ["no_proxy"] == "localhost,.corp,10.0.0.1"
     assert "no_grpc_proxy" not in os.environ  # or gRPC would not read no_proxy
 

@@ -60,7 +60,7 @@ def batch(tiny, tmp_path_factory):
     """The batch; what one run has compiled is there for the next."""
     directory = tmp_path_factory.mktemp("batch")
     source, output = write(directory / "in.jsonl", requests()), directory / "out.jsonl"
-    children.run("test_hosts_files", "answer_alone", "batch", tiny, source, output, *FLAGS)
+    children.run(answer_alone, "batch", tiny, source, output, *FLAGS)
     records = read(output)
     assert len(records) == COUNT + 2
     with pytest.MonkeyPatch.context() as patch:

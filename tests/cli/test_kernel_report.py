@@ -25,7 +25,7 @@ FIGURES = {"context": 224, "truth": "reference", "limit": 1e-4}
 def soon(monkeypatch, tmp_path):
     """Ceilings and times without work; results are kept elsewhere."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(first_contact, "_agreed", set())
+    monkeypatch.setattr(first_contact, "agreed_here", set())
     monkeypatch.setattr(kernels, "inputs", lambda what, case, dtype: jnp.zeros(1))
     monkeypatch.setattr(kernels, "seconds_of", lambda run, args, repeats: [0.5, 0.25, 1.0])
 
@@ -135,7 +135,7 @@ def test_what_the_doctor_found_right_an_engine_takes_as_known(agreeing, run, mon
     name = install(monkeypatch)
     run("doctor", "--kernels", name)
     device = jax.local_devices()[0]
-    shape, _ = kernel_report._shapes(device, None, None)
+    shape, _ = kernel_report.shapes(device, None, None)
     for programs in (DENSE, tuple(PROGRAMS)):
         key = first_contact.key_of(shape, dict.fromkeys(programs, name), device)
         assert first_contact.known(key)
@@ -198,7 +198,7 @@ def test_flags_that_cannot_be_used_end_in_one_line(arguments, said, run):
 def test_ceilings_that_memory_does_not_allow_are_said_and_the_report_is_written(
     agreeing, run, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(kernel_report, "_COPY", ({"cpu": 1 << 50}, 1 << 30))
+    monkeypatch.setattr(kernel_report, "COPIED_BYTES", ({"cpu": 1 << 50}, 1 << 30))
     file = tmp_path / "report.json"
     code, out, err = run("doctor", "--kernels", "--report", file)
     assert (code, err) == (0, "")

@@ -19,7 +19,7 @@ PROMPT = ["--prompt", "The bee and the bear", "--greedy", "--max-new-tokens", "4
 
 
 def test_verbs_run_on_meshes_of_virtual_devices(tiny):
-    children.run("test_mesh_flag", "use_meshes", str(tiny))
+    children.run(use_meshes, str(tiny))
 
 
 def use_meshes(directory):

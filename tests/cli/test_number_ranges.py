@@ -8,7 +8,6 @@ import pytest
 import typer.main
 
 from qwen_jax import cli
-from qwen_jax.cli import command
 
 ZERO = set(
     "--dca-original --dense-tail --process-id --temperature --top-k --top-p --min-p --seed "
@@ -20,9 +19,7 @@ SEVERAL = {"--lengths", "--depths"}
 
 
 def commands() -> dict[str, Any]:
-    app = typer.Typer(name="qwen-jax", cls=cli._Verbs, **command.PLAIN)
-    app.callback()(cli._root)
-    root = typer.main.get_command(app)
+    root = typer.main.get_command(cli.application())
     found = {}
     for name in cli.VERBS:
         verb = root.get_command(typer.Context(root), name)

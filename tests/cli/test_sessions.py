@@ -7,9 +7,7 @@ import json
 import os
 import shutil
 import signal
-from contextlib import ExitStack
 from pathlib import Path
-from unittest import mock
 
 import jax.numpy as jnp
 import pytest
@@ -17,12 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import structs
 from safetensors.numpy import save_file
-from support.kept import TEXT, Checksum, content, sign
+from support.kept import PREFILL, TEXT, checksums, content, sign, sums
 from support.tiny_model import random_weights
 
 from qwen_jax.cli import main
 from qwen_jax.distributed import multihost
-from qwen_jax.engine import engine as engines
 from qwen_jax.engine import memory as budget
 from qwen_jax.engine.engine import Engine
 from qwen_jax.llm import sessions
@@ -31,19 +28,10 @@ from qwen_jax.storage import atomic, kv_session, orbax_io
 from qwen_jax.text.tokenizer import Tokenizer
 
 GREEDY = ["--greedy", "--max-new-tokens", 8]
-PREFILL = ["--slice", 64, "--save-every", 200]  # saves after 256 and 512 tokens and at the end
 # Of the cut points those that the default suite tries; the others are `long`.
 SHORT = {("before a slice", 6), ("in a window", 2), ("in a file", 1), ("before renaming a file", 4)}
 DCA = ["--dca", "on", "--dca-chunk", 256, "--dca-local", 64, "--dca-original", 300]
 SPARSE = ["--sparse", "on", "--dense-tail", 50, "--sparse-config"]
-
-
-def checksums():
-    """Engines that are checksums instead of real ones, while it is open."""
-    patches = ExitStack()
-    patches.enter_context(mock.patch.object(engines, "Runner", Checksum))
-    patches.enter_context(mock.patch.object(Model, "weights", return_value={"x": jnp.zeros(1)}))
-    return patches
 
 
 @pytest.fixture
@@ -450,7 +438,7 @@ def test_arrays_of_another_shape_are_refused(tiny, kept, run):
     window = kv_session.read(directory).windows[0]
     whole = jnp.zeros((2, 2 * window.size, 2, 8))
     orbax_io.save((directory / window.name).resolve(), {"keys": whole, "values": whole})
-    files = kv_session._sums(directory, directory / window.name)
+    files = sums(directory / window.name)
     sign(directory, lambda body: body["windows"][0].update(files=files))
     for command in ["kv", "verify", directory], ["ask", tiny, "Why?", "--kv", directory]:
         line = error(run(*command))
@@ -463,7 +451,7 @@ def test_arrays_that_nobody_can_find_are_not_intact(tiny, kept, run):
     window = kv_session.read(directory).windows[0]
     for path in (directory / window.name / "state").glob("*.ocdbt"):
         path.write_bytes(b"")
-    files = kv_session._sums(directory, directory / window.name)
+    files = sums(directory / window.name)
     sign(directory, lambda body: body["windows"][0].update(files=files))
     for command in ["kv", "verify", directory], ["ask", tiny, "Why?", "--kv", directory]:
         assert f"{directory / window.name} holds no array keys" in error(run(*command))

@@ -96,7 +96,7 @@ def test_what_is_in_the_way_is_said_with_the_way_out(tmp_path):
 def test_a_full_disk_is_one_line_and_the_run_can_be_resumed(tmp_path):
     Tiny(layers=1, vocab=4096).write(tmp_path / "hf")
     with pytest.raises(CheckpointError) as caught:
-        run("test_commands", "convert_on_a_small_disk", tmp_path / "hf", tmp_path / "ours")
+        run(convert_on_a_small_disk, tmp_path / "hf", tmp_path / "ours")
     assert str(caught.value).endswith(f"cannot be written: {os.strerror(errno.EFBIG)}")
     assert "\n" not in str(caught.value)
     assert invoke("convert", tmp_path / "hf", tmp_path / "ours", "--resume").exit_code == 0

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 from support.checkpoints import Tiny, assert_trees_equal, expected_tree
-from support.children import Child, read, run, stage, sums
+from support.children import Child, convert, read, run, stage, sums
 
 from convert import weights
 from qwen_jax.models import params
@@ -20,7 +20,7 @@ def test_an_output_is_whole_whichever_step_of_publishing_is_the_last(exchange, r
         output = tmp_path / f"{step}"
         if replaced:
             stage(output, "old")
-        arguments = ("support.children", "stage", output, "new")
+        arguments = (stage, output, "new")
         options = {"exchange": exchange, "overwrite": replaced}
         child = Child(*arguments, **options, die_at=step)
         if not child.killed():
@@ -43,8 +43,8 @@ def test_conversions_killed_at_random_times_leave_the_old_output_and_can_be_resu
     old, new = Tiny(layers=1), Tiny(layers=2, shards=2, dtype="bfloat16")
     old.write(tmp_path / "old hf", 1)
     expected = expected_tree(new, new.write(tmp_path / "new hf", 2))
-    arguments = ("support.children", "convert", tmp_path / "new hf")
-    sums_old = run("support.children", "convert", tmp_path / "old hf", tmp_path / "old")
+    arguments = (convert, tmp_path / "new hf")
+    sums_old = run(convert, tmp_path / "old hf", tmp_path / "old")
     began = time.monotonic()
     sums_new = run(*arguments, tmp_path / "clean")
     usual_s = time.monotonic() - began

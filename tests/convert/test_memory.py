@@ -1,12 +1,11 @@
 """Peak memory of conversion depends on a layer, not on the model."""
 
-import json
-
-import ml_dtypes
-import numpy as np
 import pytest
-from support.checkpoints import Tiny, write_shards
-from support.children import run
+from support.checkpoints import Tiny, write_large
+from support.children import peak_memory, run
+
+from convert import export, weights
+from qwen_jax.models import params
 
 MODEL = Tiny(
     layers=12, hidden=1024, heads=8, kv_heads=2, mlp=4096, vocab=32000, tied=True, dtype="bfloat16"
@@ -18,16 +17,7 @@ SHARDS = 5
 def large(tmp_path_factory):
     """A checkpoint of some 430 MB in five files, and the bytes of the largest."""
     directory = tmp_path_factory.mktemp("large") / "hf"
-    Tiny(layers=1).write(directory)
-    (directory / "model.safetensors").unlink()
-    (directory / "config.json").write_text(json.dumps(MODEL.config()))
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 2**14, 40 << 20, np.uint16)  # finite bfloat16
-    tensors = {}
-    for number, (name, shape) in enumerate(MODEL.shapes().items()):
-        size = int(np.prod(shape))
-        tensors[name] = noise[number : number + size].view(ml_dtypes.bfloat16).reshape(shape)
-    write_shards(directory, tensors, SHARDS)
+    write_large(directory, MODEL, SHARDS)
     return directory
 
 
@@ -38,13 +28,13 @@ def test_memory_depends_on_shards_and_layers_not_on_the_model(large, tmp_path):
     bound = 2 * max(sizes) + slack
     assert sum(sizes) > bound
     for work in (
-        ("convert.weights", "convert", large, tmp_path / "ours"),
-        ("qwen_jax.models.params", "verify", tmp_path / "ours", ("full", True)),
-        ("convert.export", "export", tmp_path / "ours", tmp_path / "back"),
+        (weights.convert, large, tmp_path / "ours"),
+        (params.verify, tmp_path / "ours", ("full", True)),
+        (export.export, tmp_path / "ours", tmp_path / "back"),
     ):
         arguments = [argument for argument in work if not isinstance(argument, tuple)]
         options = dict(argument for argument in work if isinstance(argument, tuple))
-        before, peak = run("support.children", "peak_memory", *arguments, **options)
+        before, peak = run(peak_memory, *arguments, **options)
         assert peak - before < bound, work
-    before, peak = run("support.children", "peak_memory", "convert.weights", "load", large)
+    before, peak = run(peak_memory, weights.load, large)
     assert peak - before < sum(sizes) + bound

@@ -212,7 +212,7 @@ def test_what_is_in_the_way_is_refused_before_bin_files_are_read(
 ):
     from convert import pickled
 
-    monkeypatch.setattr(pickled, "_run", None)
+    monkeypatch.setattr(pickled.subprocess, "run", None)
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours" / "cat.jpg").write_text("meow")
     with pytest.raises(CheckpointError, match=r"exists: replace it|will not be replaced"):

@@ -140,8 +140,8 @@ def test_what_comes_to_an_output_during_the_work_is_not_replaced(there):
                 overwrite=replaced,
                 resume=False,
                 same=lambda _: False,
-                check_ours=weights._check_ours,
-                writes=weights._writes,
+                check_ours=weights.check_ours,
+                writes=weights.writes,
             )
             (staging.directory / "file").write_text("new")
             disk_file(output / "mine" / "notes") if replaced else disk_file(output / "notes")

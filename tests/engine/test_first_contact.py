@@ -9,13 +9,15 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
+from support import random_models
 from support.broken_kernels import break_, install
-from test_engine import MODEL, weights
+from support.random_models import weights
 
 from pallas_kernels import check
 from pallas_kernels.check import Result
 from pallas_kernels.dispatch import backend
 from pallas_kernels.dispatch.backend import Unsupported
+from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.programs import DENSE, PROGRAMS
 from qwen_jax.config import ConfigError, SparseConfig
 from qwen_jax.engine import first_contact
@@ -23,13 +25,19 @@ from qwen_jax.engine.engine import Engine, EngineConfig, kernels
 from qwen_jax.files import user_cache
 
 DEVICE = jax.local_devices()[0]
+MODEL = dataclasses.replace(
+    random_models.config(
+        heads=(4, 2), head_dim=16, dual_chunk=ChunkGeometry(40, 8), original_len=100
+    ),
+    num_layers=2,
+)
 SPARSE = SparseConfig(vertical=((8,) * 4,) * 2, slash=((8,) * 4,) * 2, last_q=8, threshold=0)
 
 
 @pytest.fixture(autouse=True)
 def nothing_known(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(first_contact, "_agreed", set())
+    monkeypatch.setattr(first_contact, "agreed_here", set())
 
 
 @pytest.fixture
@@ -67,7 +75,7 @@ def start(name, *, model=MODEL, dtype="float32", say=print, **fields):
 
 def start_anew(*args, **fields):
     """As a process would that knows nothing but what is kept."""
-    first_contact._agreed.clear()
+    first_contact.agreed_here.clear()
     return start(*args, **fields)
 
 
@@ -149,7 +157,7 @@ def damage(path, how):
                 "a list": b"[]",
                 "edited": content.replace(b"0.001", b"0.002"),
                 "of another key": content.replace(b"cpu", b"tpu"),
-                "huge": content + b" " * first_contact._BYTES,
+                "huge": content + b" " * first_contact.MAX_BYTES,
             }[how]
         )
 

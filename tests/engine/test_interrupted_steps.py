@@ -1,5 +1,6 @@
 """Whatever stops an engine wherever it is: it serves what comes next as if nothing had been."""
 
+import contextlib
 import ctypes
 import functools
 import re
@@ -131,7 +132,7 @@ def restore(engine):
         values = np.random.default_rng(0).normal(size=shape.shape)
         return (jnp.asarray(values, shape.dtype),) * 2
 
-    if engine._prefix is None:
+    if not engine.restored:
         engine.restore(PREFIX, [Piece(start=0, stop=12, load=load)])
 
 
@@ -159,7 +160,7 @@ def stopped_at(number, act):
         except (Stopped, KeyboardInterrupt):
             pass
     try:
-        engine._check_alive()
+        engine.score(SCORED)  # which computes nothing yet
         drain(engine)
         found = work(engine)
     except EngineError as error:
@@ -177,16 +178,16 @@ def stopped_at(number, act):
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected()), strict=True):
         np.testing.assert_array_equal(a, b)
     assert not engine.busy
-    assert engine._pages.used == len(engine._prefix.pages)
-    assert sorted(engine._scheduler._rows) == [0, 1]
-    assert not engine._sequences
+    assert engine.pages.used == -(-len(engine.restored) // 8) == 2
+    assert engine.free_rows == (0, 1)
+    assert not engine.request_ids
     return False
 
 
 def drain(engine):
     """Ends what was added by `add` and not by `run`, which ends its own."""
-    assert len(engine._sequences) <= 1
-    for number in [*engine._sequences]:
+    assert len(engine.request_ids) <= 1
+    for number in engine.request_ids:
         engine.cancel(number)
     while engine.busy:
         engine.step()
@@ -239,13 +240,13 @@ def check(act, numbers):
 def test_events_of_a_step_that_was_interrupted_come_with_the_next():
     engine = build()
     number = engine.add(REQUESTS[2])
-    decode = engine._runner.sample
+    decode = engine.runner.sample
 
     def choose(*args):
         press()
         return decode(*args)
 
-    with mock.patch.object(engine._runner, "sample", choose), pytest.raises(KeyboardInterrupt):
+    with mock.patch.object(engine.runner, "sample", choose), pytest.raises(KeyboardInterrupt):
         engine.step()
     assert engine.busy
     (event,) = engine.step()
@@ -259,11 +260,11 @@ def test_a_cache_that_a_failed_step_took_along_is_missed():
     engine.add(REQUESTS[2])
 
     def lose(*args):
-        engine._runner._cache.keys.delete()
+        engine.runner.cache.keys.delete()
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
 
     with (
-        mock.patch.object(engine._runner, "prefill", lose),
+        mock.patch.object(engine.runner, "prefill", lose),
         pytest.raises(jax.errors.JaxRuntimeError),
     ):
         engine.step()
@@ -284,7 +285,7 @@ def test_a_run_that_fails_leaves_nothing_behind_and_others_alone():
 
     with mock.patch.object(engine, "step", fail), pytest.raises(ValueError, match="the consumer"):
         engine.run([REQUESTS[2], REQUESTS[1]])
-    assert [*engine._sequences] == [other]
+    assert engine.request_ids == (other,)
     while engine.busy:
         told += engine.step()
     tokens = [token for event in told if event.request_id == other for token in event.tokens]
@@ -321,25 +322,39 @@ def test_replicas_keep_their_requests_and_events_through_an_interrupt():
     answers = serving.run(requests)
     numbers = [serving.add(each) for each in requests]
     told = []
-    land = serving._land
+    wait, deferred, waited = data_parallel.wait, interrupts.deferred, []
 
+    def remember(*args, **options):
+        waited.append(True)
+        return wait(*args, **options)
+
+    @contextlib.contextmanager
     def pressed():
-        if not serving._events:
-            press()
-        land()
+        """Ctrl-C while events are taken that were waited for."""
+        with deferred():
+            if waited and threading.current_thread() is threading.main_thread():
+                waited.clear()
+                press()
+            yield
 
-    with mock.patch.object(serving, "_land", pressed):
+    patches = (
+        mock.patch.object(data_parallel, "wait", remember),
+        mock.patch.object(interrupts, "deferred", pressed),
+    )
+    with patches[0], patches[1]:
         while serving.busy:
             try:
                 told += serving.step()
             except KeyboardInterrupt:
-                assert serving._events
+                brought = serving.step()
+                assert brought
+                told += brought
     by_number = {number: [] for number in numbers}
     for event in told:
         by_number[event.request_id].extend(event.tokens)
     assert [*by_number.values()] == answers
 
-    with mock.patch.object(serving, "_land", pressed), pytest.raises(KeyboardInterrupt):
+    with patches[0], patches[1], pytest.raises(KeyboardInterrupt):
         serving.run(requests)
     assert not serving.busy
     assert serving.run(requests) == answers

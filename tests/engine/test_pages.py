@@ -2,8 +2,8 @@
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from support.draws import machine
 
 from qwen_jax.engine.page_pool import Pages
 
@@ -133,10 +133,4 @@ class Holders(RuleBasedStateMachine):
         assert 0 not in used
 
 
-TestHolders = Holders.TestCase
-TestHolders.settings = settings(
-    max_examples=100,
-    stateful_step_count=100,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+TestHolders = machine(Holders, 100, 100)

@@ -119,7 +119,7 @@ def test_an_observer_learns_what_each_slice_of_a_sparse_prefill_found():
 @pytest.mark.parametrize("iterate", [list, next], ids=["to the end", "abandoned"])
 @pytest.mark.parametrize("kind", ["survey", "plans"])
 def test_pages_are_given_back(kind, iterate):
-    pages = engine()._pages
+    pages = engine().pages
     assert pages.used == 0
     begun = engine().survey(TOKENS, GRID) if kind == "survey" else engine().plans(TOKENS, 1, 0)
     assert pages.used == 0

@@ -2,31 +2,22 @@
 
 import contextlib
 import threading
-from unittest import mock
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.checksum_engine import MAX_LEN, MODEL, TREE, alone, replicas
 from support.fake_runner import POISON, FakeRunner
-from test_serving import MAX_LEN, MODEL, alone
 
 from qwen_jax.config import ConfigError
 from qwen_jax.engine import data_parallel
-from qwen_jax.engine import engine as engines
 from qwen_jax.engine.data_parallel import Replicas
-from qwen_jax.engine.engine import EngineConfig
+from qwen_jax.engine.engine import Engine, EngineConfig
 from qwen_jax.engine.request import Request, RequestError
-
-TREE = {"x": jnp.zeros(1)}
 
 
 def build(count=2, runner=FakeRunner):
     config = EngineConfig(max_len=MAX_LEN, max_seqs=2, page=4, slices=(8, 2))
-    with (
-        mock.patch.object(engines, "Runner", runner),
-        mock.patch.object(data_parallel, "split", lambda weights: [weights] * count),
-    ):
-        return Replicas(MODEL, TREE, config)
+    return replicas(count, config, runner)
 
 
 def request(length, new=4, last=1, **more):
@@ -67,10 +58,10 @@ def test_a_request_goes_where_least_is_left_to_do():
     for first, length in enumerate((20, 5, 5, 5, 16)):  # on the first 20, on the second 15, 31
         serving.add(Request(prompt=(first,) * length, max_new_tokens=1))
     served(serving)
-    assert [each.engine.num_prefilled for each in serving._replicas] == [20, 31]
+    assert [each.num_prefilled for each in serving.engines] == [20, 31]
     serving.add(Request(prompt=(6,) * 9, max_new_tokens=1))
     served(serving)
-    assert [each.engine.num_prefilled for each in serving._replicas] == [29, 31]
+    assert [each.num_prefilled for each in serving.engines] == [29, 31]
 
 
 def test_a_request_that_fails_disturbs_no_other():
@@ -200,7 +191,7 @@ def test_scores_are_made_between_steps():
     next(score)
     score.close()
     served(serving)
-    assert [each.engine._pages.used for each in serving._replicas] == [0, 0]
+    assert [each.pages.used for each in serving.engines] == [0, 0]
     with pytest.raises(RequestError, match="last=0"):
         serving.score(tokens, last=0)
 
@@ -250,6 +241,5 @@ def test_an_observer_is_told_of_the_steps_of_all_by_our_numbers():
 def test_replicas_need_a_mesh():
     with pytest.raises(ConfigError, match="weights on a mesh"):
         Replicas(MODEL, TREE, EngineConfig(max_len=8))
-    with mock.patch.object(engines, "Runner", FakeRunner):
-        built = data_parallel.build(MODEL, TREE, EngineConfig(max_len=8))
-    assert isinstance(built, engines.Engine)
+    built = data_parallel.build(MODEL, TREE, EngineConfig(max_len=8), make_runner=FakeRunner)
+    assert isinstance(built, Engine)

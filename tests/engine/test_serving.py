@@ -1,76 +1,21 @@
 """The engine's bookkeeping, with a model that is a checksum of what the cache holds."""
 
 import dataclasses
-import math
-from unittest import mock
 
 import hypothesis.strategies as st
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from support.fake_runner import POISON, VOCAB, FakeRunner, following
+from support.checksum_engine import MAX_LEN, MODEL, ORIGINAL_LEN, alone, build
+from support.draws import machine
+from support.fake_runner import POISON, VOCAB
 
 from pallas_kernels.dispatch import backend
 from pallas_kernels.geometry import ChunkGeometry
-from qwen_jax.config import ConfigError, ModelConfig
-from qwen_jax.engine import engine as engines
-from qwen_jax.engine.engine import Engine, EngineConfig, Piece
+from qwen_jax.config import ConfigError
+from qwen_jax.engine.engine import EngineConfig, Piece
 from qwen_jax.engine.layout import EngineLayout
 from qwen_jax.engine.request import Request, RequestError
-
-ORIGINAL_LEN = 24
-MAX_LEN = 48
-MODEL = ModelConfig(
-    num_layers=1,
-    vocab_size=VOCAB,
-    embed_dim=8,
-    mlp_dim=8,
-    num_heads=1,
-    num_kv_heads=1,
-    head_dim=8,
-    rope_theta=1e4,
-    norm_eps=1e-6,
-    tie_embeddings=True,
-    max_len=MAX_LEN,
-    dual_chunk=ChunkGeometry(20, 4),
-    original_len=ORIGINAL_LEN,
-)
-
-
-def build(**fields):
-    fields = {"max_len": MAX_LEN, "max_seqs": 3, "page": 4, "slices": (8, 2)} | fields
-    with mock.patch.object(engines, "Runner", FakeRunner):
-        return Engine(MODEL, {"x": jnp.zeros(1)}, EngineConfig(**fields))
-
-
-def scales(length, parity):
-    factor = 1.0 if length <= ORIGINAL_LEN else 0.1 * math.log(length / ORIGINAL_LEN) + 1
-    query, key = (factor, factor) if parity else (factor**2, 1.0)
-    return float(np.float32(query)), float(np.float32(key))
-
-
-def alone(request, parity, prefix=()):
-    """The answer and the reason of its end, from the definition.
-
-    What a prompt takes from outside has the scales of its own length.
-    """
-    prompt = request.prompt
-    kept = len(prefix) if len(prompt) > len(prefix) and prompt[: len(prefix)] == prefix else 0
-    history = [(token, *scales(kept, parity)) for token in prompt[:kept]]
-    history += [(token, *scales(len(prompt), parity)) for token in prompt[kept:]]
-    answer = []
-    while True:
-        token = following(history)
-        if token == -1:
-            return answer, "error"
-        if token in request.eos_ids:
-            return answer, "stop"
-        answer.append(token)
-        if len(answer) == request.max_new_tokens:
-            return answer, "length"
-        history.append((token, *scales(len(history) + 1, parity)))
 
 
 def restore(engine, prompt, parity=False):
@@ -175,7 +120,7 @@ class Serving(RuleBasedStateMachine):
 
     @invariant()
     def pages_are_free_or_used(self):
-        pages = self.engine._pages
+        pages = self.engine.pages
         assert pages.free + pages.used == pages.total == 23
         assert self.engine.busy == bool(self.requests.keys() - self.ends.keys())
 
@@ -189,7 +134,7 @@ class Serving(RuleBasedStateMachine):
                 break
             self.step(1)
         assert self.ends.keys() == self.requests.keys()
-        assert self.engine._pages.used == -(-len(self.prefix) // 4)
+        assert self.engine.pages.used == -(-len(self.prefix) // 4)
         assert self.engine.step() == []
 
 
@@ -206,29 +151,10 @@ class ServingAfterALongPrefix(Serving):
     whole_slices = True
 
 
-TestServing = Serving.TestCase
-TestServing.settings = settings(
-    max_examples=60,
-    stateful_step_count=50,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-TestServingAfterAPrefix = ServingAfterAPrefix.TestCase
-TestServingAfterAPrefix.settings = settings(
-    max_examples=25,
-    stateful_step_count=50,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-TestServingAfterALongPrefix = ServingAfterALongPrefix.TestCase
-TestServingAfterALongPrefix.settings = TestServingAfterAPrefix.settings
-TestServingInParity = ServingInParity.TestCase
-TestServingInParity.settings = settings(
-    max_examples=30,
-    stateful_step_count=50,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow],
-)
+TestServing = machine(Serving, 60, 50)
+TestServingAfterAPrefix = machine(ServingAfterAPrefix, 25, 50)
+TestServingAfterALongPrefix = machine(ServingAfterALongPrefix, 25, 50)
+TestServingInParity = machine(ServingInParity, 30, 50)
 
 
 def test_a_shared_beginning_is_computed_once():
@@ -266,6 +192,19 @@ def test_a_prefix_from_outside_is_not_computed_again(length):
         engine.restore(prefix, ())
 
 
+def test_what_was_restored_can_be_forgotten():
+    engine = build(prefix_tokens=10)
+    for first in range(2):
+        prefix = (first,) * 10
+        restore(engine, prefix)
+        assert engine.restored == prefix
+        request = Request(prompt=(*prefix, 5), max_new_tokens=1)
+        assert engine.run([request]) == [alone(request, False, prefix)[0]]
+        engine.forget()
+        assert engine.restored == ()
+        assert engine.pages.used == 0
+
+
 def test_a_conversation_after_a_prefix_is_read_once():
     engine = build(prefix_tokens=10)
     prefix = tuple(i % 7 for i in range(10))
@@ -281,14 +220,14 @@ def test_a_conversation_after_a_prefix_is_read_once():
 def test_a_prefix_leaves_room_for_what_comes_after_it():
     engine = build(prefix_tokens=30, max_seqs=2)
     prefix = tuple(i % 7 for i in range(30))
-    assert engine._pages.total == 8 + 2 * (12 - 7)
+    assert engine.pages.total == 8 + 2 * (12 - 7)
     restore(engine, prefix)
     requests = [Request(prompt=(*prefix, last), max_new_tokens=17) for last in range(2)]
     for request in requests:
         engine.add(request)
     engine.step()
     engine.step()
-    assert engine._pages.free == 0
+    assert engine.pages.free == 0
     with pytest.raises(RequestError, match=r"41 in all.* holds 40"):
         engine.check(Request(prompt=(5,) * 40, max_new_tokens=1))
     engine.check(Request(prompt=(5,) * 39, max_new_tokens=1))
@@ -315,7 +254,7 @@ def test_a_prefix_that_cannot_be_loaded_leaves_the_engine_as_it_was():
     engine = build()
     with pytest.raises(OSError, match="no such window"):
         engine.restore((1, 2, 3), [Piece(start=0, stop=3, load=fail)])
-    assert engine._pages.used == 0
+    assert engine.pages.used == 0
     with pytest.raises(RequestError, match="49 tokens do not fit"):
         engine.restore((1,) * 49, ())
 
@@ -379,7 +318,7 @@ def test_scores_come_in_order_and_only_for_the_last_positions(length):
         rows = np.concatenate(list(engine.score(tokens, last=last)))
         first = 0 if last is None else length - last
         assert rows.tolist() == [[i, tokens[i]] for i in range(first, length)]
-        assert engine._pages.used == 0
+        assert engine.pages.used == 0
 
 
 @pytest.mark.parametrize("last", [0, -1, 4])

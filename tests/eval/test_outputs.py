@@ -56,7 +56,7 @@ def test_a_file_that_was_not_written_here_is_not_replaced(write, name, tmp_path)
 
 def test_budgets_are_replaced_only_if_the_report_beside_them_knows_them(tmp_path):
     out, report = tmp_path / "budgets.json", tmp_path / "budgets.report.json"
-    calibrate._check_ours(out, report)
+    calibrate.check_ours(out, report)
     out.write_text("[]\n")
     sums = {
         "published": None,
@@ -67,22 +67,22 @@ def test_budgets_are_replaced_only_if_the_report_beside_them_knows_them(tmp_path
         if sha256 is not None:
             write_report(report, budgets_sha256=sha256)
         if kind == "ours":
-            calibrate._check_ours(out, report)
+            calibrate.check_ours(out, report)
             continue
         with pytest.raises(FileExistsError, match=r"exists and was not written") as caught:
-            calibrate._check_ours(out, report)
+            calibrate.check_ours(out, report)
         assert caught.value.filename == str(out)
     with out.open("wb") as file:
         file.truncate(1 << 40)
     for sha256 in (None, "0" * 64):
         write_report(report, budgets_sha256=sha256)
         with pytest.raises(FileExistsError):
-            calibrate._check_ours(out, report)
+            calibrate.check_ours(out, report)
     out.unlink()
     for content in ("mine", "[]", json.dumps({"format": "mine"})):
         report.write_text(content)
         with pytest.raises(FileExistsError) as caught:
-            calibrate._check_ours(out, report)
+            calibrate.check_ours(out, report)
         assert caught.value.filename == str(report)
 
 

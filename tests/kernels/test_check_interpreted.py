@@ -6,6 +6,7 @@ import pytest
 from support.broken_kernels import install
 from support.mosaic_gpu_interpreter import INTERPRET as MOSAIC_GPU
 from support.mosaic_gpu_interpreter import interpreted  # noqa: F401
+from support.mosaic_tpu_interpreter import INTERPRET
 
 from pallas_kernels import check
 from pallas_kernels.check import Shape
@@ -39,8 +40,6 @@ def all_agree(shape, name):
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_kernels_of_tpus_agree(dtype, parts, monkeypatch):
-    from test_mosaic_tpu_prefill import INTERPRET
-
     options = {
         "prefill": {"interpret": INTERPRET, "tiles": Tiles(256, 128), "step": 128},
         "decode": {"interpret": INTERPRET, "block_bytes": 2**13},

@@ -3,19 +3,16 @@
 import functools
 from types import MappingProxyType
 
-import jax
-import jax.numpy as jnp
 import pytest
 from hypothesis import strategies as st
 from support import sequences
 from support.decode_cases import AnyBatch, Sharded, batch
 from support.mosaic_gpu_interpreter import INTERPRET, interpreted  # noqa: F401
+from support.refusals import BATCH, refused
 from support.sequences import after
 
 from pallas_kernels.decode import mosaic_gpu
-from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.geometry import ChunkGeometry
-from pallas_kernels.paged_kv import PagedKV
 
 pytestmark = pytest.mark.usefixtures("interpreted")
 
@@ -71,19 +68,8 @@ class TestDecode(AnyBatch, Sharded):
 
 
 def test_what_no_product_takes_is_refused():
-    def refuse(*, match, H=128, page=64, dtype="bfloat16", of_queries="bfloat16"):
-        cache = jax.ShapeDtypeStruct((1, 1, 4, page, H), dtype)
-        queries = jax.ShapeDtypeStruct((1, 1, 1, 2, H), of_queries)
-        layer, *rest = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((), (1, 3), (1, 1)))
-        with pytest.raises(Unsupported, match=match):
-            jax.eval_shape(
-                lambda queries, keys, *rest: mosaic_gpu.decode(
-                    queries, PagedKV(keys, keys), *rest, geometry=None
-                ),
-                *(queries, cache, layer, *rest),
-            )
-
-    refuse(H=64, match="head_dim=64 must be 128")
-    refuse(page=96, match="page=96 must be a multiple of 64")
-    refuse(dtype="float32", of_queries="float32", match="one dtype of 16 bits")
-    refuse(of_queries="float16", match="queries are float16, keys bfloat16")
+    refuse = functools.partial(refused, mosaic_gpu.decode, rows=(1, 1), where=BATCH)
+    refuse("head_dim=64 must be 128", head_dim=64)
+    refuse("page=96 must be a multiple of 64", page=96)
+    refuse("one dtype of 16 bits", keys="float32", queries="float32")
+    refuse("queries are float16, keys bfloat16", queries="float16")

@@ -4,21 +4,19 @@ The interpreter takes seconds for a few steps, so most of this is `long`. It has
 products are those of XLA, copies and barriers are the kernel's.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 from support import shards
 from support.prefill_cases import Dense, Planned, Sharded, of
+from support.refusals import refused
 
 from pallas_kernels import plan as plans
 from pallas_kernels.cases import Case
-from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.mosaic_gpu import call
-from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.prefill import mosaic_gpu
 from pallas_kernels.prefill.mosaic_gpu_block import COLUMNS as COLUMN_STEPS
 from pallas_kernels.prefill.mosaic_gpu_block import ENDS, FIRST, HEAD, ROW
@@ -128,7 +126,7 @@ def test_items_are_all_tiles_of_all_heads_once_the_longest_first(tiles):
     first = jnp.arange(-(-T // tile))[:, None] * tile + jnp.arange(0, tile, 128)
     numbers = jnp.int32(start), jnp.int32(length)
     geometry = ChunkGeometry(320, 64)
-    table = mosaic_gpu._items(first, tile, 1, *numbers, 64, geometry, WHOLE, plan, N)
+    table = mosaic_gpu.item_table(first, tile, 1, *numbers, 64, geometry, WHOLE, plan, N)
     table = np.asarray(table)
     places = {(head, row) for head, row in table[:, [HEAD, ROW]]}
     assert places == {(n, 128 * i) for n in range(N) for i in range(first.size)}
@@ -140,34 +138,14 @@ def test_items_are_all_tiles_of_all_heads_once_the_longest_first(tiles):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "dtypes", "text"),
+    ("text", "shape"),
     [
-        ({"H": 96}, {}, "heads of 96 are none of 64, 128"),
-        ({}, {"queries": "float32"}, "queries of float32, keys of bfloat16"),
-        ({}, {"values": "float16"}, "values of float16: not all bfloat16"),
-        ({"page": 24}, {}, "blocks of 24 keys in pages of 24: not whole steps of 64"),
-        ({"page": 2**20, "pages": 2**11}, {}, "2147483648 rows: more than 32 bits count"),
+        ("heads of 96 are none of 64, 128", {"head_dim": 96}),
+        ("queries of float32, keys of bfloat16", {"queries": "float32"}),
+        ("values of float16: not all bfloat16", {"values": "float16"}),
+        ("blocks of 24 keys in pages of 24: not whole steps of 64", {"page": 24}),
+        ("2147483648 rows: more than 32 bits count", {"page": 2**20, "pages": 2**11}),
     ],
 )
-def test_what_the_kernel_does_not_take_is_refused(sizes, dtypes, text):
-    sizes = {"H": 64, "page": 64, "pages": 3} | sizes
-    cache = 1, 1, sizes["pages"], sizes["page"], sizes["H"]
-    args = [
-        jax.ShapeDtypeStruct(shape, dtypes.get(name, dtype))
-        for name, shape, dtype in (
-            ("queries", (1, 40, 2, sizes["H"]), "bfloat16"),
-            ("keys", cache, "bfloat16"),
-            ("values", cache, "bfloat16"),
-            ("layer", (), "int32"),
-            ("table", (3,), "int32"),
-            ("start", (), "int32"),
-            ("length", (), "int32"),
-        )
-    ]
-    with pytest.raises(Unsupported, match=text):
-        jax.eval_shape(
-            lambda queries, keys, values, *rest: mosaic_gpu.prefill(
-                queries, PagedKV(keys, values), *rest, geometry=None
-            ),
-            *args,
-        )
+def test_what_the_kernel_does_not_take_is_refused(text, shape):
+    refused(mosaic_gpu.prefill, text, **{"rows": (40,), "head_dim": 64, "pages": 3} | shape)

@@ -1,16 +1,14 @@
 """The vote for Hopper in jax's interpreter: unread memory holds nan, and no two copies may meet."""
 
+import functools
 from types import MappingProxyType
 
-import jax
-import jax.numpy as jnp
 import pytest
 from support.mosaic_gpu_interpreter import INTERPRET, interpreted  # noqa: F401
+from support.refusals import refused
 from support.vote_cases import Vote, slices
 
-from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.geometry import ChunkGeometry
-from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.select import mosaic_gpu
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -55,20 +53,9 @@ class TestVote(Vote):
 
 
 def test_shapes_that_no_product_takes_are_refused():
-    def refuse(*, match, R=64, H=128, page=128, of_queries="bfloat16", dtype="bfloat16"):
-        queries = jax.ShapeDtypeStruct((1, R, 2, H), of_queries)
-        keys = jax.ShapeDtypeStruct((1, 1, 4, page, H), dtype)
-        table, scalar = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((3,), ()))
-        with pytest.raises(Unsupported, match=match):
-            jax.eval_shape(
-                lambda queries, keys, *rest: mosaic_gpu.vote(
-                    queries, PagedKV(keys, keys), *rest, geometry=None
-                ),
-                *(queries, keys, scalar, table, scalar, scalar),
-            )
-
-    refuse(H=80, match="head_dim=80 must be one of 64, 128")
-    refuse(page=64, match="page=64 must be a multiple of 128")
-    refuse(R=65, match="R=65 rows must be at most 64")
-    refuse(dtype="float32", of_queries="float32", match="one dtype of 16 bits")
-    refuse(dtype="float16", match="queries are bfloat16, keys float16")
+    refuse = functools.partial(refused, mosaic_gpu.vote)
+    refuse("head_dim=80 must be one of 64, 128", head_dim=80, page=128)
+    refuse("page=64 must be a multiple of 128", page=64)
+    refuse("R=65 rows must be at most 64", rows=(65,), page=128)
+    refuse("one dtype of 16 bits", keys="float32", queries="float32", page=128)
+    refuse("queries are bfloat16, keys float16", keys="float16", page=128)

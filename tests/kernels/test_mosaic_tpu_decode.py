@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 from support import sequences
 from support.decode_cases import AnyBatch, batch
+from support.mosaic_tpu_interpreter import NOWHERE, Raceless, interpreter
 from support.sequences import after
 
 from pallas_kernels import softmax
@@ -18,19 +18,8 @@ from pallas_kernels.decode import mosaic_tpu
 from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.geometry import INTER, SUCC, ChunkGeometry
 
-NOWHERE = 2**30
 
-
-def interpreter(cores):
-    return pltpu.InterpretParams(
-        detect_races=True,
-        uninitialized_memory="nan",
-        out_of_bounds_reads="raise",
-        num_cores_or_threads=cores,
-    )
-
-
-class Sequences(sequences.Sequences):
+class Sequences(Raceless, sequences.Sequences):
     """Pages without a key of their sequence lie outside the cache: to read one is an error."""
 
     function = staticmethod(mosaic_tpu.decode)
@@ -43,9 +32,6 @@ class Sequences(sequences.Sequences):
         interpret = interpreter(cores) if interpret is None else interpret
         size = block * K * H * self.cache.dtype.itemsize
         return super().decode(*args, block_bytes=size, cores=cores, interpret=interpret, **options)
-
-    def done(self):
-        assert not interpret_pallas_call.races.races_found
 
 
 def lengths(name, page=128, *, options=None, **shape):

@@ -1,21 +1,15 @@
 """The TPU kernel of prefill in the TPU interpreter, which finds races and bad reads."""
 
-import jax.numpy as jnp
 import pytest
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental.pallas import tpu as pltpu
+from support.mosaic_tpu_interpreter import INTERPRET, Raceless
 from support.prefill_cases import AnySlice, Dense, Planned, of
+from support.refusals import refused
 
 from pallas_kernels.cases import Case
-from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
-from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.prefill import mosaic_tpu
 
-INTERPRET = pltpu.InterpretParams(
-    detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
-)
 OPTIONS = {"interpret": INTERPRET, "step": 128}
 SMALL = Tiles(q=128, k=32)
 
@@ -40,7 +34,7 @@ BESIDE = (127, 129), (255, 1), (256, 1), (500, 13), (554, 150)
 LISTED = (554, 150, 150, 4), (0, 1, 3, 3), (511, 2, 0, 0)
 
 
-class TestPrefill(Dense, Planned, AnySlice):
+class TestPrefill(Raceless, Dense, Planned, AnySlice):
     function = staticmethod(mosaic_tpu.prefill)
     options = OPTIONS
     cases = CASES
@@ -67,17 +61,11 @@ class TestPrefill(Dense, Planned, AnySlice):
     def dense_options(cls, case):
         return {"tiles": Tiles(q=128 * case.num_heads // case.num_kv_heads, k=128)}
 
-    def done(self):
-        assert not interpret_pallas_call.races.races_found
-
 
 @pytest.mark.parametrize(
     ("tiles", "text"),
     [(Tiles(q=128, k=96), "96 keys"), (Tiles(q=128, k=128), "a TPU copies")],
 )
 def test_keys_that_are_not_whole_registers_are_refused(tiles, text):
-    queries = jnp.zeros((1, 8, 2, 16))
-    cache = jnp.zeros((1, 1, 3, 4, 16))
-    where = jnp.int32(0), jnp.arange(3), jnp.int32(0), jnp.int32(0)
-    with pytest.raises(Unsupported, match=text):
-        mosaic_tpu.prefill(queries, PagedKV(cache, cache), *where, geometry=None, tiles=tiles)
+    shape = {"rows": (8,), "head_dim": 16, "page": 4, "pages": 3}
+    refused(mosaic_tpu.prefill, text, **shape, queries="float32", keys="float32", tiles=tiles)

@@ -1,25 +1,18 @@
 """The vote for TPU in the TPU interpreter, which raises on stale memory and stray reads."""
 
+import functools
 from types import MappingProxyType
 
-import jax
-import jax.numpy as jnp
 import pytest
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-from jax.experimental.pallas import tpu as pltpu
+from support.mosaic_tpu_interpreter import INTERPRET, NOWHERE, Raceless
+from support.refusals import refused
 from support.vote_cases import AnySlice, slices
 
-from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.geometry import ChunkGeometry
-from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.select import mosaic_tpu
 
-NOWHERE = 2**30
 PAGE, PAGES = 256, 3
 S = PAGE * PAGES
-INTERPRET = pltpu.InterpretParams(
-    detect_races=True, uninitialized_memory="nan", out_of_bounds_reads="raise"
-)
 GEOMETRIES = {
     "one window": None,
     "tiles fit the chunk": ChunkGeometry(320, 64),
@@ -36,11 +29,11 @@ HEADS = (
 )
 
 
-class TestVote(AnySlice):
+class TestVote(Raceless, AnySlice):
     function = staticmethod(mosaic_tpu.vote)
     options = MappingProxyType({"interpret": INTERPRET, "tile": 128})
     shape = MappingProxyType({"K": 2, "page": PAGE, "pages": PAGES})
-    nowhere = NOWHERE  # to read a page that is not there is an error
+    nowhere = NOWHERE
     voting = (
         *(slices(name, geometry, *EDGES) for name, geometry in GEOMETRIES.items()),
         *(
@@ -57,24 +50,10 @@ class TestVote(AnySlice):
     drawn = tuple(pytest.param([each], id=name) for name, each in GEOMETRIES.items())
     keys = S
 
-    def done(self):
-        assert not interpret_pallas_call.races.races_found
-
 
 def test_shapes_that_do_not_fit_the_registers_are_refused():
-    def refuse(*, page=PAGE, R=64, H=128, dtype="bfloat16", match):
-        queries = jax.ShapeDtypeStruct((1, R, 2, H), "bfloat16")
-        keys = jax.ShapeDtypeStruct((1, 1, 4, page, H), dtype)
-        table, scalar = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((3,), ()))
-        with pytest.raises(Unsupported, match=match):
-            jax.eval_shape(
-                lambda queries, keys, *rest: mosaic_tpu.vote(
-                    queries, PagedKV(keys, keys), *rest, geometry=None
-                ),
-                *(queries, keys, scalar, table, scalar, scalar),
-            )
-
-    refuse(H=64, match="head_dim=64 must be a multiple of 128")
-    refuse(page=64, match="page=64 must be a multiple of 128")
-    refuse(R=129, match="R=129 rows must be at most 128")
-    refuse(dtype="float32", match="queries are bfloat16, keys float32")
+    refuse = functools.partial(refused, mosaic_tpu.vote)
+    refuse("head_dim=64 must be a multiple of 128", head_dim=64, page=PAGE)
+    refuse("page=64 must be a multiple of 128", page=64)
+    refuse("R=129 rows must be at most 128", rows=(129,), page=PAGE)
+    refuse("queries are bfloat16, keys float32", keys="float32", page=PAGE)

@@ -40,7 +40,7 @@ def dump(tmp_path):
 
 
 def test_a_schedule_counts_bundles_matmuls_spills_and_the_inner_piece(dump):
-    found = tpu_compile._schedule(dump, "mine.1")
+    found = tpu_compile.schedule_of(dump, "mine.1")
     assert (found.bundles, found.matmuls, found.slots, found.spills) == (5, 7, 4, 4)
     assert found.inner == (2, 6)
     assert found.mxu == 7 / 20

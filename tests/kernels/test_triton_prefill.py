@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from support.paged import LAYER
 from support.prefill_cases import AnySlice, Dense, Planned, Sharded, of
+from support.refusals import refused
 from support.tolerances import assert_close
 
 from pallas_kernels import plan as plans
 from pallas_kernels.cases import Case
-from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.paged_kv import PagedKV
@@ -151,31 +151,13 @@ class TestPrefill(Dense, Planned, AnySlice, Sharded):
 
 
 @pytest.mark.parametrize(
-    ("size", "queries", "cache", "text"),
+    ("text", "shape"),
     [
-        ((8, 2, 24), "float32", "float32", "heads of 24"),
-        ((8, 2, 16), "float32", "bfloat16", "not of one type"),
-        ((2**25, 4, 16), "float32", "float32", "32 bits"),
+        ("heads of 24", {"head_dim": 24}),
+        ("not of one type", {"keys": "bfloat16"}),
+        ("32 bits", {"rows": (2**25,), "heads": 4}),
     ],
 )
-def test_what_the_kernels_do_not_take_is_refused(size, queries, cache, text):
-    T, N, H = size
-    args = [
-        jax.ShapeDtypeStruct(shape, dtype)
-        for shape, dtype in (
-            ((1, T, N, H), queries),
-            ((1, 1, 3, 16, H), cache),
-            ((1, 1, 3, 16, H), cache),
-            ((), "int32"),
-            ((3,), "int32"),
-            ((), "int32"),
-            ((), "int32"),
-        )
-    ]
-    with pytest.raises(Unsupported, match=text):
-        jax.eval_shape(
-            lambda queries, keys, values, *rest: triton.prefill(
-                queries, PagedKV(keys, values), *rest, geometry=None
-            ),
-            *args,
-        )
+def test_what_the_kernels_do_not_take_is_refused(text, shape):
+    usual = {"rows": (8,), "head_dim": 16, "page": 16, "pages": 3}
+    refused(triton.prefill, text, **usual | {"queries": "float32", "keys": "float32"} | shape)

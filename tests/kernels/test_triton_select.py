@@ -2,15 +2,14 @@
 
 from types import MappingProxyType
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import shards
+from support.refusals import refused
 from support.triton_interpreter import interpreted  # noqa: F401
 from support.vote_cases import LAYER, AnySlice, slices
 
-from pallas_kernels.dispatch.backend import Unsupported
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.paged_kv import PagedKV
 
@@ -80,19 +79,8 @@ def test_votes_of_all_shards_are_those_of_the_whole(geometry, part):
 
 
 def test_shapes_that_no_product_takes_are_refused():
-    def refuse(*, R=64, H=128, of_queries="bfloat16", dtype="bfloat16", match):
-        queries = jax.ShapeDtypeStruct((1, R, 2, H), of_queries)
-        keys = jax.ShapeDtypeStruct((1, 1, 4, 64, H), dtype)
-        table, scalar = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((3,), ()))
-        with pytest.raises(Unsupported, match=match):
-            jax.eval_shape(
-                lambda queries, keys, *rest: triton.vote(
-                    queries, PagedKV(keys, keys), *rest, geometry=None
-                ),
-                *(queries, keys, scalar, table, scalar, scalar),
-            )
-
-    refuse(H=80, match="head_dim=80 must be one of 16, 32")
-    refuse(H=256, dtype="float32", of_queries="float32", match="at most 512 bytes")
-    refuse(R=65, match="R=65 rows must be at most 64")
-    refuse(dtype="float32", match="queries are bfloat16, keys float32")
+    refused(triton.vote, "head_dim=80 must be one of 16, 32", head_dim=80)
+    wide = {"head_dim": 256, "keys": "float32", "queries": "float32"}
+    refused(triton.vote, "at most 512 bytes", **wide)
+    refused(triton.vote, "R=65 rows must be at most 64", rows=(65,))
+    refused(triton.vote, "queries are bfloat16, keys float32", keys="float32")

@@ -124,7 +124,7 @@ CODE = """
 
 def test_the_inner_loop_with_most_products_is_found(monkeypatch):
     output = types.SimpleNamespace(stdout=CODE)
-    monkeypatch.setattr(gpu_compile, "_run", lambda *_: output)
+    monkeypatch.setattr(gpu_compile, "run_tool", lambda *_: output)
     assert gpu_compile.inner_loop(None) == (5, 1)
 
 

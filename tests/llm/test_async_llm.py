@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,17 +10,17 @@ import pytest
 from qwen_jax import AsyncLLM
 from qwen_jax.config import ConfigError
 from qwen_jax.engine.request import EngineError, RequestError
+from qwen_jax.llm import async_llm
 from qwen_jax.llm.async_llm import AsyncSession
 
 PROMPTS = ["Once upon a time", "the key", [5, 6, 7, 8], "x", [9, 10]]
 
 
 @pytest.fixture
-def shared(llm, monkeypatch):
+def shared(llm):
     """An AsyncLLM over the model that is loaded already."""
-    model = AsyncLLM("not loaded")
-    monkeypatch.setattr(model, "_open", lambda: llm)
-    return model
+    with mock.patch.object(async_llm, "LLM", return_value=llm):
+        return AsyncLLM("not loaded")
 
 
 def test_concurrent_requests_are_batched_and_equal_the_synchronous_ones(llm, shared, monkeypatch):

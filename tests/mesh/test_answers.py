@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import demo_checkpoint, random_models
 from support.children import run
+from support.on_meshes import CONFIG, PART, mesh_of, place
 
 from convert import weights
-from pallas_kernels.geometry import ChunkGeometry
 from qwen_jax.config import ConfigError, SparseConfig
 from qwen_jax.distributed import sharding
 from qwen_jax.engine.data_parallel import build, split
@@ -20,16 +20,7 @@ from qwen_jax.engine.request import Request, Sampling
 from qwen_jax.hf_config import model_config, sparse_config
 from qwen_jax.models import params
 
-CONFIG = dataclasses.replace(
-    random_models.config(
-        heads=(4, 2), head_dim=16, dual_chunk=ChunkGeometry(80, 16), original_len=64
-    ),
-    num_layers=3,
-    mlp_dim=48,
-    vocab_size=64,
-)
 SPARSE = SparseConfig(vertical=((60,) * 4,) * 3, slash=((80,) * 4,) * 3, last_q=16, threshold=100)
-PART = 16  # tokens of a page on each device
 LENGTHS = 203, 61, 33, 97, 140, 7  # tokens of prompts
 
 
@@ -47,15 +38,6 @@ def requests(most=256):
     ]
 
 
-def place(config, tree, text):
-    """Weights on a mesh, or on one device."""
-    if not text:
-        return jax.device_put(tree, jax.devices()[0])
-    shape = sharding.parse(text)
-    mesh = sharding.make_mesh(jax.devices()[: shape.size], **dataclasses.asdict(shape))
-    return jax.device_put(tree, params.shardings(config, mesh))
-
-
 def serving(text, **fields):
     """What serves a random model on a mesh, or on one device."""
     seq = sharding.parse(text).seq if text else 1
@@ -66,7 +48,7 @@ def serving(text, **fields):
 
 
 def test_answers_do_not_depend_on_the_mesh():
-    run("test_answers", "compare", "seq=4,tensor=2", "data=2,seq=2,tensor=2")
+    run(compare, "seq=4,tensor=2", "data=2,seq=2,tensor=2")
 
 
 def compare(text, replicated):
@@ -91,7 +73,7 @@ def compare(text, replicated):
 def test_a_vocabulary_that_the_mesh_does_not_divide_gives_the_answers_of_one_device(tied, tmp_path):
     config = dataclasses.replace(CONFIG, vocab_size=61, tie_embeddings=tied, dual_chunk=None)
     random_models.save(config, random_models.weights(config), tmp_path)
-    run("test_answers", "compare_padded", tmp_path)
+    run(compare_padded, tmp_path)
 
 
 def compare_padded(directory):
@@ -102,11 +84,9 @@ def compare_padded(directory):
     wild = {"temperature": 1e3, "seed": 3}
     made = []
     for text in "seq=1", "seq=2,tensor=2", "data=2,tensor=2":
-        shape = sharding.parse(text)
-        devices = jax.devices()[: shape.size]
-        mesh = sharding.make_mesh(devices, **dataclasses.asdict(shape))
+        mesh = mesh_of(text)
         tree = weights.load(directory, shardings=params.shardings(config, mesh))
-        assert len(tree["embed"]["embedding"]) == 61 + (shape.tensor == 2)
+        assert len(tree["embed"]["embedding"]) == 61 + (mesh.shape["tensor"] == 2)
         engine = build(config, tree, EngineConfig(max_len=256, page=64, slices=(48,), max_seqs=2))
         asked = [
             Request(prompt=prompt, max_new_tokens=12),
@@ -180,7 +160,7 @@ def check_cancel(serve, some, expected):
     "meshes", [("seq=8", "data=8", "data=2,seq=2,tensor=2"), ("seq=3", "data=3,tensor=2", "seq=7")]
 )
 def test_answers_and_scores_do_not_depend_on_any_mesh(meshes):
-    run("test_answers", "compare_more", *meshes)
+    run(compare_more, *meshes)
 
 
 def compare_more(*meshes):
@@ -200,7 +180,7 @@ def compare_more(*meshes):
 @pytest.mark.long
 @pytest.mark.parametrize("mesh", ["seq=5", "data=2,seq=2,tensor=2"])
 def test_no_length_or_slice_depends_on_the_mesh(mesh):
-    run("test_answers", "draw", mesh)
+    run(draw, mesh)
 
 
 def draw(text):
@@ -229,7 +209,7 @@ def draw(text):
 
 
 def test_replicas_use_the_arrays_that_lie_there():
-    run("test_answers", "split_weights")
+    run(split_weights)
 
 
 def split_weights():
@@ -258,7 +238,7 @@ def split_weights():
 @pytest.mark.long
 @pytest.mark.demo
 def test_the_demo_model_answers_alike_on_eight_devices():
-    run("test_answers", "ask_demo", demo_checkpoint.directory())
+    run(ask_demo, demo_checkpoint.directory())
 
 
 def ask_demo(directory):

@@ -41,7 +41,7 @@ def test_parameters_and_cache_are_as_published(name, tmp_path):
 
 
 def test_arguments_of_a_program_on_a_mesh_take_what_the_budget_says(tmp_path):
-    run("test_budget", "compile_on_meshes", tmp_path)
+    run(compile_on_meshes, tmp_path)
 
 
 def compile_on_meshes(directory):

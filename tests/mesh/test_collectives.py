@@ -104,7 +104,7 @@ def test_a_loop_of_unknown_length_that_sends_is_refused():
 
 
 def test_a_program_for_cpus_sends_what_it_was_written_to_send():
-    found = run("test_collectives", "compile_a_step")
+    found = run(compile_a_step)
     assert found == Counter(
         {
             Collective("all-gather", "seq", "f32[4,8]", 128, 128): 5,

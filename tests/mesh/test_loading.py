@@ -1,13 +1,9 @@
 """Peak memory of loading onto a mesh: the placed arrays and little more than a part."""
 
-import json
-
 import jax
 import jax.numpy as jnp
-import ml_dtypes
-import numpy as np
 import pytest
-from support.checkpoints import Tiny, write_shards
+from support.checkpoints import Tiny, write_large
 from support.children import peak, run
 
 from convert import weights
@@ -23,17 +19,7 @@ MESH = "seq=2,tensor=4"
 def checkpoints(tmp_path_factory):
     """Some 2 GB in six files, and the same converted."""
     directory = tmp_path_factory.mktemp("large") / "hf"
-    Tiny(layers=1).write(directory)
-    (directory / "model.safetensors").unlink()
-    (directory / "config.json").write_text(json.dumps(MODEL.config()))
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 2**14, 80 << 20, np.uint16)  # finite bfloat16
-    tensors = {}
-    for number, (name, shape) in enumerate(MODEL.shapes().items()):
-        size = int(np.prod(shape))
-        tensors[name] = noise[number : number + size].view(ml_dtypes.bfloat16).reshape(shape)
-    write_shards(directory, tensors, 6)
-    del tensors
+    write_large(directory, MODEL, 6)
     weights.convert(directory, directory.with_name("ours"))
     return directory, directory.with_name("ours")
 
@@ -49,7 +35,7 @@ def test_loading_onto_a_mesh_holds_the_shards_and_a_part(checkpoints):
     slack = 768 << 20  # half of it is used; without returning what was freed, more than all
     assert whole >= 2 * 10**9 > largest + slack
     for directory in checkpoints:
-        placed, added = run("test_loading", "load", directory)
+        placed, added = run(load, directory)
         assert placed >= 2 * whole - (1 << 20)  # along `seq` everything is there twice
         assert added - placed <= largest + slack, directory
 

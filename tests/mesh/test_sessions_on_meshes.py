@@ -12,14 +12,14 @@ import pytest
 from jax.sharding import NamedSharding
 from support import random_models
 from support.children import run
-from test_answers import CONFIG, PART
+from support.on_meshes import CONFIG, PART, mesh_of, place
 
 from pallas_kernels.paged_kv import PagedKV
 from qwen_jax.distributed import sharding
 from qwen_jax.engine.data_parallel import build
 from qwen_jax.engine.engine import EngineConfig, Piece
 from qwen_jax.engine.request import Request
-from qwen_jax.models import kv_cache, kv_transfer, params
+from qwen_jax.models import kv_cache, kv_transfer
 from qwen_jax.storage import kv_session
 from qwen_jax.storage.kv_session import Identity, Writer
 
@@ -30,19 +30,10 @@ QUESTIONS = (3,), (14, 15), (9, 26, 53)
 EIGHT = "seq=4,tensor=2"
 
 
-def mesh_of(text):
-    shape = sharding.parse(text)
-    return sharding.make_mesh(jax.devices()[: shape.size], **dataclasses.asdict(shape))
-
-
 def engine(text):
     """An engine of a random model on a mesh, or on one device."""
-    tree, seq = random_models.weights(MODEL), 1
-    if text:
-        mesh = mesh_of(text)
-        tree, seq = jax.device_put(tree, params.shardings(MODEL, mesh)), mesh.shape["seq"]
-    else:
-        tree = jax.device_put(tree, jax.devices()[0])
+    seq = sharding.parse(text).seq if text else 1
+    tree = place(MODEL, random_models.weights(MODEL), text)
     return build(
         MODEL, tree, EngineConfig(max_len=256, prefix_tokens=203, page=PART * seq, slices=(48,))
     )
@@ -89,12 +80,6 @@ def restore(engine, directory, prompt):
     return held(engine, (*prompt, 1), len(prompt))
 
 
-def forget(engine):
-    """Takes what was restored out of an engine again, which spares the compilation of another."""
-    engine._pages.give(list(engine._prefix.pages))
-    engine._prefix = None
-
-
 def held(engine, prompt, length):
     """Bits of the first tokens of a prompt in an engine, which reads what it does not have."""
     number = engine.add(Request(prompt=prompt, max_new_tokens=2))
@@ -111,20 +96,20 @@ def bits(window, length):
 
 
 def test_one_device_goes_on_after_eight(tmp_path):
-    run("test_sessions_on_meshes", "compare", tmp_path, {EIGHT: [""]}, LENGTHS[:1])
+    run(compare, tmp_path, {EIGHT: [""]}, LENGTHS[:1])
 
 
 @pytest.mark.long
 def test_eight_devices_go_on_after_fewer_and_fewer_after_eight(tmp_path):
     fewer = ["", "seq=2", "tensor=2", "seq=2,tensor=2"]
     pairs = {EIGHT: fewer} | {text: [EIGHT] for text in fewer}
-    run("test_sessions_on_meshes", "compare", tmp_path, pairs, LENGTHS)
+    run(compare, tmp_path, pairs, LENGTHS)
 
 
 @pytest.mark.long
 def test_meshes_that_do_not_divide_a_window_go_on(tmp_path):
     pairs = {"seq=3": ["", "seq=5"], "": ["seq=3,tensor=2"], "seq=5": ["seq=3"]}
-    run("test_sessions_on_meshes", "compare", tmp_path, pairs, LENGTHS)
+    run(compare, tmp_path, pairs, LENGTHS)
 
 
 def compare(folder, pairs, lengths):
@@ -147,16 +132,16 @@ def compare(folder, pairs, lengths):
                 before = other.num_prefilled
                 assert other.run(asked) == expected, (source, target, length)
                 assert other.num_prefilled - before == sum(map(len, QUESTIONS))
-                forget(other)
+                other.forget()
 
 
 def test_every_bit_is_carried():
-    run("test_sessions_on_meshes", "carry", ["", EIGHT])
+    run(carry, ["", EIGHT])
 
 
 @pytest.mark.long
 def test_every_bit_is_carried_on_any_mesh():
-    run("test_sessions_on_meshes", "carry", ["", "seq=3", "seq=2,tensor=4", "seq=5"])
+    run(carry, ["", "seq=3", "seq=2,tensor=4", "seq=5"])
 
 
 def carry(meshes):

@@ -124,7 +124,7 @@ MESHES = [(1, 8, 1), (1, 2, 4), (2, 2, 2), (1, 5, 1)]
 def test_weights_load_straight_to_their_shards(vocab, tmp_path):
     dataclasses.replace(TINY, vocab=vocab).write(tmp_path / "hf")
     weights.convert(tmp_path / "hf", tmp_path / "ours")
-    run("test_sharding", "load_on_meshes", tmp_path / "hf", tmp_path / "ours")
+    run(load_on_meshes, tmp_path / "hf", tmp_path / "ours")
 
 
 def load_on_meshes(*directories):

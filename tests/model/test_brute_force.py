@@ -7,26 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.random_models import smallest
 
 from pallas_kernels.decode import decode
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.prefill import prefill
-from qwen_jax.config import ModelConfig
 from qwen_jax.models import kv_cache, rope
 
-CONFIG = ModelConfig(
-    num_layers=1,
-    vocab_size=8,
-    embed_dim=8,
-    mlp_dim=8,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    rope_theta=1e4,
-    norm_eps=1e-5,
-    tie_embeddings=True,
-    max_len=160,
-)
+CONFIG = smallest(num_heads=4, num_kv_heads=2, head_dim=16, max_len=160)
 SLICE, PAGE = 24, 8
 
 

@@ -2,24 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.random_models import smallest
 
-from qwen_jax.config import ModelConfig
 from qwen_jax.models import kv_cache
 
 PAGE, PAGES, LAYERS, K, H = 4, 9, 3, 2, 2
-CONFIG = ModelConfig(
-    num_layers=LAYERS,
-    vocab_size=8,
-    embed_dim=8,
-    mlp_dim=8,
-    num_heads=2,
-    num_kv_heads=K,
-    head_dim=H,
-    rope_theta=1e4,
-    norm_eps=1e-5,
-    tie_embeddings=True,
-    max_len=64,
-)
+CONFIG = smallest(num_layers=LAYERS, num_heads=2, num_kv_heads=K, head_dim=H)
 
 
 def rows(rng, count):

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from support.random_models import smallest
 
 from pallas_kernels.dispatch.backend import compiler_options
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.paged_kv import PagedKV
-from qwen_jax.config import ModelConfig
 from qwen_jax.models import rope
 from qwen_jax.models.qwen2 import Qwen2
 from qwen_jax.models.steps import PrefillStep
@@ -21,7 +21,7 @@ from qwen_jax.sparse import budgets as sparse
 pytestmark = pytest.mark.optimized
 
 # The attention of the 7B model; all else is small, so that what is measured is attention.
-MODEL = ModelConfig(
+MODEL = smallest(
     num_layers=28,
     vocab_size=300,
     embed_dim=256,
@@ -30,8 +30,6 @@ MODEL = ModelConfig(
     num_kv_heads=4,
     head_dim=128,
     rope_theta=1e7,
-    norm_eps=1e-6,
-    tie_embeddings=True,
     max_len=1_010_000,
     weights_dtype="float32",
     dual_chunk=ChunkGeometry(chunk_size=262144, local_size=8192),

@@ -3,22 +3,14 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from support.random_models import smallest
 
 from pallas_kernels.geometry import ChunkGeometry
-from qwen_jax.config import ModelConfig
 from qwen_jax.models import rope
 
-CONFIG = ModelConfig(
-    num_layers=1,
-    vocab_size=8,
-    embed_dim=8,
-    mlp_dim=8,
-    num_heads=1,
-    num_kv_heads=1,
+CONFIG = smallest(
     head_dim=128,
     rope_theta=1e7,
-    norm_eps=1e-5,
-    tie_embeddings=True,
     max_len=1010000,
     dual_chunk=ChunkGeometry(262144, 8192),
     original_len=262144,

@@ -15,6 +15,7 @@ from pallas_kernels.dispatch.tiles import Tiles
 from pallas_kernels.geometry import ChunkGeometry
 from qwen_jax.config import SparseConfig
 from qwen_jax.engine.engine import Engine, EngineConfig
+from qwen_jax.engine.model_runner import Runner
 from qwen_jax.engine.request import Request
 from qwen_jax.models import kv_cache, rope
 from qwen_jax.models.qwen2 import Qwen2
@@ -220,7 +221,7 @@ def test_logits_equal_the_definition_that_selects_for_itself(geometry):
 
 
 @pytest.mark.parametrize("tail", [1, 50, LENGTH])
-def test_the_engine_reads_the_end_of_a_prompt_densely(monkeypatch, tail):
+def test_the_engine_reads_the_end_of_a_prompt_densely(tail):
     config, tree = model(GEOMETRY)
     budgets = budgets_of(config, 40, 101)
     settings = EngineConfig(
@@ -231,14 +232,14 @@ def test_the_engine_reads_the_end_of_a_prompt_densely(monkeypatch, tail):
         dense_tail=tail,
         backend="reference",  # which compiles sooner
     )
-    engine = Engine(config, tree, settings)
     seen = []
-    choose = engine._runner.sample
-    monkeypatch.setattr(
-        engine._runner,
-        "sample",
-        lambda logits, choice: seen.append(logits) or choose(logits, choice),
-    )
+
+    class Seen(Runner):
+        def sample(self, logits, choice):
+            seen.append(logits)
+            return super().sample(logits, choice)
+
+    engine = Engine(config, tree, settings, make_runner=Seen)
     edges = [*range(0, LENGTH - tail, SLICE), LENGTH - tail]
     scale = config.temperature(LENGTH) ** 2
     read = sparse_definition.Reads(

@@ -1,13 +1,14 @@
 """The whole model with Triton kernels, interpreted, inside jit, scan and shard_map."""
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
 import pytest
-import test_logits
 from support import triton_interpreter
 from support.children import run
+from support.mesh_logits import CONFIG, PART, budgets, logits
 
 from pallas_kernels.dispatch import backend
 from pallas_kernels.triton import call
@@ -18,18 +19,23 @@ from qwen_jax.distributed import sharding
     ("devices", "sparse"), [(1, False), pytest.param(2, True, marks=pytest.mark.long)]
 )
 def test_logits_by_triton_are_those_of_xla(devices, sparse):
-    run("test_triton_model", "compare", devices, sparse)
+    run(compare, devices, sparse)
 
 
 def compare(devices, sparse):
     jax.config.update("jax_num_cpu_devices", devices)
     sizes = {"num_layers": 2, "num_heads": 2, "num_kv_heads": 1}
-    test_logits.CONFIG = dataclasses.replace(test_logits.CONFIG, **sizes)
-    test_logits.PROMPTS = 103, 20
-    test_logits.ANSWER = 1
-    shape, budgets = sharding.MeshShape(seq=devices), test_logits._budgets() if sparse else None
-    args = shape, test_logits.PART * devices, budgets
-    expected = test_logits.logits(*args)
+    config = dataclasses.replace(CONFIG, **sizes)
+    compute = functools.partial(
+        logits,
+        sharding.MeshShape(seq=devices),
+        PART * devices,
+        budgets(config) if sparse else None,
+        config=config,
+        prompts=(103, 20),
+        answer=1,
+    )
+    expected = compute()
     launched = []
 
     def launch(kernel, *args, **keywords):
@@ -42,7 +48,7 @@ def compare(devices, sparse):
         patch.setitem(backend.RUNS_ON, "triton", ("cpu",))
         patch.setitem(backend.PREFERRED, "cpu", ("triton",))
         patch.setattr(backend, "triton_fault", lambda: None)
-        found = test_logits.logits(*args)
+        found = compute()
     assert len(launched) >= (5 if sparse else 2)
     for a, b in zip(found, expected, strict=True):
         assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max()

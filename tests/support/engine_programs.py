@@ -59,7 +59,7 @@ def check(engine: Engine, *names: str) -> set[str]:
     Returns:
         The names of those that were looked at.
     """
-    cache = engine._runner._cache.keys
+    cache = engine.runner.cache.keys
     shape = cache.sharding.shard_shape(cache.shape)
     one_array = math.prod(shape) * cache.dtype.itemsize
     checked = set()
@@ -77,19 +77,19 @@ def check(engine: Engine, *names: str) -> set[str]:
 
 def programs(engine: Engine, names: tuple[str, ...]):
     """The name of each program, and what the compiler made of it."""
-    runner = engine._runner
+    runner = engine.runner
     for name, args, options in calls(engine):
         if not names or name in names:
-            program = jitted(getattr(runner._programs, name))
-            mesh = contextlib.nullcontext() if runner._mesh is None else jax.set_mesh(runner._mesh)
+            program = jitted(getattr(runner.programs, name))
+            mesh = contextlib.nullcontext() if runner.mesh is None else jax.set_mesh(runner.mesh)
             with mesh:
                 yield name, program.lower(*args, **options).compile()
 
 
 def calls(engine: Engine):
     """Name, arguments and options of each program, as the engine calls it."""
-    runner, table_len, max_seqs = engine._runner, engine._table_len, engine._config.max_seqs
-    cache, model = runner._cache, (runner._weights, runner._rotary, runner._cache)
+    runner, table_len, max_seqs = engine.runner, engine.layout.table_len, engine.max_seqs
+    cache, model = runner.cache, (runner.weights, runner.rotary, runner.cache)
     number, table = np.int32(0), np.zeros(table_len, np.int32)
     shape = runner.window(WINDOW)
     step = inputs.prefill(
@@ -100,16 +100,16 @@ def calls(engine: Engine):
         (), max_seqs=max_seqs, page_table=slots.page_table, scales=lambda _: (1.0, 1.0)
     )
     yield "prefill", (*model, step), {}
-    yield "prefill_sparse", (*model, step, runner._budgets), {}
+    yield "prefill_sparse", (*model, step, runner.budgets), {}
     yield "score", (*model, step), {}
-    yield "score_sparse", (*model, step, runner._budgets), {}
-    yield "decode", (*model, runner._seen, slots.sampling, token), {}
-    yield "decode_logprobs", (*model, runner._seen, slots.sampling, token), {}
+    yield "score_sparse", (*model, step, runner.budgets), {}
+    yield "decode", (*model, runner.seen, slots.sampling, token), {}
+    yield "decode_logprobs", (*model, runner.seen, slots.sampling, token), {}
     yield "extract_kv", (cache, table, number), {"size": WINDOW}
     yield "insert_kv", (cache, shape, shape, table, number, number), {}
     yield "copy_page", (cache, number, number), {}
-    if runner._mesh is None:
-        yield "sparse_plan", (*model, step, runner._budgets), {"layer": 1}
+    if runner.mesh is None:
+        yield "sparse_plan", (*model, step, runner.budgets), {"layer": 1}
         yield "survey", (*model, step), {"grid": GRID}
 
 

@@ -4,17 +4,22 @@ import dataclasses
 import hashlib
 import json
 import zlib
+from contextlib import ExitStack
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from qwen_jax.engine import engine as engines
+from qwen_jax.llm.model import Model
 from qwen_jax.sparse.budgets import Report
-from qwen_jax.storage import kv_session
+from qwen_jax.storage import kv_session, orbax_io
 from support.fake_runner import FakeRunner
 
 SHAPE = (2, 2, 8)  # layers, key/value heads and their size, of the tiny model
+PREFILL = ["--slice", 64, "--save-every", 200]  # saves after 256 and 512 tokens and at the end
 TEXT = "in the other thing there is the bee and the bear. " * 18
 
 
@@ -43,6 +48,14 @@ class Checksum(FakeRunner):
         keys, values = map(np.asarray, window)
         np.testing.assert_array_equal(keys, -values)
         super().insert_kv((keys[..., :3], values), table, start, length)
+
+
+def checksums():
+    """Engines that are checksums instead of real ones, while it is open."""
+    patches = ExitStack()
+    patches.enter_context(mock.patch.object(engines, "Runner", Checksum))
+    patches.enter_context(mock.patch.object(Model, "weights", return_value={"x": jnp.zeros(1)}))
+    return patches
 
 
 def content(directory):
@@ -74,3 +87,9 @@ def sign(directory, change):
     change(body)
     digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
     path.write_bytes(json.dumps({"sha256": digest, **body}, indent=1).encode() + b"\n")
+
+
+def sums(folder):
+    """Sizes and checksums of the files of a window, as a session lists them."""
+    files = orbax_io.flush(folder, folder.parent)
+    return {name: dataclasses.asdict(file) for name, file in files.items()}

@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pallas_kernels import plan as plans
 from support import oracle, shards
+from support.draws import drawn_alike
 from support.paged import LAYER, PAGES, poison, random_inputs
 from support.tolerances import LIMIT, assert_close
 
@@ -161,15 +162,7 @@ class Planned(Kernel):
 class AnySlice(Kernel):
     """Slices that hypothesis draws, of the cases and tiles in `drawn`."""
 
-    @settings(
-        max_examples=12,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=[
-            HealthCheck.function_scoped_fixture,
-            HealthCheck.differing_executors,
-        ],
-    )
+    @drawn_alike(max_examples=12)
     @given(data=st.data())
     def test_attention_is_right_for_every_slice(self, drawn, data):
         name, tiles = data.draw(st.sampled_from(drawn), "case")

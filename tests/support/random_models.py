@@ -42,6 +42,24 @@ def config(
     )
 
 
+def smallest(**fields) -> ModelConfig:
+    """A configuration of small sizes, but for the fields that are given."""
+    usual = {
+        "num_layers": 1,
+        "vocab_size": 8,
+        "embed_dim": 8,
+        "mlp_dim": 8,
+        "num_heads": 1,
+        "num_kv_heads": 1,
+        "head_dim": 8,
+        "rope_theta": 1e4,
+        "norm_eps": 1e-6,
+        "tie_embeddings": True,
+        "max_len": 64,
+    }
+    return ModelConfig(**usual | fields)
+
+
 # Every ratio of heads with both head sizes, tied and untied: 32 configurations.
 CONFIGS = {
     f"{N}-{K}-heads-of-{H}-{'tied' if tied else 'untied'}": config(

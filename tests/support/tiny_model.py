@@ -1,6 +1,12 @@
 """A model so small that verbs run on it in seconds."""
 
+import json
+from pathlib import Path
+
 import numpy as np
+from safetensors.numpy import save_file
+
+from support.vocabularies import byte_level, save, small_vocabulary
 
 CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -40,3 +46,10 @@ def random_weights(seed: int = 0) -> dict[str, np.ndarray]:
         weights[f"{prefix}input_layernorm.weight"] = 1 + normal(D)
         weights[f"{prefix}post_attention_layernorm.weight"] = 1 + normal(D)
     return weights
+
+
+def write(directory: Path) -> Path:
+    """Write a Hugging Face directory of a random model with a tokenizer."""
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    save_file(random_weights(), directory / "model.safetensors", metadata={"format": "pt"})
+    return save(byte_level(*small_vocabulary()), directory)

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pallas_kernels.paged_kv import PagedKV
 from support import sparse_oracle
+from support.draws import drawn_alike
 from support.tolerances import assert_close
 
 LAYER = 1
@@ -101,15 +102,7 @@ class AnySlice(Vote):
     drawn_shape: ClassVar[dict] = {}
     keys: int
 
-    @settings(
-        max_examples=10,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=[
-            HealthCheck.function_scoped_fixture,
-            HealthCheck.differing_executors,
-        ],
-    )
+    @drawn_alike(max_examples=10)
     @given(data=st.data())
     def test_votes_equal_the_sums_of_softmax_of_any_slice(self, drawn, data):
         geometry = data.draw(st.sampled_from(drawn), "geometry")

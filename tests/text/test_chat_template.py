@@ -28,7 +28,7 @@ TALKS = [[USER], [USER, REPLY, USER], [USER, SYSTEM, REPLY]]
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    chat_template._examine.cache_clear()
+    chat_template.examined.cache_clear()
 
 
 @pytest.fixture
@@ -115,10 +115,10 @@ def test_a_large_template_is_refused_unread(load):
 def test_a_template_is_run_once(load, tmp_path, monkeypatch):
     expected = load(SMOL_TEMPLATE).encode_chat([USER])
     (kept,) = (tmp_path / "cache/qwen-jax/templates").iterdir()
-    chat_template._examine.cache_clear()
-    monkeypatch.setattr(limited, "_run", None)
+    chat_template.examined.cache_clear()
+    monkeypatch.setattr(limited.subprocess, "run", None)
     assert load(SMOL_TEMPLATE).encode_chat([USER]) == expected
-    chat_template._examine.cache_clear()
+    chat_template.examined.cache_clear()
     kept.write_text('{"default": ')
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
