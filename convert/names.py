@@ -75,13 +75,12 @@ def table(config: ModelConfig, embedding: str | None = None) -> dict[str, Entry]
             may keep it under the name of the head alone.
     """
     places = family(config.model_type).tensors(config)
-    blocks = {name: place for name, place in places.items() if "{layer}" in name}
     rows = [
         *_rows("embed", places, ("embed",)),
         *(
             row
             for layer in range(config.num_layers)
-            for row in _rows(f"block_{layer:03d}", blocks, ("blocks",), layer)
+            for row in _rows(f"block_{layer:03d}", places, ("blocks",), layer)
         ),
         *_rows("final", places, ("norm",) if config.tie_embeddings else ("norm", "head")),
     ]

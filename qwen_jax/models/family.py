@@ -35,7 +35,7 @@ class Family:
             `config(path, model_type, fields)`; raises ConfigError.
         module: the decoder, made as `module(config, key=..., dtype=..., skip_attention=...)`.
         tensors: from a Hugging Face name to its place; `{layer}` in a name is the layer's number.
-            Heads of tied models have one too, and no array.
+            The head is listed for tied models too, which have no array for it.
         presets: config.json of each published model.
     """
 
