@@ -6,8 +6,8 @@ import os
 from typing import Any
 
 from convert import source
-from qwen_jax.hf_config import model_config, sparse_config
 from qwen_jax.models import params
+from qwen_jax.models.configs import model_config, sparse_config
 from qwen_jax.storage import hub
 from qwen_jax.storage.manifest import DTYPES
 

@@ -1,19 +1,22 @@
-"""Table: Hugging Face name <-> our path and transform, both directions."""
+"""Hugging Face name <-> our path and transform, both directions, for all layers of a model."""
 
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from qwen_jax.config import ModelConfig
+from qwen_jax.models.families import family
 from qwen_jax.storage.manifest import transpose
+
+if TYPE_CHECKING:
+    from qwen_jax.models.family import Place
 
 # Buffers that old files carry; they follow from config.json.
 DROPPED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
-# Tied models may repeat the embedding under the first name, or keep it under that one alone.
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,47 +67,50 @@ class Entry:
         return found.reshape(shape)[tuple(rest)]
 
 
-def table(config: ModelConfig, embedding: str = EMBEDDING) -> dict[str, Entry]:
+def table(config: ModelConfig, embedding: str | None = None) -> dict[str, Entry]:
     """Every tensor of a model by its Hugging Face name, in the order of our parts.
 
     Args:
-        embedding: the tensor that holds the embedding; a tied model may keep it as `HEAD`.
+        embedding: the tensor that holds the embedding, if not the one that should: a tied model
+            may keep it under the name of the head alone.
     """
-    D, F, V = config.embed_dim, config.mlp_dim, config.vocab_size
-    N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
-    block = {
-        "input_layernorm.weight": ("attention_norm.scale", (D,), (D,)),
-        "self_attn.q_proj.weight": ("attention.q.kernel", (N * H, D), (D, N, H)),
-        "self_attn.q_proj.bias": ("attention.q.bias", (N * H,), (N, H)),
-        "self_attn.k_proj.weight": ("attention.k.kernel", (K * H, D), (D, K, H)),
-        "self_attn.k_proj.bias": ("attention.k.bias", (K * H,), (K, H)),
-        "self_attn.v_proj.weight": ("attention.v.kernel", (K * H, D), (D, K, H)),
-        "self_attn.v_proj.bias": ("attention.v.bias", (K * H,), (K, H)),
-        "self_attn.o_proj.weight": ("attention.o.kernel", (D, N * H), (N, H, D)),
-        "post_attention_layernorm.weight": ("mlp_norm.scale", (D,), (D,)),
-        "mlp.gate_proj.weight": ("mlp.gate.kernel", (F, D), (D, F)),
-        "mlp.up_proj.weight": ("mlp.up.kernel", (F, D), (D, F)),
-        "mlp.down_proj.weight": ("mlp.down.kernel", (D, F), (F, D)),
-    }
-    rows: list[tuple[str, str, str, tuple[int, ...], tuple[int, ...]]] = [
-        (embedding, "embed", "embed.embedding", (V, D), (V, D))
+    places = family(config.model_type).tensors(config)
+    rows = [
+        *_rows("embed", places, ("embed",)),
+        *(
+            row
+            for layer in range(config.num_layers)
+            for row in _rows(f"block_{layer:03d}", places, ("blocks",), layer)
+        ),
+        *_rows("final", places, ("norm",) if config.tie_embeddings else ("norm", "head")),
     ]
-    for layer in range(config.num_layers):
-        rows.extend(
-            (f"model.layers.{layer}.{name}", f"block_{layer:03d}", f"blocks.{path}", theirs, ours)
-            for name, (path, theirs, ours) in block.items()
-        )
-    rows.append(("model.norm.weight", "final", "norm.scale", (D,), (D,)))
-    if not config.tie_embeddings:
-        rows.append((HEAD, "final", "head.kernel", (V, D), (D, V)))
-    return {
-        name: Entry(
-            name=name,
-            source_shape=theirs,
-            part=part,
-            path=tuple(path.split(".")),
-            shape=ours,
-            transposed=path.endswith(".kernel"),
-        )
-        for name, part, path, theirs, ours in rows
-    }
+    if embedding is not None:
+        rows[0] = dataclasses.replace(rows[0], name=embedding)
+    return {entry.name: entry for entry in rows}
+
+
+def _rows(
+    part: str, places: Mapping[str, "Place"], keys: tuple[str, ...], layer: int = 0
+) -> Iterator[Entry]:
+    """The entries of a part, whose paths begin with one of these keys."""
+    for name, place in places.items():
+        path = tuple(place.path.split("."))
+        if path[0] in keys:
+            yield Entry(
+                name=name.format(layer=layer),
+                source_shape=place.source_shape,
+                part=part,
+                path=path,
+                shape=place.shape,
+                transposed=path[-1] == "kernel",
+            )
+
+
+def embedding_and_head(config: ModelConfig) -> tuple[str, str]:
+    """The tensors of the embedding and of the head.
+
+    Tied models may repeat the embedding under the second name, or keep it under that one alone.
+    """
+    places = family(config.model_type).tensors(config)
+    names = {place.path: name for name, place in places.items()}
+    return names["embed.embedding"], names["head.kernel"]

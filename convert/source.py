@@ -27,7 +27,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.distributed import multihost
 from qwen_jax.files import reading
 from qwen_jax.files.reading import printable, reason, shown
-from qwen_jax.hf_config import model_config
+from qwen_jax.models.configs import model_config
 from qwen_jax.storage import hub
 from qwen_jax.storage.manifest import (
     DTYPES,
@@ -254,14 +254,13 @@ def check(directory: str | os.PathLike) -> Source:
             f"the files hold {len(found)} tensors"
         )
     aliases = {}
-    head_only = config.tie_embeddings and names.HEAD in found and names.EMBEDDING not in found
-    table = names.table(config, names.HEAD if head_only else names.EMBEDDING)
-    if config.tie_embeddings and names.HEAD in found and not head_only:
-        if not same_bytes(shards, found[names.HEAD], found[names.EMBEDDING]):
-            problems.append(
-                f"{names.HEAD} differs from {names.EMBEDDING} although config.json ties them"
-            )
-        aliases[names.HEAD] = names.EMBEDDING
+    embedding, head = names.embedding_and_head(config)
+    head_only = config.tie_embeddings and head in found and embedding not in found
+    table = names.table(config, head if head_only else None)
+    if config.tie_embeddings and head in found and not head_only:
+        if not same_bytes(shards, found[head], found[embedding]):
+            problems.append(f"{head} differs from {embedding} although config.json ties them")
+        aliases[head] = embedding
     dropped = tuple(sorted(name for name in found if names.DROPPED.fullmatch(name)))
     for name in sorted(table.keys() | found.keys() - aliases.keys() - set(dropped)):
         if name not in found:

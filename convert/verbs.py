@@ -16,7 +16,7 @@ from convert import export as exports
 from convert import pickled, publish, source, weights
 from convert.terminal import say, show, shown
 from qwen_jax.distributed import multihost
-from qwen_jax.hf_config import notes
+from qwen_jax.models.configs import notes
 from qwen_jax.storage import hub
 from qwen_jax.storage.manifest import DTYPES, Progress
 

@@ -33,9 +33,10 @@ class Yarn:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Shape of a Qwen2 or Qwen2.5 decoder (arXiv:2412.15115, table 1).
+    """Shape of a dense decoder, as Qwen2.5's (arXiv:2412.15115, table 1).
 
     Attributes:
+        model_type: of config.json, by which `qwen_jax.models.families` knows what computes it.
         vocab_padding: rows of zeros after those of the vocabulary, in arrays on devices alone;
             no logits are given for them (`sharding.padded`).
         max_len: longest sequence the checkpoint declares, in tokens.
@@ -62,6 +63,7 @@ class ModelConfig:
     yarn: Yarn | None = None
     dual_chunk: ChunkGeometry | None = None
     original_len: int = 0
+    model_type: str = "qwen2"
 
     def __post_init__(self):
         for name in ("num_layers", "vocab_size", "embed_dim", "mlp_dim", "num_heads", "head_dim"):

@@ -1,17 +1,16 @@
-"""Hugging Face's JSON files: what each field may hold, and the configurations read from them.
+"""Hugging Face's JSON files: what each field may hold, and what it means.
 
 A field that is null counts as absent, as in transformers.
 """
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pallas_kernels.geometry import ChunkGeometry
-from qwen_jax.config import ConfigError, GenerationConfig, ModelConfig, SparseConfig, Yarn
+from qwen_jax.config import ConfigError, ModelConfig, Yarn
 from qwen_jax.files import reading
 from qwen_jax.files.reading import printable, shown
 
@@ -78,6 +77,14 @@ def unread(rule: Rule | None = None, *, usual: bool = False) -> Rule:
     return Rule(fits, must, read=False, usual=usual)
 
 
+def architecture(name: str) -> Rule:
+    """The class of transformers that a checkpoint is for."""
+    return Rule(
+        lambda value: isinstance(value, list) and name in value,
+        f'must be ["{name}"], the only architecture of this model_type built here',
+    )
+
+
 TRUTH = Rule(lambda value: isinstance(value, bool), "must be true or false")
 TEXT = Rule(lambda value: isinstance(value, str), "must be a text")
 OBJECT = Rule(lambda value: isinstance(value, dict), "must be an object or null")
@@ -140,11 +147,7 @@ GENERATION = {
 
 _elsewhere = "belongs into generation_config.json: move it there"
 
-MODEL = {
-    "architectures": Rule(
-        lambda value: isinstance(value, list) and "Qwen2ForCausalLM" in value,
-        'must be ["Qwen2ForCausalLM"], the only architecture built here',
-    ),
+DECODER = {
     "num_hidden_layers": integer(1, 1024),
     "vocab_size": integer(1, 2**24),
     "hidden_size": integer(1, 2**20),
@@ -174,9 +177,9 @@ MODEL = {
     "use_sliding_window": off(False),
     "eos_token_id": _TOKENS,
     # What other models of the same code have, which a checkpoint may also switch off by name.
-    **_rules(off(False), "use_mrope use_dynamic_ntk use_logn_attn mlp_bias qk_norm use_qk_norm"),
+    **_rules(off(False), "use_mrope use_dynamic_ntk use_logn_attn mlp_bias"),
     **_rules(off(False), "is_encoder_decoder tie_encoder_decoder add_cross_attention"),
-    **_rules(off(True), "attention_bias qkv_bias is_causal"),
+    **_rules(off(True), "is_causal"),
     **_rules(off(1), "partial_rotary_factor rotary_pct pretraining_tp"),
     **_rules(off(0), "chunk_size_feed_forward"),
     **_rules(off({}), "pruned_heads"),
@@ -208,7 +211,7 @@ MODEL = {
     **_rules(unread(), "sep_token_id decoder_start_token_id keys_to_ignore_at_inference"),
     **_rules(unread(), "trl_version peft_version axolotl_version transformers.js_config"),
 }
-"""config.json, but for `model_type`."""
+"""config.json of a dense decoder, but for `model_type` and what its family says."""
 
 DUAL_CHUNK = {
     "chunk_size": integer(1),
@@ -224,7 +227,7 @@ DUAL_CHUNK = {
 ROPE = {
     "rope_type": TEXT,
     "type": TEXT,
-    "rope_theta": MODEL["rope_theta"],
+    "rope_theta": DECODER["rope_theta"],
     "partial_rotary_factor": off(1),
 }
 """The objects `rope_scaling` and `rope_parameters` of config.json, for any type."""
@@ -244,18 +247,6 @@ YARN = ROPE | {
 # Bytes of a JSON file of a checkpoint; inline budgets of 48 layers with 40 heads take 100 kB.
 _JSON_BYTES = 8 << 20
 
-# What other values of `model_type` mean.
-_OTHER_MODELS = {
-    "qwen2_vl": "reads pictures",
-    "qwen2_5_vl": "reads pictures",
-    "qwen2_audio": "reads sound",
-    "qwen2_5_omni": "reads sound and pictures",
-    "qwen2_moe": "is a mixture of experts",
-    "qwen3": "normalizes queries and keys",
-    "qwen3_moe": "is a mixture of experts",
-}
-
-
 _REQUIRED = (
     "hidden_size intermediate_size max_position_embeddings num_attention_heads "
     "num_hidden_layers num_key_value_heads rms_norm_eps vocab_size".split()
@@ -271,15 +262,26 @@ def read_json(path: Path) -> Any:
     return reading.read_json(path, limit=_JSON_BYTES, error=ConfigError)
 
 
-def model_config(directory: Path) -> ModelConfig:
-    """The model that `directory/config.json` describes.
+def read_object(path: Path) -> dict[str, Any]:
+    """The fields of a JSON file that holds an object.
 
     Raises:
-        ConfigError: if the file is missing, or a field is missing, unknown,
-            contradictory or asks for something this package does not compute.
+        ConfigError: if it is missing, no regular file or not valid JSON.
     """
-    path = Path(directory) / "config.json"
-    found = _fields(path)
+    return reading.read_object(path, limit=_JSON_BYTES, error=ConfigError)
+
+
+def decoder_config(path: Path, model_type: str, found: Mapping[str, Any]) -> ModelConfig:
+    """A dense decoder.
+
+    Args:
+        path: of config.json.
+        model_type: that it names.
+        found: its other fields, each of which meets its rule.
+
+    Raises:
+        ConfigError: if a field is missing or contradicts another.
+    """
     missing = [field for field in _REQUIRED if field not in found]
     if missing:
         raise ConfigError(f"{shown(path)} lacks {', '.join(missing)}")
@@ -298,11 +300,12 @@ def model_config(directory: Path) -> ModelConfig:
             f"{shown(path)}: hidden_size={embed_dim} must be a multiple of "
             f"num_attention_heads={num_heads}"
         )
-    _check_tokens(path, found, found["vocab_size"])
+    check_tokens(path, found, found["vocab_size"])
     rope_theta, yarn = _rope(path, found)
     geometry, original_len = _dual_chunk(path, found)
     try:
         return ModelConfig(
+            model_type=model_type,
             num_layers=num_layers,
             vocab_size=found["vocab_size"],
             embed_dim=embed_dim,
@@ -321,74 +324,6 @@ def model_config(directory: Path) -> ModelConfig:
         )
     except ConfigError as error:
         raise ConfigError(f"{shown(path)}: {error}") from None
-
-
-def notes(directory: Path) -> list[str]:
-    """Sentences for the user about fields that are left unread, a file each.
-
-    Raises:
-        ConfigError: if a file cannot be used.
-    """
-    directory = Path(directory)
-    files = {"config.json": (_fields(directory / "config.json"), MODEL)}
-    files["generation_config.json"] = _generation(directory), GENERATION
-    found = {
-        name: printable(", ".join(_left_unread(fields, rules)))
-        for name, (fields, rules) in files.items()
-    }
-    return [
-        f"{name}: left unread, as they change no logits: {unread}"
-        for name, unread in found.items()
-        if unread
-    ]
-
-
-def sparse_config(
-    directory: Path, model: ModelConfig, file: Path | None = None
-) -> SparseConfig | None:
-    """Sparse budgets, from `sparse_attention_config.json` or inline in `config.json`.
-
-    None if the checkpoint has none or disables them. For the format see `head_budgets`.
-
-    Args:
-        file: budgets to read instead of the checkpoint's own, which may be disabled.
-
-    Raises:
-        ConfigError: if the budgets do not fit the model or are malformed.
-    """
-    main = Path(directory) / "config.json"
-    path = Path(directory) / "sparse_attention_config.json"
-    fields = _dual_chunk_fields(main, _fields(main)) or {}
-    threshold = fields.get("sparse_attention_threshold", 32768)
-    last_q = fields.get("sparse_attention_last_q", 64)
-    inline = fields.get("sparse_attention_config")
-    side = read_json(path) if file is None and os.path.lexists(path) else None
-    if file is not None:
-        layers, where = read_json(file), shown(file)
-    elif side is not None and inline is not None and side != inline:
-        raise ConfigError(
-            f"{shown(path)} contradicts sparse_attention_config in config.json: remove one"
-        )
-    elif not fields.get("sparse_attention_enabled", True):
-        return None
-    elif side is not None:
-        layers, where = side, shown(path)
-    elif inline is not None:
-        layers, where = inline, f"{shown(main)}: sparse_attention_config"
-    else:
-        return None
-    vertical, slash = head_budgets(layers, where, model.num_layers, model.num_heads)
-    return SparseConfig(vertical=vertical, slash=slash, threshold=threshold, last_q=last_q)
-
-
-def last_q(directory: Path) -> int:
-    """Queries of a slice that vote by `config.json`, whether there are budgets or not.
-
-    Raises:
-        ConfigError: if the file is missing or malformed.
-    """
-    path = Path(directory) / "config.json"
-    return (_dual_chunk_fields(path, _fields(path)) or {}).get("sparse_attention_last_q", 64)
 
 
 def head_budgets(
@@ -425,64 +360,17 @@ def head_budgets(
     return tuple(vertical), tuple(slash)
 
 
-def generation_config(directory: Path) -> GenerationConfig:
-    """Sampling defaults from `generation_config.json`; eos ids also from `config.json`.
-
-    A checkpoint without the file gets greedy defaults and config.json's eos id.
-
-    Raises:
-        ConfigError: if a value is malformed or out of range, or a field is unknown or asks for
-            a way of sampling that is not built here.
-    """
-    directory = Path(directory)
-    found, model = _generation(directory), _fields(directory / "config.json")
-    if "vocab_size" in model:
-        _check_tokens(directory / "generation_config.json", found, model["vocab_size"])
-    eos = (_listed(fields.get("eos_token_id", [])) for fields in (found, model))
-    return GenerationConfig(
-        eos_ids=tuple(dict.fromkeys(token for ids in eos for token in ids)),
-        do_sample=found.get("do_sample", False),
-        temperature=float(found.get("temperature", 1.0)),
-        top_k=found.get("top_k", 0),
-        top_p=float(found.get("top_p", 1.0)),
-        min_p=float(found.get("min_p", 0.0)),
-        repetition_penalty=float(found.get("repetition_penalty", 1.0)),
-    )
-
-
-def _fields(path: Path) -> dict[str, Any]:
-    """What a config.json says, each field by its rule.
-
-    Raises:
-        ConfigError: also if it is the configuration of another kind of model.
-    """
-    raw = reading.read_object(path, limit=_JSON_BYTES, error=ConfigError)
-    kind = raw.pop("model_type", None)
-    if kind != "qwen2":
-        meaning = _OTHER_MODELS.get(kind) if isinstance(kind, str) else None
-        must = "is not 'qwen2', the only architecture built here (Qwen2 and Qwen2.5, dense, text)"
-        must = f"{must}: that one {meaning}" if meaning else must
-        raise _refusal(shown(path), "model_type", kind, must)
-    return _checked(shown(path), raw, MODEL)
-
-
-def _generation(directory: Path) -> dict[str, Any]:
-    path = directory / "generation_config.json"
-    if not os.path.lexists(path):
-        return {}
-    raw = reading.read_object(path, limit=_JSON_BYTES, error=ConfigError)
-    return _checked(shown(path), raw, GENERATION)
-
-
-def _check_tokens(path: Path, found: Mapping[str, Any], vocab_size: int) -> None:
+def check_tokens(path: Path, found: Mapping[str, Any], vocab_size: int) -> None:
+    """Raise ConfigError if a token id of a file is not in the vocabulary."""
     for field in ("eos_token_id", "bos_token_id", "pad_token_id"):
         value = found.get(field, [])
-        if any(token >= vocab_size for token in _listed(value)):
+        if any(token >= vocab_size for token in listed(value)):
             must = f"must be under vocab_size={vocab_size}"
             raise _refusal(shown(path), field, value, must)
 
 
-def _listed(value: Any) -> list[Any]:
+def listed(value: Any) -> list[Any]:
+    """The token ids of a field that may hold one of them or a list."""
     return value if isinstance(value, list) else [value]
 
 
@@ -503,7 +391,7 @@ def _rope(path: Path, found: Mapping[str, Any]) -> tuple[float, Yarn | None]:
                 "'default' are built here; remove it, and for long texts use Dual Chunk"
             )
         rules = YARN if kind == "yarn" else ROPE
-        fields = _checked(where, raw, rules)
+        fields = checked(where, raw, rules)
         if fields.pop("type", kind) != fields.pop("rope_type", kind):
             raise ConfigError(f"{where}: type and rope_type disagree")
         if raw:
@@ -551,17 +439,22 @@ def _yarn(where: str, fields: Mapping[str, Any], max_len: int) -> Yarn:
     )
 
 
-def _dual_chunk_fields(path: Path, found: Mapping[str, Any]) -> dict[str, Any] | None:
+def dual_chunk_fields(path: Path, found: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The object `dual_chunk_attention_config` of config.json, by its rules; None without one.
+
+    Raises:
+        ConfigError: naming a field that is unknown or has a wrong value.
+    """
     raw = found.get("dual_chunk_attention_config")
     if raw is None:
         return None
     where = f"{shown(path)}: dual_chunk_attention_config"
-    return _checked(where, raw, DUAL_CHUNK)
+    return checked(where, raw, DUAL_CHUNK)
 
 
 def _dual_chunk(path: Path, found: Mapping[str, Any]) -> tuple[ChunkGeometry | None, int]:
     """Sizes of DCA, and the training length of its temperature."""
-    fields = _dual_chunk_fields(path, found)
+    fields = dual_chunk_fields(path, found)
     if fields is None:
         return None, 0
     try:
@@ -582,7 +475,7 @@ def _is_budget(row: Any) -> bool:
     )
 
 
-def _checked(where: str, raw: Mapping[str, Any], rules: Mapping[str, Rule]) -> dict[str, Any]:
+def checked(where: str, raw: Mapping[str, Any], rules: Mapping[str, Rule]) -> dict[str, Any]:
     """The fields of an object that are there and not null.
 
     Args:
@@ -609,6 +502,6 @@ def _refusal(where: str, name: str, value: Any, must: str) -> ConfigError:
     return ConfigError(f"{where}: {name}={printable(repr(value), 80)} {must}")
 
 
-def _left_unread(found: Mapping[str, Any], rules: Mapping[str, Rule]) -> list[str]:
+def left_unread(found: Mapping[str, Any], rules: Mapping[str, Rule]) -> list[str]:
     """Fields that are there, are not read and that published checkpoints do not have."""
     return [name for name in found if not rules[name].read and not rules[name].usual]

@@ -98,7 +98,7 @@ class Ours:
 
         from convert import weights
         from qwen_jax.engine.engine import Engine, EngineConfig
-        from qwen_jax.hf_config import model_config
+        from qwen_jax.models.configs import model_config
 
         config = dataclasses.replace(model_config(directory), dual_chunk=None, original_len=0)
         tree = weights.load(directory, dtype=jnp.dtype("float32"))

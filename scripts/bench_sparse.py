@@ -32,9 +32,9 @@ from pallas_kernels.select import select
 from qwen_jax.cli.bench import run
 from qwen_jax.engine.engine import Engine, EngineConfig
 from qwen_jax.engine.layout import EngineLayout
-from qwen_jax.hf_config import model_config, sparse_config
 from qwen_jax.models import rope
-from qwen_jax.models.qwen2 import Qwen2
+from qwen_jax.models.configs import model_config, sparse_config
+from qwen_jax.models.decoder import Decoder
 from qwen_jax.sparse import budgets as sparse
 from qwen_jax.text.tokenizer import Tokenizer
 
@@ -117,7 +117,7 @@ def attention(model, tree, budgets, ids, layers, slices):
     tiles = Tiles(min(T, on_device.tiles.q), of_page(cache.page, on_device.tiles.k))
 
     def inputs(leaves, cache, rotary, step, layer):
-        decoder: Qwen2 = runner._steps._model(leaves)
+        decoder: Decoder = runner._steps._model(leaves)
         votes = decoder._voter_angles(step, rotary, last_q)
         context = decoder._context(step, rotary, None)
 

@@ -176,7 +176,7 @@ def schemes() -> list[str]:
     from qwen_jax.planner import roofline
 
     rows = []
-    for name in presets.SIZES:
+    for name in presets.PUBLISHED:
         config = model(name)
         for seq in (4, 16):
             mesh = MeshShape(seq=seq, tensor=config.num_kv_heads)
@@ -249,7 +249,7 @@ def growth(kind: str = "v5e") -> list[str]:
     """What a token of the last slice costs a device, and what takes longest at published rates."""
     words = "FLOPs", "memory", "wire"
     rows = []
-    for name in presets.SIZES:
+    for name in presets.PUBLISHED:
         for tokens in CONTEXTS:
             for count in COUNTS:
                 cells = []
@@ -289,7 +289,7 @@ def turning_points() -> list[str]:
     A mesh axis is taken to use the links of one dimension of the torus.
     """
     rows = []
-    for name in presets.SIZES:
+    for name in presets.PUBLISHED:
         for kind in ("v5e", "v6e", "v5p", "tpu7x"):
             device = DEVICES[kind]
             for sparse in (False, True):

@@ -237,7 +237,7 @@ def _opened(
         name = f"--config {config}" if model is None else str(model)
         raise ConfigError(
             f"{name} has no weights here: add --random-weights, give MODEL, or fetch it with: "
-            f"qwen-jax download {presets.HUB_IDS[f'{preset}-1m']}"
+            f"qwen-jax download {presets.PUBLISHED[preset].hub_id}"
         )
     with opened_or_published(model, config, flags) as opened:
         yield opened

@@ -21,10 +21,10 @@ from qwen_jax.config import ConfigError
 from qwen_jax.engine.engine import Engine
 from qwen_jax.engine.layout import EngineConfig, EngineLayout
 from qwen_jax.files import reading
-from qwen_jax.hf_config import last_q
 from qwen_jax.llm import documents
 from qwen_jax.llm.model import Model, open_model
 from qwen_jax.llm.options import Within
+from qwen_jax.models.configs import last_q
 from qwen_jax.sparse import calibrate as calibration
 from qwen_jax.sparse.budgets import tiles_on
 from qwen_jax.sparse.recall import Grid

@@ -105,11 +105,13 @@ def opened_or_published(
         yield open_model(model, flags)
         return
     with tempfile.TemporaryDirectory() as scratch:
-        yield open_model(presets.write(Path(scratch) / f"{preset}-1m", preset), flags)
+        yield open_model(
+            presets.write(Path(scratch) / presets.PUBLISHED[preset].name, preset), flags
+        )
 
 
 def published(model: Path | None, config: str | None) -> str | None:
-    """The key of `presets.SIZES` of a published model that is named; None if MODEL has files.
+    """The key of `presets.PUBLISHED` of a published model that is named; None if MODEL has files.
 
     Args:
         model: a directory, a hub id or a published name; files on this machine come first.

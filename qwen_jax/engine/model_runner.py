@@ -21,7 +21,8 @@ from qwen_jax.engine.inputs import DecodeSlots, SampleStep
 from qwen_jax.engine.request import MOST_LOGPROBS
 from qwen_jax.engine.sampler import Logprobs, Rows
 from qwen_jax.models import kv_cache, kv_transfer, rope
-from qwen_jax.models.qwen2 import Qwen2
+from qwen_jax.models.decoder import Decoder
+from qwen_jax.models.families import family
 from qwen_jax.models.steps import DecodeStep, PrefillStep
 from qwen_jax.sparse.budgets import Budgets, Report
 from qwen_jax.sparse.recall import Grid, Survey
@@ -308,7 +309,7 @@ class Steps:
         self.num_traced += 1
         return kv_transfer.copy_page(cache, source, target)
 
-    def _model(self, weights) -> Qwen2:
+    def _model(self, weights) -> Decoder:
         # Runs when a step is traced, which is once for each program.
         self.num_traced += 1
         return nnx.merge(self._graph, jax.tree.unflatten(self._tree, weights))
@@ -399,8 +400,9 @@ def flatten(config: ModelConfig, weights, dtype, *, skip_attention: bool = False
     Raises:
         ValueError: if the weights are not those of this configuration.
     """
+    module = family(config.model_type).module
     model = nnx.eval_shape(
-        lambda: Qwen2(config, key=jax.random.key(0), dtype=dtype, skip_attention=skip_attention)
+        lambda: module(config, key=jax.random.key(0), dtype=dtype, skip_attention=skip_attention)
     )
     graph, state = nnx.split(model)
     expected = jax.tree.map(lambda leaf: leaf.shape, nnx.to_pure_dict(state))

@@ -13,10 +13,10 @@ from qwen_jax.distributed import multihost
 from qwen_jax.distributed.verbosity import Level
 from qwen_jax.engine.request import RequestError
 from qwen_jax.files import compile_cache
-from qwen_jax.hf_config import generation_config, model_config, notes, sparse_config
 from qwen_jax.llm import options as checks
 from qwen_jax.llm import placement
 from qwen_jax.llm.options import ModelOptions
+from qwen_jax.models.configs import generation_config, model_config, notes, sparse_config
 from qwen_jax.storage import hub
 from qwen_jax.text.tokenizer import Tokenizer
 

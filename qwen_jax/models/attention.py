@@ -73,22 +73,30 @@ class Context:
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with biased query, key and value projections.
+    """Grouped-query attention.
+
+    Families of models replace `project`.
 
     Args:
+        bias: of the query, key and value projections.
         skip_attention: hand queries on as they are, to measure what all else takes.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype, skip_attention: bool = False):
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype,
+        bias: bool = True,
+        skip_attention: bool = False,
+    ):
         D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
         into = {"rngs": rngs, "dtype": dtype, "embed": D}
-        self.q = Projection("TD,DNH->TNH", **into, heads=N, head_dim=H, bias=("heads", "head_dim"))
-        self.k = Projection(
-            "TD,DKH->TKH", **into, kv_heads=K, head_dim=H, bias=("kv_heads", "head_dim")
-        )
-        self.v = Projection(
-            "TD,DKH->TKH", **into, kv_heads=K, head_dim=H, bias=("kv_heads", "head_dim")
-        )
+        heads, kv_heads = (("heads", "head_dim"), ("kv_heads", "head_dim")) if bias else ((), ())
+        self.q = Projection("TD,DNH->TNH", **into, heads=N, head_dim=H, bias=heads)
+        self.k = Projection("TD,DKH->TKH", **into, kv_heads=K, head_dim=H, bias=kv_heads)
+        self.v = Projection("TD,DKH->TKH", **into, kv_heads=K, head_dim=H, bias=kv_heads)
         self.o = Projection("TNH,NHD->TD", rngs=rngs, dtype=dtype, heads=N, head_dim=H, embed=D)
         self.geometry = config.dual_chunk
         self.scale = config.head_dim**-0.5

@@ -41,10 +41,14 @@ class Projection(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """`scale * x / sqrt(mean(x^2) + eps)`, the mean in float32 (arXiv:1910.07467)."""
+    """`scale * x / sqrt(mean(x^2) + eps)`, the mean in float32 (arXiv:1910.07467).
 
-    def __init__(self, dim: int, *, eps: float, dtype):
-        self.scale = nnx.Param(jnp.ones((dim,), dtype), axes=("embed",))
+    Args:
+        axis: what the normalized axis, the last one, means.
+    """
+
+    def __init__(self, dim: int, *, eps: float, dtype, axis: str = "embed"):
+        self.scale = nnx.Param(jnp.ones((dim,), dtype), axes=(axis,))
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:

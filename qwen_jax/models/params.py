@@ -28,8 +28,8 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.distributed import multihost, sharding
 from qwen_jax.distributed.jax_settings import own_settings
 from qwen_jax.files.reading import shown
-from qwen_jax.hf_config import model_config
-from qwen_jax.models.qwen2 import Qwen2
+from qwen_jax.models.configs import model_config
+from qwen_jax.models.families import family
 from qwen_jax.storage import manifest as manifests
 from qwen_jax.storage import orbax_io
 from qwen_jax.storage.manifest import DTYPES, CheckpointError, File, Manifest, Progress, Tensor
@@ -37,7 +37,8 @@ from qwen_jax.storage.manifest import DTYPES, CheckpointError, File, Manifest, P
 
 def abstract(config: ModelConfig, dtype=jnp.bfloat16) -> dict:
     """The parameter tree of a model without its values: nested dicts of ShapeDtypeStruct."""
-    model = nnx.eval_shape(lambda: Qwen2(config, key=jax.random.key(0), dtype=dtype))
+    module = family(config.model_type).module
+    model = nnx.eval_shape(lambda: module(config, key=jax.random.key(0), dtype=dtype))
     return nnx.to_pure_dict(nnx.state(model))
 
 
@@ -48,9 +49,10 @@ def random(config: ModelConfig, dtype=jnp.bfloat16, shardings: dict | None = Non
         shardings: where each array goes, a tree like `abstract`; None for the first device.
     """
     config = _padded(config, shardings)
+    module = family(config.model_type).module
 
     def make():
-        model = Qwen2(config, key=jax.random.key(0), dtype=dtype)
+        model = module(config, key=jax.random.key(0), dtype=dtype)
         return nnx.to_pure_dict(nnx.state(model))
 
     return jax.jit(make, out_shardings=shardings)()
@@ -61,7 +63,8 @@ def axes(config: ModelConfig) -> dict:
 
     The layers name their own where they make them; stacked ones begin with "layers".
     """
-    model = nnx.eval_shape(lambda: Qwen2(config, key=jax.random.key(0)))
+    module = family(config.model_type).module
+    model = nnx.eval_shape(lambda: module(config, key=jax.random.key(0)))
     found = {}
     for path, leaf in nnx.to_flat_state(nnx.state(model)):
         stacked = ("layers",) if path[0] == "blocks" else ()

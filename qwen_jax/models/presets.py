@@ -1,55 +1,43 @@
-"""The shapes of the published models: their config.json, without tokenizers and budgets."""
+"""The published models: their names, and the shapes that their families know."""
 
 import json
 from pathlib import Path
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.hf_config import model_config
+from qwen_jax.models.configs import model_config
+from qwen_jax.models.families import FAMILIES, Published, family
 
-_COMMON = {
-    "model_type": "qwen2",
-    "hidden_act": "silu",
-    "head_dim": 128,
-    "max_position_embeddings": 1010000,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000000.0,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "vocab_size": 152064,
-    "dual_chunk_attention_config": {
-        "chunk_size": 262144,
-        "local_size": 8192,
-        "original_max_position_embeddings": 262144,
-    },
-}
-SIZES = {
-    "7b": (28, 3584, 18944, 28, 4),
-    "14b": (48, 5120, 13824, 40, 8),
-}
-NAMES = tuple(f"{name}-1m" for name in SIZES)
+
+def _published() -> dict[str, tuple[str, Published]]:
+    """The family and the names of each published model, by key."""
+    return {
+        key: (model_type, names)
+        for model_type, row in FAMILIES.items()
+        for key, names in row.published.items()
+    }
+
+
+PUBLISHED = {key: names for key, (_, names) in _published().items()}
+"""Names of the published models, by key."""
+NAMES = tuple(names.name for names in PUBLISHED.values())
 """Short names of the published models, for users."""
-HUB_IDS = {f"{name}-1m": f"Qwen/Qwen2.5-{name.upper()}-Instruct-1M" for name in SIZES}
+HUB_IDS = {names.name: names.hub_id for names in PUBLISHED.values()}
 """Hub ids of the published models, by short name."""
-_FIELDS = (
-    "num_hidden_layers hidden_size intermediate_size num_attention_heads num_key_value_heads"
-).split()
 
 
 def find(name: str) -> str | None:
-    """The key of `SIZES` that a short name or a hub id means; None for any other text."""
-    keys = {alias: size for size, alias in zip(SIZES, NAMES, strict=True)}
-    keys |= {HUB_IDS[alias]: size for alias, size in keys.items()}
-    return keys.get(name)
+    """The key of a published model that a short name or a hub id means; None for other text."""
+    return next((key for key, (_, names) in _published().items() if name in names), None)
 
 
-def write(directory: Path, name: str) -> Path:
+def write(directory: Path, key: str) -> Path:
     """A directory that holds the config.json of a published model and nothing else."""
     directory.mkdir(exist_ok=True)
-    raw = _COMMON | dict(zip(_FIELDS, SIZES[name], strict=True))
-    (directory / "config.json").write_text(json.dumps(raw))
+    model_type, _ = _published()[key]
+    (directory / "config.json").write_text(json.dumps(family(model_type).presets[key]))
     return directory
 
 
-def config(directory: Path, name: str) -> ModelConfig:
+def config(directory: Path, key: str) -> ModelConfig:
     """A published model, by way of a directory that gets its config.json."""
-    return model_config(write(directory, name))
+    return model_config(write(directory, key))

@@ -11,9 +11,9 @@ import pytest
 from qwen_jax.cli import bench_long
 from qwen_jax.cli.flags import ModelFlags
 from qwen_jax.config import SparseConfig
-from qwen_jax.hf_config import model_config
 from qwen_jax.llm.model import Model, open_model
 from qwen_jax.models import params
+from qwen_jax.models.configs import model_config
 
 
 def shapes(tree):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from qwen_jax.engine.engine import Engine
-from qwen_jax.hf_config import last_q, model_config, sparse_config
 from qwen_jax.llm.model import Model
+from qwen_jax.models.configs import last_q, model_config, sparse_config
 from qwen_jax.storage import atomic
 
 SLICE = ("--slice", 64)

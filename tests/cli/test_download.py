@@ -200,7 +200,7 @@ def test_the_cache_lies_where_huggingface_hub_has_it(home, variable, place, tmp_
     assert done.stdout.strip() == str(local_hub.cache()) == str(tmp_path / "there" / place)
 
 
-@pytest.mark.parametrize("size", presets.SIZES)
+@pytest.mark.parametrize("size", presets.PUBLISHED)
 def test_a_published_model_is_planned_by_each_of_its_names(size, run, home, tmp_path):
     short, full = f"{size}-1m", presets.HUB_IDS[f"{size}-1m"]
     assert (presets.find(short), presets.find(full), presets.find("7B")) == (size, size, None)

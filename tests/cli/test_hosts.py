@@ -31,7 +31,7 @@ from pathlib import Path
 from convert import weights
 from qwen_jax.distributed import multihost as hosts, sharding
 from qwen_jax.models import params
-from qwen_jax.hf_config import model_config
+from qwen_jax.models.configs import model_config
 
 directory, _, coordinator, _, count, _, process = sys.argv[1:]
 hosts.start(

@@ -12,8 +12,8 @@ from support import children
 
 from qwen_jax.cli import main
 from qwen_jax.distributed import sharding
-from qwen_jax.hf_config import model_config
 from qwen_jax.llm import placement
+from qwen_jax.models.configs import model_config
 
 PROMPT = ["--prompt", "The bee and the bear", "--greedy", "--max-new-tokens", "4", "--json"]
 

@@ -10,8 +10,8 @@ from support.damaged import limits, mutants, processor_time
 
 from convert import source
 from convert.describe import describe
-from qwen_jax import hf_config as configs
 from qwen_jax.config import ConfigError
+from qwen_jax.models import configs
 from qwen_jax.storage.manifest import CheckpointError
 
 INDEX = "model.safetensors.index.json"

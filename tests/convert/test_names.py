@@ -5,8 +5,8 @@ import pytest
 from support.checkpoints import Tiny
 
 from convert import names, source
-from qwen_jax.hf_config import model_config
 from qwen_jax.models import params
+from qwen_jax.models.configs import model_config
 
 # Sizes from the model cards of Qwen2.5-Instruct-1M.
 LARGE = {

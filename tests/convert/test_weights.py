@@ -14,8 +14,8 @@ from support.children import run
 
 from convert import source, weights
 from convert.export import RECORD, export
-from qwen_jax.hf_config import model_config
 from qwen_jax.models import params
+from qwen_jax.models.configs import model_config
 from qwen_jax.storage.manifest import CheckpointError
 
 CASES = {

@@ -10,9 +10,9 @@ import pytest
 from support import demo_checkpoint
 
 from qwen_jax.engine.request import Sparseness
-from qwen_jax.hf_config import model_config
 from qwen_jax.llm.answer import Answer, Timings
 from qwen_jax.llm.model import Model
+from qwen_jax.models.configs import model_config
 from qwen_jax.text.tokenizer import Tokenizer
 
 # By path: `demo` is also the name of this folder.

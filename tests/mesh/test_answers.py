@@ -17,8 +17,8 @@ from qwen_jax.distributed import sharding
 from qwen_jax.engine.data_parallel import build, split
 from qwen_jax.engine.engine import Engine, EngineConfig
 from qwen_jax.engine.request import Request, Sampling
-from qwen_jax.hf_config import model_config, sparse_config
 from qwen_jax.models import params
+from qwen_jax.models.configs import model_config, sparse_config
 
 SPARSE = SparseConfig(vertical=((60,) * 4,) * 3, slash=((80,) * 4,) * 3, last_q=16, threshold=100)
 LENGTHS = 203, 61, 33, 97, 140, 7  # tokens of prompts

@@ -8,8 +8,8 @@ from support.children import peak, run
 
 from convert import weights
 from qwen_jax.distributed import sharding
-from qwen_jax.hf_config import model_config
 from qwen_jax.models import params
+from qwen_jax.models.configs import model_config
 
 MODEL = Tiny(layers=16, hidden=2048, heads=16, kv_heads=4, mlp=8192, vocab=32000, dtype="bfloat16")
 MESH = "seq=2,tensor=4"

@@ -7,7 +7,7 @@ import scaling
 
 from qwen_jax.distributed.sharding import MeshShape
 from qwen_jax.engine import memory as budget
-from qwen_jax.models.presets import SIZES
+from qwen_jax.models.presets import PUBLISHED
 from qwen_jax.planner import roofline
 from qwen_jax.planner.devices import topology
 
@@ -48,7 +48,7 @@ def test_the_page_is_what_the_script_makes_of_the_data():
     assert scaling.filled(text, FOUND) == text
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_moving_keys_costs_as_much_as_there_are_keys(name):
     config = scaling.model(name)
     mesh = MeshShape(seq=4)

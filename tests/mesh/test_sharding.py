@@ -17,8 +17,8 @@ from qwen_jax.config import ConfigError
 from qwen_jax.distributed import sharding
 from qwen_jax.distributed.sharding import MeshShape, Rules
 from qwen_jax.engine import memory
-from qwen_jax.hf_config import model_config
 from qwen_jax.models import kv_cache, params, presets
+from qwen_jax.models.configs import model_config
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 
 from pallas_kernels.geometry import ChunkGeometry
 from qwen_jax.config import ConfigError, GenerationConfig
-from qwen_jax.hf_config import generation_config, model_config, notes, sparse_config
+from qwen_jax.models.configs import generation_config, model_config, notes, sparse_config
 
 SEVEN_BILLION = {
     "architectures": ["Qwen2ForCausalLM"],

@@ -14,7 +14,7 @@ from pallas_kernels.dispatch.backend import compiler_options
 from pallas_kernels.geometry import ChunkGeometry
 from pallas_kernels.paged_kv import PagedKV
 from qwen_jax.models import rope
-from qwen_jax.models.qwen2 import Qwen2
+from qwen_jax.models.families.qwen2 import Qwen2
 from qwen_jax.models.steps import PrefillStep
 from qwen_jax.sparse import budgets as sparse
 

@@ -18,7 +18,7 @@ from qwen_jax.engine.engine import Engine, EngineConfig
 from qwen_jax.engine.model_runner import Runner
 from qwen_jax.engine.request import Request
 from qwen_jax.models import kv_cache, rope
-from qwen_jax.models.qwen2 import Qwen2
+from qwen_jax.models.families.qwen2 import Qwen2
 from qwen_jax.models.steps import PrefillStep
 from qwen_jax.sparse import budgets as sparse
 

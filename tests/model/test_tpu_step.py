@@ -20,7 +20,7 @@ from qwen_jax.config import ModelConfig
 from qwen_jax.engine import inputs
 from qwen_jax.engine.model_runner import Steps, flatten
 from qwen_jax.models import rope
-from qwen_jax.models.qwen2 import Qwen2
+from qwen_jax.models.families.qwen2 import Qwen2
 from qwen_jax.models.steps import PrefillStep
 from qwen_jax.planner.shapes import MODELS
 from qwen_jax.sparse import budgets as sparse

@@ -18,8 +18,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from qwen_jax.config import ModelConfig, Yarn
 from qwen_jax.engine.engine import Engine, EngineConfig
 from qwen_jax.engine.request import Request
-from qwen_jax.hf_config import model_config
 from qwen_jax.models import rope
+from qwen_jax.models.configs import model_config
 
 pytestmark = pytest.mark.torch
 

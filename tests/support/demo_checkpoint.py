@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from qwen_jax.config import ModelConfig
-from qwen_jax.hf_config import model_config
+from qwen_jax.models.configs import model_config
 from qwen_jax.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]

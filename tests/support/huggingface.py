@@ -5,7 +5,7 @@ import itertools
 
 import numpy as np
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from qwen_jax.config import ModelConfig
 from support import goldens, random_models
@@ -50,13 +50,13 @@ def rope_parameters(config: ModelConfig) -> dict:
 
 
 @torch.no_grad()
-def logits(model: Qwen2ForCausalLM, tokens: tuple[int, ...]) -> np.ndarray:
+def logits(model: PreTrainedModel, tokens: tuple[int, ...]) -> np.ndarray:
     """Logits after every token, in float32."""
     return model(torch.tensor([tokens])).logits[0].float().numpy()
 
 
 @torch.no_grad()
-def greedy(model: Qwen2ForCausalLM, tokens: tuple[int, ...], steps: int) -> tuple[list[int], float]:
+def greedy(model: PreTrainedModel, tokens: tuple[int, ...], steps: int) -> tuple[list[int], float]:
     """The most likely continuation, and the smallest lead of a chosen token over the next best."""
     output = model(torch.tensor([tokens]), use_cache=True, logits_to_keep=1)
     answer: list[int] = []
@@ -72,7 +72,7 @@ def greedy(model: Qwen2ForCausalLM, tokens: tuple[int, ...], steps: int) -> tupl
 
 
 def decided_prompt(
-    model: Qwen2ForCausalLM, config: ModelConfig, length: int, steps: int
+    model: PreTrainedModel, config: ModelConfig, length: int, steps: int
 ) -> tuple[tuple[int, ...], list[int]]:
     """A prompt whose greedy answer has no near tie, and that answer."""
     for seed in itertools.count():

@@ -13,7 +13,7 @@ from pallas_kernels.geometry import ChunkGeometry
 from qwen_jax.config import SparseConfig
 from qwen_jax.distributed import sharding
 from qwen_jax.models import kv_cache, params, rope
-from qwen_jax.models.qwen2 import Qwen2
+from qwen_jax.models.families.qwen2 import Qwen2
 from qwen_jax.models.steps import DecodeStep, PrefillStep
 from qwen_jax.sparse import budgets as sparse
 from support import random_models

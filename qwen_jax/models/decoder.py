@@ -1,6 +1,6 @@
-"""Block and Qwen2: tokens + step -> logits."""
+"""Block and Decoder: tokens + step -> logits."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,9 @@ from qwen_jax.sparse.recall import Grid, Survey
 class Block(nnx.Module):
     """One pre-norm decoder layer."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype, skip_attention: bool):
+    def __init__(self, config: ModelConfig, attention: Attention, *, rngs: nnx.Rngs, dtype):
         self.attention_norm = RMSNorm(config.embed_dim, eps=config.norm_eps, dtype=dtype)
-        self.attention = Attention(config, rngs=rngs, dtype=dtype, skip_attention=skip_attention)
+        self.attention = attention
         self.mlp_norm = RMSNorm(config.embed_dim, eps=config.norm_eps, dtype=dtype)
         self.mlp = GatedMLP(config, rngs=rngs, dtype=dtype)
 
@@ -35,12 +35,17 @@ class Block(nnx.Module):
         return x + self.mlp(self.mlp_norm(x)), state
 
 
-class Qwen2(nnx.Module):
-    """Qwen2 decoder whose blocks are stacked on a leading layer axis and looped over.
+class Decoder(nnx.Module):
+    """Decoder whose blocks are stacked on a leading layer axis and looped over.
 
     Args:
         skip_attention: leave attention out, to measure what all else takes.
+
+    Attributes:
+        attention: the class of a block's attention, which a family of models may replace.
     """
+
+    attention: ClassVar[type[Attention]] = Attention
 
     def __init__(
         self,
@@ -52,7 +57,10 @@ class Qwen2(nnx.Module):
     ):
         def block(key):
             rngs = nnx.Rngs(key)
-            return Block(config, rngs=rngs, dtype=dtype, skip_attention=skip_attention)
+            attention = self.attention(
+                config, rngs=rngs, dtype=dtype, skip_attention=skip_attention
+            )
+            return Block(config, attention, rngs=rngs, dtype=dtype)
 
         rest, blocks = jax.random.split(key)
         rngs = nnx.Rngs(rest)
