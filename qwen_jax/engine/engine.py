@@ -1,4 +1,4 @@
-"""Engine: many requests at once over one model, one cache and few compiled steps."""
+"""Engine: continuous batching of requests over one model, one cache and few compiled steps."""
 
 import contextlib
 import dataclasses
@@ -44,7 +44,7 @@ from qwen_jax.sparse.recall import Grid, Survey
 
 _GREEDY = Sampling()
 WINDOW_UNIT = 1024
-"""Tokens of which `Engine.take` gives a multiple, so that few programs serve all lengths."""
+"""Tokens to a multiple of which `Engine.take` pads, so that few programs serve all lengths."""
 _SCORE_BYTES = 1 << 28  # logits that one slice of `score` may hold, if there is a slice so small
 _DEAD = (
     "this engine was stopped in the middle of a step, and what it kept is lost: "
@@ -54,10 +54,11 @@ _DEAD = (
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """Tokens `start` to `stop` of a prompt, whose keys and values lie elsewhere.
+    """Tokens `start` to `stop` of a prompt, whose keys and values are stored elsewhere.
 
     Attributes:
-        load: gives them in the shape, dtype and placement that it is told (`Engine.window`).
+        load: returns the keys and values in the given shape, dtype and placement, which are
+            those of `Engine.window`.
     """
 
     start: int
@@ -66,15 +67,16 @@ class Piece:
 
 
 class Engine:
-    """Serves requests by continuous batching; knows token ids, never text.
+    """Serves requests by continuous batching; handles token ids, never text.
 
-    A step is done as a whole, whenever Ctrl-C comes: that waits for its end, and the events are
-    in what the next step returns. What else stops a step leaves its requests where they were; if
-    that cannot be, the engine is dead, and all that it is asked for raises `EngineError`.
+    A step always completes: Ctrl-C waits for its end, and its events are then returned by
+    the next step. Any other exception leaves the requests where they were before the step; if
+    that is impossible, the engine is dead, and every later call raises `EngineError`.
 
     Args:
-        model: the configuration that the weights belong to.
-        weights: parameter tree on the device, nested dicts as in `params.abstract`.
+        model: configuration of the model that the weights belong to.
+        weights: parameter tree on a device or mesh, nested dicts as in `params.abstract`.
+        config: capacity of the engine.
 
     Attributes:
         num_prefilled: prompt tokens computed so far; shared pages do not count.
@@ -144,31 +146,31 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether `step` has something to do."""
+        """True if `step` has something to do."""
         return self._scheduler.busy or bool(self._events)
 
     @property
     def slices(self) -> tuple[int, ...]:
-        """Lengths that prefill is compiled for, largest first."""
+        """Slice lengths in tokens that prefill is compiled for, largest first."""
         return self._layout.slices
 
     @property
     def max_seqs(self) -> int:
-        """Requests that run at once."""
+        """Maximum number of requests that run at once."""
         return self._config.max_seqs
 
     @property
     def num_devices(self) -> int:
-        """Devices that it runs on."""
+        """Number of devices of the engine."""
         return 1 if self._mesh is None else self._mesh.size
 
     @property
     def num_compilations(self) -> int:
-        """Programs compiled so far: no more than the slices and a few, whatever is asked."""
+        """Number of programs compiled so far: bounded by the slices, whatever the requests."""
         return self._runner.num_compilations
 
     def summary(self) -> str:
-        """One short line: devices, kernels and dtype; why better kernels are not used."""
+        """Returns one short line: devices, kernels, dtype, and why faster kernels are not used."""
         kernels = self._backend.prefill if len(set(self._backend)) == 1 else self._backend
         return (
             f"{self._device.device_kind}, {self._devices()}; {kernels} kernels{self._why_not()}; "
@@ -176,7 +178,7 @@ class Engine:
         )
 
     def describe(self) -> str:
-        """One line on what runs where and how."""
+        """Returns one line on devices, kernels, dtype, pages, slices and capacity."""
         slices = "/".join(map(str, self._layout.slices))
         return (
             f"{self._device.platform} ({self._device.device_kind}), {self._devices()}; "
@@ -187,11 +189,11 @@ class Engine:
         )
 
     def observe(self, observer: Observer | None) -> None:
-        """Tells an observer of every step and slice of `score` from now on; None for nobody."""
+        """Calls `observer` around every step and slice of `score`; None removes the observer."""
         self._observer = observer
 
     def add(self, request: Request) -> int:
-        """Queue a request; returns the id that its events will carry.
+        """Queues a request; returns the id that its events will carry.
 
         Raises:
             EngineError: if the engine is dead.
@@ -212,7 +214,7 @@ class Engine:
         return number
 
     def check(self, request: Request) -> None:
-        """Refuse what can never be served; reads nothing that a step in another thread changes.
+        """Checks that a request can be served; safe while a step runs in another thread.
 
         Raises:
             RequestError: if it can never be served.
@@ -228,12 +230,12 @@ class Engine:
         )
 
     def cancel(self, request_id: int) -> None:
-        """End a request before the next step; ignored if it has ended already."""
+        """Ends a request before the next step; ignored if it has ended already."""
         if request_id in self._sequences:
             self._sequences[request_id].cancelled = True
 
     def drop(self, request_ids: Container[int]) -> None:
-        """End requests at once; no event will tell of them any more."""
+        """Ends requests at once; they get no further events."""
         if self._is_dead:
             return
         with self._unstopped(), self._all_or_nothing():
@@ -242,11 +244,11 @@ class Engine:
             self._events = [each for each in self._events if each.request_id not in request_ids]
 
     def step(self) -> list[Event]:
-        """Run one prefill slice or one decode step; returns what it brought, [] when idle.
+        """Runs one prefill slice or one decode step; returns its events, [] when idle.
 
         Raises:
             EngineError: if the engine is dead.
-            Preempted: before the step, in all processes of a job, if it is to end.
+            Preempted: before the step, in all processes of a job, if the job is being preempted.
         """
         self._check_alive()
         multihost.check_preemption()
@@ -256,7 +258,7 @@ class Engine:
         return events
 
     def run(self, requests: Iterable[Request]) -> list[list[int]]:
-        """The answers to some requests, for callers with nothing else to serve.
+        """Returns the answers to requests as token ids, for callers with nothing else to serve.
 
         Raises:
             RequestError: if one of them cannot be served or fails.
@@ -282,18 +284,21 @@ class Engine:
         pieces: Iterable[Piece],
         sparse: Sparseness | None = None,
     ) -> None:
-        """Put into the cache what prompts begin with that come after this; once.
+        """Inserts the keys and values of a prompt prefix into the cache; possible once.
 
-        Prompts that go on after these tokens take them as they are; the attention scales of
-        theirs are those of the tokens that were saved, wherever the temperature depends on the
-        length of the prompt.
+        Later prompts that begin with these tokens and are longer use them as they are: where the
+        attention temperature depends on the length of the prompt, the prefix keeps the scales
+        that it was computed with.
 
         Args:
-            pieces: that make them up; what `take` gave in whatever engine of this model.
-            sparse: how they were prefilled sparsely; None for densely.
+            tokens: token ids of the prefix.
+            pieces: keys and values of all the tokens, as `take` of any engine of this model
+                returned them.
+            sparse: density and recall of their sparse prefill; None if it was dense.
 
         Raises:
-            RequestError: if the tokens are none of the model's or do not fit.
+            RequestError: if a prefix was restored before, or if the tokens are not in the
+                model's vocabulary or do not fit.
         """
         tokens = self._checked(tokens)
         if self._prefix is not None:
@@ -313,12 +318,13 @@ class Engine:
                 self._prefix = Prefix(tokens=tokens, pages=tuple(pages), sparse=sparse)
 
     def take(self, request_id: int, start: int, stop: int) -> Window:
-        """Keys and values of the prompt tokens from `start` to `stop`, for `restore`.
+        """Returns keys and values of the prompt tokens from `start` to `stop`, for `restore`.
 
-        They are padded to `window(stop - start)`.
+        They are padded to the shape of `window(stop - start)`.
 
         Raises:
-            RequestError: if the request is not running, or has not read as far as that.
+            EngineError: if the engine is dead.
+            RequestError: if the request is not running, or not prefilled up to `stop`.
         """
         self._check_alive()
         sequence = self._sequences.get(request_id)
@@ -330,20 +336,23 @@ class Engine:
         return self._runner.extract_kv(table, start, size)
 
     def window(self, tokens: int) -> jax.ShapeDtypeStruct:
-        """Shape [layers, tokens, kv_heads, head_dim], dtype and placement of what `take` gives."""
+        """Returns the shape [layers, tokens, kv_heads, head_dim], dtype and placement of the
+        arrays that `take` returns for `tokens` tokens.
+        """
         return self._runner.window(-(-tokens // WINDOW_UNIT) * WINDOW_UNIT)
 
     def score(
         self, tokens: Iterable[int], *, last: int | None = None
     ) -> Iterator[Float32[np.ndarray, "n V"]]:
-        """Logits after each of the last `last` tokens (None: of all), slice by slice.
+        """Yields float32 logits after each of the last `last` tokens (None: all), slice by slice.
 
-        They are those that a request with this prompt would see: a text that is prefilled sparsely
-        is scored so, in the same slices and with the same dense tail.
-        Holds pages while it is being iterated.
+        They are the logits that a request with this prompt would see: a prompt over the threshold
+        of sparse prefill is scored sparsely, in the same slices and with the same dense tail.
+        Holds cache pages while it is being iterated.
 
         Raises:
-            RequestError: if the tokens are none of the model's or do not fit.
+            EngineError: if the engine is dead.
+            RequestError: if the tokens are not in the model's vocabulary or do not fit.
         """
         tokens = self._checked(tokens)
         if last is not None and not 1 <= last <= len(tokens):
@@ -351,12 +360,13 @@ class Engine:
         return self._score(tokens, 0 if last is None else len(tokens) - last)
 
     def survey(self, tokens: Iterable[int], grid: Grid) -> Iterator[tuple[int, int, Survey]]:
-        """What sparse budgets would find in a text: start, length and survey of each slice.
+        """Surveys sparse budgets on a text: yields start, length and survey of each slice.
 
-        Holds pages while it is being iterated.
+        Holds cache pages while it is being iterated.
 
         Raises:
-            RequestError: if the tokens are none of the model's or do not fit.
+            ConfigError: if the engine runs on a mesh.
+            RequestError: if the tokens are not in the model's vocabulary or do not fit.
         """
         self._refuse_mesh("surveys")
         return self._survey(self._checked(tokens), grid)
@@ -364,15 +374,16 @@ class Engine:
     def plans(
         self, tokens: Iterable[int], layer: int, head: int
     ) -> Iterator[tuple[int, int, SparsePlan, Report]]:
-        """How a text is prefilled sparsely: of each slice start, length, plan and figures.
+        """Prefills a text sparsely; yields start, length, plan and report of each slice.
 
         The plan is that of one layer and query head, before the guard of `least_recall`,
         and goes on to the end of the text, without `dense_tail`.
-        Holds pages while it is being iterated.
+        Holds cache pages while it is being iterated.
 
         Raises:
-            ConfigError: if there are no budgets, or none that are used for this head.
-            RequestError: if the tokens are none of the model's or do not fit.
+            ConfigError: if the engine runs on a mesh, if there are no budgets, or if no such
+                layer and head is prefilled sparsely.
+            RequestError: if the tokens are not in the model's vocabulary or do not fit.
         """
         self._refuse_mesh("plans")
         if self._config.sparse is None:
@@ -391,7 +402,7 @@ class Engine:
         return self._config.sparse is not None and len(prompt) > self._config.sparse.threshold
 
     def _prefix_of(self, prompt: tuple[int, ...]) -> Prefix | None:
-        """What was restored, if the prompt begins with it."""
+        """Returns the restored prefix if the prompt begins with it, else None."""
         if self._prefix is None or not self._prefix.begins(prompt):
             return None
         return self._prefix
@@ -401,7 +412,10 @@ class Engine:
             raise ConfigError(f"{what} are made on one device: leave out the mesh")
 
     def _why_not(self) -> str:
-        """Why not by better kernels, where nobody chose others."""
+        """Returns why no faster kernels run, in parentheses; "" if the best or a chosen one runs.
+
+        Without attention it says that instead.
+        """
         if not self._config.attention:
             return " (attention left out)"
         if self._config.backend is not None:
@@ -437,7 +451,7 @@ class Engine:
             yield start, length, listed, jax.device_get(report)
 
     def _cuts(self, tokens: tuple[int, ...]) -> Iterator[tuple[int, int, PrefillStep]]:
-        """Start, length and step of each slice of a text."""
+        """Yields start, length and step of each slice of a text."""
         with self._borrowed(len(tokens)) as pages:
             start = 0
             while start < len(tokens):
@@ -473,7 +487,7 @@ class Engine:
     def _scored(
         self, step: PrefillStep, first: int, _: int, seen: Step | None
     ) -> Iterable[np.ndarray]:
-        """Logits of the tokens of a slice from `first` on; of one that has none it is only read."""
+        """Computes the logits of a slice from token `first` on, or only prefills it without any."""
         if first < int(step.length):
             return [self._runner.score(step)[first:]]
         logits = self._runner.prefill(step)
@@ -484,7 +498,7 @@ class Engine:
     def _scored_sparsely(
         self, step: PrefillStep, first: int, rows: int, seen: Step | None
     ) -> Iterable[np.ndarray]:
-        """The same of a sparse slice, so many rows at a time, while they are taken."""
+        """Computes the logits of a sparse slice from token `first` on, lazily, `rows` at a time."""
         length = int(step.length)
         if first < length:
             hidden, report = self._runner.score_sparse(step)
@@ -501,7 +515,11 @@ class Engine:
 
     @contextlib.contextmanager
     def _borrowed(self, length: int) -> Iterator[list[int]]:
-        """Pages for a text beside the requests."""
+        """Allocates cache pages for `length` tokens outside any request, freed on exit.
+
+        Raises:
+            RequestError: if too few pages are free.
+        """
         count = -(-length // self._page)
         if count > self._pages.free:
             raise RequestError(
@@ -545,7 +563,7 @@ class Engine:
     def _observed(
         self, kind: Kind, *sequences: Sequence, start: int = 0, tokens: int, size: int
     ) -> Iterator[Step | None]:
-        """Within it the step runs that the observer is told of; None if there is nobody."""
+        """Runs a step within the observer's context; yields its `Step`, or None if unobserved."""
         if self._observer is None:
             yield None
             return
@@ -568,7 +586,7 @@ class Engine:
 
     @contextlib.contextmanager
     def _unstopped(self) -> Iterator[None]:
-        """Within it a step runs, which Ctrl-C waits for; one that is cut short may be the last."""
+        """Defers Ctrl-C to the end of a step; if the step fails midway, the engine may be dead."""
         try:
             with interrupts.deferred():
                 yield
@@ -578,13 +596,13 @@ class Engine:
 
     @contextlib.contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """Within it changes what must change together; one that is cut short is the last."""
+        """Guards changes that must happen together: an exception within it kills the engine."""
         was_dead, self._is_dead = self._is_dead, True
         yield
         self._is_dead = was_dead
 
     def _step(self) -> None:
-        """Runs what comes next, whose events are added to those that nobody has yet."""
+        """Runs the next slice or decode step, and appends its events to `_events`."""
         with self._all_or_nothing():
             self._events += [self._end(each, "cancelled") for each in self._scheduler.cancelled()]
             work = self._scheduler.next()
@@ -634,7 +652,7 @@ class Engine:
             self._events.append(self._prefilled(piece, token, found))
 
     def _prefilled(self, piece: Slice, token: int, found: Logprobs | None) -> Event:
-        """Notes that a slice is in the cache, and the token after it."""
+        """Records that a slice is in the cache, and the token sampled after it."""
         sequence = piece.sequence
         if token < 0:
             return self._fail(sequence)
@@ -672,7 +690,7 @@ class Engine:
                     self._events.append(self._take(sequence, token, logprobs))
 
     def _take(self, sequence: Sequence, token: int, logprobs: tuple[TokenLogprobs, ...]) -> Event:
-        """Add a token to an answer, which may end it."""
+        """Appends a token to an answer, and ends the request if it is the last."""
         if token in sequence.request.eos_ids:
             return self._end(sequence, "stop")
         sequence.answer.append(token)
@@ -716,18 +734,19 @@ def kernels(
     mesh: Mesh | None,
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[backend.Backends, EngineLayout]:
-    """The backends and sizes of an engine; needs no weights.
+    """Chooses the backends and layout of an engine; needs no weights.
 
-    Kernels that have never met such a device are compared with the truth first
+    Kernels that have not run on this kind of device yet are compared with XLA first
     (`first_contact.ensure`).
 
     Args:
-        device: of jax; one of those that it runs on.
-        dtype: of weights and cache.
-        say: is told what is being waited for, if anything is.
+        device: a JAX device that the engine runs on.
+        dtype: dtype of weights and cache.
+        mesh: mesh of the engine; None for one device.
+        say: called with a line of text before a comparison starts.
 
     Raises:
-        ConfigError: if there are none, or if they differ from the truth.
+        ConfigError: if a backend or page size is impossible, or if kernels differ from XLA.
         Unsupported: if a kernel that was never tried here cannot take the model's shapes.
     """
     platform = device.platform
@@ -773,10 +792,10 @@ def kernels(
 
 
 def _mesh_of(weights) -> Mesh | None:
-    """The mesh on which weights lie; None for one device.
+    """Returns the mesh on which weights lie; None for one device.
 
     Raises:
-        ConfigError: if it holds several requests side by side.
+        ConfigError: if its axis `data` is larger than 1.
     """
     placed = jax.tree.leaves(weights)[0].sharding
     if not isinstance(placed, NamedSharding) or placed.mesh.size == 1:
@@ -789,7 +808,7 @@ def _mesh_of(weights) -> Mesh | None:
 
 
 def _logprobs(request: Request, found: Logprobs | None, *, row: int) -> tuple[TokenLogprobs, ...]:
-    """Those of one token, if the request asks for them."""
+    """Returns the log-probabilities of `row` in a tuple of one, () if the request wants none."""
     if request.logprobs is None or found is None:
         return ()
     best = slice(request.logprobs)
@@ -798,6 +817,9 @@ def _logprobs(request: Request, found: Logprobs | None, *, row: int) -> tuple[To
 
 
 def _scales(model: ModelConfig, vllm_parity: bool, length: int) -> tuple[float, float]:
-    """Factors on queries and keys in a sequence of this length (arXiv:2501.15383, equation 1)."""
+    """Returns the factors on queries and keys in a sequence of `length` tokens.
+
+    See arXiv:2501.15383, equation 1.
+    """
     factor = model.temperature(length)
     return (factor, factor) if vllm_parity else (factor * factor, 1.0)

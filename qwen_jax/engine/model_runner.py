@@ -1,4 +1,4 @@
-"""The model on its device or mesh: weights, cache and the compiled steps."""
+"""Model runner: weights, cache and compiled steps on a device or mesh."""
 
 import contextlib
 import functools
@@ -27,7 +27,7 @@ from qwen_jax.sparse.budgets import Budgets, Report
 from qwen_jax.sparse.recall import Grid, Survey
 
 Window = tuple[Float[Array, "L T K H"], Float[Array, "L T K H"]]
-"""Keys and values of consecutive tokens, outside the cache (`transfer`)."""
+"""Keys and values of consecutive tokens, outside the cache (`models.kv_transfer`)."""
 
 
 class Runner:
@@ -38,13 +38,17 @@ class Runner:
     never on a prompt, and so does the number of programs.
 
     Args:
+        config: configuration of the model.
         weights: parameter tree, on the device or mesh.
-        mesh: where the weights lie; None for one device.
-        table_len: pages of the longest sequence.
-        vocab_limit: ids from here on are never sampled.
-        backend: of each attention operation.
-        budgets: of sparse prefill; None where there is none.
-        skip_attention: leave it out, selection aside.
+        mesh: mesh on which the weights lie; None for one device.
+        num_pages: pages of the cache, the one for padding included.
+        page: tokens per cache page.
+        table_len: length of a page table: pages of the longest sequence.
+        max_seqs: rows of a decode batch.
+        vocab_limit: exclusive upper bound of the ids that are sampled; None for no limit.
+        backend: backend of each attention operation.
+        budgets: budgets of sparse prefill; None if there is none.
+        skip_attention: skip attention but not selection.
 
     Raises:
         ValueError: if the weights are not those of this configuration.
@@ -91,12 +95,14 @@ class Runner:
 
     @property
     def num_compilations(self) -> int:
-        """Programs traced so far."""
+        """Number of programs traced so far."""
         return self._steps.num_traced
 
     @property
     def is_whole(self) -> bool:
-        """Whether all that steps overwrite is there: not if one failed, or was stopped, midway."""
+        """True if the arrays that steps overwrite are intact: False after a step that failed or
+        was stopped midway.
+        """
         state = self._cache, self._seen
         if any(array.is_deleted() for array in jax.tree.leaves(state)):
             return False
@@ -111,49 +117,59 @@ class Runner:
         return self._cache.keys.dtype
 
     def prefill(self, step: PrefillStep) -> Float32[Array, " V"]:
-        """Fill the cache with a slice; returns the logits of its last token, on the device."""
+        """Fills the cache with a slice; returns the logits of its last token, on the device."""
         logits, self._cache = self._programs.prefill(self._weights, self._rotary, self._cache, step)
         return logits
 
     def prefill_sparse(self, step: PrefillStep) -> tuple[Float32[Array, " V"], Report]:
-        """As `prefill`, by the budgets; also says how, on the device."""
+        """Fills the cache as `prefill`, attending sparsely within the budgets.
+
+        Returns:
+            The logits of the last token, and density and recall per head; both on the device.
+        """
         logits, self._cache, report = self._programs.prefill_sparse(
             self._weights, self._rotary, self._cache, step, self._budgets
         )
         return logits, report
 
     def sparse_plan(self, step: PrefillStep, layer: int, head: int) -> SparsePlan:
-        """How `prefill_sparse` reads a slice in one layer and head, on the device."""
+        """Returns the plan by which `prefill_sparse` reads a slice in one layer and query head.
+
+        The arrays stay on the device and keep a head axis of size 1.
+        """
         listed, self._cache = self._programs.sparse_plan(
             self._weights, self._rotary, self._cache, step, self._budgets, layer=layer
         )
         return jax.tree.map(lambda array: array[head : head + 1], listed)
 
     def survey(self, step: PrefillStep, grid: Grid) -> Survey:
-        """Fill the cache with a slice, densely; returns what budgets would find of it."""
+        """Fills the cache with a slice densely; returns the recall at each budget of `grid`."""
         self._cache, surveyed = self._programs.survey(
             self._weights, self._rotary, self._cache, step, grid=grid
         )
         return jax.device_get(surveyed)
 
     def sample(self, logits: Float32[Array, " V"], choice: SampleStep) -> int:
-        """A token by what `prefill` returned, -1 if that is not finite."""
+        """Samples a token from logits that `prefill` returned; -1 if they are not finite."""
         return int(jax.device_get(self._programs.sample(logits, self._seen, choice)))
 
     def sample_logprobs(
         self, logits: Float32[Array, " V"], choice: SampleStep
     ) -> tuple[int, Logprobs]:
-        """As `sample`, with the log-probabilities of one row."""
+        """Samples as `sample`; also returns the log-probabilities, arrays of one row."""
         token, found = jax.device_get(self._programs.sample_logprobs(logits, self._seen, choice))
         return int(token), found
 
     def score(self, step: PrefillStep) -> Float32[np.ndarray, "T V"]:
-        """Fill the cache with a slice; returns the logits of each of its tokens."""
+        """Fills the cache with a slice; returns the logits of each of its T tokens, on the host."""
         logits, self._cache = self._programs.score(self._weights, self._rotary, self._cache, step)
         return jax.device_get(logits)[: int(step.length)]
 
     def score_sparse(self, step: PrefillStep) -> tuple[Float[Array, "T D"], Report]:
-        """As `prefill_sparse`, with what `logits` takes of every token."""
+        """Fills the cache as `prefill_sparse`; returns the hidden state of every token.
+
+        The hidden states, padding included, are the input of `logits`.
+        """
         hidden, self._cache, report = self._programs.score_sparse(
             self._weights, self._rotary, self._cache, step, self._budgets
         )
@@ -162,17 +178,17 @@ class Runner:
     def logits(
         self, hidden: Float[Array, "T D"], start: int, rows: int
     ) -> Float32[np.ndarray, "n V"]:
-        """Logits of the tokens of a slice from `start` on, at most `rows` of them."""
+        """Computes the logits of the tokens of a slice from `start` on, at most `rows` of them."""
         first = min(start, len(hidden) - rows)
         found = self._programs.logits(self._weights, hidden, np.int32(first), rows=rows)
         return jax.device_get(found)[start - first :]
 
     def place(self, roster: DecodeSlots) -> DecodeSlots:
-        """The roster on the device, for as long as it does not change."""
+        """Puts the decode slots on the device, to be reused until they change."""
         return sharding.put(roster, self._whole)
 
     def decode(self, sampling: Rows, step: DecodeStep) -> Int[np.ndarray, " B"]:
-        """The token after the given one in every row, -1 if not finite."""
+        """Decodes one token in every row; -1 where the logits are not finite."""
         token, self._cache, self._seen = self._programs.decode(
             self._weights, self._rotary, self._cache, self._seen, sampling, step
         )
@@ -181,49 +197,51 @@ class Runner:
     def decode_logprobs(
         self, sampling: Rows, step: DecodeStep
     ) -> tuple[Int[np.ndarray, " B"], Logprobs]:
-        """As `decode`, with the log-probabilities of every row."""
+        """Decodes as `decode`; also returns the log-probabilities of every row."""
         token, found, self._cache, self._seen = self._programs.decode_logprobs(
             self._weights, self._rotary, self._cache, self._seen, sampling, step
         )
         return jax.device_get((token, found))
 
     def extract_kv(self, page_table: Int[np.ndarray, " P"], start: int, size: int) -> Window:
-        """Keys and values of `size` tokens of a sequence, on the device (`transfer.extract_kv`)."""
+        """Copies keys and values of `size` tokens from `start` out of the cache, on the device."""
         return self._programs.extract_kv(self._cache, page_table, np.int32(start), size=size)
 
     def insert_kv(
         self, window: Window, page_table: Int[np.ndarray, " P"], start: int, length: int
     ) -> None:
-        """Write what `extract_kv` gave, of which `length` tokens mean something."""
+        """Writes the first `length` tokens of a window into the cache, from `start` on."""
         keys, values = window
         self._cache = self._programs.insert_kv(
             self._cache, keys, values, page_table, np.int32(start), np.int32(length)
         )
 
     def copy_page(self, source: int, target: int) -> None:
-        """Make a page of the cache the same as another."""
+        """Copies a page of the cache, `source`, onto the page `target`."""
         self._cache = self._programs.copy_page(self._cache, np.int32(source), np.int32(target))
 
     def window(self, size: int) -> jax.ShapeDtypeStruct:
-        """Shape, dtype and placement of the two arrays that `insert_kv` takes for `size` tokens."""
+        """Returns shape, dtype and placement of the two arrays that `insert_kv` takes for `size`
+        tokens.
+        """
         layers, heads, _, _, head_dim = self._cache.keys.shape
         placed = self._whole if self._mesh is None else kv_transfer.placement(self._mesh, size)
         shape = layers, size, heads, head_dim
         return jax.ShapeDtypeStruct(shape, self._cache.keys.dtype, sharding=placed)
 
     def set_seen_tokens(self, row: int, prompt: tuple[int, ...]) -> None:
-        """Say which tokens the repetition penalty of a row begins with."""
+        """Sets the tokens that the repetition penalty of a row applies to: those of the prompt."""
         mask = np.zeros(self._seen.shape[1], bool)
         mask[np.asarray(prompt)] = True
         self._seen = self._programs.set_seen_tokens(self._seen, np.asarray(row, np.int32), mask)
 
 
 class Steps:
-    """The functions that are compiled.
+    """Functions of the steps, before compilation.
 
-    Apart from the runner and without arrays: compiled functions refer to what
-    they were made of, and a circle through the cache would keep it alive after
-    its engine until the garbage collector comes by.
+    They are separate from the runner and hold no arrays: compiled functions refer to what
+    they were made of, and a reference cycle through the cache would keep it alive after
+    its engine until the garbage collector runs.
     """
 
     def __init__(self, structure, vocab_limit: int | None, backend: Backends):
@@ -306,7 +324,7 @@ class Steps:
 
 
 class Programs(NamedTuple):
-    """The functions of `Steps`, each jitted."""
+    """Functions of `Steps`, each jitted."""
 
     prefill: Any
     prefill_sparse: Any
@@ -326,10 +344,13 @@ class Programs(NamedTuple):
 
 
 def programs(steps: Steps, whole: Sharding, of_cache: Sharding, platform: str) -> Programs:
-    """How steps are compiled: what they overwrite, and where their results lie.
+    """Jits every step, with the arguments that it donates and the placement of its results.
 
     Args:
-        whole: where small arrays lie, the same on all devices.
+        steps: functions to compile.
+        whole: sharding of small arrays, replicated on all devices.
+        of_cache: sharding of the cache.
+        platform: platform of the devices: "cpu", "gpu" or "tpu".
     """
 
     def jit(step, outputs, donated: tuple[str, ...] = ("cache",), static=None):
@@ -363,7 +384,7 @@ def programs(steps: Steps, whole: Sharding, of_cache: Sharding, platform: str) -
 
 
 def _placements(weights, mesh: Mesh | None):
-    """Where small arrays lie, the cache, and on what platform."""
+    """Returns the sharding of small arrays, that of the cache, and the platform."""
     leaf = jax.tree.leaves(weights)[0]
     (platform,) = {device.platform for device in leaf.devices()}
     if mesh is None:
@@ -374,7 +395,7 @@ def _placements(weights, mesh: Mesh | None):
 
 
 def _on(mesh: Mesh | None, function):
-    """A function that is traced and called with a mesh in use, and with settings of its own."""
+    """Wraps a function so that it is traced and called with the mesh and JAX settings set."""
 
     @functools.wraps(function)
     def call(*args, **keywords):
@@ -385,7 +406,7 @@ def _on(mesh: Mesh | None, function):
 
 
 def flatten(config: ModelConfig, weights, dtype, *, skip_attention: bool = False):
-    """The parameters as a list, and the structure that makes a model of them again.
+    """Returns the parameters as a list, and the structure that rebuilds a model from them.
 
     Raises:
         ValueError: if the weights are not those of this configuration.
@@ -404,7 +425,7 @@ def flatten(config: ModelConfig, weights, dtype, *, skip_attention: bool = False
 
 
 def _see(seen: Bool[Array, "B V"], step: DecodeStep, rows: Rows) -> Bool[Array, "B V"]:
-    """Tokens that are now part of the sequences marked, in rows that penalise them."""
+    """Marks the step's tokens as seen, in rows that have a repetition penalty."""
 
     def see():
         B = seen.shape[0]
