@@ -1,1 +1,1 @@
-"""The model: parameters, layers, attention, and its key and value cache."""
+"""Models: parameters, layers, attention, and the KV cache."""

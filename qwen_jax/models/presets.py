@@ -1,4 +1,4 @@
-"""The shapes of the published models: their config.json, without tokenizers and budgets."""
+"""Presets: the config.json of the published models, without tokenizers and budgets."""
 
 import json
 from pathlib import Path
@@ -36,14 +36,21 @@ _FIELDS = (
 
 
 def find(name: str) -> str | None:
-    """The key of `SIZES` that a short name or a hub id means; None for any other text."""
+    """Returns the key of `SIZES` for a short name or a hub id; None for any other text."""
     keys = {alias: size for size, alias in zip(SIZES, NAMES, strict=True)}
     keys |= {HUB_IDS[alias]: size for alias, size in keys.items()}
     return keys.get(name)
 
 
 def write(directory: Path, name: str) -> Path:
-    """A directory that holds the config.json of a published model and nothing else."""
+    """Writes the config.json of a published model into a directory, created if missing.
+
+    Args:
+        name: a key of `SIZES`.
+
+    Returns:
+        The directory.
+    """
     directory.mkdir(exist_ok=True)
     raw = _COMMON | dict(zip(_FIELDS, SIZES[name], strict=True))
     (directory / "config.json").write_text(json.dumps(raw))
@@ -51,5 +58,5 @@ def write(directory: Path, name: str) -> Path:
 
 
 def config(directory: Path, name: str) -> ModelConfig:
-    """A published model, by way of a directory that gets its config.json."""
+    """Writes the config.json of a published model into a directory and reads it back."""
     return model_config(write(directory, name))
