@@ -1,1 +1,1 @@
-"""Checkpoints, KV sessions and results on disk."""
+"""Storage: checkpoints, KV sessions and results on disk."""
