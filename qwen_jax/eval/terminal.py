@@ -1,4 +1,4 @@
-"""Pictures in a terminal: colours where it has them, digits and letters where it has not."""
+"""Pictures in a terminal: in colours if it has them, else in digits and letters."""
 
 import math
 
@@ -72,7 +72,7 @@ def _heat_map(shown: HeatMap, console: Console) -> list[Text]:
 
 
 def _ruler(labels: tuple[str, ...], width: int) -> str:
-    """Labels over their columns, as many as find room."""
+    """Lays out labels over their columns, as many as fit."""
     text, room = "", len(labels) * width
     for index, label in enumerate(labels):
         at = index * width
@@ -100,7 +100,7 @@ def _numbers(
 
 
 def _half_blocks(shown: HeatMap, values: np.ndarray, indent: int, width: int) -> list[Text]:
-    """Two rows a line: the upper half of a character has one colour, the lower another."""
+    """Draws two rows per line, with half-block characters of two colours."""
     lines = []
     for upper in range(0, len(values), 2):
         line = Text(f"{shown.rows.labels[upper]:>{indent - 1}} ")
