@@ -20,9 +20,9 @@ from pallas_kernels.mosaic_gpu.call import BLOCK, TILED, Warpgroup
 from pallas_kernels.shard import Shard
 
 READERS = 2
-"""Warpgroups that attend; one more fetches."""
+"""Number of warpgroups that attend; one more fetches."""
 ROWS = 64
-"""Of one of them: what a matrix product of a warpgroup has."""
+"""Rows per reader: those of a warpgroup's matrix product."""
 HEAD, ROW, FIRST, LAST, TILE, COLUMNS, ENDS = range(7)
 """Columns of the table of items: the head; its first row in memory; the row that this is without
 the padding of tiles, and the last position in the slice, for none follows later; the tile of the
