@@ -1,4 +1,4 @@
-"""Table: Hugging Face name <-> our path and transform, both directions."""
+"""Table of tensor names: Hugging Face name to parameter path and transform, and back."""
 
 import dataclasses
 import math
@@ -18,14 +18,14 @@ HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """Where a Hugging Face tensor goes.
+    """Mapping of a Hugging Face tensor to an array of the parameter tree.
 
     Attributes:
-        name: of the tensor.
-        source_shape: of the tensor.
-        part: of our checkpoint that holds the array.
-        path: keys that lead to the array in the parameter tree.
-        shape: of the array, a layer's without the layer axis.
+        name: name of the tensor.
+        source_shape: shape of the tensor.
+        part: part of the converted checkpoint that holds the array.
+        path: keys of the array in the parameter tree.
+        shape: shape of the array; a layer's has no layer axis.
         transposed: whether the tensor, `[out, in]`, is transposed before it is reshaped.
     """
 
@@ -37,17 +37,17 @@ class Entry:
     transposed: bool
 
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-        """The array for a tensor; a view if it is only reshaped."""
+        """Return the array of a tensor; a view if it is only reshaped."""
         return (transpose(tensor) if self.transposed else tensor).reshape(self.shape)
 
     def piece(
         self, index: tuple[slice, ...], read: Callable[[tuple[slice, ...]], np.ndarray]
     ) -> np.ndarray:
-        """A piece of the array, from the rows and columns of the tensor that it lies in.
+        """Read a part of the array, from only the rows and columns of the tensor that it needs.
 
         Args:
             index: a slice with start and stop for each axis of the array.
-            read: gives a piece of the tensor for such slices.
+            read: returns the part of the tensor at a tuple of such slices.
         """
         cuts, shape, rest, axis = [], [], [], 0
         for size in self.source_shape[::-1] if self.transposed else self.source_shape:
@@ -65,10 +65,10 @@ class Entry:
 
 
 def table(config: ModelConfig, embedding: str = EMBEDDING) -> dict[str, Entry]:
-    """Every tensor of a model by its Hugging Face name, in the order of our parts.
+    """Return the entries of a model by Hugging Face name, in the order of the parts.
 
     Args:
-        embedding: the tensor that holds the embedding; a tied model may keep it as `HEAD`.
+        embedding: name of the tensor with the embedding; a tied model may store it as `HEAD`.
     """
     D, F, V = config.embed_dim, config.mlp_dim, config.vocab_size
     N, K, H = config.num_heads, config.num_kv_heads, config.head_dim
