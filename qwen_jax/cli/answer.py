@@ -1,4 +1,4 @@
-"""The loop behind ask, chat and generate: prefill with progress, then text as it comes."""
+"""Answer loop of ask, chat and generate: prefill with progress, then streamed text."""
 
 import contextlib
 import signal
@@ -19,12 +19,12 @@ from qwen_jax.llm.answer import Answer, Engine, Server
 from qwen_jax.text.tokenizer import Stream
 
 LINE_S = 10.0
-"""Seconds between two lines of progress where there is no terminal."""
+"""Seconds between two lines of progress without a terminal."""
 
 
 @runtime_checkable
 class Progress(Protocol):
-    """Shows how much of a prompt has been read."""
+    """Progress display of a prefill."""
 
     def update(self, done: int) -> None:
         """Called after each step with the tokens done so far."""
@@ -44,14 +44,14 @@ def answer(
     progress: Progress | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Answer:
-    """The answer to a request that is alone in the engine.
+    """Runs a request that is alone in the engine; returns its answer.
 
-    Ctrl-C ends the answer, not the program: it comes back as "cancelled".
+    Ctrl-C ends the answer, not the program: its finish reason is then "cancelled".
 
     Args:
-        stream: makes text of tokens and knows the stop strings; None for no text.
+        stream: decoder of tokens to text, which looks for stop strings; None for no text.
         write: called with each piece of the text.
-        progress: shown until the first token; None for a bar or lines on stderr.
+        progress: display until the first token; None for a bar or lines on stderr.
 
     Raises:
         RequestError: if the request does not fit, or the engine fails on it.
@@ -74,21 +74,22 @@ def answer(
 
 
 def write(text: str) -> None:
-    """Puts a piece of an answer on stdout at once."""
+    """Writes a piece of an answer to stdout and flushes it."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 @contextlib.contextmanager
 def interrupts(*also: signal.Signals) -> Iterator[Callable[[], int]]:
-    """Within it Ctrl-C is only remembered, so that no step is torn; a second one interrupts.
+    """Records the first Ctrl-C instead of raising, so that steps complete; a second one raises.
 
-    In a job of several processes, which would have to remember it at the same step, it ends all.
+    In a multi-process job, which would have to act on it at the same step, Ctrl-C ends all
+    processes.
 
-    Yields what says which signal came, 0 for none.
+    Yields a function that returns the number of the recorded signal, 0 for none.
 
     Args:
-        also: signals that are remembered too; none of them interrupts.
+        also: other signals to record; none of them interrupts.
     """
     if not multihost.is_alone():
         yield lambda: 0
@@ -110,9 +111,9 @@ def interrupts(*also: signal.Signals) -> Iterator[Callable[[], int]]:
 
 
 def prefill_progress(total: int) -> Progress:
-    """A bar on a terminal; elsewhere a line now and then, so that logs stay readable.
+    """Returns a progress bar on a terminal; elsewhere occasional lines, for readable logs.
 
-    Of several processes process 0 shows it.
+    In a multi-process job process 0 shows it.
     """
     return _Bar(total) if says() and sys.stderr.isatty() else Lines(total)
 
@@ -168,7 +169,7 @@ class _Bar:
 
 
 class _Speed(ProgressColumn):
-    """Tokens a second."""
+    """Column of tokens per second."""
 
     def render(self, task: Task) -> Text:
         return Text("compiling" if task.speed is None else f"{task.speed:,.0f} tokens/s")

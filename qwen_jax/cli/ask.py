@@ -129,7 +129,7 @@ def ask(
 def read_files(
     paths: Iterable[Path], tokenizer: Tokenizer, *, exclude: Sequence[str] = ()
 ) -> dict[documents.Document, int]:
-    """The documents that `paths` name, with their tokens; says what was skipped.
+    """Reads documents with their numbers of tokens; prints which files were skipped.
 
     Raises:
         DocumentError: if a named path holds no text or cannot be read.
@@ -139,7 +139,7 @@ def read_files(
 
 
 def print_table(rows: Sequence[tuple[str, int]], total: int, limit: int) -> None:
-    """A table of tokens on stderr: per file, together, and what fits."""
+    """Prints a table of tokens to stderr: per file, in total, and the limit."""
     if not says():
         return
     sums = [("with the question and the chat template", total), ("fits, with the answer", limit)]

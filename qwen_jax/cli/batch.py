@@ -1,4 +1,4 @@
-"""batch: answer a file of requests, in runs that may be killed and started again."""
+"""batch: answer a file of requests, in runs that can be resumed."""
 
 import contextlib
 import dataclasses
@@ -129,11 +129,11 @@ def batch(
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class _Total(Totals):
-    """All lines; `new_tokens` are those of the longest answers.
+    """Totals over all lines; `new_tokens` are those of the longest possible answers.
 
     Attributes:
-        longest: tokens of the longest prompt and answer together.
-        longest_line: where that is.
+        longest: most tokens of a prompt and its longest possible answer together.
+        longest_line: line number of that prompt.
     """
 
     longest: int = 0
@@ -141,7 +141,7 @@ class _Total(Totals):
 
 
 def _reader(opened: Model, flags: AnswerFlags, kept: sessions.Kept | None) -> Reader:
-    """Makes requests of lines, with what the flags say to those that do not."""
+    """Builds the reader of lines, with the flags as defaults."""
     sampling, stops = flags.sampling(opened.generation), flags.stops()
     tokenizer = opened.tokenizer()
     return Reader(
@@ -156,7 +156,7 @@ def _reader(opened: Model, flags: AnswerFlags, kept: sessions.Kept | None) -> Re
 
 
 def _check_output(requests: Path, results: Path) -> None:
-    """Refuses before the work what would fail after it."""
+    """Checks, before long work, that the output can be written and is not the input."""
     atomic.prepare(results)
     if results.exists() and os.path.samefile(requests, results):
         raise ConfigError(f"{results} is the file of the requests: name another output")
@@ -165,7 +165,7 @@ def _check_output(requests: Path, results: Path) -> None:
 def _scan(
     source: Input, reader: Reader, stopped: Callable[[], int], *, show: bool = False
 ) -> _Total:
-    """What the lines come to; refuses those that have one name.
+    """Computes the totals over the lines; two lines of one `custom_id` are an error.
 
     Args:
         show: print a row for each line.
@@ -204,7 +204,7 @@ def _plan(
     topology: str | None,
     price: float | None,
 ) -> None:
-    """Prints sums over the lines, and what the planner says of the longest."""
+    """Prints totals over the lines, and the planner's estimate for the longest."""
     from qwen_jax.cli import plan
     from qwen_jax.distributed import sharding
     from qwen_jax.engine import memory
@@ -263,10 +263,10 @@ def _answer(
     began: float,
     stopped: Callable[[], int],
 ) -> None:
-    """Gives every line a record, as far as it is not stopped, and says what this took.
+    """Answers every line, until it is stopped, and prints time and cost.
 
     Args:
-        source: None in a process that neither reads lines nor keeps records.
+        source: input file; None in a process that neither reads lines nor writes records.
     """
     opened.mesh()  # before anything asks for devices
     there, done, engine, records = Totals(), Totals(), None, None
@@ -319,7 +319,7 @@ def _answer(
 
 
 def _settings(opened: Model, reader: Reader, kept: sessions.Kept | None) -> dict[str, Any]:
-    """What the results depend on, beside the lines."""
+    """Returns everything that the results depend on but the lines, for JSON."""
     flags, defaults = opened.options, reader.defaults
     session = {} if kept is None else {"kv": kept.session.identity.tokens_sha256[:16]}
     return {
@@ -337,7 +337,7 @@ def _settings(opened: Model, reader: Reader, kept: sessions.Kept | None) -> dict
 
 
 def _fingerprint(directory: Path) -> str:
-    """Checksum of a model and its tokenizer, the same before and after conversion."""
+    """Returns a checksum of a model and its tokenizer, the same before and after conversion."""
     files = sessions.tokenizer_fingerprint(
         directory, (*sessions.TOKENIZER_FILES, "generation_config.json")
     )
@@ -361,7 +361,7 @@ def _leave(number: int) -> None:
 
 @contextlib.contextmanager
 def _shown(total: Totals, there: Totals) -> Iterator[Callable[[Totals], None]]:
-    """A callback for what has been done: a bar on a terminal, a line now and then elsewhere."""
+    """Yields a progress callback: a bar on a terminal, occasional lines elsewhere."""
     if says() and sys.stderr.isatty():
         columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
         with Bar(*columns, console=console(stderr=True), transient=True) as bar:
@@ -383,10 +383,13 @@ def lines(
     say: Callable[[str], None] = note,
     clock: Callable[[], float] = time.monotonic,
 ) -> Callable[[Totals], None]:
-    """A callback for what has been done, which says it once in `LINE_S` seconds.
+    """Returns a progress callback that prints a line at most every `LINE_S` seconds.
 
     Args:
-        there: of `total`, what needs no more work.
+        total: totals over all lines.
+        there: totals of lines that have a result already.
+        say: prints a line.
+        clock: returns the time in seconds.
     """
     start = said = clock()
 
@@ -406,7 +409,7 @@ def lines(
 
 
 def _described(done: Totals, total: Totals, there: Totals) -> str:
-    """What has been done, in a line: `5 of 12 lines, 1 error, 1,234 + 56 tokens`."""
+    """Formats progress as a line: `5 of 12 lines, 1 error, 1,234 + 56 tokens`."""
     return (
         f"{done.lines + there.lines:,} of {_count(total.lines, 'line')}, "
         f"{_count(done.refused + there.refused, 'error')}, "

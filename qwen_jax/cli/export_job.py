@@ -1,4 +1,4 @@
-"""export-job: ready files that run a command on a topology, for schedulers that exist."""
+"""export-job: files that run a command on a topology, for common schedulers."""
 
 import dataclasses
 import importlib
@@ -21,7 +21,7 @@ from qwen_jax.planner import devices
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Flags that say where a job runs; `qwen_jax.jobs.job.Job` has their meaning."""
+    """Flags of the place where a job runs; for their meaning see `qwen_jax.jobs.job.Job`."""
 
     name: Annotated[str, typer.Option(help="Of the job, and of what is made for it.")] = "qwen-jax"
     image: Annotated[
@@ -148,7 +148,7 @@ def _check_fits(
     memory: int | None,
     force: bool,
 ) -> None:
-    """Says whether the model fits, if there is one.
+    """Checks that the model fits, if one is given.
 
     Raises:
         ConfigError: if it does not, or flags about it have no model.

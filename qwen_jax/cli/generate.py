@@ -129,5 +129,5 @@ def generate(
 
 
 def _logprobs(found: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
-    """Of each token its log-probability, and the likeliest ids with theirs, for JSON."""
+    """Converts log-probabilities of tokens, and of the likeliest ids, to JSON objects."""
     return [{"logprob": each.logprob, "top": each.top} for each in found]

@@ -109,7 +109,7 @@ def _prompt(
     prompt_file: Path | None,
     tokens: Path | None,
 ) -> tuple[list[tuple[str, int]], tuple[int, ...]]:
-    """Names of the files with their tokens, and the ids of the prompt."""
+    """Returns the names of the files with their numbers of tokens, and the ids of the prompt."""
     if tokens is not None:
         return [], tuple(
             multihost.broadcast_json(lambda: token_file.read(tokens, opened.config.vocab_size))
@@ -138,11 +138,11 @@ def _fill(
     save_every: int,
     stopped: Callable[[], int],
 ) -> None:
-    """Reads what is not saved yet, and saves it as it goes.
+    """Prefills and saves the tokens that are not saved yet.
 
     Raises:
-        hosts.Preempted: in all processes of a job, after all that was read is saved.
-        RequestError: if the model's numbers are not finite.
+        multihost.Preempted: in all processes of a job, after all prefilled tokens are saved.
+        RequestError: if the model's logits are not finite.
         SessionError: if the disk is full or fails.
     """
     filling = sessions.Filling(opened, ids, writer, save_every)

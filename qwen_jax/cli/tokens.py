@@ -11,7 +11,7 @@ _LARGEST_BYTES = 1 << 27  # over ten million ids
 
 
 def read(path: Path, vocab_size: int) -> tuple[int, ...]:
-    """The token ids in a file or pipe.
+    """Reads token ids from a file or pipe.
 
     Raises:
         ConfigError: if it cannot be read, or naming the first item that is no id of the model's
