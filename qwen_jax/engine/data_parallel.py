@@ -91,9 +91,9 @@ class Replicas:
     share nothing: a prompt finds only what its own replica has in its cache.
 
     Args:
-        model: the configuration that the weights belong to.
-        weights: parameter tree on the mesh; replicas use the arrays that lie there.
-        config: of each replica.
+        model: configuration of the model that the weights belong to.
+        weights: parameter tree on the mesh; replicas use its arrays without copying.
+        config: capacity of each replica.
 
     Raises:
         ConfigError: if the weights lie on no mesh, or the configuration asks for what the

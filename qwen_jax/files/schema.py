@@ -61,7 +61,7 @@ def matching(pattern: re.Pattern[str], words: str) -> Check:
     """Accept texts that a pattern matches from end to end.
 
     Args:
-        words: what such a text is.
+        words: description of such a text in errors, such as "a SHA-256".
     """
 
     def check(where: str, value: Any) -> None:

@@ -1,1 +1,1 @@
-"""Models: parameters, layers, attention, and the KV cache."""
+"""Qwen2 decoder: parameters, layers, attention, and the KV cache."""

@@ -1,1 +1,1 @@
-"""Planner: memory, time and compiled programs for devices that need not be present."""
+"""Memory, time and compiled programs for devices that need not be present."""

@@ -1,1 +1,1 @@
-"""Storage: checkpoints, KV sessions and results on disk."""
+"""Checkpoints, KV sessions and results on disk."""
