@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints in and out."""
+"""Conversion of Hugging Face checkpoints, in both directions."""

@@ -1,4 +1,4 @@
-"""What a checkpoint directory holds, read from headers alone."""
+"""Description of a checkpoint directory, read from headers only."""
 
 import collections
 import dataclasses
@@ -13,10 +13,10 @@ from qwen_jax.storage.manifest import DTYPES
 
 
 def describe(directory: str | os.PathLike) -> dict[str, Any]:
-    """A converted checkpoint or a Hugging Face directory as plain data.
+    """Describe a converted checkpoint or a Hugging Face directory as plain data.
 
     Keys: kind, config, dual_chunk, sparse_budgets, num_parameters, bytes (by dtype),
-    checksums, tensors (name, shape, dtype, bytes, and where ours are: part and path).
+    checksums, tensors (name, shape, dtype, bytes, and, if converted, part and path).
 
     Raises:
         CheckpointError: if a header or the manifest is damaged.

@@ -1,4 +1,4 @@
-"""A converted checkpoint back to a Hugging Face directory, byte for byte where nothing changed."""
+"""Export of a converted checkpoint to a Hugging Face directory, byte for byte if unchanged."""
 
 import functools
 import json
@@ -22,12 +22,12 @@ _DTYPES = {ours: theirs for theirs, ours in manifests.SAFETENSORS_DTYPES.items()
 
 
 class Record(schema.Record, frozen=True):
-    """What an export wrote: its files by name."""
+    """Record of the files that an export wrote, by name."""
 
     files: dict[Annotated[str, named(r"[\w.-]+", "the name of a file")], File]
 
     def encode(self) -> bytes:
-        """The content of `RECORD`, which carries its own checksum."""
+        """Encode the content of `RECORD`, which includes its own checksum."""
         return manifests.seal(_FORMAT, self)
 
 
@@ -93,7 +93,7 @@ def _check_ours(directory: Path) -> None:
 
 
 def _writes(name: str) -> bool:
-    """Whether a path in a Hugging Face directory is of a file that an export writes."""
+    """Return True if an export writes a file of this path."""
     known = {RECORD, source.INDEX, *source.COMPANIONS}
     return (
         re.sub(r"(\.[0-9a-f]{8})?\.partial$", "", name) in known
@@ -148,7 +148,7 @@ def _write(
 
 
 def _layout(text: str, manifest: Manifest, changed: bool) -> tuple[bytes, dict[str, int]]:
-    """The header of a shard, and where each tensor starts after it."""
+    """Return the header of a shard, and the offset of each tensor after it."""
     body = json.loads(text)
     metadata = body.pop("__metadata__", None)
     if not changed:
@@ -170,7 +170,7 @@ def _layout(text: str, manifest: Manifest, changed: bool) -> tuple[bytes, dict[s
 
 
 def _update_index(path: Path, files: dict[str, str], num_bytes: int) -> None:
-    """Leave what is not stored out of the index, and correct its sum of bytes."""
+    """Remove tensors that are not stored from the index, and correct its total size."""
     index = reading.read_object(path, error=CheckpointError)
     listed, metadata = index.get("weight_map"), index.get("metadata")
     if not isinstance(listed, dict):

@@ -1,4 +1,4 @@
-"""Files that nobody vouches for: which may be opened, and what their headers say."""
+"""Untrusted weight files: checks of paths, indexes and safetensors headers."""
 
 import dataclasses
 import os
@@ -16,16 +16,18 @@ from qwen_jax.storage.manifest import SAFETENSORS_DTYPES, CheckpointError, heade
 
 CHUNK_BYTES = 16 << 20  # read at once
 HEADER_BYTES = 8 << 20
-"""Most that an index, or the headers of all files, may have: 50 times those of 80 layers."""
+"""Maximum bytes of an index, or of all headers together: 50 times those of 80 layers."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Tensor:
-    """Where a tensor lies.
+    """Location of a tensor in a safetensors file.
 
     Attributes:
-        dtype: one of `manifest.DTYPES`; another one for a tensor that is dropped.
-        start: of its bytes in the file.
+        shard: name of the file.
+        dtype: a key of `manifest.DTYPES`; another one for a tensor that is dropped.
+        start: offset of its bytes in the file.
+        size: number of bytes.
     """
 
     name: str
@@ -41,9 +43,9 @@ class Shard:
     """A safetensors file whose header was checked.
 
     Attributes:
-        path: of the file itself, links resolved.
-        state: inode, size and modification time, by which a change is noticed.
-        header: its JSON header, padding included.
+        path: path of the file, with links resolved.
+        state: inode, size and modification time, to notice changes.
+        header: JSON header, padding included.
     """
 
     file: str
@@ -54,9 +56,9 @@ class Shard:
 
 
 def regular_file(root: Path, name: str) -> Path:
-    """The regular file `root/name`, links resolved; it is not opened.
+    """Return the path of the regular file `root/name` with links resolved, without opening it.
 
-    A link may lead to a file of the directory or, if the directory is a snapshot of a
+    A link may point to a file of the directory or, if the directory is a snapshot of a
     Hugging Face cache, to one of the repository's blobs.
 
     Raises:
@@ -82,19 +84,19 @@ def regular_file(root: Path, name: str) -> Path:
 
 
 def open_file(path: Path):
-    """A checked file; it must not have become a link or a pipe since."""
+    """Open a file that was checked; fail if it has become a link since."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     return open(descriptor, "rb", buffering=0)
 
 
 def file_state(descriptor: int) -> tuple[int, ...]:
-    """Inode, size and modification time of an open file."""
+    """Return inode, size and modification time of an open file."""
     status = os.fstat(descriptor)
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def read_index(root: Path, name: str, pattern: re.Pattern) -> dict[str, str]:
-    """The `weight_map` of an index: from tensor to file, whose names match `pattern`.
+    """Read the `weight_map` of an index, from tensor to file, whose names match `pattern`.
 
     Raises:
         CheckpointError: if it is malformed or a file name could lead out of the directory.
@@ -116,7 +118,7 @@ def read_index(root: Path, name: str, pattern: re.Pattern) -> dict[str, str]:
 
 
 def read_shards(root: Path, files: Iterable[str]) -> dict[str, Shard]:
-    """Files whose headers safetensors and this module read alike, by name.
+    """Read and check the headers of safetensors files; return the files by name.
 
     Raises:
         CheckpointError: naming the file, and the tensor if there is one; also if all headers
@@ -134,7 +136,7 @@ def read_shards(root: Path, files: Iterable[str]) -> dict[str, Shard]:
 
 
 def _header_length(path: Path, target: Path) -> int:
-    """Bytes of the header of a file, before it is read."""
+    """Return the length of a file's header in bytes, without reading it."""
     try:
         with open_file(target) as opened:
             size = os.fstat(opened.fileno()).st_size
@@ -195,7 +197,7 @@ def _read_shard(path: Path, target: Path, length: int) -> Shard:
 
 
 def same_bytes(shards: dict[str, Shard], one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors have the same dtype, shape and bytes."""
+    """Return True if two tensors have the same dtype, shape and bytes."""
     if (one.dtype, one.shape, one.size) != (other.dtype, other.shape, other.size):
         return False
     try:

@@ -21,14 +21,14 @@ DROPPED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """Where a Hugging Face tensor goes.
+    """Mapping of a Hugging Face tensor to an array of the parameter tree.
 
     Attributes:
-        name: of the tensor.
-        source_shape: of the tensor.
-        part: of our checkpoint that holds the array.
-        path: keys that lead to the array in the parameter tree.
-        shape: of the array, a layer's without the layer axis.
+        name: name of the tensor.
+        source_shape: shape of the tensor.
+        part: part of the converted checkpoint that holds the array.
+        path: keys of the array in the parameter tree.
+        shape: shape of the array; a layer's has no layer axis.
         transposed: whether the tensor, `[out, in]`, is transposed before it is reshaped.
     """
 
@@ -40,17 +40,17 @@ class Entry:
     transposed: bool
 
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-        """The array for a tensor; a view if it is only reshaped."""
+        """Return the array of a tensor; a view if it is only reshaped."""
         return (transpose(tensor) if self.transposed else tensor).reshape(self.shape)
 
     def piece(
         self, index: tuple[slice, ...], read: Callable[[tuple[slice, ...]], np.ndarray]
     ) -> np.ndarray:
-        """A piece of the array, from the rows and columns of the tensor that it lies in.
+        """Read a part of the array, from only the rows and columns of the tensor that it needs.
 
         Args:
             index: a slice with start and stop for each axis of the array.
-            read: gives a piece of the tensor for such slices.
+            read: returns the part of the tensor at a tuple of such slices.
         """
         cuts, shape, rest, axis = [], [], [], 0
         for size in self.source_shape[::-1] if self.transposed else self.source_shape:

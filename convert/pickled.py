@@ -1,4 +1,4 @@
-"""Weights in .bin files to safetensors, in a process of its own: a pickle can run code.
+"""Conversion of .bin weights to safetensors, in a separate process: a pickle can run code.
 
 PyTorch's `weights_only` unpickler is the guard; the process is there because that guard has had
 holes (CVE-2025-32434, CVE-2026-24747).
@@ -38,14 +38,14 @@ _TORCH = (2, 10)  # the first version whose weights_only unpickler has no known 
 
 
 def only(directory: str | os.PathLike) -> bool:
-    """Whether a directory has weights in .bin files and none in safetensors."""
+    """Return True if a directory has weights in .bin files and none in safetensors."""
     directory = Path(directory)
     return any(directory.glob("*.bin")) and not any(directory.glob("*.safetensors"))
 
 
 @contextlib.contextmanager
 def as_safetensors(src: str | os.PathLike, output: Path) -> Iterator[Path]:
-    """A directory beside `output` that holds `src` as safetensors, for as long as it is open.
+    """Yield a directory beside `output` with `src` as safetensors, removed on exit.
 
     Raises:
         CheckpointError: if PyTorch is missing or too old, or a file holds more than tensors.
@@ -66,7 +66,7 @@ def as_safetensors(src: str | os.PathLike, output: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def headers(src: str | os.PathLike) -> Iterator[Path]:
-    """A temporary directory that holds `src` as safetensors whose weights are holes.
+    """Yield a temporary directory with `src` as safetensors, whose weights are sparse-file holes.
 
     Raises:
         CheckpointError: as `as_safetensors`.
@@ -77,11 +77,11 @@ def headers(src: str | os.PathLike) -> Iterator[Path]:
 
 
 def _begin(directory: Path) -> int:
-    """Make the directory, emptied of what a killed run has left; returns its lock.
+    """Create the directory, empty it of leftovers of a killed run, and return its lock.
 
     Raises:
-        CheckpointError: if there is something else, or another process works there.
-        OSError: if it cannot be made.
+        CheckpointError: if it holds something else, or another process works there.
+        OSError: if it cannot be created.
     """
     if os.path.lexists(directory):
         names = set(os.listdir(directory)) if directory.is_dir() else {"no directory"}
@@ -103,10 +103,10 @@ def _begin(directory: Path) -> int:
 
 
 def _run(src: Path, dst: Path, *flags: str) -> None:
-    """Run this module in a process of its own.
+    """Run this module in a separate process.
 
     Raises:
-        CheckpointError: with the last line that it wrote, if it fails.
+        CheckpointError: with its last line on stderr, if it fails.
     """
     try:
         version = importlib.metadata.version("torch")
@@ -134,13 +134,13 @@ def _run(src: Path, dst: Path, *flags: str) -> None:
 
 
 def main(src: Path, dst: Path, *, headers_only: bool = False) -> None:
-    """What the process does.
+    """Convert the .bin files of `src` to safetensors in `dst`; run in the separate process.
 
     Args:
-        headers_only: leave holes where the weights would be.
+        headers_only: write holes in place of the weights.
 
     Raises:
-        CheckpointError: if a file is not what it should be.
+        CheckpointError: if a file is malformed or holds more than tensors.
     """
     import torch
     from safetensors.torch import save_file
@@ -183,7 +183,7 @@ def _save_header(tensors: dict[str, Any], path: Path) -> None:
     """Writes a safetensors file with a hole in place of the tensors' bytes.
 
     Raises:
-        CheckpointError: if a tensor is of a kind that checkpoints do not have.
+        CheckpointError: if a tensor has an unknown dtype.
     """
     rows, end = {}, 0
     for name, tensor in tensors.items():

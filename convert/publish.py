@@ -1,19 +1,19 @@
-"""An output directory that appears whole or not at all, and replaces an older one in one step.
+"""Atomic publication: an output directory appears as a whole, and replaces an older one at once.
 
 Everything is written into a sibling, `NAME.partial`:
 
     checkpoint/   becomes the output
-    parts/        what the caller needs to continue
-    state.json    identifies the work, and this directory as ours
+    parts/        what the caller needs to resume
+    state.json    identifies the work, and this directory as written by this program
     ready         once `checkpoint` is complete: its inode
     old           the replaced output
     lock          held by the running process
 
-Nothing is removed but what was written here: an output is replaced if its caller finds nothing
-else in it, both before the work and right before the exchange, and a sibling without our
+Only files that were written here are removed: an output is replaced if its caller finds nothing
+else in it, both before the work and right before the exchange, and a sibling without such a
 state.json is left alone.
 
-Whoever is killed leaves the old output, or the new one, or (between the two renames on a
+A killed run leaves the old output, or the new one, or (between the two renames on a
 file system without exchange) both of them inside `NAME.partial`, where the next run finds them.
 """
 
@@ -53,7 +53,7 @@ class _State(schema.Record, frozen=True):
 
 
 def place(output: str | os.PathLike) -> Path:
-    """Where an output goes, through links.
+    """Resolve the path of an output.
 
     Raises:
         CheckpointError: if it is a pipe, a device or an open descriptor.
@@ -67,7 +67,7 @@ class Staging:
     """The sibling of an output directory in which it is prepared; closed on leaving `with`.
 
     Args:
-        output: the directory to make.
+        output: directory to create.
 
     Raises:
         CheckpointError: if its parent cannot be used, or another process prepares it.
@@ -91,7 +91,7 @@ class Staging:
             self._lock = None
 
     def check(self, *, overwrite: bool, check_ours: Callable[[Path], None]) -> None:
-        """Refuse what is in the way of a run that continues none, before it does anything.
+        """Check, before any work, that nothing is in the way of a new run.
 
         Raises:
             CheckpointError: as `begin`.
@@ -119,18 +119,18 @@ class Staging:
         check_ours: Callable[[Path], None],
         writes: Callable[[str], bool],
     ) -> bool:
-        """Make the sibling, or take up one that a stopped run has left.
+        """Create the sibling, or resume one that a stopped run has left.
 
         Args:
-            state: identifies the work; a sibling is continued only with an equal one.
+            state: identifies the work; a sibling is resumed only with an equal one.
             overwrite: replace an output; restart a stopped run unless `resume` is set.
-            resume: continue a stopped run, with its permission to overwrite.
-            same: whether an existing output is what this run would make.
-            check_ours: raises CheckpointError if an existing output holds what is not ours.
-            writes: whether a path, from the output on, is of a file that such runs write.
+            resume: resume a stopped run, with its permission to overwrite.
+            same: returns True if an existing output is what this run would write.
+            check_ours: raises CheckpointError if an existing output holds foreign files.
+            writes: returns True if such runs write a file of this path, relative to the output.
 
         Returns:
-            Whether the output is there already and nothing remains to be done.
+            True if the output exists already and nothing remains to be done.
 
         Raises:
             CheckpointError: if an output or a sibling is in the way.
@@ -169,7 +169,7 @@ class Staging:
         return False
 
     def publish(self) -> None:
-        """Put the complete directory in place of the output, then remove the sibling.
+        """Replace the output by the complete directory, then remove the sibling.
 
         Raises:
             CheckpointError: if the file system refuses.
@@ -182,13 +182,13 @@ class Staging:
             self._discard()
 
     def _occupied(self) -> bool:
-        """Whether something is at the output that a rename would not simply replace."""
+        """Return True if the output exists and is not an empty directory."""
         return self.output.exists() and not (
             self.output.is_dir() and not any(self.output.iterdir())
         )
 
     def _check_output(self) -> None:
-        """Refuse to replace an output without permission, or what is not ours.
+        """Refuse to replace an output without permission, or one with foreign files.
 
         Raises:
             CheckpointError: naming it, or the file in it.
@@ -207,10 +207,10 @@ class Staging:
             ) from None
 
     def _left(self) -> dict[str, Any] | None:
-        """The state of a stopped run; None if it was stopped before it wrote one.
+        """Read the state of a stopped run; None if it was stopped before it wrote one.
 
         Raises:
-            CheckpointError: if the sibling is not one of ours.
+            CheckpointError: if the sibling was not written by this program.
         """
         if not os.path.lexists(self.partial):
             return None
@@ -240,7 +240,7 @@ class Staging:
         return left
 
     def _foreign_in(self, folder: Path) -> Path | None:
-        """A file in a part of the sibling which is none that a run has put there."""
+        """Return a file in a part of the sibling that no run has written; None if there is none."""
         if folder.is_symlink() or not folder.is_dir():
             return None
         writes = _PARTS.fullmatch if folder.name == "parts" else self._writes
@@ -256,7 +256,7 @@ class Staging:
             self._lock = atomic.lock(self.partial / "lock", busy)
 
     def _recover(self) -> None:
-        """Finish what was stopped while it published."""
+        """Finish a publication that was stopped midway."""
         ready = self.partial / "ready"
         if not ready.exists():
             return
@@ -278,7 +278,7 @@ class Staging:
         atomic.sync(self.output.parent)
 
     def _discard(self) -> None:
-        """Remove the sibling, what tells its state last."""
+        """Remove the sibling, its state.json last."""
         last = ("state.json", "ready", "lock")
         for rest in sorted(self.partial.iterdir()):
             if rest.is_dir() and not rest.is_symlink():
@@ -294,7 +294,7 @@ class Staging:
 
 
 def _is_left_of_ours(path: Path) -> bool:
-    """Whether a part of a sibling without a state, known by name, is what a stopped run leaves."""
+    """Return True if a stopped run may have left this part of a sibling without a state."""
     if path.is_symlink() or not path.is_file():
         return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
     if path.name == "lock":
@@ -307,12 +307,12 @@ def _is_left_of_ours(path: Path) -> bool:
 def check_written(
     directory: Path, files: Mapping[str, File], manifest: str, *, by_name: str | None = None
 ) -> None:
-    """Refuse a directory that holds other files than were written, or other bytes in them.
+    """Check that a directory holds only the files that were written, with the same bytes.
 
     Args:
-        files: what was written, by path.
-        manifest: the name of the file that says so.
-        by_name: files whose path begins so are known by it; the bytes of others are compared.
+        files: sizes and checksums of the files that were written, by path.
+        manifest: name of the file that lists them.
+        by_name: prefix of paths that are accepted by name; the bytes of other files are compared.
 
     Raises:
         CheckpointError: naming the file.
@@ -346,7 +346,7 @@ def check_apart(source: Path, output: Path) -> None:
 
 @contextlib.contextmanager
 def errors(output: Path):
-    """Turn errors of the operating system into a `CheckpointError` that says what to do.
+    """Turn an `OSError` into a `CheckpointError` with the remedy.
 
     Raises:
         CheckpointError: naming the file and the reason.
@@ -359,7 +359,7 @@ def errors(output: Path):
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchange two directories in one step; False if this system or file system cannot."""
+    """Exchange two directories atomically; return False if this (file) system cannot."""
     library = ctypes.CDLL(None, use_errno=True)
     if not hasattr(library, "renameat2"):
         return False

@@ -1,4 +1,4 @@
-"""A checked, lazy reader of a Hugging Face checkpoint directory."""
+"""Source: a checked, lazy reader of a Hugging Face checkpoint directory."""
 
 import contextlib
 import dataclasses
@@ -56,9 +56,9 @@ class Source:
     """A Hugging Face directory that holds exactly the tensors its configuration asks for.
 
     Attributes:
-        tensors: those that are stored, by name, in the order of our parts.
-        aliases: tensors that repeat another one, from name to the other's name.
-        dropped: tensors that carry no weight.
+        tensors: tensors to store, by name, in the order of the parts.
+        aliases: tensors that repeat another one, as name to the other's name.
+        dropped: names of tensors that carry no weight.
         companions: paths of the files to copy, by name.
     """
 
@@ -73,13 +73,13 @@ class Source:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all stored tensors."""
+        """Total bytes of all stored tensors."""
         return sum(tensor.size for tensor in self.tensors.values())
 
     def read(
         self, name: str, on_bytes: Callable[[int], None] = lambda _: None
     ) -> tuple[np.ndarray, str]:
-        """A tensor and the SHA-256 of its bytes.
+        """Read a tensor; return it and the SHA-256 of its bytes.
 
         Raises:
             CheckpointError: if the file cannot be read or changed since it was checked.
@@ -97,7 +97,7 @@ class Source:
         return data.view(DTYPES[tensor.dtype]).reshape(tensor.shape), digest.hexdigest()
 
     def sha256(self, name: str, on_bytes: Callable[[int], None] = lambda _: None) -> str:
-        """The SHA-256 of a tensor's bytes, which are not kept.
+        """Compute the SHA-256 of a tensor's bytes, without holding them in memory.
 
         Raises:
             CheckpointError: as `read`.
@@ -114,9 +114,9 @@ class Source:
         return digest.hexdigest()
 
     def read_piece(self, name: str, cut: tuple[slice, ...]) -> np.ndarray:
-        """What lies between the starts and stops of a slice for each axis of a tensor.
+        """Read the part of a tensor at a tuple of slices, one for each axis.
 
-        Whole rows are read at once, parts of rows row by row: no byte but what is asked for.
+        Whole rows are read at once, parts of rows row by row; no other byte is read.
 
         Raises:
             CheckpointError: as `read`.
@@ -134,7 +134,7 @@ class Source:
 
     @contextlib.contextmanager
     def _opened(self, tensor: Tensor) -> Iterator[Callable[..., None]]:
-        """Opens the file of a tensor, whose bytes from an offset on then fill a buffer.
+        """Open the file of a tensor; yield a function that fills a buffer from an offset on.
 
         Raises:
             CheckpointError: if the file cannot be read or changed since it was checked.
@@ -170,7 +170,7 @@ class Source:
             ) from None
 
     def sums(self, progress: Progress | None = None) -> dict[str, str]:
-        """The SHA-256 of every tensor's bytes, by name; see `convert.sums`.
+        """Return the SHA-256 of every tensor's bytes, by name; see `convert.sums`.
 
         Raises:
             CheckpointError: if a file cannot be read or changes meanwhile.
@@ -178,9 +178,9 @@ class Source:
         return sums.of(self.shards, self.tensors, self.sha256, progress)
 
     def fingerprint(self, progress: Progress | None = None) -> str:
-        """Checksum of the configuration and of every byte of the tensors.
+        """Return a checksum of the configuration and of every byte of the tensors.
 
-        That of a converted checkpoint, `Manifest.fingerprint`, is the same if dtypes were kept.
+        `Manifest.fingerprint` of a converted checkpoint is the same if dtypes were kept.
 
         Raises:
             CheckpointError: if a file cannot be read or changes meanwhile.
@@ -190,9 +190,9 @@ class Source:
         return fingerprint(file_sums(self.companions["config.json"]).sha256, rows)
 
     def outline(self) -> str:
-        """Checksum of the configuration, the headers and a sample of every tensor.
+        """Return a checksum of the configuration, the headers and a sample of every tensor.
 
-        It tells most models apart without reading them; see `fingerprint`.
+        It distinguishes most models without reading them whole; see `fingerprint`.
 
         Raises:
             CheckpointError: if a file cannot be read.
@@ -213,10 +213,10 @@ class Source:
 
 
 def _companion(root: Path, name: str) -> Path:
-    """A file to copy.
+    """Return the path of a file to copy.
 
     Raises:
-        CheckpointError: also if it is larger than any that would be read.
+        CheckpointError: if it is not a regular file of the directory, or too large to be read.
     """
     path = regular_file(root, name)
     size = path.stat().st_size
@@ -291,10 +291,10 @@ def check(directory: str | os.PathLike) -> Source:
 def verify_blobs(checked: Source, progress: Progress | None = None) -> int:
     """Check the shards whose SHA-256 is known: in a Hugging Face cache it is the blob's name.
 
-    The processes of a job share them.
+    The processes of a job divide them.
 
     Returns:
-        How many shards were checked.
+        Number of shards that were checked.
 
     Raises:
         CheckpointError: naming the file that differs.
@@ -315,7 +315,7 @@ def verify_blobs(checked: Source, progress: Progress | None = None) -> int:
 
 
 def _shard_files(root: Path) -> dict[str, str]:
-    """From tensor to file, as the index says; empty for a checkpoint of one file without index.
+    """Map tensors to files by the index; {} for a checkpoint of one file without index.
 
     Raises:
         CheckpointError: if there are no weights, or two sets of them.

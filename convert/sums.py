@@ -1,7 +1,7 @@
-"""SHA-256 sums of tensors and files of weights, computed once and kept.
+"""SHA-256 sums of weight files and their tensors, computed once and cached.
 
-Kept are those of a file and of what it holds, in the user's cache directory, for as long as the
-file has the device, inode, size and times of its content and of its entry that it had before and
+The sums of a file and of its tensors are stored in the user's cache directory, and valid while
+the file has the device, inode, size, mtime and ctime that it had before and
 after it was read. A file that changed within the last seconds before it was read is read again
 next time, since it could change once more without a new time.
 """
@@ -41,11 +41,13 @@ def of(
     sha256: Callable[[str], str],
     progress: Progress | None = None,
 ) -> dict[str, str]:
-    """The sums of some tensors, by name.
+    """Return the sums of tensors, by name.
 
     Args:
-        sha256: computes one by the tensor's name; called from several threads.
-        progress: told of bytes read and to read; not called if all sums are kept.
+        shards: files of the tensors, by name.
+        tensors: tensors by name.
+        sha256: computes the sum of a tensor by name; called from several threads.
+        progress: called with bytes read and bytes in all; not called if all sums are cached.
 
     Raises:
         CheckpointError: if a file cannot be read or changes meanwhile.
@@ -81,7 +83,7 @@ def check_parameters(directory: Path, manifest: Manifest, progress: Progress | N
     """Compare every byte of a converted checkpoint's parameters with the manifest's sums.
 
     Args:
-        progress: told of bytes read and to read; not called if all sums are kept.
+        progress: called with bytes read and bytes in all; not called if all sums are cached.
 
     Raises:
         CheckpointError: naming the file that cannot be read, changes meanwhile or differs.
@@ -115,10 +117,10 @@ def check_parameters(directory: Path, manifest: Manifest, progress: Progress | N
 
 
 def _state(path: Path, expected: tuple[int, ...] | None = None) -> list[int]:
-    """Device, inode, size and times of a file.
+    """Return device, inode, size and times of a file.
 
     Raises:
-        CheckpointError: if it cannot be read, or is not as it was when it was checked.
+        CheckpointError: if it cannot be read, or has changed since it was checked.
     """
     try:
         status = os.stat(path)
@@ -137,7 +139,7 @@ def _place(path: Path) -> Path | None:
 
 
 def _read(path: Path, state: list[int]) -> dict[str, str] | None:
-    """The sums that were kept of a file in this state."""
+    """Read the cached sums of a file in this state; None if there are none."""
     place = _place(path)
     try:
         kept = None if place is None else schema.read(reading.read_json(place), _Kept)
@@ -147,7 +149,7 @@ def _read(path: Path, state: list[int]) -> dict[str, str] | None:
 
 
 def _write(path: Path, state: list[int], began: int, tensors: dict[str, str]) -> None:
-    """Keep the sums of a file, if it had settled when it `began` to be read, in ns."""
+    """Cache the sums of a file, unless it changed just before reading `began`, in ns."""
     place = _place(path)
     if place is not None and began - max(state[-2:]) > SETTLED_NS:
         content = json.dumps({"format": _FORMAT, "state": state, "tensors": tensors})

@@ -1,4 +1,4 @@
-"""What the commands print: progress in bytes, and small tables."""
+"""Terminal output of the commands: progress in bytes, and small tables."""
 
 import contextlib
 import sys
@@ -25,7 +25,7 @@ _LINE_EVERY_S = 10.0
 
 @contextlib.contextmanager
 def shown(label: str) -> Iterator[Progress]:
-    """A callback for bytes done and in all, which writes to stderr in the first process."""
+    """Yield a progress callback, of bytes done and in all, that prints to stderr in process 0."""
     if not multihost.is_first() or verbosity.get() is Level.NONE:
         yield lambda done, total: None
         return
@@ -56,22 +56,22 @@ def shown(label: str) -> Iterator[Progress]:
 
 
 def say(text: str) -> None:
-    """One line for the user on stderr, unless nothing but errors is wanted."""
+    """Print one line to stderr, unless the verbosity is errors only."""
     if verbosity.get() is not Level.NONE:
         print(reading.shown(text), file=sys.stderr, flush=True)
 
 
 def described(label: str, done: int, total: int, elapsed_s: float) -> str:
-    """Progress in a line: `convert: 1.2 of 15.2 GB, 240 MB/s, 58 s left`."""
+    """Format progress as a line: `convert: 1.2 of 15.2 GB, 240 MB/s, 58 s left`."""
     speed = done / elapsed_s
     left = f"{(total - done) / speed:.0f} s left" if speed else "time left unknown"
     return f"{label}: {done / 1e9:.1f} of {total / 1e9:.1f} GB, {speed / 1e6:.0f} MB/s, {left}"
 
 
 def show(rows: Sequence[Sequence[str]], right: tuple[int, ...] = ()) -> None:
-    """Print rows with their columns aligned, those of `right` to the right.
+    """Print rows with their columns aligned, those with an index in `right` to the right.
 
-    What is not printable is written as escapes, whatever the cells come from.
+    Characters that are not printable are written as escapes.
     """
     rows = [[reading.shown(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -55,7 +55,7 @@ def convert(
         bool, typer.Option("--dry-run", help="Check SRC, say what would be written, and stop.")
     ] = False,
 ) -> None:
-    """Convert a Hugging Face checkpoint to ours.
+    """Convert a Hugging Face checkpoint to an Orbax checkpoint.
 
     Every file of SRC is checked before anything is written, and what is
     written is read back and gets a SHA-256 sum. Memory stays near that of a
@@ -137,7 +137,7 @@ def export(
 
 
 def _say_notes(src: Path) -> None:
-    """Print what of a checkpoint is left unread."""
+    """Print notes on fields of a checkpoint that are ignored."""
     if multihost.is_first():
         for sentence in notes(hub.checkpoint(src)):
             say(sentence)
@@ -145,10 +145,10 @@ def _say_notes(src: Path) -> None:
 
 @contextlib.contextmanager
 def _stoppable(label: str, hint: str) -> Iterator[Progress]:
-    """Progress that ends the command with a hint soon after Ctrl-C or SIGTERM.
+    """Yield a progress callback that ends the command with a hint after Ctrl-C or SIGTERM.
 
     Orbax cannot be interrupted while it saves, so the command ends between two steps; a second
-    signal ends it at once, which loses no more than that step. Accelerators are left alone.
+    signal ends it at once, which loses no more than that step. Accelerators are not initialised.
     """
     jax.config.update("jax_platforms", "cpu")  # the weights only pass through host memory
     stopping = False

@@ -1,4 +1,4 @@
-"""Stream shards, apply the table, check, write a manifest, resume; or load without converting."""
+"""Conversion, streamed and resumable, to a converted checkpoint; loading without conversion."""
 
 import contextlib
 import functools
@@ -34,7 +34,7 @@ def load(
     verify: str = "fast",
     progress: Progress | None = None,
 ) -> dict:
-    """The parameters in a converted checkpoint or a Hugging Face directory.
+    """Load the parameters of a converted checkpoint or a Hugging Face directory.
 
     See `qwen_jax.models.params.load`; `verify` is for converted checkpoints, others have no sums.
 
@@ -57,9 +57,9 @@ def load_huggingface(
     shardings: dict | None = None,
     progress: Progress | None = None,
 ) -> dict:
-    """The parameters in a Hugging Face directory, read a layer at a time.
+    """Load the parameters of a Hugging Face directory, a layer at a time.
 
-    Of several processes each reads what its devices hold.
+    In a multi-process job each process reads only what its devices hold.
 
     Raises:
         CheckpointError: if a file is missing, damaged or does not fit config.json.
@@ -155,7 +155,7 @@ def convert(
 def _is_conversion(
     directory: Path, checked: source.Source, dtype: str, progress: Progress | None
 ) -> bool:
-    """Whether a checkpoint is what a conversion would make; reads all of the source."""
+    """Return True if a checkpoint is what a conversion would write; reads all of the source."""
     there = manifests.read(directory / "manifest.json")
     alike = (there.source_sha256, there.dtype) == (checked.outline(), dtype)
     beside = {name: file for name, file in there.files.items() if not name.startswith("params/")}
@@ -168,7 +168,7 @@ def _is_conversion(
 
 
 def check_ours(directory: Path) -> None:
-    """Refuse a directory that holds what no conversion wrote.
+    """Refuse a directory with files that no conversion wrote.
 
     Raises:
         CheckpointError: naming the file.
@@ -178,7 +178,7 @@ def check_ours(directory: Path) -> None:
 
 
 def writes(name: str) -> bool:
-    """Whether a path in a checkpoint is of a file that a conversion writes."""
+    """Return True if a conversion writes a file of this path."""
     folder, _, rest = name.partition("/")
     if folder == "params":
         return orbax_io.wrote(rest.partition("/")[2])
@@ -211,7 +211,7 @@ def _write(
     outline: str,
     progress: Progress | None,
 ) -> Manifest:
-    """Write what is missing of the checkpoint, then its manifest; each process its share."""
+    """Write the missing parts of the checkpoint, each process its share; then the manifest."""
     records = staging.partial / "parts"
     records.mkdir(exist_ok=True)
     whole = Manifest(
@@ -264,7 +264,7 @@ def _write(
 def _write_manifest(
     checked: source.Source, directory: Path, whole: Manifest, parts: list[Manifest]
 ) -> None:
-    """Copy the companions and say what there is with them and all parts."""
+    """Copy the companion files, and write the manifest of them and of all parts."""
     tensors = [tensor for part in parts for tensor in part.tensors]
     files = {name: file for part in parts for name, file in part.files.items()}
     for name, path in checked.companions.items():
@@ -290,7 +290,7 @@ def _write_part(
     whole: Manifest,
     on_bytes: Callable[[int], None],
 ) -> Manifest:
-    """Convert a part; returns a manifest of it alone."""
+    """Convert a part; return the manifest of it alone."""
     leaves, tensors = {}, []
     for entry in entries:
         raw, source_sha256 = checked.read(entry.name, on_bytes)
@@ -307,7 +307,7 @@ def _write_part(
 
 
 def _tensor(entry: names.Entry, found: str, kept: str, sha256: str, source_sha256: str) -> Tensor:
-    """A tensor for the manifest: of the dtype `found`, stored as `kept`."""
+    """Build the manifest entry of a tensor of dtype `found`, stored as `kept`."""
     return Tensor(
         name=entry.name,
         part=entry.part,

@@ -1,15 +1,16 @@
-"""Check: a backend compared with the truth on this device, at the shapes that a model has.
+"""Check: comparison of a backend with a reference on this device, at the shapes of a model.
 
-Nothing but this tells whether a kernel that compiles also computes the right numbers on a device
-that nobody has tried. It takes seconds and a small cache: pages are repeated along a context.
+A kernel that compiles may still compute wrong numbers on a device on which it was never run; this
+finds out. It takes seconds and a small cache: pages are repeated along a context.
 
-Each program is compared twice. A short context of two pages, with borders of chunks inside tiles,
+Each program is compared twice. A short context of two pages, with chunk borders inside tiles,
 is compared with `reference`; a long one, with the model's own chunks, with `xla`. Either truth is
-computed in float32 with exact products, a kv head at a time, on the same values.
+computed in float32 with exact products, one KV head at a time, on the same values.
 
-Keys near the borders of chunks and pages, at the beginning and at the end weigh most, so that a
-single pair in the wrong view or behind the wrong mask changes an output by several per cent. What
-must not be read is NaN: rows past the end, other pages and the other layer of the cache.
+Keys near the borders of chunks and pages, at the beginning and at the end have the largest
+weights, so that a single pair in the wrong view or behind the wrong mask changes an output by
+several percent. What must not be read is NaN: rows past the end, other pages and the other layer
+of the cache.
 
     for result in check(Shape(num_heads=28, num_kv_heads=4, head_dim=128, page=1024, ...)):
         print(result)
@@ -48,16 +49,16 @@ In float32 there is more room, for sums in another order, but none for products 
 """
 LAYER = 1
 NEAR = 4
-"""Tokens around a border whose keys weigh most."""
+"""Number of tokens around a border whose keys have the largest weights."""
 QUIET, FILLING = -2.0, -8.0
-"""Added to the logits of other keys, and of pages that are repeated far from any border."""
+"""Biases of the logits of other keys, and of pages that are repeated far from any border."""
 FILLERS = 3
 ROWS, SHORT_ROWS = 320, 40
-"""Queries of a slice: of two tiles or more of every kernel, and of the short context."""
+"""Queries of a slice, at least two tiles of every kernel; and queries of the short context."""
 COLUMNS = 300
-"""That a head reads at most by a plan: no whole number of registers."""
+"""Most columns that a head reads by a plan; not a multiple of a register's lanes."""
 PAGES = 12
-"""Of a context of up to so many every page has keys of its own."""
+"""Pages of a context up to which every page has different keys; longer ones repeat pages."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,14 +66,14 @@ class Shape:
     """Attention shape of one device: heads, pages, chunks, dtype.
 
     Attributes:
-        num_heads: query heads.
-        page: tokens of a page, of which each of `parts` devices holds as many.
-        dtype: of queries, keys and values.
-        geometry: DCA sizes, or None for one window.
-        plan: tiles of sparse prefill.
-        far: compare at the borders of these chunks, however far away, not of smaller ones; it
-            takes the time of a few slices at such a place, for `xla` too.
-        rows: queries of a slice.
+        num_heads: number of query heads.
+        page: tokens per page, of which each of `parts` devices holds an equal part.
+        dtype: dtype of queries, keys and values.
+        geometry: chunk sizes of Dual Chunk Attention, or None without it.
+        plan: tile sizes of sparse prefill.
+        far: compare at the borders of the model's chunks, however long, not of smaller ones; takes
+            the time of a few slices at such a position, for `xla` too.
+        rows: queries per slice.
     """
 
     num_heads: int
@@ -87,14 +88,14 @@ class Shape:
     rows: int = ROWS
 
     def soon(self) -> "Shape":
-        """Shrink pages, chunks and slices, not heads: to be compared on a CPU."""
+        """Return a shape with smaller pages, chunks and slices but equal heads, for a CPU."""
         page = min(self.page, 128 * self.parts)
         rows = min(self.rows, 96)
         return dataclasses.replace(self, page=page, rows=rows, far=False)
 
 
 Verdict = Literal["agrees", "differs", "fails", "refuses"]
-"""Of a backend: `fails` where it raises any error but `Unsupported`, with which it `refuses`."""
+"""Verdict on a backend: `refuses` if it raises `Unsupported`, `fails` if any other error."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,9 +107,9 @@ class Result:
         context: tokens of the sequence.
         truth: backend that it was compared with.
         error: largest error of a row, relative to its norm; None if it is not finite or unknown.
-        lse_error: of a log-sum-exp; None also for selection, which has none.
-        limit: of both.
-        reason: why it does not agree, in one line; "" if it does.
+        lse_error: largest error of a log-sum-exp; None also for selection, which has none.
+        limit: tolerance of both errors.
+        reason: reason why it does not agree, in one line; "" if it does.
     """
 
     program: str
@@ -130,8 +131,8 @@ class Place(NamedTuple):
     """Context length at which a shape is compared.
 
     Attributes:
-        borders: positions around which keys weigh most.
-        rows: queries of a slice.
+        borders: positions around which keys have the largest weights.
+        rows: queries per slice.
     """
 
     context: int
@@ -151,7 +152,7 @@ def check(
     """Compare the chosen backends with the truth; yields one result per program and context.
 
     Args:
-        device: jax's; default: the first one of this process.
+        device: a JAX device; None for the first one of this process.
 
     Raises:
         Unsupported: if a backend does not run there.
@@ -196,13 +197,13 @@ def places(shape: Shape) -> tuple[Place, Place]:
 
 
 class Inputs(NamedTuple):
-    """Arguments of an operation, in numpy or on a device.
+    """Arguments of an operation, as NumPy or JAX arrays.
 
     Attributes:
-        queries: [views, ..., N, H].
-        cache: of arrays [2, K, pages, part, H].
-        rest: what follows the cache, from the layer on.
-        plan: of sparse prefill; None for other programs.
+        queries: array [views, ..., N, H].
+        cache: cache with arrays [2, K, pages, part, H].
+        rest: arguments after the cache, from the layer on.
+        plan: plan of sparse prefill; None for other programs.
     """
 
     queries: Any
@@ -213,10 +214,10 @@ class Inputs(NamedTuple):
 
 
 class Errors(NamedTuple):
-    """The largest errors of a result: of a row, relative to its norm, and of a log-sum-exp.
+    """Largest errors of a result: of a row, relative to its norm, and of a log-sum-exp.
 
-    `lse` is None where there is none. Either is NaN or infinite where a number is that should not
-    be, or none that should.
+    `lse` is None for a program without it. An error is NaN or infinite if a result is NaN or
+    infinite where the truth is not, or the reverse.
     """
 
     row: float
@@ -300,7 +301,7 @@ def _call(name: str, who: str, geometry: ChunkGeometry | None, args: Inputs):
 
 
 def _truth(name: str, place: Place, args: Inputs) -> list[np.ndarray]:
-    """Expected result in float32, one kv head at a time to save memory."""
+    """Compute the expected result in float32, one KV head at a time to save memory."""
     run = exact(name, place.truth, place.geometry)
     heads = [jax.device_get(run(args, np.int32(head))) for head in range(args.cache.keys.shape[1])]
     axes = (0, 0) if name == "selection" else (-2, -1)
@@ -338,10 +339,10 @@ def exact(name: str, who: str, geometry: ChunkGeometry | None) -> Callable:
 
 
 def _errors(name: str, found, truth, length: int) -> Errors:
-    """Largest errors over the rows that count.
+    """Compute the largest errors over the valid rows.
 
     Args:
-        length: queries of the slice; those after them are padding, which must be finite.
+        length: valid queries of the slice; rows after them are padding, which must be finite.
     """
     if name == "selection":
         return Errors(float(np.max([*map(_row_error, found, truth)])), None)
@@ -356,7 +357,7 @@ def _errors(name: str, found, truth, length: int) -> Errors:
 
 
 def _row_error(found: np.ndarray, truth: np.ndarray) -> float:
-    """Largest error of a row relative to its norm; infinite if a row of zeros differs."""
+    """Compute the largest error of a row relative to its norm; infinite if a zero row differs."""
     norm = np.linalg.norm(truth, axis=-1)
     error = np.linalg.norm(found.astype(np.float32) - truth, axis=-1)
     empty = np.where(error == 0, 0.0, np.inf)
@@ -428,7 +429,7 @@ class _Draw:
         self._cache[..., 0, :, :] = np.nan
 
     def slice(self, name: str, start: int, length: int) -> Inputs:
-        """A slice of one sequence, which ends with it."""
+        """Return inputs of a slice at the end of one sequence."""
         voters = min(self.rows, VOTERS) if name == "selection" else self.rows
         queries = self._queries(voters)
         if name == "selection":
@@ -445,7 +446,7 @@ class _Draw:
         )
 
     def sequences(self, positions: list[int]) -> Inputs:
-        """Sequences whose newest token is at these positions, and one in between without any."""
+        """Return inputs of sequences with their last token at these positions, and an idle row."""
         cache, table = self._until(self._place.context)
         tables = np.zeros((len(positions) + 1, len(table)), np.int32)
         idle = len(tables) // 2

@@ -15,8 +15,8 @@ class PagedKV:
     is cut along its rows (`shard.Shard`). Layers come first, so that a layer is read in place.
 
     Attributes:
-        keys: rotated to `ChunkGeometry.key_position`, unscaled; of any floating dtype.
-        values: of the same shape and, as most kernels need it, the same dtype.
+        keys: keys rotated to `ChunkGeometry.key_position`, unscaled, in any floating dtype.
+        values: values in the same shape; most kernels also need the same dtype.
     """
 
     keys: Float[Array, "L K pages page H"]

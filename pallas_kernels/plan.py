@@ -81,8 +81,8 @@ def build(
         length: queries that count; tiles past them read nothing.
         num_queries: rows of the slice with its padding, T.
         num_columns: columns that a head has at most, V.
-        shard: of which these are the columns and diagonals, inside `shard_map`; `tiles.k`
-            divides a part. The plan is of its keys.
+        shard: shard whose keys the columns, diagonals and plan refer to, inside `shard_map`;
+            `tiles.k` divides its part of a page.
     """
     slashes = shard.gather(slashes)
     N, S = slashes.shape

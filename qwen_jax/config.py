@@ -1,4 +1,4 @@
-"""What ships with the weights: ModelConfig, SparseConfig, GenerationConfig."""
+"""Configurations that ship with the weights: ModelConfig, SparseConfig, GenerationConfig."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ from pallas_kernels.geometry import ChunkGeometry
 
 
 class ConfigError(ValueError):
-    """A configuration file or flag that cannot be used; the text names it and the way out."""
+    """Error of a configuration file or flag that cannot be used; names it and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,12 +15,13 @@ class Yarn:
     """Rotary frequencies stretched over a longer context (YaRN, arXiv:2309.00071).
 
     Attributes:
-        factor: by which low frequencies are divided.
+        factor: factor that divides low frequencies.
         original_len: training length, in tokens.
-        attention_factor: of the cosines and sines; its square scales the logits.
-        beta_fast: turns within `original_len` from which a frequency is left as it is.
-        beta_slow: turns up to which it is divided; between both it is mixed.
-        truncate: round the bounds of the mixture to whole dimensions.
+        attention_factor: factor on cosines and sines; its square scales the attention logits.
+        beta_fast: a frequency of at least this many turns within `original_len` is unchanged.
+        beta_slow: a frequency of at most this many turns is divided by `factor`; between
+            `beta_slow` and `beta_fast` the two are interpolated.
+        truncate: round the bounds of the interpolation to whole dimensions.
     """
 
     factor: float
@@ -89,11 +90,13 @@ class ModelConfig:
 
     @property
     def kv_elements_per_token(self) -> int:
-        """Numbers that one token adds to the cache, over all layers."""
+        """Number of elements that one token adds to the cache, over all layers."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim
 
     def temperature(self, length: int) -> float:
-        """Factor s(n) on queries and again on keys; their product scales the logits.
+        """Returns the factor s(n) on queries and on keys at a prompt of `length` tokens.
+
+        The product of the two scales the attention logits.
 
         `s(n) = max(1, 0.1 ln(n / original_len) + 1)` (arXiv:2501.15383, equation 1).
         """
@@ -110,7 +113,7 @@ class SparseConfig:
         vertical: key columns kept, `[layers][heads]`.
         slash: diagonals kept, `[layers][heads]`.
         threshold: prompts longer than this many tokens are prefilled sparsely.
-        last_q: queries at the end of a piece that vote for columns and diagonals.
+        last_q: queries at the end of a slice that vote for columns and diagonals.
     """
 
     vertical: tuple[tuple[int, ...], ...]

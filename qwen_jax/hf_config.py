@@ -17,12 +17,12 @@ from qwen_jax.files.reading import printable, shown
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rule:
-    """Values that a field may have.
+    """Rule for the values of a field.
 
     Attributes:
-        must: ends the sentence `field=value ...` about any other value.
-        read: False for a field that changes no number and is left unread.
-        usual: published checkpoints have it, so nobody needs to hear that it is left unread.
+        must: end of the error `field=value ...` about any other value.
+        read: False for a field that does not affect the numbers computed and is ignored.
+        usual: whether published checkpoints have the field, so that ignoring it needs no note.
     """
 
     fits: Callable[[Any], bool]
@@ -36,7 +36,7 @@ def _is_number(value: Any) -> bool:
 
 
 def integer(low: int, high: int = 2**31 - 1) -> Rule:
-    """Whole numbers, both ends included."""
+    """Allows integers from `low` to `high`."""
     return Rule(
         lambda value: type(value) is int and low <= value <= high,
         f"must be an integer from {low} to {high}",
@@ -44,10 +44,10 @@ def integer(low: int, high: int = 2**31 - 1) -> Rule:
 
 
 def number(low: int | float, high: int | float, *, over: bool = False) -> Rule:
-    """Numbers, both ends included.
+    """Allows numbers from `low` to `high`.
 
     Args:
-        over: leave out `low` itself.
+        over: exclude `low` itself.
     """
     return Rule(
         lambda value: _is_number(value) and low <= value <= high and not (over and value == low),
@@ -56,14 +56,14 @@ def number(low: int | float, high: int | float, *, over: bool = False) -> Rule:
 
 
 def only(value: Any, must: str) -> Rule:
-    """One value, whose type counts, but for 1 and 1.0."""
+    """Allows one value of the same type, where 1 and 1.0 are equal."""
     return Rule(
         lambda found: found == value and isinstance(found, bool) == isinstance(value, bool), must
     )
 
 
 def off(value: Any) -> Rule:
-    """One value, which switches something off that is not built here."""
+    """Allows one value, which switches off a feature that is not implemented."""
     return only(value, f"is not supported: remove it, or set it to {_json(value)}")
 
 
@@ -72,7 +72,7 @@ def _json(value: Any) -> str:
 
 
 def unread(rule: Rule | None = None, *, usual: bool = False) -> Rule:
-    """What changes no number; of any value without a rule."""
+    """Allows a field that does not affect the numbers computed; any value without a rule."""
     fits, must = (rule.fits, rule.must) if rule else (lambda _: True, "")
     return Rule(fits, must, read=False, usual=usual)
 
@@ -143,7 +143,7 @@ GENERATION = {
     **_rules(unread(), "_from_model_config decoder_start_token_id chat_format max_window_size"),
     **_NOT_SAMPLED,
 }
-"""generation_config.json."""
+"""Rules for generation_config.json."""
 
 _elsewhere = "belongs into generation_config.json: move it there"
 
@@ -222,7 +222,7 @@ DUAL_CHUNK = {
     "sparse_attention_threshold": integer(0),
     "sparse_attention_last_q": integer(1),
 }
-"""The object `dual_chunk_attention_config` of config.json."""
+"""Rules for the object `dual_chunk_attention_config` of config.json."""
 
 ROPE = {
     "rope_type": TEXT,
@@ -230,7 +230,7 @@ ROPE = {
     "rope_theta": DECODER["rope_theta"],
     "partial_rotary_factor": off(1),
 }
-"""The objects `rope_scaling` and `rope_parameters` of config.json, for any type."""
+"""Rules for the objects `rope_scaling` and `rope_parameters` of config.json, for any type."""
 
 YARN = ROPE | {
     "factor": number(1, 1024),
@@ -242,7 +242,7 @@ YARN = ROPE | {
     "mscale_all_dim": number(0, 100),
     "truncate": TRUTH,
 }
-"""The same for YaRN (arXiv:2309.00071)."""
+"""Rules for the same objects for YaRN (arXiv:2309.00071)."""
 
 # Bytes of a JSON file of a checkpoint; inline budgets of 48 layers with 40 heads take 100 kB.
 _JSON_BYTES = 8 << 20
@@ -254,7 +254,7 @@ _REQUIRED = (
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
+    """Reads a JSON file.
 
     Raises:
         ConfigError: if it is missing, no regular file or not valid JSON.
@@ -329,14 +329,19 @@ def decoder_config(path: Path, model_type: str, found: Mapping[str, Any]) -> Mod
 def head_budgets(
     layers: Any, where: Path | str, num_layers: int, num_heads: int
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
-    """Columns and diagonals of every layer and head, from a file in the published format.
+    """Reads the budgets of every layer and head from JSON in the published format.
 
-    That is a list with one object per layer, from the query head's number as a string to
+    That is a list with one object per layer, from the query head's index as a string to
     `["vertical_and_slash", vertical, slash, score]`.
 
     Args:
         layers: the parsed JSON.
-        where: what errors call it.
+        where: name of the file in errors.
+        num_layers: layers of the model.
+        num_heads: query heads of the model.
+
+    Returns:
+        Column and diagonal budgets, each `[layers][heads]`.
 
     Raises:
         ConfigError: if it has another form or size.
@@ -375,10 +380,10 @@ def listed(value: Any) -> list[Any]:
 
 
 def _rope(path: Path, found: Mapping[str, Any]) -> tuple[float, Yarn | None]:
-    """Base and scaling of rotary positions, in either spelling.
+    """Reads base and scaling of rotary embeddings, from either field name.
 
     Raises:
-        ConfigError: if they contradict each other, or another kind of scaling is asked for.
+        ConfigError: if they contradict each other, or ask for an unknown scaling.
     """
     given = {}
     for field in ("rope_scaling", "rope_parameters"):
@@ -413,7 +418,7 @@ def _rope(path: Path, found: Mapping[str, Any]) -> tuple[float, Yarn | None]:
 
 
 def _yarn(where: str, fields: Mapping[str, Any], max_len: int) -> Yarn:
-    """YaRN's numbers, with the defaults of transformers."""
+    """Reads the parameters of YaRN, with the defaults of transformers."""
     if "factor" not in fields:
         raise ConfigError(f"{where} lacks factor")
     factor = float(fields["factor"])
@@ -453,7 +458,7 @@ def dual_chunk_fields(path: Path, found: Mapping[str, Any]) -> dict[str, Any] | 
 
 
 def _dual_chunk(path: Path, found: Mapping[str, Any]) -> tuple[ChunkGeometry | None, int]:
-    """Sizes of DCA, and the training length of its temperature."""
+    """Reads the chunk sizes of DCA, and the training length of its temperature."""
     fields = dual_chunk_fields(path, found)
     if fields is None:
         return None, 0
@@ -465,7 +470,7 @@ def _dual_chunk(path: Path, found: Mapping[str, Any]) -> tuple[ChunkGeometry | N
 
 
 def _is_budget(row: Any) -> bool:
-    """Whether a row of a budgets file has the published form."""
+    """Returns True if a row of a budgets file has the published form."""
     return (
         isinstance(row, list)
         and len(row) in (3, 4)
@@ -476,13 +481,13 @@ def _is_budget(row: Any) -> bool:
 
 
 def checked(where: str, raw: Mapping[str, Any], rules: Mapping[str, Rule]) -> dict[str, Any]:
-    """The fields of an object that are there and not null.
+    """Checks the fields of an object; returns those that are not null.
 
     Args:
-        where: names the object in errors: a file, or a field of one.
+        where: name of the object in errors: a file, or a field of one.
 
     Raises:
-        ConfigError: naming a field that is unknown or has a wrong value.
+        ConfigError: naming a field that is unknown or has an invalid value.
     """
     unknown = sorted(raw.keys() - rules.keys())
     if unknown:
@@ -498,10 +503,10 @@ def checked(where: str, raw: Mapping[str, Any], rules: Mapping[str, Rule]) -> di
 
 
 def _refusal(where: str, name: str, value: Any, must: str) -> ConfigError:
-    """The error about the value of a field."""
+    """Builds the error about the value of a field."""
     return ConfigError(f"{where}: {name}={printable(repr(value), 80)} {must}")
 
 
 def left_unread(found: Mapping[str, Any], rules: Mapping[str, Rule]) -> list[str]:
-    """Fields that are there, are not read and that published checkpoints do not have."""
+    """Returns present fields that are ignored and that published checkpoints do not have."""
     return [name for name in found if not rules[name].read and not rules[name].usual]

@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def timings(directory: Path, lengths: list[int], repeats: int):
-    """What was timed, how many tokens, and pairs of seconds (ours, PyTorch's)."""
+    """Times both; yields the name, the number of tokens, and pairs of seconds (ours, PyTorch's)."""
     ours, theirs = Ours(directory, max(lengths) + NEW_TOKENS), PyTorch(directory)
     rng = np.random.default_rng(0)
 
@@ -91,7 +91,7 @@ def timings(directory: Path, lengths: list[int], repeats: int):
 
 
 class Ours:
-    """The engine, without Dual Chunk Attention, which transformers does not have."""
+    """Engine of this project, without Dual Chunk Attention, which transformers does not have."""
 
     def __init__(self, directory: Path, max_len: int):
         import jax.numpy as jnp
@@ -112,7 +112,7 @@ class Ours:
 
 
 class PyTorch:
-    """transformers, with its default attention (scaled_dot_product_attention)."""
+    """Model of transformers, with its default attention (scaled_dot_product_attention)."""
 
     def __init__(self, directory: Path):
         import torch
@@ -122,7 +122,7 @@ class PyTorch:
         self._model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
 
     def run(self, tokens: list[int], new_tokens: int) -> tuple[float, float]:
-        """Seconds to the first token of a greedy answer and from there to its last."""
+        """Returns seconds to the first token of a greedy answer, and from there to its last."""
         import torch
 
         start = time.perf_counter()
@@ -142,7 +142,7 @@ class PyTorch:
 
 
 def peak(who: str, directory: Path, length: int) -> int:
-    """Bytes that this process held at most, after loading and prefilling once."""
+    """Returns the peak memory of this process in bytes, after loading and prefilling once."""
     runner = Ours(directory, length + 1) if who == "ours" else PyTorch(directory)
     runner.run(np.random.default_rng(0).integers(0, 49152, length).tolist(), 1)
     # Not ru_maxrss, which a process inherits from the one that started it.

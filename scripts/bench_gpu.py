@@ -127,11 +127,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Bench:
-    """What is to be timed, and the rows found so far.
+    """State of a benchmark: settings, and the rows measured so far.
 
     Attributes:
-        checked: backends, of which `timed` are timed.
-        wrong: why a program of a backend is not timed.
+        checked: backends to check, of which those in `timed` are timed.
+        wrong: reason why a program of a backend is not timed.
     """
 
     def __init__(
@@ -159,14 +159,14 @@ class Bench:
                 file.write(line + "\n")
 
     def row(self, section: str, figure: str, who: str) -> dict[str, Any]:
-        """The row of that name, or one without a value."""
+        """Returns the row of that name, or one without a value."""
         for row in self.rows:
             if (row["section"], row["figure"], row["who"]) == (section, figure, who):
                 return row
         return {"value": None}
 
     def attempt(self, section: str, figure: str, who: str, unit: str, measure: Callable) -> None:
-        """A row of what `measure` returns, a value and more, or of why it could not."""
+        """Adds a row with what `measure` returns, a value and more, or with its error."""
         try:
             value, more = measure()
         except Exception as error:  # whatever it is, the other rows are worth having
@@ -177,7 +177,7 @@ class Bench:
     def ratio(
         self, section: str, figure: str, who: str, over: str, under: str, factor: float = 1.0
     ):
-        """A row of the ratio of the times of two others."""
+        """Adds a row with the ratio of the times of two others."""
 
         def measure():
             a, b = (self.row(section, each, who).get("seconds") for each in (over, under))
@@ -190,7 +190,7 @@ class Bench:
     def time(
         self, call: Callable, sets: Sequence[Args], wait: Callable = jax.block_until_ready
     ) -> dict[str, Any]:
-        """How long a call takes; see the top of this file."""
+        """Times a call, in seconds; see the top of this file."""
         for args in sets:
             wait(call(*args))
         begin = time.perf_counter()
@@ -226,13 +226,15 @@ class Bench:
         check: Callable[[Any], dict[str, float]],
         **more: Any,
     ) -> None:
-        """A row for each backend.
+        """Adds a row for each backend.
 
         Args:
-            needs: programs that must not have been wrong before; the last is what `check` blames.
-            make: of a backend the compiled function.
-            worth: what so many seconds a call are in the unit.
-            check: of the result for the first set of inputs what the row shall say of it.
+            needs: programs that must not have been wrong before; `check` blames the last one.
+            unit: unit of the value.
+            make: returns the compiled function of a backend.
+            sets: sets of inputs, which calls take in turn.
+            worth: converts seconds per call to the unit.
+            check: compares the result of the first set of inputs; returns fields of the row.
         """
 
         def measure(name):
@@ -265,7 +267,7 @@ def tokens(count: int) -> str:
 
 
 def correct(bench: Bench) -> None:
-    """Every program of every backend on small and medium shapes."""
+    """Checks every program of every backend on small and medium shapes."""
     sizes = bench.sizes
     shapes: list[tuple[str, Case, int]] = [
         (name, CASES.get(name) or SERVED[name], 10_000) for name in sizes.checks
@@ -290,7 +292,7 @@ def correct(bench: Bench) -> None:
 
 
 def proven(bench: Bench) -> bool:
-    """Whether nothing was wrong, and every backend that is timed passed a check and failed none."""
+    """Returns True if no result was wrong, and every timed backend passed a check, failing none."""
     checked = [row for row in bench.rows if row["section"] == "correct"]
     passed = {row["who"] for row in checked if row["value"] is not None}
     failed = any(
@@ -303,7 +305,7 @@ def proven(bench: Bench) -> bool:
 def checks(
     bench: Bench, case: Case, dtype: str, most: int
 ) -> Iterator[tuple[str, Served, Args, Callable]]:
-    """Programs with their shape and inputs, and what compares their results."""
+    """Yields programs with their shape and inputs, and the function that checks their results."""
     draw, T, page = bench.draw, case.slice_len, case.page
     shape = served(
         case,
@@ -372,7 +374,7 @@ def ceilings(bench: Bench) -> None:
 
 
 def flops(case: Served, args: Args) -> float:
-    """Of all causal pairs of a slice."""
+    """Counts the FLOPs of attention over all causal pairs of a slice."""
     start, length = (int(x) for x in args[-2:])
     pairs = length * start + length * (length + 1) / 2
     return 4 * case.num_heads * case.head_dim * pairs
@@ -393,7 +395,7 @@ def dense(bench: Bench, section: str, figure: str, case: Served, sets: list[Args
 
 
 def whole_prompts(bench: Bench) -> None:
-    """Prompts prefilled at once in one window, as everyone computes them."""
+    """Times prompts prefilled at once, without Dual Chunk Attention."""
     sizes = bench.sizes
     for length in sizes.prompts:
         case = sizes.case(length, length, chunks=False)
@@ -417,7 +419,7 @@ def whole_prompts(bench: Bench) -> None:
 
 
 def chunks(bench: Bench) -> None:
-    """A slice at the end of a context, with Dual Chunk Attention and in one window."""
+    """Times a slice at the end of a context, with and without Dual Chunk Attention."""
     sizes = bench.sizes
     for figure in ("in chunks", "in one window"):
         case = sizes.case(sizes.context, sizes.slice_len, chunks=figure == "in chunks")
@@ -427,7 +429,7 @@ def chunks(bench: Bench) -> None:
 
 
 def sparse(bench: Bench) -> None:
-    """Prompts prefilled at once by plans of random blocks, beside all of their keys."""
+    """Times prompts prefilled at once by plans of random blocks, and densely."""
     sizes = bench.sizes
     for length in sizes.sparse:
         whole = sizes.case(length, length, chunks=False)
@@ -453,12 +455,12 @@ def sparse(bench: Bench) -> None:
 
 
 def budgets(bench: Bench) -> None:
-    """A slice at the end of a context by published budgets, from its votes on.
+    """Times a slice at the end of a context by published budgets, selection included.
 
-    Each head has the mean budgets of all. Keys at random get about equal votes, so that each
-    diagonal chosen of them stands alone, the worst there is for blocks: `scattered`. `clustered`
+    Each head has the mean budgets of all heads. Random keys get about equal votes, so that each
+    selected diagonal is isolated, the worst case for blocks: `scattered`. `clustered`
     adds, as scripts/density.py does, votes that fall with the distance and that runs of 64
-    neighbours share. A text lies between.
+    neighbours share. Real texts lie between.
     """
     sizes, draw = bench.sizes, bench.draw
     case = sizes.case(sizes.context, sizes.slice_len, chunks=True)
@@ -532,7 +534,7 @@ def budgets(bench: Bench) -> None:
 
 
 def decode(bench: Bench) -> None:
-    """The next token of sequences of one length, each with pages of its own."""
+    """Times decoding the next token of sequences of one length, each with its own pages."""
     sizes = bench.sizes
     for context, seqs, layers in sizes.decode:
         case = sizes.case(context, 1, chunks=True, layers=layers, seqs=seqs)
@@ -559,7 +561,7 @@ def decode(bench: Bench) -> None:
 
 
 def repeated(run: Callable, case: Served) -> Callable:
-    """Decode on one layer after another: the results of the first and of the last."""
+    """Returns a function that decodes on layer after layer and returns first and last result."""
 
     def many(q, cache, layer, tables, positions):
         found = first = run(q, cache, layer, tables, positions)
@@ -583,7 +585,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
 
 
 def targets(bench: Bench) -> Iterator[tuple[str, str, float | None, str, float]]:
-    """Of each target its name, whose it is, what was found, and the bound."""
+    """Yields the name, backend, measured value, comparison and bound of each target."""
     sizes = bench.sizes
 
     def value(section, figure, who):
@@ -629,7 +631,7 @@ def print_targets(bench: Bench) -> None:
 
 
 def print_table(bench: Bench) -> None:
-    """Figures by whose they are, then why some are not there."""
+    """Prints figures by backend, then the reasons of missing ones."""
     checked = [row for row in bench.rows if row["section"] == "correct"]
     right = sum(row["value"] is not None for row in checked)
     print(f"\n{right} of {len(checked)} checks passed")

@@ -1,4 +1,4 @@
-"""What scripts/bench_gpu.py runs: the sizes, and random inputs of them."""
+"""Sizes and random inputs of scripts/bench_gpu.py."""
 
 import dataclasses
 import functools
@@ -20,22 +20,22 @@ RUN = 64  # neighbours of about the same weight, as in scripts/density.py
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """What is timed.
+    """Sizes that are timed.
 
     Attributes:
-        page: tokens a page.
-        tiles: of plans.
+        page: tokens per page.
+        tiles: tile sizes of plans.
         checks: names of cases that are compared first, in all rows.
-        medium: a case that is compared in some rows, or None.
-        matrix: rows and columns of the product.
-        copied: bytes.
+        medium: case that is compared in some rows, or None.
+        matrix: rows and columns of the matrix product.
+        copied: bytes of the copy.
         prompts: tokens of prompts that are prefilled at once; the target is for `prompt`.
-        context: tokens, of which `slice_len` are the slice.
+        context: tokens of the context, of which the last `slice_len` are the slice.
         sparse: tokens of prompts that are prefilled at once by plans.
-        share: of the blocks that these plans keep.
-        vertical: mean budget of a head, in columns, and `slash`, in diagonals.
+        share: fraction of the blocks that these plans keep.
+        vertical: mean column budget of a head; `slash` is its mean diagonal budget.
         decode: tokens and number of the sequences, and layers of their cache.
-        groups: of calls, each of which takes `group_seconds`.
+        groups: number of groups of calls, each of which takes `group_seconds`.
     """
 
     model: Model
@@ -61,7 +61,7 @@ class Sizes:
     def case(
         self, context: int, slice_len: int, *, chunks: bool, layers: int = SETS, seqs: int = 1
     ):
-        """A shape of the model, with or without Dual Chunk Attention."""
+        """Returns a shape of the model, with or without Dual Chunk Attention."""
         return served(
             self.model,
             context=context,
@@ -75,7 +75,7 @@ class Sizes:
 
 
 def served(shape: Case | Model, *, context: int, page: int, num_seqs: int, **more) -> Served:
-    """A shape with pages for all tokens of all sequences, and one that none uses."""
+    """Returns a shape with pages for all tokens of all sequences, and an unused one."""
     return Served(
         num_heads=shape.num_heads,
         num_kv_heads=shape.num_kv_heads,
@@ -145,7 +145,7 @@ TINY = dataclasses.replace(
 
 
 class Draw:
-    """Random inputs, each other than those before."""
+    """Generator of random inputs, different in each call."""
 
     def __init__(self, seed: int):
         self.rng = np.random.default_rng(seed)
@@ -157,13 +157,13 @@ class Draw:
         return normal(self.key(), shape, dtype)
 
     def queries(self, case: Case, dtype: str, *shape: int):
-        """Of tokens of a shape, in each view, multiplied by the softmax scale."""
+        """Draws queries [views, *shape, N, H], multiplied by the softmax scale."""
         views = 1 if case.geometry is None else 3
         x = self.normal(dtype, views, *shape, case.num_heads, case.head_dim)
         return x * jnp.asarray(case.head_dim**-0.5, dtype)
 
     def paged(self, case: Served, dtype: str, *sequences: int):
-        """A cache and page tables [P], or [B, P] of B sequences, in random order."""
+        """Draws a cache, and page tables [P] or, of B sequences, [B, P] in random order."""
         shape = (*sequences, -(-case.context // case.page))
         pages = self.rng.permutation(case.num_pages)[: np.prod(shape)]
         tables = jnp.asarray(pages.reshape(shape), jnp.int32)
@@ -173,7 +173,7 @@ class Draw:
     def slices(
         self, case: Served, dtype: str, *, sets: int = SETS, padding: int = 0
     ) -> list[tuple]:
-        """Arguments of prefill: the end of the context, then rows of padding."""
+        """Draws sets of arguments of prefill: the end of the context, then rows of padding."""
         kv, table = self.paged(case, dtype)
         length = case.slice_len - padding
         at = table, jnp.int32(case.context - length), jnp.int32(length)
@@ -188,9 +188,9 @@ class Draw:
         ]
 
     def plan(self, case: Served, start: int, length: int, tiles: Tiles, share: float):
-        """A tile of queries reads its rows' own blocks, and of those before what makes a share.
+        """Draws a plan in which a tile reads its own blocks and earlier ones, to a `share` of all.
 
-        And of each head `num_columns` columns anywhere, fewer where there are fewer keys.
+        Each head also reads `num_columns` random columns, fewer if there are fewer keys.
         """
         N, T, end = case.num_heads, case.slice_len, start + length
         words = -(-(-(-case.context // case.page) * case.page) // (32 * tiles.k))
@@ -211,7 +211,7 @@ class Draw:
         return plan.SparsePlan(jnp.asarray(packed), jnp.asarray(columns), tiles)
 
     def clustered(self, shape: tuple[int, int], end: int):
-        """Votes of heads for positions, which fall with the distance; runs share a weight."""
+        """Draws votes of heads for positions, which fall with the distance; runs share a weight."""
 
         @jax.jit
         def make(key):
@@ -231,7 +231,7 @@ def normal(key, shape: tuple[int, ...], dtype: str):
 
 @functools.partial(jax.jit, static_argnames=("case", "dtype"))
 def cache(key, tables, case: Served, dtype: str):
-    """Random keys or values of all layers; rows that hold no token of a sequence are NaN."""
+    """Draws keys or values of all layers; rows that hold no token of a sequence are NaN."""
     P, page = tables.shape[-1], case.page
     used = (jnp.arange(P * page, dtype=jnp.int32) < case.context).reshape(P, page)
     used = jnp.broadcast_to(used, (*tables.shape, page))

@@ -13,12 +13,14 @@ Args = tuple[Any, ...]
 
 
 class Rival(NamedTuple):
-    """What is timed.
+    """Another implementation of attention to time.
 
     Attributes:
-        wait: for what a call returned.
-        rows: some rows [R, N, H] of what a call returned.
-        more: worth knowing.
+        call: function to time.
+        sets: sets of its inputs.
+        wait: waits for the result of a call.
+        rows: selects rows [R, N, H] of the result of a call.
+        more: further fields of the row.
     """
 
     call: Callable
@@ -29,7 +31,7 @@ class Rival(NamedTuple):
 
 
 def unpaged(args: Args) -> Args:
-    """Queries, keys and values [1, T, heads, H] of the arguments of a prefill from the start."""
+    """Converts arguments of a prefill from position 0 to queries, keys, values [1, T, heads, H]."""
     q, cache, layer, table, _, length = args
 
     @functools.partial(jax.jit, static_argnames="T")
@@ -47,9 +49,9 @@ def by_jax(implementation: str, sets: list[Args]) -> Rival:
 
 
 def by_torch(kernel: str, sets: list[Args]) -> Rival:
-    """Scaled dot product attention with one kernel of PyTorch alone.
+    """Builds PyTorch's scaled dot product attention, restricted to one of its kernels.
 
-    With grouped heads where the kernel takes them, else with keys repeated for each head.
+    Heads are grouped if the kernel supports that, else keys are repeated for each head.
     """
     torch, _, wait = pytorch()
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -78,7 +80,7 @@ def by_torch(kernel: str, sets: list[Args]) -> Rival:
 
 
 def pytorch() -> tuple[Any, str, Callable]:
-    """PyTorch, its device, and what waits for it.
+    """Imports PyTorch; returns it, its device, and the function that waits for the device.
 
     Raises:
         ImportError: where it is not installed.

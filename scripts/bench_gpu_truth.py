@@ -1,4 +1,4 @@
-"""The truth for scripts/bench_gpu.py: attention and votes in float64, from the definition."""
+"""Reference for scripts/bench_gpu.py: attention and votes in float64, from the definition."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,12 +9,12 @@ from pallas_kernels.cases import Served
 from pallas_kernels.geometry import ChunkGeometry
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2}
-"""Of an output, relative to the norm of its row; of log-sum-exp, as it is."""
+"""Tolerance of an output, relative to the norm of its row; of a log-sum-exp, absolute."""
 Args = tuple[Any, ...]
 
 
 class WrongError(Exception):
-    """A result that differs too much from the truth."""
+    """Error of a result that differs too much from the reference."""
 
 
 def check_slice(rng: np.random.Generator, case: Served, args: Args, found, most: int, listed=None):
@@ -40,7 +40,7 @@ def check_slice(rng: np.random.Generator, case: Served, args: Args, found, most:
 
 
 def some_rows(rng: np.random.Generator, length: int, most: int) -> np.ndarray:
-    """The first, the last, and others."""
+    """Returns the first, the last, and random other rows, at most `most`."""
     if length <= most:
         return np.arange(length)
     return np.unique([0, length - 1, *rng.choice(length, most - 2, replace=False)])
@@ -88,11 +88,12 @@ def check_votes(case: Served, args: Args, found, heads: Sequence[int]) -> dict[s
 def attention(
     q, args: Args, positions: np.ndarray, geometry: ChunkGeometry | None, reads=None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Output [R, N, H] and log-sum-exp [R, N] of queries [views, R, N, H] at positions.
+    """Computes output [R, N, H] and log-sum-exp [R, N] of queries [views, R, N, H] at positions.
 
     Args:
         args: cache, layer and page table.
-        reads: which keys up to the largest position each head and query reads [N, R, S].
+        reads: bool array [N, R, S]: the keys, up to the largest position, that each head and
+            query reads; None for all causal ones.
     """
     cache, layer, table = args
     q = np.asarray(q).astype(np.float64)
@@ -117,13 +118,13 @@ def attention(
 
 
 def of_head(x, layer, table, head: int, end: int) -> np.ndarray:
-    """Keys or values [end, H] of a kv head in float64."""
+    """Gathers keys or values [end, H] of a KV head in float64."""
     found = np.asarray(x[int(layer), head, table])
     return found.reshape(-1, found.shape[-1])[:end].astype(np.float64)
 
 
 def views_of(geometry: ChunkGeometry | None, positions: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Which view of its query each pair is computed with."""
+    """Returns the index of the query's view for each pair of query and key."""
     if geometry is None:
         return np.zeros((len(positions), len(keys)), int)
     length = geometry.chunk_size - geometry.local_size
@@ -131,7 +132,7 @@ def views_of(geometry: ChunkGeometry | None, positions: np.ndarray, keys: np.nda
 
 
 def logits(q: np.ndarray, key: np.ndarray, view: np.ndarray, read: np.ndarray) -> np.ndarray:
-    """Scores [R, S] of queries [views, R, H], -inf where a key is not read."""
+    """Computes scores [R, S] of queries [views, R, H], -inf where a key is not read."""
     found = np.full(view.shape, -np.inf)
     for number, rows in enumerate(q):
         here = read & (view == number)
@@ -141,10 +142,10 @@ def logits(q: np.ndarray, key: np.ndarray, view: np.ndarray, read: np.ndarray) -
 
 
 def compare(found, truth, dtype: str | None = None) -> dict[str, float]:
-    """The largest errors of an output and a log-sum-exp; see `check_slice`.
+    """Returns the largest errors of an output and a log-sum-exp; see `check_slice`.
 
     Args:
-        dtype: that was computed with; default: that of the output.
+        dtype: dtype of the computation; None for that of the output.
     """
     allowed = TOLERANCE[dtype or str(found[0].dtype)]
     out, lse = (np.asarray(x).astype(np.float64) for x in found)

@@ -19,7 +19,7 @@ EXPECTED = "71906"
 
 
 def qwen_jax(*arguments: object) -> str:
-    """What a `qwen-jax` command prints; shown as it comes, with the command above it.
+    """Runs a `qwen-jax` command, showing it and its output; returns the output.
 
     Raises:
         DemoError: if it fails.
@@ -42,10 +42,10 @@ def qwen_jax(*arguments: object) -> str:
 
 
 def run(model: Path) -> bool:
-    """Whether the answer with Dual Chunk Attention was right.
+    """Runs the demo; returns True if the answer with Dual Chunk Attention is right.
 
     Args:
-        model: where the model is kept; the converted checkpoint lies beside it where that can be.
+        model: directory of the model; the converted checkpoint is put beside it if possible.
     """
     demo_model.fetch(model)
     checkpoint = demo_model.checkpoint_of(model)

@@ -28,7 +28,7 @@ CELL = Cell(task="passkey", length=24_576, depth=0.1)
 
 
 def run(directory: Path) -> bool:
-    """Whether both answers are the same and right."""
+    """Runs the demo; returns True if both answers are the same and right."""
     demo_model.fetch(directory)
     return compare(
         CELL, {"": open_model(directory, ModelFlags(sparse="on", sparse_config=BUDGETS))}
@@ -36,10 +36,11 @@ def run(directory: Path) -> bool:
 
 
 def compare(cell: Cell, places: dict[str, Model]) -> bool:
-    """Whether a question gets the same right answer everywhere, read densely and sparsely.
+    """Asks densely and sparsely in each place; returns True if all answers are equal and right.
 
     Args:
-        places: the model by the name of where it runs, with its budgets.
+        cell: cell of the question.
+        places: opened model with budgets, by name of the place where it runs.
     """
     answers: dict[str, Answer] = {}
     for place, opened in places.items():

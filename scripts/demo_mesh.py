@@ -21,7 +21,7 @@ MESH = "seq=8"
 
 
 def run(directory: Path) -> bool:
-    """Whether all answers are the same and right."""
+    """Runs the demo; returns True if all answers are the same and right."""
     demo_model.fetch(directory)
     jax.config.update("jax_platforms", "cpu")
     # The mesh first: it makes the devices.

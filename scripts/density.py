@@ -1,4 +1,4 @@
-"""What the sparse budgets of a model save: the share of attention that prefill computes, by length.
+"""Density of sparse prefill by a model's budgets: the fraction of attention computed, by length.
 
 Selections and plans are made as in a prefill, with the same code, from synthetic votes of two
 kinds, since real ones need the model and a text. They bracket a text:
@@ -36,7 +36,7 @@ Votes = Callable[[np.random.Generator, int], np.ndarray]
 
 
 def clustered(rng: np.random.Generator, end: int) -> np.ndarray:
-    """Votes by position, whose distance is counted from the end."""
+    """Draws votes by position, which fall with the distance from `end`."""
     run = np.arange(end)[::-1] // RUN
     return (1 / (1 + run) + 0.1 * rng.exponential(size=run[0] + 1)[run]).astype(np.float32)
 
@@ -90,7 +90,7 @@ def main() -> int:
 
 
 def tiles(text: str) -> Tiles:
-    """Reads `256x64`."""
+    """Parses tile sizes such as `256x64`."""
     try:
         q, k = map(int, text.split("x"))
     except ValueError:
@@ -101,7 +101,7 @@ def tiles(text: str) -> Tiles:
 
 
 def head_counts(path: Path) -> collections.Counter[tuple[int, int]]:
-    """How many heads of all layers have each pair of budgets, as they are used.
+    """Counts the heads of all layers with each pair of budgets, as they are used.
 
     Raises:
         ConfigError: if the file is malformed.
@@ -118,7 +118,7 @@ def head_counts(path: Path) -> collections.Counter[tuple[int, int]]:
 def slice_density(
     heads: collections.Counter[tuple[int, int]], votes: Votes, start: int, tiles: Tiles
 ) -> float:
-    """Mean over the heads of the density of the slice from `start`."""
+    """Computes the density of the slice from `start`, averaged over heads."""
     end = start + SLICE
     size = 1 << (end - 1).bit_length()  # few shapes, few programs
     rng = np.random.default_rng(start)

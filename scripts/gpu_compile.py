@@ -1,7 +1,7 @@
-"""The compilers of NVIDIA GPUs, on a machine without a GPU: programs, registers, spills.
+"""Compilation for NVIDIA GPUs on a machine without one: programs, registers, spills.
 
 Needs `pip install jax-cuda13-plugin jax-cuda13-pjrt` in the version of jax; for Triton kernels
-jax-triton and Triton. Nothing is run, so nothing here is a time. The compilers look for their
+jax-triton and Triton. Nothing is run, so no times are measured. The compilers read their
 settings once, so this works in a process started with `ENVIRONMENT` (`in_child`).
 """
 
@@ -35,13 +35,14 @@ _SHARED = re.compile(
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """What the compiler must know of a GPU (CUDA C++ Programming Guide, table of capabilities).
+    """Properties of a GPU for the compiler (CUDA C++ Programming Guide, table of capabilities).
 
     Attributes:
-        name: as its driver says it.
-        products: of bfloat16 that the tensor cores of a core sum up in a cycle.
-        shared_per_core: bytes; `shared_per_block` of these a block may take.
-        bandwidth: bytes/s of its memory.
+        name: name that its driver reports.
+        products: bfloat16 multiply-adds per cycle of the tensor cores of one core (SM).
+        shared_per_core: bytes of shared memory per core, of which one block may use
+            `shared_per_block`.
+        bandwidth: memory bandwidth in bytes/s.
     """
 
     name: str
@@ -58,7 +59,7 @@ class Gpu:
     bandwidth: int
 
     def config(self) -> str:
-        """A `GpuTargetConfig` of XLA, as text."""
+        """Returns a `GpuTargetConfig` of XLA as text."""
         major, minor = self.capability
         return f"""
 gpu_device_info {{
@@ -163,11 +164,11 @@ GPUS = {
 
 
 class Kernel(NamedTuple):
-    """What ptxas says of a kernel; spills and shared memory in bytes.
+    """Resources of a kernel as ptxas reports them; spills and shared memory in bytes.
 
     Attributes:
-        warps: of a program; 0 if that is not known.
-        columns: of tensor memory, which Blackwell has 512 of in a core.
+        warps: warps per program; 0 if unknown.
+        columns: columns of tensor memory, of which a core of Blackwell has 512.
     """
 
     name: str
@@ -179,7 +180,7 @@ class Kernel(NamedTuple):
 
 
 def resident(gpu: Gpu, kernel: Kernel) -> int:
-    """Programs of a kernel that a core runs at a time."""
+    """Returns the number of programs of a kernel that a core runs at a time."""
     threads = 32 * kernel.warps
     registers = -(-kernel.registers // 8) * 8 * threads
     return min(
@@ -192,7 +193,7 @@ def resident(gpu: Gpu, kernel: Kernel) -> int:
 
 
 def mesh(gpu: str, count: int = 1):
-    """GPUs along `seq`, to lower for inside `jax.set_mesh`."""
+    """Returns a mesh of GPUs along `seq`, to lower for inside `jax.set_mesh`."""
     import jax
     import numpy as np
     from jax.experimental import topologies
@@ -208,7 +209,7 @@ def mesh(gpu: str, count: int = 1):
 
 
 class Compiled(NamedTuple):
-    """What the compiler made: `memory_analysis()`, its text, and the kernels in it."""
+    """A compiled program: its `memory_analysis()`, its text, and its kernels."""
 
     memory: Any
     text: str
@@ -216,9 +217,9 @@ class Compiled(NamedTuple):
 
 
 def compiled(mesh, function: Callable, *args, **options) -> Compiled:
-    """A function compiled for a mesh, all devices of which get the same arrays, or their shapes.
+    """Compiles a function for a mesh on which its arguments, arrays or shapes, are replicated.
 
-    `options` go to jit.
+    `options` are passed to `jax.jit`.
     """
     before = _mosaic_dumps()
     lowered, made = _lowered(mesh, function, args, options)
@@ -228,7 +229,7 @@ def compiled(mesh, function: Callable, *args, **options) -> Compiled:
 
 
 def kernels(mesh, function: Callable, *args) -> list[tuple[Kernel, Path]]:
-    """The Triton kernels of a function, as `compiled` has them, and their machine code."""
+    """Compiles a function; returns its Triton kernels with paths of their machine code."""
     return _lowered(mesh, function, args, {})[1]
 
 
@@ -252,7 +253,7 @@ def _mosaic_dumps() -> set[Path]:
 
 
 def missing(backend: str = "triton") -> str | None:
-    """Which packages programs of a backend cannot be compiled without; None if all are there."""
+    """Names missing packages that compilation for a backend needs; None if all are installed."""
     from pallas_kernels.dispatch.versions import mosaic_gpu_fault, triton_fault
 
     if importlib.util.find_spec("jax_cuda13_plugin") is None:
@@ -264,12 +265,12 @@ def missing(backend: str = "triton") -> str | None:
 
 
 def ready() -> bool:
-    """Whether this process was started so that programs can be compiled in it."""
+    """Returns True if this process was started with `ENVIRONMENT`."""
     return _DUMP in os.environ
 
 
 def in_child(script: str, *arguments: str) -> Iterator[dict]:
-    """The JSON lines that a script prints, in whose process `compiled` works."""
+    """Runs a script in a process in which `compiled` works; yields the JSON lines it prints."""
     with tempfile.TemporaryDirectory() as dump, tempfile.TemporaryDirectory() as mosaic_dump:
         with subprocess.Popen(
             [sys.executable, script, *arguments],
@@ -284,7 +285,7 @@ def in_child(script: str, *arguments: str) -> Iterator[dict]:
 
 
 def _triton(folder: Path) -> Kernel:
-    """Of a folder in which jax-triton has left what it made of a kernel."""
+    """Reads a kernel from the folder of jax-triton's compilation output."""
     (ptx,) = folder.glob("*.ptx")
     text = ptx.read_text()
     target = re.search(r"^\.target (sm_(\d+)\w*)", text, re.MULTILINE)
@@ -308,7 +309,7 @@ def _triton(folder: Path) -> Kernel:
 
 
 def _mosaic(said: Path) -> Kernel:
-    """Of the file in which Mosaic GPU has left what ptxas says of a kernel, among others."""
+    """Reads a kernel from the file in which Mosaic GPU stores ptxas's output."""
     shared = _SHARED.search(said.with_suffix(".ll").read_text())
     assert shared is not None
     name = said.stem.rsplit("_", 1)[0]
@@ -319,13 +320,13 @@ def _mosaic(said: Path) -> Kernel:
 
 
 def _said(text: str) -> tuple[int, int]:
-    """Registers and bytes spilled."""
+    """Parses registers and spilled bytes from ptxas's output."""
     (registers,) = re.findall(r"Used (\d+) registers", text)
     return int(registers), sum(map(int, re.findall(r"(\d+) bytes spill", text)))
 
 
 def run_tool(tool: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """A tool that comes with Triton."""
+    """Runs a tool that comes with Triton."""
     from triton.backends import nvidia
 
     path = Path(nvidia.__file__).parent / "bin" / tool
@@ -333,9 +334,9 @@ def run_tool(tool: str, *arguments: str | Path) -> subprocess.CompletedProcess[s
 
 
 def inner_loop(code: Path) -> tuple[int, int]:
-    """Instructions, and exponentials among them, of the inner loop with most products.
+    """Counts instructions, and exponentials among them, of the inner loop with most products.
 
-    Of several the shortest: keys that lie in a row take fewer instructions than single ones.
+    Of several loops the shortest counts: contiguous keys need fewer instructions than single ones.
     """
     listed = run_tool("cuobjdump", "-sass", code).stdout
     found = re.findall(r"/\*([0-9a-f]{4,5})\*/ +(?:@!?U?P\w+ +)?([^;/]+);", listed)

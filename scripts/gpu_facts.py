@@ -1,8 +1,8 @@
-"""What the compilers of NVIDIA GPUs make of the Triton and Mosaic GPU kernels, without a GPU.
+"""Compilation of the Triton and Mosaic GPU kernels for NVIDIA GPUs, without a GPU.
 
-Each kernel at the size at which a GPU serves a million tokens: 7B whole, of 14B the share of one
-of four. Then the engine's steps of 7B with the kernels inside. Nothing is run, so nothing here is
-a time. Needs what `gpu_compile` needs.
+Each kernel is compiled at the size at which a GPU serves a million tokens: 7B on one GPU, 14B on
+four. Then come the engine's steps of 7B with the kernels inside. Nothing is run, so no times are
+measured. Needs the same packages as `gpu_compile`.
 
     python scripts/gpu_facts.py [--gpus h200,a100] [--models 7B,14B] [--backends triton]
                                 [--dtype float32] [--steps] [--json]
@@ -23,16 +23,16 @@ from qwen_jax.models import presets
 
 CONTEXT, SLICE, PAGE = 1_010_000, 32_768, 1024
 TENSOR = {"7B": 1, "14B": 4}
-"""GPUs that share the heads of a model."""
+"""Number of GPUs that divide the heads of a model."""
 BACKENDS = "triton", "mosaic_gpu"
 CALLS = {"triton": "triton_kernel_call", "mosaic_gpu": "mosaic_gpu_v2"}
-"""What XLA calls kernels of a backend by."""
+"""Targets of XLA's custom calls, by backend."""
 HOPPER = "h200"
-"""The GPU that Mosaic GPU kernels are for."""
+"""GPU that Mosaic GPU kernels are for."""
 
 
 def kernels(gpu: str, model: str, backend: str, dtype: str) -> Iterator[dict]:
-    """Of each program of `pallas_kernels.programs`."""
+    """Compiles each program of `pallas_kernels.programs`; yields rows of its resources."""
     import jax
     import jax.numpy as jnp
 
@@ -58,7 +58,7 @@ def kernels(gpu: str, model: str, backend: str, dtype: str) -> Iterator[dict]:
 
 
 def steps(gpu: str, backend: str) -> Iterator[dict]:
-    """Of the engine's steps of 7B, with all of a million tokens on one GPU."""
+    """Compiles the engine's steps of 7B with a million tokens on one GPU; yields rows."""
     from qwen_jax.config import SparseConfig
     from qwen_jax.engine import memory as budget
     from qwen_jax.planner import aot
@@ -89,9 +89,9 @@ def steps(gpu: str, backend: str) -> Iterator[dict]:
 
 
 def _copies(text: str, layer: int, num_layers: int) -> bool:
-    """Whether a step makes an array of the size of a layer of the cache, or copies all of them.
+    """Returns True if a step creates an array as large as a cache layer, or copies the whole cache.
 
-    It also overwrites the cache where it lies, which looks as if it made one of that size.
+    Arrays as large as the whole cache count only if copied: in-place updates look like creations.
     """
     copied = hlo.sizes(text, "copy", "copy-start", "transpose")
     return layer in hlo.sizes(text) or layer * num_layers in copied
@@ -138,7 +138,7 @@ def main() -> None:
 
 
 def _print(row: dict, *, as_json: bool) -> None:
-    """A row as JSON, or the rows of tables."""
+    """Prints a row as JSON, or as rows of tables."""
     if as_json:
         print(json.dumps(row), flush=True)
         return

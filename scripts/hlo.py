@@ -1,4 +1,4 @@
-"""What a compiled program holds, read off its text."""
+"""Arrays and copies of a compiled program, parsed from its HLO text."""
 
 import math
 import re
@@ -10,7 +10,7 @@ _INSTRUCTION = re.compile(r" +(ROOT )?%?(\S+) = (\(.*?\)|\S+) ([\w-]+)\(([^)]*)\
 
 
 def sizes(text: str, *opcodes: str) -> set[int]:
-    """Elements of every array that an operation makes: one of `opcodes`, or any that allocates."""
+    """Returns the element counts of arrays created by `opcodes`, or by any allocating operation."""
     found = re.findall(r"= \w+\[([\d,]+)\]\S* ([\w-]+)\(", text)
     return {
         math.prod(map(int, dims.split(",")))
@@ -20,13 +20,13 @@ def sizes(text: str, *opcodes: str) -> set[int]:
 
 
 def copies(text: str, cache: tuple[int, ...]) -> list[str]:
-    """Opcode and shape of what makes an array as large as a cache or one of its layers.
+    """Returns opcode and shape of operations that create an array as large as a cache or its layer.
 
-    Not of what writes a slice into an array that is there, alone or at the end of a fusion: where
-    that cannot be done in place, the compiler copies the array in an operation of its own.
+    Updates of a slice of an existing array are excluded, alone or at the end of a fusion: if they
+    cannot be done in place, the compiler copies the array in a separate operation.
 
     Args:
-        cache: the shape of one of its arrays on a device, layers first.
+        cache: shape of one of the cache's arrays on a device, layers first.
     """
     large = {math.prod(cache), math.prod(cache[1:])}
     found: set[str] = set()

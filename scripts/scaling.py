@@ -1,8 +1,8 @@
-"""How a million tokens scale over devices: the tables and the plot of docs/scaling.md.
+"""Scaling of a million tokens over devices: the tables and the plot of docs/scaling.md.
 
-What the TPU compiler says of the published models on whole topologies lies in
-docs/scaling.json; --compile asks it anew, for half an hour. The tables that follow from sizes and
-published rates are computed here. Nothing is run, so nothing is a measured time.
+The TPU compiler's results for the published models on whole topologies are in
+docs/scaling.json; --compile updates them, in half an hour. The tables that follow from sizes and
+published rates are computed here. Nothing is run, so no times are measured.
 
     python scripts/scaling.py [--compile [7b:v5e:4x4:1010000 ...]]
 """
@@ -35,7 +35,7 @@ CASES = [
         for tokens in (4_000_000, 10_000_000)
     ],
 ]
-"""Model, topology and tokens of every proof."""
+"""Model, topology and tokens of every program that is compiled."""
 COLUMNS = {"7b": 22_032, "14b": 15_744}  # most of a head, in the published budgets
 # Keys that a query reads in sparse prefill: the mean budgets, if the diagonals of a head lie side
 # by side, and what a tile of 1,024 queries and blocks of 128 keys add to them.
@@ -47,7 +47,7 @@ SLICES = 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536
 
 @functools.cache
 def model(name: str):
-    """The configuration of a published model."""
+    """Returns the configuration of a published model."""
     with tempfile.TemporaryDirectory() as folder:
         return presets.config(Path(folder), name)
 
@@ -55,7 +55,7 @@ def model(name: str):
 def load(
     name: str, mesh, tokens: int, *, sparse: bool, slice_len: int = SLICE, relayouts_weights=False
 ):
-    """What so many tokens of a model run as on a mesh of TPUs."""
+    """Returns the workload of `tokens` tokens of a model on a mesh of TPUs."""
     from qwen_jax.engine import layout
 
     config = layout.EngineConfig(
@@ -72,7 +72,7 @@ def load(
 
 
 def budgets(name: str):
-    """Budgets of sparse prefill, the same for all heads."""
+    """Returns budgets of sparse prefill, the same for all heads."""
     from qwen_jax.config import SparseConfig
 
     config = model(name)
@@ -81,7 +81,7 @@ def budgets(name: str):
 
 
 def compile_case(name: str, where: str, tokens: int) -> Iterator[dict]:
-    """What the compiler made of each program of a case."""
+    """Compiles the programs of a case; yields rows of their memory and collectives."""
     from qwen_jax.distributed import sharding
     from qwen_jax.planner import aot
 
@@ -118,7 +118,7 @@ def _table(head: str, rows: list[list[str]]) -> list[str]:
 
 
 def proofs(found: list[dict]) -> list[str]:
-    """A row for each program that was compiled."""
+    """Formats a row for each compiled program."""
     from qwen_jax.distributed.sharding import MeshShape
     from qwen_jax.engine import memory as budget
 
@@ -156,7 +156,7 @@ def proofs(found: list[dict]) -> list[str]:
 
 
 def operations(found: list[dict]) -> list[str]:
-    """All that one program sends."""
+    """Formats the collectives of one program."""
     (program,) = (
         each
         for each in found
@@ -171,7 +171,7 @@ def operations(found: list[dict]) -> list[str]:
 
 
 def schemes() -> list[str]:
-    """Bytes on the wire a token, without the sums along `tensor`, if queries or if keys move."""
+    """Formats bytes sent per token if queries or if keys move, without sums along `tensor`."""
     from qwen_jax.distributed.sharding import MeshShape
     from qwen_jax.planner import roofline
 
@@ -201,7 +201,7 @@ def schemes() -> list[str]:
 
 
 def _sums(config, asked, mesh) -> float:
-    """What a slice sends along `tensor` alone."""
+    """Returns the bytes that a slice sends along `tensor`."""
     from qwen_jax.distributed.sharding import MeshShape
     from qwen_jax.planner import roofline
 
@@ -216,7 +216,7 @@ def _fits(config, asked, mesh, device) -> bool:
 
 
 def _cost(name: str, kind: str, count: int, tokens: int, *, sparse: bool, slice_len: int = SLICE):
-    """Cost of the last slice, None where it does not fit."""
+    """Computes the cost of the last slice; None if it does not fit."""
     from qwen_jax.distributed import sharding
     from qwen_jax.planner import roofline
 
@@ -246,7 +246,7 @@ def _decode_cost(name: str, kind: str, count: int, tokens: int):
 
 
 def growth(kind: str = "v5e") -> list[str]:
-    """What a token of the last slice costs a device, and what takes longest at published rates."""
+    """Formats the cost per device of a token of the last slice, and its bottleneck."""
     words = "FLOPs", "memory", "wire"
     rows = []
     for name in presets.PUBLISHED:
@@ -284,7 +284,7 @@ def growth(kind: str = "v5e") -> list[str]:
 
 
 def turning_points() -> list[str]:
-    """From how many devices on sending takes longer than FLOPs, at published rates.
+    """Formats the number of devices from which communication takes longer than FLOPs.
 
     A mesh axis is taken to use the links of one dimension of the torus.
     """
@@ -318,7 +318,7 @@ def turning_points() -> list[str]:
 
 
 def slices(kind: str = "v5e") -> list[str]:
-    """The shortest slice within a tenth of the least time a token, and how long it takes.
+    """Formats the shortest slice within 10% of the minimum time per token, and its time.
 
     Each is centred at the context, so that long ones do not gain by their early tokens.
     """
@@ -343,7 +343,7 @@ def slices(kind: str = "v5e") -> list[str]:
 
 
 def plot(path: Path, kind: str = "v5e") -> None:
-    """The three least times of a token of 7B over devices, and over context."""
+    """Plots the three minimum times of a token of 7B over devices, and over context."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -379,7 +379,7 @@ def plot(path: Path, kind: str = "v5e") -> None:
 
 
 def filled(text: str, found: list[dict]) -> str:
-    """The text with every table made anew between its marks."""
+    """Replaces every table of a text between its marks."""
     for name, lines in (
         ("proofs", proofs(found)),
         ("operations", operations(found)),

@@ -1,6 +1,6 @@
-"""The TPU compiler, on a machine without a TPU: programs, their memory, their schedules.
+"""Compilation for TPUs on a machine without one: programs, their memory, their schedules.
 
-Needs `pip install libtpu`. Nothing is run, so nothing here is a time.
+Needs `pip install libtpu`. Nothing is run, so no times are measured.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ GENERATIONS = {
     "v6e": "v6e:2x2",
     "tpu7x": "tpu7x:2x2x1",
 }
-"""A topology of each, of which one device is used."""
+"""Topology of each generation, of which one device is used."""
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -29,18 +29,18 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-"""What keeps libtpu from looking for a TPU, and lets several processes compile."""
+"""Environment that keeps libtpu from probing for a TPU, and lets several processes compile."""
 _DUMP = "TPU_COMPILE_DUMP"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """The bundles of one compiled kernel; without stalls, one is one cycle.
+    """Schedule of one compiled kernel in bundles, each of which takes a cycle without stalls.
 
     Attributes:
-        matmuls: slots of the matrix units that they fill.
-        slots: of these in a bundle.
-        inner: bundles and matmuls of the straight piece of code with the most matmuls.
+        matmuls: slots of the matrix units that the bundles fill.
+        slots: slots of the matrix units per bundle.
+        inner: bundles and matmuls of the basic block with the most matmuls.
         spills: registers written to memory or read back.
     """
 
@@ -53,18 +53,18 @@ class Schedule:
 
     @property
     def mxu(self) -> float:
-        """Share of all slots of the matrix units that are filled."""
+        """Fraction of all slots of the matrix units that are filled."""
         return self.matmuls / (self.bundles * self.slots)
 
     @property
     def inner_mxu(self) -> float:
-        """The same of the inner piece."""
+        """Fraction of the slots of the inner basic block that are filled."""
         bundles, matmuls = self.inner
         return matmuls / (bundles * self.slots)
 
 
 def mesh(generation: str, count: int = 1):
-    """Some devices of a generation along `seq`, to lower for inside `jax.set_mesh`."""
+    """Returns a mesh of devices along `seq`, to lower for inside `jax.set_mesh`."""
     import jax
     import numpy as np
     from jax.experimental import topologies
@@ -76,7 +76,7 @@ def mesh(generation: str, count: int = 1):
 
 
 def memory_of(mesh) -> int:
-    """Bytes of HBM of a device of this mesh."""
+    """Returns the bytes of HBM of a device of this mesh."""
     import jax
     from jax.experimental.pallas import tpu as pltpu
 
@@ -86,18 +86,18 @@ def memory_of(mesh) -> int:
 
 
 class Compiled(NamedTuple):
-    """What the compiler made: `memory_analysis()`, and its text."""
+    """A compiled program: its `memory_analysis()`, and its text."""
 
     memory: Any
     text: str
 
 
 def compiled(mesh, function: Callable, *args, **options) -> Compiled:
-    """A function compiled for a mesh, all devices of which get the same arrays, or their shapes.
+    """Compiles a function for a mesh on which its arguments, arrays or shapes, are replicated.
 
-    `options` go to jit.
+    `options` are passed to `jax.jit`.
 
-    The text is the compiler's own, since it may hold what jax is too old to parse.
+    The text is the compiler's own, since this version of jax may be unable to parse it.
     """
     import jax
 
@@ -166,7 +166,7 @@ def schedule_of(dump: Path, name: str) -> Schedule:
 
 
 def _begins(bundles: Path) -> Iterator[bool]:
-    """Of each bundle, whether something jumps to it, or the one before may jump away."""
+    """Yields for each bundle whether it begins a basic block."""
     jumps = False
     for line in bundles.read_text().splitlines():
         found = re.match(r" *(?:0x[0-9a-f]+|0) +(LH|LB|LE|PB|PF|CT)? *:", line)

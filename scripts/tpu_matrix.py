@@ -1,10 +1,10 @@
-"""What every kernel needs on five TPU generations at a million tokens, in memory and traffic.
+"""Memory and traffic of every kernel on five TPU generations at a million tokens.
 
 The first table compiles each kernel for one device of the smallest mesh that holds model and
 cache, and shows what it needs beside its arguments and results. The second counts what kernels
 copy from the cache, by the loops that they run, against what they must.
 
-Nothing is run, so nothing here is a time. Needs `pip install libtpu`.
+Nothing is run, so no times are measured. Needs `pip install libtpu`.
 
     python scripts/tpu_matrix.py [--generations v5e,v6e] [--bytes]
 """
@@ -37,7 +37,7 @@ def header() -> str:
 
 
 def matrix(generation: str) -> Iterator[str]:
-    """A row for each model, and one for a kv head with all tokens on one device."""
+    """Yields a row for each model, and one for a KV head with all tokens on one device."""
     import jax
 
     from pallas_kernels.programs import PROGRAMS, inputs, program
@@ -68,7 +68,7 @@ def matrix(generation: str) -> Iterator[str]:
 
 
 def traffic() -> Iterator[str]:
-    """Keys that kernels copy from the cache for a kv head, against the least."""
+    """Yields rows of the keys that kernels copy from the cache per KV head, over the minimum."""
     import numpy as np
 
     from pallas_kernels.decode import mosaic_tpu as decode

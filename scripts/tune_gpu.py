@@ -1,18 +1,18 @@
-"""What sizes of the Triton kernels are worth, by what the compilers of NVIDIA GPUs make of them.
+"""Predicted value of tile sizes of the Triton kernels, from compilation for NVIDIA GPUs.
 
-Sizes count if the kernel fits the shared memory of a program and spills no register.
+Sizes are valid if the kernel fits the shared memory of a program and spills no register.
 
-Prefill and selection are worth the share of the cycles of a step in which tensor cores are busy,
-at most: a step takes a core at least the cycles that its products take, its instructions, its
-exponentials, or the reading of its keys from the second cache, of all programs that the core runs
+The value of prefill and selection is an upper bound of the fraction of a step's cycles in which
+tensor cores are busy. A step takes a core at least the cycles of its products, its instructions,
+its exponentials, or the reads of its keys from the L2 cache, of all programs that the core runs
 at a time; and what one warp of each scheduler waits for in turn, its products and its other
 instructions. On Blackwell all warps of a program wait for its products together.
 
-Decode waits for memory. It is worth the bytes that a core has on their way, as far as memory can
-deliver them in `AHEAD`: more do not help.
+Decode is bound by memory. Its value is the bytes that a core has in flight, up to those that
+memory can deliver in `AHEAD`: more do not help.
 
-Of sizes worth about as much the last candidate is taken: most queries, which read keys least often,
-and most keys; of decode the fewest stages, which leave room for most programs.
+Of sizes of about equal value the last candidate is taken: most queries, which read keys least
+often, and most keys; for decode the fewest stages, which leave room for most programs.
 """
 
 import dataclasses
@@ -54,11 +54,12 @@ __all__ = ["CANDIDATES", "DEVICES", "HEADS", "PROGRAMS", "compiled", "in_child"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Step:
-    """What a program does in a step of its inner loop.
+    """Work of a program in a step of its inner loop.
 
     Attributes:
-        rows: of the products, and `keys`.
-        products: of the queries and keys, of the weights and values.
+        rows: rows of the matrix products.
+        keys: keys of the step.
+        products: number of matrix products: 1 for scores only, 2 with that by the values.
     """
 
     rows: int
@@ -67,7 +68,7 @@ class Step:
 
 
 def share(gpu: Gpu, kernel: Kernel, loop: tuple[int, int], step: Step) -> float:
-    """Of the cycles of a step, those in which tensor cores are busy, at most."""
+    """Bounds the fraction of a step's cycles in which tensor cores are busy, from above."""
     programs = gpu_compile.resident(gpu, kernel)
     instructions, exponentials = loop
     together = 1 if kernel.columns else max(kernel.warps // SCHEDULERS, 1)
@@ -80,7 +81,7 @@ def share(gpu: Gpu, kernel: Kernel, loop: tuple[int, int], step: Step) -> float:
 
 
 def ahead(gpu: Gpu, kernel: Kernel, tile: int, num_stages: int) -> float:
-    """Bytes on their way over those that memory delivers to a core in `AHEAD`, at most 1."""
+    """Returns bytes in flight over those that memory delivers to a core in `AHEAD`, at most 1."""
     tile_bytes = 2 * 2 * tile * HEAD_DIM
     on_way = gpu_compile.resident(gpu, kernel) * (num_stages - 1) * tile_bytes
     return min(1, on_way / (AHEAD * gpu.bandwidth / gpu.cores))
@@ -94,7 +95,7 @@ def summary(kernel: Kernel) -> str:
 def worth(
     gpu: Gpu, name: str, made: list[tuple[Kernel, Path]], sizes: dict[str, Any]
 ) -> float | None:
-    """Of the kernels of a program and their code, None if they spill or do not fit."""
+    """Returns the value of a program's kernels; None if they spill or do not fit."""
     if any(each.spilled or each.shared > gpu.shared_per_block for each, _ in made):
         return None
     if name == "decode":
@@ -107,13 +108,13 @@ def worth(
 
 
 def streaming(made: list[tuple[Kernel, Path]]) -> Kernel:
-    """Of the kernels of decode the one that reads the keys."""
+    """Returns the kernel of decode that reads the keys."""
     (kernel,) = (each for each, _ in made if each.name == "_attend")
     return kernel
 
 
 def compiled(device: str, programs: list[str], model: str, candidates) -> Iterator[dict[str, Any]]:
-    """What all candidates are worth on a GPU."""
+    """Compiles all candidates for a GPU; yields rows with their value."""
     import jax
 
     from pallas_kernels.programs import inputs, program

@@ -1,11 +1,11 @@
-"""Search sizes of kernels: by what compilers make of them without a device, by time on one.
+"""Search for sizes of kernels: by compilation without a device, by time on one.
 
 Without a device every candidate is compiled for every device that the backend's compilers know.
-What one is worth is said in `tune_tpu` and `tune_gpu`; it is a prediction, not a time.
+Its value is defined in `tune_tpu` and `tune_gpu`; it is a prediction, not a time.
 
 With --time the candidates run on the TPU or GPU of this machine. Those whose results differ from
-the truth in float64 are left out, and the fastest of the median is taken. Either way the table of
-before is read, and what was searched is replaced.
+the reference in float64 are left out, and the one with the lowest median time is taken. Either way
+the existing table is read, and the rows that were searched are replaced.
 
     python scripts/tune_kernels.py --backend triton [--devices h200] [--programs prefill]
     python scripts/tune_kernels.py --time [--shape "7B at 256k"] [--programs decode] [--out FILE]
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def of_this_machine() -> str:
-    """The backend that is tuned on this machine."""
+    """Returns the backend that is tuned on this machine."""
     from pallas_kernels.dispatch import backend
 
     platform = backend.device().platform
@@ -99,7 +99,7 @@ def take(row: dict[str, Any], name: str, found: list[dict[str, Any]]) -> None:
 
 
 def tabled(program: str) -> str:
-    """What the table calls a program."""
+    """Returns the name of a program in the table."""
     from pallas_kernels.programs import PROGRAMS
 
     return program if program == "sparse prefill" else PROGRAMS[program]
@@ -108,7 +108,7 @@ def tabled(program: str) -> str:
 def candidates(
     table: dict[str, dict[str, list[Any]]], program: str
 ) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Sizes as the table has them, and as keyword arguments."""
+    """Yields candidate sizes in the form of the table, and as keyword arguments."""
     from pallas_kernels.dispatch.tiles import Tiles
 
     for values in itertools.product(*table[program].values()):
@@ -122,7 +122,7 @@ def candidates(
 def timed(
     name: str, shape: str, programs: list[str], repeats: int, candidates
 ) -> tuple[str, list[dict[str, Any]]]:
-    """The kind of this machine's device, and how fast it runs all candidates that are right."""
+    """Times all correct candidates; returns the kind of this machine's device, and rows."""
     import statistics
 
     import jax

@@ -1,7 +1,7 @@
-"""What sizes of the TPU kernels are worth: the share of its matrix unit's slots that each fills.
+"""Predicted value of tile sizes of the TPU kernels: the fraction of filled matrix-unit slots.
 
 Of those within 2% of the best the one with most queries is taken, which reads keys and values least
-often. Decode, which waits for memory, is tuned by time only.
+often. Decode, which is bound by memory, is tuned by time only.
 """
 
 import itertools
@@ -30,7 +30,7 @@ __all__ = ["CANDIDATES", "DEVICES", "HEADS", "PROGRAMS", "compiled", "in_child"]
 
 
 def compiled(device: str, programs: list[str], model: str, candidates) -> Iterator[dict[str, Any]]:
-    """What the schedules of all candidates are worth on a generation."""
+    """Compiles all candidates for a generation; yields rows with their value."""
     import jax
 
     from pallas_kernels.programs import inputs, program

@@ -53,10 +53,10 @@ class Schedule(NamedTuple):
     of unit u of the i-th busy sequence to place `(c + i * units + u) * CONSUMERS + w`.
 
     Attributes:
-        bounds: where the run of each block begins in the list, and where the last one ends.
+        bounds: index in the list at which the run of each block begins, and the end of the last.
         first: which of the busy sequences each block begins with.
         order: the busy sequences, then the others.
-        tiles: of a unit of each sequence.
+        tiles: number of tiles of a unit of each sequence.
         before: tiles of a unit of all sequences before each.
         begin: the first place of each unit.
         end: the place after its last.
@@ -87,7 +87,7 @@ def decode(
     """See `api.decode`.
 
     Args:
-        blocks: that run at a time, one a core.
+        blocks: thread blocks that run at a time, one per core.
         stages: a multiple of `CONSUMERS`, so that each takes every tile of its stages.
 
     Raises:
@@ -246,9 +246,9 @@ def _attend(
     """The run of one block.
 
     Args:
-        whole_ref: where the keys end that all rows of a sequence see in each view.
-        cut_ref: where those end that any of its rows sees.
-        ends_ref: where those end that each row sees; the last view has none.
+        whole_ref: end of the keys that all rows of a sequence see in each view.
+        cut_ref: end of the keys that any of its rows sees in each view.
+        ends_ref: end of the keys that each row sees in each view but the last.
     """
     block, w = lax.axis_index(BLOCK), lax.axis_index(WARPGROUP)
     first, last = bounds_ref[block], bounds_ref[block + 1]

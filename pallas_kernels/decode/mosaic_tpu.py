@@ -45,8 +45,8 @@ def decode(
     """See `api.decode`.
 
     Args:
-        block_bytes: of keys a step; two blocks of keys and two of values are held at a time.
-        cores: that share a device's memory and split the keys between them.
+        block_bytes: bytes of keys per step; two blocks of keys and two of values are held at once.
+        cores: number of cores that share a device's memory and split the keys between them.
 
     Raises:
         Unsupported: if heads do not fill a row of lanes, or pages do not fill rows.

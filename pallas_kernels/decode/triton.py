@@ -48,7 +48,7 @@ def decode(
 
     Args:
         tile: keys a step, a power of two.
-        programs: that stream keys at a time, over all heads.
+        programs: programs that stream keys at a time, over all heads.
         num_stages: tiles of a program that are on their way or in use.
 
     Raises:

@@ -23,13 +23,13 @@ RUNS_ON = {
 }
 NAMES = tuple(RUNS_ON)
 LANES = 128
-"""Of a vector register of a TPU."""
+"""Lanes of a vector register of a TPU."""
 TRITON_HEADS = 16, 32, 64, 128, 256
-"""Sizes of heads that Triton kernels take."""
+"""Head dimensions that Triton kernels support."""
 HOPPER = 90
-"""The compute capability that Mosaic GPU kernels are for."""
+"""Compute capability that Mosaic GPU kernels are for, times 10."""
 HOPPER_HEADS = 64, 128
-"""Sizes of heads that they take; decode takes 128 alone."""
+"""Head dimensions that Mosaic GPU kernels support; decode supports 128 only."""
 CAPABILITIES = {
     "A100": 80,
     "A10": 86,
@@ -47,11 +47,11 @@ CAPABILITIES = {
     "RTX PRO 6000 Blackwell": 120,
     "RTX 5090": 120,
 }
-"""Of GPUs by a word in their names, for programs compiled where there is none."""
+"""Compute capabilities by a word in a GPU's name, to compile for GPUs that are not present."""
 
 
 class Unsupported(NotImplementedError):
-    """A backend cannot take these arguments although another could; the text says why."""
+    """Error of a backend that does not support these arguments; the text says why."""
 
 
 class Backends(NamedTuple):
@@ -70,7 +70,7 @@ PREFERRED = {
     "gpu": ("mosaic_gpu", "triton", "xla"),
     "tpu": ("mosaic_tpu", "xla"),
 }
-"""Of each platform, best first: the first that nothing keeps from running (`unavailable`)."""
+"""Backends of each platform, best first; the first one that is not `unavailable` is used."""
 
 Choice = str | Backends | None
 """One backend for all operations, or one for each, or None for the preferred ones."""
@@ -91,14 +91,13 @@ def choose(
 ) -> Backends:
     """Choose the backends to use on a platform ("cpu", "gpu" or "tpu").
 
-    A choice is taken as it is and never replaced by another. Without one, a device gets the
-    first of its platform that is not `unavailable`.
+    A choice is never replaced by another backend. Without one, the result is the first backend of
+    the platform that is not `unavailable`.
 
     Args:
-        kind: jax's name of the device; None for the one that a program traced now is
-            compiled for.
-        head_dim: size of heads.
-        dtype: of queries, keys and values.
+        kind: device kind in JAX; None for the device that a program traced now is compiled for.
+        head_dim: size of a head.
+        dtype: dtype of queries, keys and values.
 
     Raises:
         Unsupported: if there is no backend of that name, or if it does not run there.
@@ -166,10 +165,10 @@ def _fault(name: str, kind: str | None) -> str | None:
 
 
 def check_heads(head_dim: int) -> None:
-    """Refuse heads that a TPU would pad, and the whole cache with them.
+    """Check that a TPU would not pad the head dimension, and with it the whole cache.
 
     Raises:
-        Unsupported: if they do not fill the lanes of a register.
+        Unsupported: if it is not a multiple of the lanes of a register.
     """
     if head_dim % LANES:
         raise Unsupported(
@@ -194,10 +193,13 @@ def device() -> Device:
 
 
 def capability(kind: str | None = None) -> int:
-    """Compute capability of a GPU, such as 90; None for what a program traced now is compiled for.
+    """Return the compute capability of a GPU, such as 90 for 9.0.
+
+    Args:
+        kind: device kind in JAX; None for the device that a program traced now is compiled for.
 
     Raises:
-        Unsupported: if it is not here and of no known name.
+        Unsupported: if the GPU is not present and its name is unknown.
     """
     import jax
 

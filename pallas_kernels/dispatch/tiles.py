@@ -24,8 +24,8 @@ class Tiles:
     """Rows and columns of one block of scores.
 
     Attributes:
-        q: rows a tile: query positions times the query heads that share a kv head.
-        k: keys a tile.
+        q: rows per tile: query positions times the query heads that share a KV head.
+        k: keys per tile.
     """
 
     q: int
@@ -39,7 +39,7 @@ def split(total: int, most: int) -> tuple[int, int]:
 
 
 def of_page(page: int, most: int) -> int:
-    """Keys a tile: the largest divisor of the page up to `most`, or all of an odd page."""
+    """Return keys per tile: the largest divisor of the page up to `most`, or all of an odd page."""
     tile = max(d for d in range(1, min(page, most) + 1) if page % d == 0)
     return tile if tile >= min(page, 64) else page
 
@@ -47,7 +47,7 @@ def of_page(page: int, most: int) -> int:
 def tuned(
     backend: str, operation: str, device_kind: str, dtype: str, head_dim: int
 ) -> dict[str, Any]:
-    """Keyword arguments for an operation of a backend on a device, {} for the defaults.
+    """Return tuned keyword arguments for an operation of a backend; {} for the defaults.
 
     Raises:
         ValueError: if the file cannot be used.

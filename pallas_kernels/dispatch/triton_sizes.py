@@ -11,9 +11,9 @@ from typing import NamedTuple
 from pallas_kernels.dispatch.tiles import Tiles
 
 TILE_BYTES = 2**14
-"""Of the keys of a step of decode, and of its values as many."""
+"""Bytes of the keys that a step of decode loads, and of its values."""
 PROGRAMS = {80: 2 * 108, 86: 84, 89: 142, 90: 3 * 132, 100: 3 * 148, 120: 188}
-"""Of decode, that run at a time: as many as the shared memory of each core holds."""
+"""Decode programs that run at a time, by compute capability: what shared memory allows."""
 
 
 class Prefill(NamedTuple):
@@ -42,7 +42,7 @@ class Select(NamedTuple):
 
 
 def prefill(capability: int, itemsize: int, head_dim: int, *, sparse: bool) -> Prefill:
-    """Sizes for a GPU of a compute capability and numbers of so many bytes."""
+    """Return sizes for a GPU of a compute capability and elements of `itemsize` bytes."""
     if itemsize > 2:
         return Prefill(Tiles(q=32, k=16), step=32, num_warps=8, num_stages=2)
     if head_dim > 128:
@@ -57,12 +57,12 @@ def prefill(capability: int, itemsize: int, head_dim: int, *, sparse: bool) -> P
 
 
 def decode(capability: int, itemsize: int, head_dim: int) -> Decode:
-    """See `prefill`."""
+    """Return sizes of decode, see `prefill`."""
     tile = 16 if itemsize > 2 else min(max(TILE_BYTES // (head_dim * itemsize), 16), 64)
     programs = PROGRAMS.get(capability, PROGRAMS[90])
     return Decode(tile, programs, num_warps=4, num_stages=3)
 
 
 def select(capability: int) -> Select:
-    """See `prefill`: as many stages as leave room for two programs of heads of 128."""
+    """Return sizes of selection: as many stages as leave room for two programs of head_dim 128."""
     return Select(num_warps=4, num_stages=2 if capability in (86, 89) or capability >= 120 else 3)

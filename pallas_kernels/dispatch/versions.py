@@ -14,13 +14,13 @@ TESTED = (
     ((0, 11), (0, 12), (0, 4), (3, 7)),
 )
 PINS = "'jax>=0.10.2,<0.12' jax-triton==0.3.1 triton==3.6.0"
-"""For pip: the first of these."""
+"""Requirements for pip: the first pair of these versions."""
 MOSAIC_GPU = (0, 10, 2), (0, 11, 2)
-"""Releases of jax."""
+"""Releases of JAX that were tested with the Mosaic GPU kernels."""
 
 
 def number(package: str) -> tuple[int, ...]:
-    """The numbers of an installed release.
+    """Return the version of an installed package as numbers.
 
     Raises:
         importlib.metadata.PackageNotFoundError: if it is not installed.

@@ -14,14 +14,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 WARPGROUP = "warpgroup"
-"""The axis of the warpgroups of a block."""
+"""Name of the axis of the warpgroups of a block."""
 BLOCK = "block"
-"""The axis of the blocks of a grid."""
+"""Name of the axis of the blocks of a grid."""
 LAYOUT = plgpu.Layout.WGMMA
 ROWS, COLUMNS = LAYOUT.reduce(1), LAYOUT.reduce(0)
-"""Layouts of a number for each row, and for each column, of a product."""
+"""Layouts of a vector along the rows, and along the columns, of a product."""
 TILED = plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)
-"""How tensor cores read 16-bit matrices from shared memory."""
+"""Transforms of 16-bit matrices in shared memory, as tensor cores read them."""
 
 
 def interpreter(**options: Any) -> Any:

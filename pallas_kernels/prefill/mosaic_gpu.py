@@ -69,8 +69,8 @@ def prefill(
     Args:
         width: keys a step at most.
         stages: steps whose keys are in shared memory, at least 2; None for `HELD` keys.
-        blocks: to share items among.
-        interpret: by `mosaic_gpu_call.interpreter`, to run on a CPU.
+        blocks: thread blocks that share the items.
+        interpret: result of `mosaic_gpu.call.interpreter`, to run on a CPU.
 
     Raises:
         Unsupported: if heads are of no size in `HOPPER_HEADS`, anything is not bfloat16, a page or

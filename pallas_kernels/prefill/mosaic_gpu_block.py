@@ -20,9 +20,9 @@ from pallas_kernels.mosaic_gpu.call import BLOCK, TILED, Warpgroup
 from pallas_kernels.shard import Shard
 
 READERS = 2
-"""Warpgroups that attend; one more fetches."""
+"""Number of warpgroups that attend; one more fetches."""
 ROWS = 64
-"""Of one of them: what a matrix product of a warpgroup has."""
+"""Rows per reader: those of a warpgroup's matrix product."""
 HEAD, ROW, FIRST, LAST, TILE, COLUMNS, ENDS = range(7)
 """Columns of the table of items: the head; its first row in memory; the row that this is without
 the padding of tiles, and the last position in the slice, for none follows later; the tile of the
@@ -35,13 +35,13 @@ class Shape:
     """Static sizes.
 
     Attributes:
-        items: of all blocks together.
-        group: rows of one position, that is heads that share an item.
-        heads_per_kv: heads of items that read one kv head.
-        pages: of the cache; `page` keys each.
-        width: keys a step.
-        block: keys a block of the plan; `width` without one.
-        stages: slots.
+        items: number of items of all blocks together.
+        group: rows of one position: heads that share an item.
+        heads_per_kv: heads of items that read one KV head.
+        pages: pages of the cache, of `page` keys each.
+        width: keys per step.
+        block: keys per block of the plan; `width` without a plan.
+        stages: number of slots.
     """
 
     blocks: int
@@ -93,7 +93,7 @@ class Inputs(NamedTuple):
         tail_keys: [K * width, H] of that step, zero after the end, like values.
         words: bits of the blocks of a plan, [heads, tiles, words].
         column_keys: [heads * columns, H], like values.
-        positions: of the columns, [heads, steps, width].
+        positions: positions of the columns, [heads, steps, width].
         covered: [heads, words of tiles, steps, width] by `plan.covered`.
     """
 

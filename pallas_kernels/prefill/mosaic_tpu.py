@@ -53,9 +53,8 @@ def prefill(
     keys in blocks of 128. Blocks of 256 lose less to starting copies than smaller ones.
 
     Args:
-        tiles: of an attention without a plan, which brings its own; rounded to whole
-            registers.
-        step: keys a step of one with a plan.
+        tiles: tile sizes without a plan, which has its own; rounded to whole registers.
+        step: keys per step with a plan.
 
     Raises:
         Unsupported: if a step of keys is not whole registers or blocks of the plan do not

@@ -55,8 +55,8 @@ def _sweep(
     """Attend to `number` steps of pieces, then to columns.
 
     Args:
-        row_at: where piece b of step j begins in the cache of a head; of any other piece if
-            it does not count.
+        row_at: row of a head's cache at which piece b of step j begins; any piece's row if it
+            does not count.
         piece_at: position of piece b of step j, and whether it counts.
         columns: `Columns` to attend to as well, or None.
     """

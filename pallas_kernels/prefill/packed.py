@@ -14,9 +14,9 @@ class Packed(NamedTuple):
     """Columns of each head, in whole steps.
 
     Attributes:
-        keys: zero where there is none, as are values.
-        local: ascending local keys, then `ABSENT`.
-        positions: of these keys, `ABSENT` where there is none.
+        keys: keys of the columns; zero where there is none, as are values.
+        local: indices of local keys in ascending order, then `ABSENT`.
+        positions: positions of these keys; `ABSENT` where there is none.
     """
 
     keys: Float[Array, "N V H"]

@@ -74,9 +74,10 @@ def prefill(
         tiles: rows, and keys of a step that no mask cuts, powers of two from 16 on; of a plan
             at most, whose own tiles these cut up.
         step: keys of a step that a mask or a border of chunks cuts.
-        num_warps: of a program.
+        num_warps: warps per program.
         num_stages: steps whose keys are in flight.
-        programs: to share a plan's tiles among, and to reach, without one, by sharing out keys.
+        programs: programs that share a plan's tiles; without a plan, keys are split between
+            programs until there are so many.
 
     Raises:
         Unsupported: if the heads are of no size in `TRITON_HEADS`, the cache of another type
@@ -320,7 +321,7 @@ def _sparse(
         bounds: [N, tiles, parts, VIEWS + 1, 3], of each part of a tile of the plan: the
             block and the column where each region ends, then where all do; with each the first
             row, as in `_dense`.
-        words: of the bits of blocks [N, tiles, WORDS].
+        words: bits of the plan's blocks, [N, tiles, WORDS].
         block_lists: [programs, 32 WORDS], and column_lists [programs, V]: of a region from its
             first block or column on. What a mask cuts is listed by local keys, all else by rows
             of the cache. list_lengths [programs, VIEWS + 1, 2] says how many are listed.

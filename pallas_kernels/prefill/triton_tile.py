@@ -109,7 +109,7 @@ def sweep(
     """Attend to steps [low, high) of keys that all rows read, all in the view of q.
 
     Args:
-        found: where blocks of BLOCK keys begin, of which the steps are; None for all keys.
+        found: rows at which the blocks of BLOCK keys begin that are read; None for all keys.
     """
     H: tl.constexpr = q.shape[1]
     within = tl.arange(0, STEP)[:, None] * H + tl.arange(0, H)

@@ -33,8 +33,8 @@ def prefill(
     """See `api.prefill`. Takes every shape; tiles shrink to what divides T and the page.
 
     Args:
-        tiles: of an attention without a plan, which brings its own.
-        width: keys a step of one with a plan.
+        tiles: tile sizes without a plan, which has its own.
+        width: keys per step with a plan.
     """
     views, T, N, H = queries.shape
     K, page = cache.keys.shape[1], cache.page

@@ -137,9 +137,9 @@ def _stream(
     """The head and page of a block, how many tiles of it have keys, and a loop over them.
 
     Args:
-        whole_ref: where the keys end that all rows see in each view.
-        cut_ref: where those end that any row sees.
-        ends_ref: where those end that each row sees; the last view has none.
+        whole_ref: end of the keys that all rows see in each view.
+        cut_ref: end of the keys that any row sees in each view.
+        ends_ref: end of the keys that each row sees in each view but the last.
 
     Returns:
         The loop takes a function of a tile's number, its logits [VOTERS, TILE] and a state, and

@@ -24,8 +24,8 @@ def top(
 
     Args:
         votes: not negative.
-        budget: how many to take; beyond `end`, all.
-        shard: of which these are the entries; the largest are those of all shards.
+        budget: number of entries to take; all if it exceeds `end`.
+        shard: shard that holds these entries; the largest of all shards are taken.
     """
     place = shard.position(jnp.arange(votes.shape[1], dtype=jnp.int32))
     rank = jax.lax.bitcast_convert_type(votes, jnp.int32)

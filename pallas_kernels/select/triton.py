@@ -233,7 +233,7 @@ def _sums(
     """Weights of one page by column and by diagonal, and by diagonal past its end, [N, P, R].
 
     Args:
-        lse: of each row over all keys, [N, M]; infinite in rows without a vote.
+        lse: log-sum-exp of each row over all keys, [N, M]; infinite in rows without a vote.
     """
     n, number = tl.program_id(0) % N, tl.program_id(0) // N
     row, h = tl.arange(0, M), tl.arange(0, H)
@@ -310,8 +310,8 @@ def _add_up(
     exchange between lanes, and what comes round the end belongs to the next group.
 
     Args:
-        carry: what falls into the first group from the tiles before it.
-        later: what falls into the second one.
+        carry: sums that earlier tiles contribute to the first group.
+        later: sums that they contribute to the second one.
 
     Returns:
         The same for the next tile.

@@ -83,8 +83,8 @@ def cut_logits(
         there: which rows there are.
         ends: pointers [M] to what `regions.row_ends` returns, `ROWS` before those of the next view.
         keys: pointers [TILE].
-        first: the first of these keys.
-        limit: where these keys end.
+        first: index of the first of these keys.
+        limit: end of these keys.
     """
     key = first + tl.arange(0, TILE)
     logits = tl.full((TILE, M), float("-inf"), tl.float32)

@@ -1,1 +1,1 @@
-"""Files of requests, answered side by side, by runs that may be killed and started again."""
+"""Batch files: requests answered with continuous batching, in runs that can be resumed."""

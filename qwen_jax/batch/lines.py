@@ -1,4 +1,4 @@
-"""The lines of a batch file: what each asks, or why it cannot be asked."""
+"""Lines of a batch file, parsed into requests or errors."""
 
 import dataclasses
 import hashlib
@@ -15,18 +15,18 @@ from qwen_jax.files.reading import RepeatedKey, json_kind, parse_json, printable
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 URLS = (CHAT, COMPLETIONS)
-"""What a line may ask for."""
+"""URLs that a line may request."""
 
 MAX_LINE_BYTES = 64 << 20
-"""Longest line that is read: a million tokens of text are about 5 MB."""
+"""Maximum length of a line in bytes: a million tokens of text are about 5 MB."""
 MOST_LINE_BYTES = 1 << 30
-"""Longest line that is passed over; a file with a longer one is no batch."""
+"""Maximum length of a line that is skipped with an error; a file with a longer one is refused."""
 
 _FIELDS = ("custom_id", "method", "url", "body")
 
 
 class BatchError(ConfigError):
-    """A batch file that cannot be run; the text names the file, the lines and the way out."""
+    """Error of a batch file that cannot be run; names the file, the lines and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,12 +34,12 @@ class Line:
     """A line of a batch file.
 
     Attributes:
-        number: its place in the file, from 1.
-        custom_id: its name; None if it has none that can be used.
-        id: made from its name (its number, if it has none) and all that it says.
-        url: what it asks for, one of `URLS`.
-        body: the request.
-        error: why it cannot be asked; `url` and `body` are then of no use.
+        number: line number, from 1.
+        custom_id: its `custom_id`; None if it has none that can be used.
+        id: hash of its `custom_id` (its number, if it has none) and its content.
+        url: requested URL, one of `URLS`.
+        body: body of the request.
+        error: reason why it is refused; `url` and `body` are then meaningless.
     """
 
     number: int
@@ -51,18 +51,18 @@ class Line:
 
 
 class Input:
-    """A batch file, which is read more than once and must stay as it is meanwhile.
+    """A batch file, which is read more than once and must not change meanwhile.
 
     Attributes:
-        path: the file.
+        path: path of the file.
     """
 
     def __init__(self, path: Path):
-        """Look at the file.
+        """Records size and time of the file, to notice changes.
 
         Raises:
             BatchError: if it is no regular file.
-            OSError: if there is none.
+            OSError: if it does not exist.
         """
         self.path = path
         if not stat.S_ISREG(path.stat().st_mode):
@@ -70,7 +70,7 @@ class Input:
         self._state = _state(path.stat())
 
     def lines(self) -> Iterator[Line]:
-        """The lines that are not blank, one at a time.
+        """Yields the lines that are not blank.
 
         Raises:
             BatchError: if the file was changed.
@@ -92,10 +92,10 @@ class Input:
             self._check(file)
 
     def _too_long(self, number: int, raw: bytes, file) -> Line:
-        """An over-long line, read to its end without being kept.
+        """Skips the rest of an over-long line; returns the line with an error.
 
         Raises:
-            BatchError: if it has no end within `MOST_LINE_BYTES`.
+            BatchError: if it does not end within `MOST_LINE_BYTES`.
         """
         digest, length = hashlib.sha256(b"%d " % number), 0
         while raw:
@@ -129,7 +129,7 @@ def _state(status: os.stat_result) -> tuple[int, ...]:
 
 
 def parse(number: int, raw: bytes) -> Line:
-    """A line from its bytes."""
+    """Parses a line from its bytes."""
     custom_id, content, url, body, error = None, raw, "", {}, None
     try:
         value, content = _decode(raw)
@@ -151,7 +151,11 @@ def parse(number: int, raw: bytes) -> Line:
 
 
 def _decode(raw: bytes) -> tuple[Any, bytes]:
-    """What a line says, and the same however it is spelled."""
+    """Parses the JSON of a line; also returns it in a canonical form.
+
+    Raises:
+        APIError: if it is not valid JSON in UTF-8.
+    """
     param = None
     try:
         value = parse_json(raw.decode("utf-8"))
@@ -166,7 +170,11 @@ def _decode(raw: bytes) -> tuple[Any, bytes]:
 
 
 def _checked(value: Any) -> tuple[str, Mapping[str, Any]]:
-    """Url and body of a line that names itself, its method and its url rightly."""
+    """Checks `custom_id`, `method` and `url` of a line; returns its URL and body.
+
+    Raises:
+        APIError: naming the field at fault.
+    """
     if not isinstance(value, dict):
         raise APIError(f"the line is {json_kind(value)}, not an object", code="invalid_json")
     name = value.get("custom_id")

@@ -1,4 +1,4 @@
-"""A batch in several processes: all work on what process 0 reads, which alone keeps records."""
+"""Batches in multi-process jobs: process 0 reads the lines and alone keeps the records."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -14,20 +14,20 @@ from qwen_jax.engine.request import Request, Sampling
 
 
 class NullSink:
-    """Where the records of a process go that keeps none."""
+    """Sink that discards records, for processes other than the first."""
 
     def add(self, *records: Record) -> None:
-        """Forgets them: another process keeps the same."""
+        """Discards records: process 0 keeps the same ones."""
 
 
 def items(read: Callable[[], Iterator[Item]], prefix: tuple[int, ...] = ()) -> Iterator[Item]:
-    """The items that process 0 reads, in all processes of a job, without what lines say.
+    """Yields the items that process 0 reads in all processes of a job, without bodies of lines.
 
-    Each process must take them at the same steps.
+    All processes must iterate at the same steps.
 
     Args:
-        read: called by process 0 alone.
-        prefix: what all prompts begin with, which is not sent.
+        read: returns the items; called by process 0 alone.
+        prefix: token ids that all prompts begin with, which are not sent.
     """
     if multihost.is_alone():
         yield from read()
@@ -40,7 +40,7 @@ def items(read: Callable[[], Iterator[Item]], prefix: tuple[int, ...] = ()) -> I
 
 
 def _encoded(item: Item | None, known: int) -> dict[str, Any] | None:
-    """An item for JSON, without the tokens that are known."""
+    """Encodes an item as JSON, without the first `known` tokens of its prompt."""
     if item is None:
         return None
     line, asked = item

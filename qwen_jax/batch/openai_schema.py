@@ -1,4 +1,4 @@
-"""Bodies of OpenAI's requests for completions, and the errors that refuse one."""
+"""Request bodies of OpenAI's completion APIs, and the errors that refuse them."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
@@ -13,7 +13,7 @@ IGNORED = frozenset(
     "model user metadata store service_tier safety_identifier prompt_cache_key "
     "prompt_cache_retention".split()
 )
-"""Fields without effect, whatever they say."""
+"""Fields that are accepted and ignored, whatever their value."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -30,11 +30,11 @@ Count = Annotated[int, Meta(ge=1, lt=1 << 31)]
 
 
 class APIError(ValueError):
-    """A request that is refused, as an OpenAI error.
+    """Error of a refused request, in OpenAI's terms.
 
     Attributes:
-        code: a word for it.
-        param: the field at fault, if it is one.
+        code: error code, one word.
+        param: field at fault; None if it is not one field.
         status: HTTP status.
     """
 
@@ -71,7 +71,7 @@ class Message(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Body(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Fields of both kinds of request; None where one was left out."""
+    """Fields of both kinds of request; None for a field that was left out."""
 
     max_tokens: Count | None = None
     temperature: float | None = None
@@ -84,7 +84,7 @@ class Body(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     ignore_eos: bool = False
 
     neutral = _NEUTRAL
-    """Fields that are taken with these values, which change nothing."""
+    """Fields that are accepted with these neutral values only."""
 
 
 class ChatCompletionRequest(Body, frozen=True, kw_only=True):
@@ -150,12 +150,12 @@ def read(kind: type[Kind], body: Mapping[str, Any]) -> Kind:
 
 
 def said(value: Any) -> str:
-    """A value for an error, cut where it is long."""
+    """Formats a value for an error, cut if it is long."""
     return printable(repr(value), 41)
 
 
 def _without_nothing(message: Any) -> Any:
-    """A message without fields that say nothing: null, or [] beside its content."""
+    """Removes fields of a message that are null, or [] beside its content."""
     if not isinstance(message, dict):
         return message
     empty = {"content": (None,)}
@@ -163,7 +163,7 @@ def _without_nothing(message: Any) -> Any:
 
 
 def _refusal(text: str) -> APIError:
-    """The error for what msgspec found at fault."""
+    """Builds the error for a validation error of msgspec."""
     found = FAULT.fullmatch(text)
     assert found is not None
     what, name, fault, path = found.groups()

@@ -1,4 +1,4 @@
-"""Requests to the engine from lines of a batch file."""
+"""Reader: builds engine requests from lines of a batch file."""
 
 import dataclasses
 import functools
@@ -24,12 +24,12 @@ _OF_SAMPLES = ("top_k", "top_p", "min_p")  # without effect on greedy answers
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Defaults:
-    """What a line gets that does not say.
+    """Default settings of lines that do not give their own.
 
     Attributes:
-        max_new_tokens: longest answer, in tokens.
-        sampling: its seed is mixed with the name of each line.
-        stop: texts that end an answer.
+        max_new_tokens: maximum length of an answer in tokens.
+        sampling: sampling settings, whose seed is mixed with the name of each line.
+        stop: stop strings.
     """
 
     max_new_tokens: int
@@ -39,7 +39,7 @@ class Defaults:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedLine:
-    """A line as a request to the engine."""
+    """A line with its engine request and stop strings."""
 
     line: Line
     request: Request
@@ -51,20 +51,20 @@ class ParsedLine:
 
     @property
     def size(self) -> int:
-        """Tokens of the prompt and of the longest answer."""
+        """Tokens of the prompt and of the longest possible answer."""
         return len(self.request.prompt) + self.request.max_new_tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reader:
-    """Makes requests of lines.
+    """Builds engine requests from lines.
 
     Attributes:
-        vocab_size: of the model: ids in a prompt are below it.
-        max_len: longest prompt and answer together, in tokens.
+        vocab_size: vocabulary size of the model; ids in a prompt are below it.
+        max_len: maximum length of prompt and answer together, in tokens.
         eos_ids: token ids that end a completion.
-        prefix: tokens that every prompt goes on after; empty for none.
-        in_turn: whether they end inside the turn of a user.
+        prefix: token ids that are prepended to every prompt; () for none.
+        in_turn: whether the prefix ends inside a user's turn.
     """
 
     tokenizer: Tokenizer
@@ -77,17 +77,17 @@ class Reader:
 
     @functools.cached_property
     def _turn_end_ids(self) -> tuple[int, ...]:
-        """Token ids that end a turn; refuses a tokenizer that knows none."""
+        """Token ids that end a turn; raises TokenizerError if the model has none."""
         self.tokenizer.check_chatml()
         end = self.tokenizer.control("<|im_end|>")
         return self.eos_ids if end in self.eos_ids else (*self.eos_ids, end)
 
     def read(self, line: Line) -> ParsedLine:
-        """The request of a line.
+        """Builds the request of a line.
 
         Raises:
-            APIError: if it cannot be honoured to the letter.
-            TokenizerError: if the model does not chat and the line asks it to.
+            APIError: if it cannot be served exactly as asked.
+            TokenizerError: if the line is a chat and the model has no chat format.
         """
         if line.error is not None:
             raise line.error
@@ -148,7 +148,7 @@ class Reader:
         return tuple(self.tokenizer.encode_chat(turns))
 
     def _after_prefix(self, messages: list[Message]) -> tuple[int, ...]:
-        """Messages whose first one goes on with the turn in which the prefix ends."""
+        """Encodes messages, the first of which continues the turn in which the prefix ends."""
         if not self.in_turn:
             raise APIError(
                 "messages cannot follow a KV session of raw text: use /v1/completions, or prefill "
@@ -190,6 +190,6 @@ def _answer_limit(body: ChatCompletionRequest) -> int | None:
 
 
 def _seed(seed: int, line: Line) -> int:
-    """A seed of its own for each line, the same in every run."""
+    """Derives a seed for each line, the same in every run."""
     name = f"{seed} {line.custom_id}".encode("utf-8", "surrogatepass")
     return int.from_bytes(hashlib.sha256(name).digest()[:4])

@@ -1,4 +1,4 @@
-"""Results of a batch: records in OpenAI's format, in a file that a new run continues."""
+"""Results of a batch: records in OpenAI's format, in a file that a new run resumes."""
 
 import json
 import os
@@ -50,10 +50,12 @@ class _Line(schema.Record, frozen=True):
 def answered(
     asked: ParsedLine, text: str, *, finish: Literal["stop", "length"], new_tokens: int, model: str
 ) -> Record:
-    """The record of a line that has its answer.
+    """Builds the record of an answered line.
 
     Args:
-        new_tokens: tokens of the answer, without the one that ended it.
+        text: text of the answer.
+        finish: reason why it ended.
+        new_tokens: tokens of the answer, without the end token.
         model: name of the model.
     """
     prompt_tokens = len(asked.request.prompt)
@@ -79,7 +81,7 @@ def answered(
 
 
 def failed(line: Line, error: APIError) -> Record:
-    """The record of a line that gets no answer."""
+    """Builds the record of a line that was refused or failed."""
     kind = "server_error" if error.status >= 500 else "invalid_request_error"
     body = {
         "error": {
@@ -106,19 +108,20 @@ def _digest(line: Line) -> str:
 
 
 class Results:
-    """The output file, one record for each line of the input, in the order of completion.
+    """Output file, one record for each line of the input, in order of completion.
 
-    What the records depend on lies beside it, in `FILE.meta`, which says that it is ours.
+    The settings that the records depend on are in `FILE.meta` beside it, which also marks the
+    file as written by this program.
 
     Attributes:
-        num_errors: records of lines that got no answer.
+        num_errors: number of records of refused or failed lines.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]):
-        """Open or create the file, cut off half a line at its end, read what is there.
+        """Opens or creates the file, cuts off a partial last line, and reads its records.
 
         Raises:
-            JournalError: if another run has it, or it or the file beside it holds something
+            JournalError: if another run has locked it, or it or `FILE.meta` holds something
                 else, or results of other settings.
             OSError: if it cannot be opened.
         """
@@ -153,10 +156,10 @@ class Results:
         return len(self._ids)
 
     def has(self, line: Line) -> bool:
-        """Whether a line has its record.
+        """Returns True if the file has the record of a line.
 
         Raises:
-            BatchError: if that is the record of another line of the same name.
+            BatchError: if it is the record of another line of the same `custom_id`.
         """
         name = _name(line.custom_id, line.id)
         if name not in self._ids:
@@ -170,10 +173,10 @@ class Results:
         return True
 
     def add(self, *records: Record) -> None:
-        """Keep records; they are on disk when this returns.
+        """Appends records; they are on disk when this returns.
 
         Raises:
-            JournalError: if the disk is full or fails; none of them is kept.
+            JournalError: if the disk is full or fails; none of them is stored then.
         """
         self._journal.append(*records)
         for record in records:
@@ -204,15 +207,15 @@ class Results:
 
 
 def _name(custom_id: str | None, number: str) -> tuple[str, str]:
-    """What a result is found by: a line without a name has its id."""
+    """Returns the key of a result: the `custom_id` of its line, or the line's id without one."""
     return ("id", number) if custom_id is None else ("custom_id", custom_id)
 
 
 def _read_meta(path: Path, meta: Path) -> dict[str, Any] | None:
-    """The settings in the file beside an output; None if there is none.
+    """Reads the settings in the file beside an output; None if it does not exist.
 
     Raises:
-        JournalError: if it is not one of ours.
+        JournalError: if this program did not write it.
     """
     if not os.path.lexists(meta):
         return None

@@ -1,4 +1,4 @@
-"""The loop of a batch: lines into the engine as rows become free, records out as they end."""
+"""Batch loop: feeds lines to the engine as rows become free, and writes records as they end."""
 
 import dataclasses
 import hashlib
@@ -16,39 +16,39 @@ from qwen_jax.text.tokenizer import Stream, Tokenizer
 _REFUSALS = 64  # written at once
 
 Item = tuple[Line, ParsedLine | APIError]
-"""A line, and the request that it makes or why it makes none."""
+"""A line, and its request or the error that refuses it."""
 
 
 @runtime_checkable
 class Engine(Serving, Protocol):
-    """What the loop needs of an engine or of replicas."""
+    """Interface of an engine or of replicas that the loop needs."""
 
     @property
     def max_seqs(self) -> int:
-        """Requests that run at once."""
+        """Maximum number of requests that run at once."""
         ...
 
 
 @runtime_checkable
 class Kept(Protocol):
-    """Where records go, such as `Results`."""
+    """Sink of records, such as `Results`."""
 
     def add(self, *records: Record) -> None:
-        """Keeps records; they are on disk when this returns."""
+        """Stores records; they are on disk when this returns."""
         ...
 
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class Totals:
-    """What lines come to.
+    """Totals over lines.
 
     Attributes:
-        answered: lines with an answer.
-        refused: lines with an error.
-        prompt_tokens: of lines with an answer.
-        new_tokens: of their answers.
-        work: tokens of prompts and of the longest answers, those of lines that are still
-            running as far as they are.
+        answered: number of lines with an answer.
+        refused: number of lines with an error.
+        prompt_tokens: prompt tokens of lines with an answer.
+        new_tokens: tokens of their answers.
+        work: tokens of prompts and of the longest possible answers; of lines that are still
+            running, the tokens processed so far.
     """
 
     answered: int = 0
@@ -64,7 +64,7 @@ class Totals:
 
 @dataclasses.dataclass(slots=True)
 class _Answering:
-    """A line that the engine works on."""
+    """A line that the engine is answering."""
 
     asked: ParsedLine
     stream: Stream
@@ -79,7 +79,7 @@ class _Answering:
             self.parts.append(self.stream.push(event.tokens))
 
     def record(self, event: Event, model: str) -> Record:
-        """What it came to, once the engine is done with it."""
+        """Builds the record of the line from its last event."""
         if event.error is not None:
             return results.failed(
                 self.asked.line, APIError(event.error, code="not_finite", status=500)
@@ -95,7 +95,7 @@ class _Answering:
 
 
 def items(source: Input, reader: Reader) -> Iterator[Item]:
-    """The lines of a file as requests, one at a time.
+    """Yields the lines of a file with their requests.
 
     Raises:
         BatchError: if two lines have one custom_id, or the file was changed.
@@ -118,13 +118,13 @@ def items(source: Input, reader: Reader) -> Iterator[Item]:
 
 
 def missing(asked: Iterable[Item], kept: Results, there: Totals) -> Iterator[Item]:
-    """Those that have no record yet.
+    """Yields the items that have no record yet.
 
     Args:
-        there: counts the others.
+        there: totals to which the others are added.
 
     Raises:
-        BatchError: if a record is that of another line of the same name.
+        BatchError: if a record is that of another line of the same `custom_id`.
     """
     for line, request in asked:
         if not kept.has(line):
@@ -146,19 +146,19 @@ def run(
     stopped: Callable[[], object] = lambda: False,
     on_step: Callable[[Totals], None] = lambda _: None,
 ) -> Totals:
-    """Gives each line a record; returns what this came to.
+    """Answers lines and writes a record for each; returns the totals.
 
-    No more prompts are held than twice the requests that the engine runs at once.
+    Holds at most twice as many prompts as the engine runs at once.
 
     Args:
-        model: its name in the records.
-        stopped: asked between steps; once it is true nothing more is begun, and what is
-            running is left without a record.
-        on_step: told after each step what has been done so far.
+        model: name of the model in the records.
+        stopped: called between steps; once it returns True no line is begun, and running lines
+            are left without a record.
+        on_step: called after each step with the totals so far.
 
     Raises:
         JournalError: if a record cannot be written.
-        Preempted: in all processes of a job after the same step, if it is to end.
+        Preempted: in all processes of a job after the same step, if the job is being preempted.
     """
     done = Totals()
     running: dict[int, _Answering] = {}

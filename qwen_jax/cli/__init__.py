@@ -1,4 +1,4 @@
-"""Command line: a file per verb, thin."""
+"""Command line, with a file per verb."""
 
 import contextlib
 import importlib
@@ -26,7 +26,7 @@ from qwen_jax.text.tokenizer import TokenizerError
 # Verb -> module, object in it, summary. Modules are imported when their verb is used:
 # most need jax, for which `--help` should not wait.
 VERBS = {
-    "convert": ("convert", "convert", "Convert a Hugging Face checkpoint to ours."),
+    "convert": ("convert", "convert", "Convert a Hugging Face checkpoint to an Orbax checkpoint."),
     "export": (
         "convert",
         "export",
@@ -40,10 +40,10 @@ VERBS = {
     "inspect": (
         "inspect",
         "inspect",
-        "Say what a checkpoint holds, from its headers: no weight is read.",
+        "Describe a checkpoint from its headers, without reading weights.",
     ),
     "verify": ("inspect", "verify", "Check that a checkpoint is whole."),
-    "plan": ("plan", "plan", "Say whether a length fits on devices, before renting them."),
+    "plan": ("plan", "plan", "Estimate memory and the longest context on a topology."),
     "export-job": (
         "export_job",
         "export_job",
@@ -222,7 +222,7 @@ def _root(
 
 
 def _usage(error: Any) -> int:
-    """Complains about a command line and says where to look."""
+    """Prints the error of a command line and where to find help; returns the exit code."""
     if type(error).__name__ == "NoArgsIsHelpError":
         print(error.format_message())
         return 2
@@ -231,7 +231,7 @@ def _usage(error: Any) -> int:
 
 
 def _fault(error: OSError) -> str:
-    """A complaint of the operating system, with the files it is about."""
+    """Formats an error of the operating system, with the files that it names."""
     if error.filename is None:
         error = _flush(sys.stdout) or error
     names = [name for name in (error.filename, error.filename2) if name is not None]
@@ -240,9 +240,9 @@ def _fault(error: OSError) -> str:
 
 
 def _flush(*streams: Any) -> OSError | None:
-    """Writes out what streams hold back; those that cannot take it are silent from then on.
+    """Flushes streams; those that fail are silenced.
 
-    Python would flush them once more at its end, and print the failure beside the error's line.
+    Python would flush them once more at exit, and print the failure beside the error's line.
 
     Returns:
         The first failure, with the name of its stream.

@@ -92,21 +92,22 @@ def answer(
 
 
 def write(text: str) -> None:
-    """Puts a piece of an answer on stdout at once."""
+    """Writes a piece of an answer to stdout and flushes it."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 @contextlib.contextmanager
 def interrupts(*also: signal.Signals) -> Iterator[Callable[[], int]]:
-    """Within it Ctrl-C is only remembered, so that no step is torn; a second one interrupts.
+    """Records the first Ctrl-C instead of raising, so that steps complete; a second one raises.
 
-    In a job of several processes, which would have to remember it at the same step, it ends all.
+    In a multi-process job, which would have to act on it at the same step, Ctrl-C ends all
+    processes.
 
-    Yields what says which signal came, 0 for none.
+    Yields a function that returns the number of the recorded signal, 0 for none.
 
     Args:
-        also: signals that are remembered too; none of them interrupts.
+        also: other signals to record; none of them interrupts.
     """
     if not multihost.is_alone():
         yield lambda: 0

@@ -1,4 +1,4 @@
-"""batch: answer a file of requests, in runs that may be killed and started again."""
+"""batch: answer a file of requests, in runs that can be resumed."""
 
 import contextlib
 import dataclasses
@@ -116,11 +116,11 @@ def batch(
 
 @dataclasses.dataclass(slots=True, kw_only=True)
 class _Total(Totals):
-    """All lines; `new_tokens` are those of the longest answers.
+    """Totals over all lines; `new_tokens` are those of the longest possible answers.
 
     Attributes:
-        longest: tokens of the longest prompt and answer together.
-        longest_line: where that is.
+        longest: most tokens of a prompt and its longest possible answer together.
+        longest_line: line number of that prompt.
     """
 
     longest: int = 0
@@ -128,7 +128,7 @@ class _Total(Totals):
 
 
 def _reader(llm: LLM | Session, flags: AnswerFlags) -> Reader:
-    """Makes requests of lines, with what the flags say to those that do not."""
+    """Builds the reader of lines, with the flags as defaults."""
     opened, kept, tokenizer = llm.opened, llm.kept, llm.tokenizer
     sampling, stops = flags.sampling(opened.generation), flags.stops()
     note(flags.described(sampling), Level.DETAIL)
@@ -144,7 +144,7 @@ def _reader(llm: LLM | Session, flags: AnswerFlags) -> Reader:
 
 
 def _check_output(requests: Path, results: Path) -> None:
-    """Refuses before the work what would fail after it."""
+    """Checks, before long work, that the output can be written and is not the input."""
     atomic.prepare(results)
     if results.exists() and os.path.samefile(requests, results):
         raise ConfigError(f"{results} is the file of the requests: name another output")
@@ -153,7 +153,7 @@ def _check_output(requests: Path, results: Path) -> None:
 def _scan(
     source: Input, reader: Reader, stopped: Callable[[], int], *, show: bool = False
 ) -> _Total:
-    """What the lines come to; refuses those that have one name.
+    """Computes the totals over the lines; two lines of one `custom_id` are an error.
 
     Args:
         show: print a row for each line.
@@ -192,7 +192,7 @@ def _plan(
     topology: str | None,
     price: float | None,
 ) -> None:
-    """Prints sums over the lines, and what the planner says of the longest."""
+    """Prints totals over the lines, and the planner's estimate for the longest."""
     from qwen_jax.cli import plan
     from qwen_jax.distributed import sharding
     from qwen_jax.engine import memory
@@ -249,10 +249,10 @@ def _answer(
     began: float,
     stopped: Callable[[], int],
 ) -> None:
-    """Gives every line a record, as far as it is not stopped, and says what this took.
+    """Answers every line, until it is stopped, and prints time and cost.
 
     Args:
-        source: None in a process that neither reads lines nor keeps records.
+        source: input file; None in a process that neither reads lines nor writes records.
     """
     llm.opened.mesh()  # before anything asks for devices
     there, done, engine, records = Totals(), Totals(), None, None
@@ -296,7 +296,7 @@ def _answer(
 
 
 def _settings(llm: LLM | Session, reader: Reader) -> dict[str, Any]:
-    """What the results depend on, beside the lines."""
+    """Returns everything that the results depend on but the lines, for JSON."""
     opened, kept = llm.opened, llm.kept
     flags, defaults = opened.options, reader.defaults
     session = {} if kept is None else {"kv": kept.session.identity.tokens_sha256[:16]}
@@ -315,7 +315,7 @@ def _settings(llm: LLM | Session, reader: Reader) -> dict[str, Any]:
 
 
 def _fingerprint(directory: Path) -> str:
-    """Checksum of a model and its tokenizer, the same before and after conversion."""
+    """Returns a checksum of a model and its tokenizer, the same before and after conversion."""
     files = sessions.tokenizer_fingerprint(
         directory, (*sessions.TOKENIZER_FILES, "generation_config.json")
     )
@@ -349,7 +349,7 @@ def shown(progress: Progress, total: Totals, there: Totals) -> Callable[[Totals]
 
 
 def _described(done: Totals, total: Totals, there: Totals) -> str:
-    """What has been done, in a line: `5 of 12 lines, 1 error, 1,234 + 56 tokens`."""
+    """Formats progress as a line: `5 of 12 lines, 1 error, 1,234 + 56 tokens`."""
     return (
         f"{done.lines + there.lines:,} of {_count(total.lines, 'line')}, "
         f"{_count(done.refused + there.refused, 'error')}, "

@@ -1,4 +1,4 @@
-"""bench: how fast a model prefills and decodes on this device."""
+"""bench: speed of prefill and decode on this device."""
 
 import json as json_format
 import statistics
@@ -81,7 +81,7 @@ def bench(
 def run(
     engine, prompt: tuple[int, ...], new_tokens: int, clock: Callable[[], float] = time.perf_counter
 ) -> tuple[float, float]:
-    """Seconds to the first token of a greedy answer and from there to its last."""
+    """Returns seconds to the first token of a greedy answer, and from there to its last."""
     start = first = clock()
     engine.add(Request(prompt=prompt, max_new_tokens=new_tokens))
     count = 0
@@ -94,7 +94,7 @@ def run(
 
 
 def row(what: str, context: int, tokens: int, seconds: list[float]) -> dict[str, Any]:
-    """One line of the table."""
+    """Returns one row of the table, as a JSON object."""
     median = statistics.median(seconds)
     return {
         "what": what,

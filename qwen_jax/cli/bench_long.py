@@ -100,12 +100,12 @@ def decode(
 def measure(
     opened: Model, tokens: int, new_tokens: int, repeats: int, *, random: bool, split: bool
 ) -> dict[str, Any]:
-    """Medians of some runs, and the runs, as JSON has them.
+    """Times prefill and decode; returns medians and single runs, as a JSON object.
 
-    The prompt may be longer than the checkpoint declares: nobody reads the answer.
+    The prompt may be longer than the checkpoint declares, because the answer is not used.
 
     Args:
-        split: also what the time goes into (`parts`).
+        split: also measure the parts of the time, see `parts`.
     """
     weights = opened.weights(random=random)
     engine = opened.engine(tokens + new_tokens, weights=weights)
@@ -147,15 +147,15 @@ def parts(
     sparse: bool,
     decode: bool,
 ) -> dict[str, float]:
-    """Seconds of a prefill, or of a token, by what they go into: differences between runs.
+    """Splits the seconds of a prefill, or of a token, into parts, by differences between runs.
 
     *Linear* is layers without attention: projections, norms, MLP, and writing the cache. *Rest*
-    is embedding, logits and the host's part; in prefill also the last layer, which reads one token.
+    is embedding, logits and host time; in prefill also the last layer, which computes one token.
 
     Args:
-        time: seconds of a model without its attention.
-        whole: seconds of the model as it is.
-        sparse: whether prefill is, so that selection takes a part of it.
+        time: returns the seconds of a model without its attention.
+        whole: seconds of the unchanged model.
+        sparse: whether prefill is sparse, so that selection is one of the parts.
         decode: whether these are seconds of a token.
     """
     bare = time(opened, weights)
@@ -174,7 +174,7 @@ def parts(
 
 
 def _first_layer(weights) -> dict[str, Any]:
-    """The weights of a model with its first layer only, placed as they are."""
+    """Returns the weights of a model with its first layer only, with the same placement."""
 
     def first(leaf):
         return jax.jit(lambda x: x[:1], out_shardings=leaf.sharding)(leaf)
@@ -183,7 +183,7 @@ def _first_layer(weights) -> dict[str, Any]:
 
 
 def _runs(engine, opened: Model, tokens: int, new_tokens: int, repeats: int) -> list[Answer]:
-    """Answers to prompts of random tokens, none of which compiled anything."""
+    """Answers prompts of random tokens, after a run that compiles everything."""
     rng = np.random.default_rng(0)
 
     def run(length: int, new: int) -> Answer:
@@ -206,17 +206,20 @@ def _runs(engine, opened: Model, tokens: int, new_tokens: int, repeats: int) -> 
 
 
 def _ttft(runs: list[Answer]) -> float:
-    """Median seconds to the first token."""
+    """Returns the median seconds to the first token."""
     return statistics.median(each.timings.ttft_s for each in runs)
 
 
 def _decode_s(runs: list[Answer]) -> float:
-    """Median seconds of a token after the first."""
+    """Returns the median seconds per token after the first."""
     return 1 / statistics.median(each.timings.decode_tokens_per_s for each in runs)
 
 
 def warm_up_tokens(tokens: int, largest: int, opened: Model) -> int:
-    """A prompt that is prefilled as one of `tokens` is, with the same rest after whole slices."""
+    """Returns the length of a short prompt that needs the same programs as one of `tokens`.
+
+    It has the same remainder after whole slices.
+    """
     least = 2 * largest
     if opened.sparse is not None and tokens > opened.sparse.threshold:
         least = max(least, opened.sparse.threshold + 1)
@@ -227,7 +230,7 @@ def warm_up_tokens(tokens: int, largest: int, opened: Model) -> int:
 def _opened(
     model: Path | None, config: str | None, random: bool, flags: ModelFlags
 ) -> Iterator[Model]:
-    """The model that was named, without its weights.
+    """Opens the named model, without its weights.
 
     Raises:
         ConfigError: if there is none, or more than one, or it has no weights.

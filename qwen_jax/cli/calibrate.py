@@ -134,7 +134,7 @@ def calibrate(
 
 
 class _Surveyor:
-    """Samples of texts, made once and kept until `clear`."""
+    """Measures samples of texts, stored until `clear`."""
 
     def __init__(self, opened: Model, grid: Grid, sizes: list[int], samples: int, kept: Path):
         self._opened, self._grid, self._sizes, self._samples = opened, grid, sizes, samples
@@ -144,7 +144,7 @@ class _Surveyor:
         self._progress: list[calibration.Progress] = []
 
     def tokens(self, flag: str, paths: list[Path]) -> tuple[int, ...]:
-        """The tokens of some files.
+        """Reads and encodes files.
 
         Raises:
             ConfigError: if they are fewer than the longest text.
@@ -161,7 +161,7 @@ class _Surveyor:
         return ids
 
     def samples(self, ids: tuple[int, ...]) -> dict[int, list[calibration.Sample]]:
-        """Samples by length, of texts spread evenly over the tokens."""
+        """Returns samples by length, of texts spread evenly over the tokens."""
         progress = calibration.Progress(
             self._kept,
             {
@@ -193,7 +193,7 @@ class _Surveyor:
         return found
 
     def clear(self) -> None:
-        """Delete what was kept."""
+        """Deletes the stored samples."""
         for progress in self._progress:
             progress.clear()
 
@@ -216,7 +216,7 @@ def _print(budgets: calibration.Budgets, speedup: dict[str, float] | None = None
 
 
 def check_ours(out: Path, report: Path) -> None:
-    """Refuses to replace what no calibration wrote."""
+    """Refuses to replace files that no calibration wrote."""
     found = {}
     if os.path.lexists(report):
         with contextlib.suppress(ValueError):
@@ -229,7 +229,7 @@ def check_ours(out: Path, report: Path) -> None:
 
 
 def _sha256(path: Path) -> str | None:
-    """Checksum of a file that may hold budgets; None for one that cannot."""
+    """Returns the SHA-256 of a file that may hold budgets; None for one that cannot."""
     try:
         return hashlib.sha256(reading.read_bytes(path, limit=reading.JSON_BYTES)).hexdigest()
     except reading.FileError:
@@ -237,7 +237,7 @@ def _sha256(path: Path) -> str | None:
 
 
 def _slices(opened: Model) -> tuple[int, ...]:
-    """Those of a sparse prefill, since the last queries of a slice choose for all of it."""
+    """Returns the slice lengths of sparse prefill, in each of which the last queries vote."""
     if opened.options.slice is not None:
         return (opened.options.slice,)
     return EngineLayout.resolve(
@@ -249,7 +249,7 @@ def _slices(opened: Model) -> tuple[int, ...]:
 
 
 def _watched(surveys, length: int, label: str):
-    """The surveys, with a line of progress now and then."""
+    """Yields the surveys, and prints occasional lines of progress."""
     begin = said = time.monotonic()
     for start, count, survey in surveys:
         yield start, count, survey

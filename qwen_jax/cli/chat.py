@@ -75,7 +75,7 @@ def chat(
 class Conversation:
     """Turns of a conversation as token ids, and the commands that act on them.
 
-    The ids of the model's own answers are kept as it gave them, so that every
+    The ids of the model's answers are kept unchanged, so that every
     prompt begins with the one before it and the engine finds it in its cache.
     """
 
@@ -100,7 +100,7 @@ class Conversation:
         }
 
     def talk(self, lines: Iterator[str]) -> None:
-        """Answers messages and obeys commands until /quit or the end of `lines`."""
+        """Answers messages and runs commands until /quit or the end of `lines`."""
         for line in lines:
             text = line.strip()
             if text == "/quit":
@@ -187,10 +187,10 @@ class Conversation:
 
 
 def _piped() -> Iterator[str]:
-    """Lines of standard input.
+    """Yields lines of standard input.
 
     Raises:
-        ConfigError: if a line has no end.
+        ConfigError: if a line is too long.
     """
     if isinstance(sys.stdin, io.TextIOWrapper):  # what is not UTF-8 is refused as a message
         sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
@@ -201,7 +201,7 @@ def _piped() -> Iterator[str]:
 
 
 def _typed() -> Iterator[str]:
-    """Lines as the user types them; Ctrl-C clears one, Ctrl-D ends them."""
+    """Yields lines that the user types; Ctrl-C clears one, Ctrl-D ends the input."""
     from prompt_toolkit import PromptSession
 
     session: PromptSession[str] = PromptSession(history=_history())
@@ -214,7 +214,7 @@ def _typed() -> Iterator[str]:
 
 
 def _history():
-    """Lines typed before, in a file; in memory only where none can be kept."""
+    """Returns the input history, in a file if possible, else in memory."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     class History(FileHistory):

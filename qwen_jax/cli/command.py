@@ -1,4 +1,4 @@
-"""Commands as Typer makes them, with sections in their help, ranges of numbers and `-v`, `-q`."""
+"""Typer commands with help sections, number ranges, and the flags `-v` and `-q`."""
 
 import inspect
 import re
@@ -35,7 +35,7 @@ _SHOWN = 60  # characters of a value in an error
 
 
 class App(typer.Typer):
-    """Verbs under one word, such as those of `eval`."""
+    """Group of verbs under one word, such as those of `eval`."""
 
     def __init__(self, summary: str):
         super().__init__(
@@ -58,7 +58,7 @@ class App(typer.Typer):
 
 
 def command(name: str, verb: Callable) -> Any:
-    """A verb as a command."""
+    """Builds the command of a verb."""
     app = typer.Typer(add_completion=False, **PLAIN)
     app.command(cls=Command, help=teach(verb))(verb)
     made = typer.main.get_command(app)
@@ -67,14 +67,14 @@ def command(name: str, verb: Callable) -> Any:
 
 
 def teach(verb: Callable, more: str = "") -> str:
-    """A docstring as help: without the sections for readers of code, `more` before examples."""
+    """Builds help from a docstring, without Args, Raises and Returns; `more` precedes examples."""
     text = re.split(r"\n\n(?:Args|Raises|Returns):\n", inspect.getdoc(verb) or "")[0]
     head, examples, tail = text.partition("\n\nExamples:\n")
     return "\n\n".join(filter(None, (head, more.strip()))) + examples + tail
 
 
 class _Formatter(_HelpFormatter):
-    """Help of 40 to 80 columns without cut words; indented paragraphs stay as they are."""
+    """Formats help to 40 to 80 columns without breaking words; keeps indented paragraphs."""
 
     def __init__(self, **_):
         super().__init__(width=min(max(shutil.get_terminal_size().columns, 40), 80) - 2)
@@ -93,7 +93,7 @@ class _Formatter(_HelpFormatter):
                 self.write(self._filled(paragraph, indent, indent))
 
     def align(self, names: Iterable[str]) -> None:
-        """Has descriptions begin in one column, beside all these names."""
+        """Aligns descriptions in one column to the right of all these names."""
         self.names = min(max(map(len, names), default=0), _NAMES)
 
     def write_dl(self, rows, col_max: int = _NAMES, col_spacing: int = 2) -> None:
@@ -124,7 +124,7 @@ class _Formatter(_HelpFormatter):
 
 
 class _Helpful:
-    """What commands and groups have in common."""
+    """Common base of commands and groups: help, and flags for output."""
 
     params: list[Any]
     help: str | None
@@ -163,7 +163,7 @@ class _Helpful:
 
 
 class Command(_Helpful, typer.core.TyperCommand):
-    """A verb."""
+    """Command of a verb."""
 
     def parse_args(self, ctx, args: list[str]) -> list[str]:
         given = list(args)
@@ -174,11 +174,11 @@ class Command(_Helpful, typer.core.TyperCommand):
         return rest
 
     def _check(self, raw: dict[str, Any], values: dict[str, Any]) -> None:
-        """Refuses empty words and numbers out of range, before anything is done.
+        """Refuses empty texts and numbers out of range, before the verb runs.
 
         Args:
             raw: words of the command line, by parameter.
-            values: what Typer makes of them.
+            values: values that Typer parsed from them.
 
         Raises:
             ConfigError: naming the flag.
@@ -201,7 +201,7 @@ class Command(_Helpful, typer.core.TyperCommand):
 
 
 class Group(_Helpful, typer.core.TyperGroup):
-    """A word with verbs under it."""
+    """Command group: a word with verbs under it."""
 
     def format_options(self, ctx, formatter) -> None:
         super().format_options(ctx, formatter)
@@ -211,7 +211,7 @@ class Group(_Helpful, typer.core.TyperGroup):
             formatter.write_dl(summaries)
 
     def summaries(self) -> list[tuple[str, str]]:
-        """Verbs, and what each does in a sentence."""
+        """Returns verbs with their one-sentence summaries."""
         return [
             (name, (each.help or "").partition("\n\n")[0]) for name, each in self.commands.items()
         ]
@@ -233,7 +233,7 @@ class Group(_Helpful, typer.core.TyperGroup):
 
 
 def complaint(error: Any) -> str:
-    """What is wrong with a command line, in one line."""
+    """Formats a usage error as one line."""
     param, message = getattr(error, "param", None), error.format_message().rstrip(".")
     cause = error.__cause__
     if type(error).__name__ == "NoSuchOption":

@@ -1,4 +1,4 @@
-"""Where verbs print tables, bars and pictures."""
+"""Console for tables, bars and pictures."""
 
 import sys
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ _WHOLE = 1 << 20  # columns of what is no terminal: no line ends early
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A console that prints text as it is, without markup, emoji or highlights.
+    """Returns a console that prints text unchanged, without markup, emoji or highlights.
 
-    What is no terminal gets whole lines, whatever COLUMNS says.
+    Lines are not wrapped if the output is not a terminal, whatever COLUMNS says.
     """
     made = Console(stderr=stderr, markup=False, emoji=False, highlight=False)
     if not made.file.isatty():
@@ -23,7 +23,7 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def shorten(path: str, width: int) -> str:
-    """A path without folders in its middle, so that it fits; the name of the file stays whole.
+    """Shortens a path by folders in its middle; the name of the file stays whole.
 
     Args:
         width: columns of the terminal; a name of more exceeds them.

@@ -1,4 +1,4 @@
-"""doctor: what is installed, what runs, what is missing."""
+"""doctor: report on installed packages, devices and missing extras."""
 
 import importlib.metadata
 import json
@@ -23,7 +23,7 @@ from qwen_jax.models.presets import NAMES
 from qwen_jax.planner import devices
 
 INSTALL = "pip install -e '.[{}]' in a checkout of qwen-jax"
-"""How what an extra names is installed."""
+"""Command that installs an extra, whose name replaces `{}`."""
 _PACKAGES = (
     "qwen-jax jax jaxlib flax orbax-checkpoint numpy safetensors tokenizers libtpu "
     "jax-cuda12-plugin jax-cuda13-plugin jax-triton triton torch"
@@ -133,7 +133,7 @@ def _show_kernels(about: list[str], config: str | None, report: Path | None, jso
 
 
 def examine() -> dict[str, Any]:
-    """All that `doctor` says, as JSON has it."""
+    """Collects the output of `doctor`, as a JSON object."""
     there, device_error = _devices()
     verdict = f"not ready: {device_error}" if device_error else _verdict(there)
     disk = shutil.disk_usage(Path.cwd())
@@ -163,7 +163,7 @@ def examine() -> dict[str, Any]:
 
 
 def missing(package: str, extra: str) -> list[str]:
-    """Packages that an extra of an installed package asks for and that are not there."""
+    """Returns packages required by an extra of an installed package that are not installed."""
     absent = []
     for requirement in importlib.metadata.requires(package) or ():
         if not re.search(rf"""extra == ['"]{re.escape(extra)}['"]""", requirement):
@@ -184,7 +184,7 @@ def _version(package: str) -> str | None:
 
 
 def _devices() -> tuple[list[dict[str, Any]], str | None]:
-    """The devices that jax sees, or why it sees none."""
+    """Returns the devices that JAX finds, or [] and the reason."""
     try:
         found = devices.found()
     except ConfigError as error:
@@ -201,7 +201,7 @@ def _devices() -> tuple[list[dict[str, Any]], str | None]:
 
 
 def _verdict(there: list[dict[str, Any]]) -> str:
-    """What a model would run on, and what is here but would not be used."""
+    """Describes the devices and kernels that a model would use, and devices JAX does not find."""
     first = there[0]
     kernels = choose(first["platform"], kind=first["kind"])
     count = f"{len(there)} devices" if len(there) > 1 else "1 device"

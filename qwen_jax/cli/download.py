@@ -52,7 +52,7 @@ def download(
 
 
 def fetch(name: str, revision: str | None = None) -> Path:
-    """Downloads what is read of a model; returns its snapshot in the local hub cache.
+    """Downloads the files of a model that are read; returns its snapshot in the local cache.
 
     Args:
         name: hub id.
@@ -111,7 +111,7 @@ def _check_space(what: str, size: int) -> None:
 
 
 def _complaint(name: str, revision: str | None, error: BaseException) -> str:
-    """One line about what a hub answered, or that it did not."""
+    """Formats an error of a hub, or of the connection to it, as one line."""
     from huggingface_hub import constants, errors
 
     cause: BaseException | None = error

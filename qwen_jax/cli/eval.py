@@ -1,4 +1,4 @@
-"""eval: how much a model still finds and follows, by length."""
+"""eval: retrieval scores by prompt length and depth."""
 
 import dataclasses
 from pathlib import Path
@@ -32,7 +32,7 @@ sparse prefill too, and shows them side by side.
 
 
 def _depths(text: str) -> list[float]:
-    """Numbers from 0 to 1 with commas between them, as `--depths` has them."""
+    """Parses comma-separated numbers from 0 to 1, the value of `--depths`."""
     found = []
     for each in split("--depths", text):
         try:
@@ -45,7 +45,7 @@ def _depths(text: str) -> list[float]:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class GridFlags:
-    """Flags of every task: what is asked, where answers are kept, how they are shown."""
+    """Flags of every task: cells, log of answers, output."""
 
     lengths: Annotated[
         str,
@@ -71,7 +71,7 @@ class GridFlags:
     json: Json = False
 
     def cells(self, tasks: list[str]) -> list[Cell]:
-        """All questions.
+        """Returns all cells.
 
         Raises:
             ConfigError: if a value is malformed, out of range or given twice.
@@ -84,17 +84,17 @@ class GridFlags:
         )
 
     def compared(self) -> list[str]:
-        """Ways to run the model, none for that of its flags.
+        """Returns the variants to compare; [] to run the model by its flags.
 
         Raises:
-            ConfigError: if one has no name.
+            ConfigError: if a name is empty.
         """
         return [] if self.compare is None else split("--compare", self.compare)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TextFlags:
-    """Flags of tasks that hide things in a text."""
+    """Flags of tasks that hide needles in a text."""
 
     text: Annotated[
         list[Path] | None,
@@ -102,7 +102,7 @@ class TextFlags:
     ] = None
 
     def read(self) -> str | None:
-        """The text, or None for one that is made up.
+        """Reads the text; None if it is to be generated.
 
         Raises:
             DocumentError: if a file holds no text or cannot be read.
@@ -199,7 +199,7 @@ def _run(
     flags: GridFlags,
     text_flags: TextFlags | None = None,
 ) -> None:
-    """Asks what has not been asked before, and prints all scores.
+    """Runs the cells that are not in the log, and prints all scores.
 
     Raises:
         ConfigError: if a flag cannot be used, or `--out` holds something else.

@@ -1,4 +1,4 @@
-"""Questions of `eval` asked of one model in one way or several, those that are not answered yet."""
+"""Runs of `eval`: cells without an answer in the log, by one or several variants of a model."""
 
 import contextlib
 import hashlib
@@ -21,11 +21,12 @@ from qwen_jax.llm.model import Model
 def settings(
     family: str, opened: Model, seed: int, given: str | None, *, dense_to: int | None = None
 ) -> dict[str, Any]:
-    """What the answers depend on, beside the cell and the way in which the model runs.
+    """Returns everything that answers depend on but cell and variant, for JSON.
 
     Args:
-        given: the text to hide things in; None for one that is made up.
-        dense_to: longest prompt that is prefilled densely; None for the checkpoint's threshold.
+        given: text to hide needles in; None for a generated one.
+        dense_to: longest prompt, in tokens, that is prefilled densely; None for the checkpoint's
+            threshold.
     """
     return {
         "task": family,
@@ -41,9 +42,9 @@ def results(
     material: Material,
     log: Log | None,
 ) -> list[Result]:
-    """A result for each way and cell, from the log or from the model; new ones are logged.
+    """Returns a result for each variant and cell, from the log or the model; logs new ones.
 
-    Of several processes only process 0 has those from the log.
+    In a multi-process job only process 0 returns results from the log.
 
     Raises:
         CheckpointError: if the weights are missing, damaged or do not fit.
@@ -93,7 +94,7 @@ def results(
 
 
 def material(opened: Model, cells: list[Cell], *, seed: int, given: str | None) -> Material:
-    """What the prompts of some cells are made from, once it is known that they fit.
+    """Builds the material of prompts, after checking that all cells can be built and fit.
 
     Raises:
         TaskError: if a length is too short for its task.
@@ -118,7 +119,7 @@ def _ask(
     weights,
     on_tokens: Callable[[int], None],
 ) -> Iterator[Result]:
-    """The result of each cell; the engine lives only as long as this does."""
+    """Yields the result of each cell; the engine is freed at its end."""
     tokenizer = opened.tokenizer()
     start = time.monotonic()
     results = score.run(
@@ -157,12 +158,12 @@ def _verdict(result: Result) -> str:
 
 
 def _room(cell: Cell) -> int:
-    """Tokens of prompt and answer."""
+    """Returns the tokens of prompt and answer."""
     return cell.length + KINDS[cell.task].max_new_tokens
 
 
 def _repeated(given: str) -> Iterator[str]:
-    """The sentences of a text over and over; says so when it begins again."""
+    """Repeats the sentences of a text without end; prints a note when it starts again."""
     sentences = text.cut(given)
     yield from sentences
     note(f"the {len(sentences):,} sentences of --text are too few: they are repeated")

@@ -1,4 +1,4 @@
-"""export-job: ready files that run a command on a topology, for schedulers that exist."""
+"""export-job: files that run a command on a topology, for common schedulers."""
 
 import dataclasses
 import importlib
@@ -97,7 +97,7 @@ def export_job(
 
 
 def _check_fits(job: Job, model: Path | None, load: LoadFlags, *, force: bool) -> None:
-    """Says whether the model fits, if there is one.
+    """Checks that the model fits, if one is given.
 
     Raises:
         ConfigError: if it does not, or flags about it have no model.

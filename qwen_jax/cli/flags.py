@@ -32,22 +32,22 @@ Json = Annotated[
     bool, typer.Option("--json", help="Print JSON on stdout.", rich_help_panel="Output")
 ]
 MAY_BE_EMPTY = "may be empty"
-"""Beside a flag in `Annotated`: its text may be; that of all others may not."""
+"""Mark in a flag's `Annotated`: its text may be empty, which is refused otherwise."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Reads:
-    """Beside a flag in `Annotated` whose text holds several numbers: what its verb reads it with.
+    """Mark in the `Annotated` of a flag with several numbers: the function that parses it.
 
     Attributes:
-        function: raises `ConfigError`, naming the flag.
+        function: parser, which raises `ConfigError` naming the flag.
     """
 
     function: Callable[[str], object]
 
 
 def option(text: str, *names: str, metavar: str | None = None) -> Any:
-    """A flag whose default is said in its help text, if anywhere."""
+    """Declares a flag whose default is in its help text, if anywhere."""
     return typer.Option(*names, help=text, metavar=metavar, show_default=False)
 
 
@@ -61,14 +61,14 @@ Kv = Annotated[
 
 
 def not_one_of(flag: str, word: str, known: Iterable[str]) -> str:
-    """A complaint about a word that is none of those which are known, and what it may have been."""
+    """Formats the error of an unknown word, with the known words and similar ones."""
     shown = reading.printable(word, 60)
     return f"{flag} '{shown}' is not one of {', '.join(known)}{did_you_mean(word, known)}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Flags(Options):
-    """Options as the command line has them: notes on stderr, and spelled as flags."""
+    """Options of the command line: notes go to stderr, and names are spelled as flags."""
 
     counts: ClassVar[bool] = True
 
@@ -160,23 +160,23 @@ class AnswerFlags(_Flags, AnswerOptions):
 
 
 def spelled(name: str) -> str:
-    """The flag of an option as it is typed."""
+    """Returns the flag of an option, such as `--max-len`."""
     return "--" + {"files": "file"}.get(name, name).replace("_", "-")
 
 
 def says(level: Level = Level.SHORT) -> bool:
-    """Whether this process says notes of a level: of several processes the first does."""
+    """Returns True if this process prints notes of a level; in a job only process 0 does."""
     return level <= verbosity.get() and multihost.is_first()
 
 
 def note(text: str, level: Level = Level.SHORT) -> None:
-    """One line for the user, beside the output."""
+    """Prints one line to stderr, if the verbosity includes its level."""
     if says(level):
         print(reading.shown(text), file=sys.stderr, flush=True)
 
 
 def adding(verb: Callable, name: str, flags: type) -> Callable[[Callable], Callable]:
-    """Makes a function look like a verb that takes one more dataclass of flags."""
+    """Decorates a function with the signature of a verb and one more dataclass of flags."""
     own = inspect.signature(verb).parameters.values()
     parameters = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
     more = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=flags)
@@ -190,9 +190,9 @@ def adding(verb: Callable, name: str, flags: type) -> Callable[[Callable], Calla
 
 
 def expand(verb: Callable) -> Callable:
-    """The verb with a flag for each field of its parameters that are dataclasses.
+    """Wraps a verb: parameters that are dataclasses become a flag for each of their fields.
 
-    Typer makes flags of parameters; this lets verbs share them without listing them.
+    Typer derives flags from parameters; this lets verbs share flags without listing them.
     """
     parameters, shared, groups = [], [], {}
     for parameter in inspect.signature(verb).parameters.values():
@@ -224,15 +224,15 @@ def expand(verb: Callable) -> Callable:
 
 
 def _flags_of(flags: Any) -> list[dataclasses.Field]:
-    """Fields of a class that are flags: those with a help text, where there is a table of them."""
+    """Returns the fields that are flags: those with a help text, if the class has a table."""
     helps = getattr(flags, "helps", None)
     return [each for each in dataclasses.fields(flags) if helps is None or each.name in helps]
 
 
 def _in_section(field: dataclasses.Field, flags: Any) -> Any:
-    """The annotation of a flag, which names its section of the help.
+    """Returns the annotation of a flag, with its section of the help.
 
-    That is `others` of its class where it lists the flag, else `section`, if the class has one.
+    The section is that of `others` of its class if it lists the flag, else `section`, if any.
     """
     section = getattr(flags, "section", None)
     for other, names in getattr(flags, "others", {}).items():
@@ -247,7 +247,7 @@ def _in_section(field: dataclasses.Field, flags: Any) -> Any:
 
 
 def refuse_text(flags: dict[str, object]) -> None:
-    """Refuses flags that say what is in a session already.
+    """Refuses flags that set the text of a session.
 
     Raises:
         ConfigError: naming the flag.

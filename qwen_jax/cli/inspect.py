@@ -27,7 +27,7 @@ def inspect(
         str, typer.Option(help="List only tensors whose name contains this text.")
     ] = "",
 ) -> None:
-    """Say what a checkpoint holds, from its headers: no weight is read."""
+    """Describe a checkpoint from its headers, without reading weights."""
     found = describe(path)
     found["tensors"] = [row for row in found["tensors"] if grep in row["name"]]
     if as_json:

@@ -1,4 +1,4 @@
-"""doctor --kernels: whether the attention kernels are right on this device, and how fast."""
+"""doctor --kernels: correctness and speed of the attention kernels on this device."""
 
 import dataclasses
 import functools
@@ -54,10 +54,12 @@ def show(
     """Compares and times kernels, prints both and writes them into a file.
 
     Args:
-        names: backends; none for the preferred ones of the device.
-        model: checkpoint that has the shapes; None for the published model `config`, of 7B
+        names: names of backends; [] for the preferred ones of the device.
+        model: checkpoint with the shapes; None for the published model `config`, or 7B
             if that is None too.
-        facts: what `doctor` says beside.
+        report: JSON file to write; None for none.
+        facts: returns the other output of `doctor`.
+        json_output: print JSON instead of tables.
 
     Returns:
         1 if a kernel does not agree with the truth, else 0.
@@ -125,7 +127,7 @@ def show(
 
 
 def _check_report(path: Path) -> None:
-    """Refuses what cannot become a report, before anything is measured.
+    """Checks, before anything is measured, that the report can be written.
 
     Raises:
         ConfigError: if there is something else of that name.
@@ -145,7 +147,7 @@ def _check_report(path: Path) -> None:
 
 
 def shapes(device: Any, model: Path | None, config: str | None) -> tuple[Shape, dict[str, Served]]:
-    """What is compared, and what is timed."""
+    """Returns the shape to compare, and the shapes to time, by name."""
     slow = device.platform == "cpu"
     if model is None and config is None:
         config = "7b-1m"
@@ -184,14 +186,14 @@ def shapes(device: Any, model: Path | None, config: str | None) -> tuple[Shape, 
 
 
 def _choices(device: Any, shape: Shape, names: list[str]) -> list[dict[str, str]]:
-    """The backends to compare, by program."""
+    """Returns the backends to compare, by program."""
     about = {"kind": device.device_kind, "head_dim": shape.head_dim, "dtype": shape.dtype}
     chosen = [backend.choose(device.platform, name, **about) for name in names or [None]]
     return [{name: getattr(each, PROGRAMS[name]) for name in PROGRAMS} for each in chosen]
 
 
 def _keep(shape: Shape, chosen: dict[str, str], results: list[Result], device: Any) -> None:
-    """Lets engines on this device know, those that prefill sparsely and those that do not."""
+    """Stores the results for engines on this device, with and without sparse prefill."""
     for programs in (tuple(PROGRAMS), DENSE):
         some = {name: chosen[name] for name in programs}
         some = first_contact.unproven(some)
@@ -201,7 +203,7 @@ def _keep(shape: Shape, chosen: dict[str, str], results: list[Result], device: A
 
 
 def ceilings(platform: str) -> dict[str, float | None]:
-    """What products of matrices and a copy reach here: medians of a few; None if out of memory."""
+    """Measures the peak rates of matrix products and of a copy; None if out of memory."""
     n, size = (few.get(platform, many) for few, many in (_MATRIX, COPIED_BYTES))
     product = jax.jit(functools.partial(jnp.dot, precision="highest"))
     limits = {}
@@ -215,7 +217,7 @@ def ceilings(platform: str) -> dict[str, float | None]:
 
 
 def _median(run: Callable, make: Callable[[], list[jax.Array]]) -> float | None:
-    """Seconds of a program on what is made for it; None if the device has no room for that."""
+    """Returns the median seconds of a program on the arrays of `make`; None if out of memory."""
     try:
         return statistics.median(kernels.seconds_of(run, make(), REPEATS))
     except jax.errors.JaxRuntimeError as error:
@@ -227,7 +229,7 @@ def _median(run: Callable, make: Callable[[], list[jax.Array]]) -> float | None:
 def speeds_of(
     served: dict[str, Served], names: list[str], limits: dict[str, float | None]
 ) -> Iterator[dict[str, Any]]:
-    """Rows of `bench kernels`, with the rate of what memory or products bound, and its share."""
+    """Yields rows of `bench kernels`, with the bounding rate and its fraction of the peak."""
     for row in kernels.measure(served, names, REPEATS):
         row |= {"rate": None, "unit": None, "share": None}
         case, dtype = served[row["shape"]], row["dtype"]
@@ -244,20 +246,20 @@ def speeds_of(
 
 
 def flops(case: Served) -> float:
-    """Of the causal pairs of the last slice of a context."""
+    """Counts the FLOPs of attention over the causal pairs of the last slice of a context."""
     T = case.slice_len
     pairs = T * (case.context - T) + T * (T + 1) / 2
     return 4 * case.num_heads * case.head_dim * pairs
 
 
 def bytes_read(case: Served, dtype: str) -> int:
-    """Of keys and values, by a step of decode."""
+    """Returns the bytes of keys and values that a decode step reads."""
     token = 2 * case.num_kv_heads * case.head_dim * jnp.dtype(dtype).itemsize
     return case.num_seqs * case.context * token
 
 
 def without_paths(value: Any) -> Any:
-    """JSON in which no text names a directory of this machine, and no executable is named."""
+    """Removes directories of this machine and names of executables from JSON."""
     if isinstance(value, dict):
         return {name: without_paths(each) for name, each in value.items() if name != "executable"}
     if isinstance(value, list):

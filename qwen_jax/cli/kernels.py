@@ -1,4 +1,4 @@
-"""bench kernels: how fast the attention kernels are on this device."""
+"""bench kernels: speed of the attention kernels on this device."""
 
 import json as json_format
 import statistics
@@ -75,7 +75,7 @@ def kernels(
 def measure(
     cases: Mapping[str, Served], backends: list[str], repeats: int
 ) -> Iterator[dict[str, Any]]:
-    """Seconds of every program at every shape, or why a backend refuses it."""
+    """Times every program at every shape; yields rows, with the reason if a backend refuses."""
     dtype = jnp.float32 if backend.device().platform == "cpu" else jnp.bfloat16
     for name, case in cases.items():
         for what in PROGRAMS:
@@ -95,19 +95,19 @@ def measure(
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether XLA says that a device has no room for something."""
+    """Returns True if an error of XLA says that a device is out of memory."""
     return any(word in str(error) for word in ("RESOURCE_EXHAUSTED", "Out of memory"))
 
 
 def time_of(what: str, case: Served, name: str, args, repeats: int, **keywords: Any) -> list[float]:
-    """Seconds of some runs of a compiled program; the backend gets the keywords."""
+    """Times runs of a compiled program, in seconds; keywords are passed to the backend."""
     options = backend.compiler_options(backend.device().platform)
     run = jax.jit(program(what, case, name, **keywords), compiler_options=options)
     return seconds_of(run, args, repeats)
 
 
 def seconds_of(run: Callable, args, repeats: int) -> list[float]:
-    """Of some runs of a compiled function after its first one."""
+    """Times `repeats` runs of a compiled function, in seconds, after a first one."""
     jax.block_until_ready(run(*args))
     seconds = []
     for _ in range(repeats):
@@ -118,7 +118,7 @@ def seconds_of(run: Callable, args, repeats: int) -> list[float]:
 
 
 def table_of(preferences: dict[str, dict[str, str]]) -> Table:
-    """Kinds of devices by operations."""
+    """Builds the table of preferred backends, device kinds by operations."""
     table = Table("device", *backend.Backends._fields)
     for kind, row in preferences.items():
         table.add_row(kind, *row.values())

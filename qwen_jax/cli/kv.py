@@ -27,7 +27,7 @@ Directory = Annotated[
 
 @app.verb("inspect")
 def inspect(directory: Directory, json_output: Json = False):
-    """Say what a KV session holds and with what it can be used.
+    """Describe a KV session, and the model and options that it fits.
 
     Reads session.json alone; `kv verify` reads the rest.
 

@@ -1,4 +1,4 @@
-"""Flags of verbs that several processes run in lock-step, and what must be the same in all."""
+"""Flags of verbs that run on several hosts, and the settings that must agree on all."""
 
 import dataclasses
 import hashlib
@@ -44,10 +44,10 @@ class HostFlags:
 
 
 def expand_on_hosts(verb: Callable, *, devices: bool = True) -> Callable:
-    """As `expand`, for a verb that several processes can run in lock-step.
+    """Wraps a verb as `expand`, for several processes that run it in lock-step.
 
     Args:
-        devices: see `hosts.start`.
+        devices: see `multihost.start`.
     """
 
     @adding(verb, "host_flags", HostFlags)
@@ -71,15 +71,16 @@ def expand_on_hosts(verb: Callable, *, devices: bool = True) -> Callable:
 
 
 def facts(verb: str, given: Mapping[str, Any], *, whole: bool = True) -> dict[str, str]:
-    """What must be the same in all processes of a job, by names that users know.
+    """Returns the settings that must agree in all processes of a job, by names that users know.
 
-    Paths may differ. Of a model and of budgets the content counts; other files are read by
-    process 0 alone.
+    Paths may differ: models and budgets are compared by content, and other files are read by
+    process 0 only.
 
     Args:
+        verb: name of the verb.
         given: the verb's arguments, single or in dataclasses.
-        whole: every byte of weights counts; else headers and samples of those that are not
-            converted, for verbs that read them on one file system.
+        whole: compare every byte of weights; otherwise headers and samples of unconverted ones,
+            for verbs that read them on one file system.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -124,7 +125,7 @@ def facts(verb: str, given: Mapping[str, Any], *, whole: bool = True) -> dict[st
 
 
 def _code() -> str:
-    """Checksum of the Python files of our packages."""
+    """Returns a checksum of the Python files of this program's packages."""
     root = Path(__file__).parents[2]
     digest = hashlib.sha256()
     for package in _PACKAGES:

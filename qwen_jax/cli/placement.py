@@ -1,4 +1,4 @@
-"""Verbs that run in one process or on one device, whatever there is."""
+"""Restriction of verbs to one process or one device."""
 
 from qwen_jax.config import ConfigError
 from qwen_jax.distributed import multihost
@@ -25,7 +25,7 @@ def one_process(what: str) -> None:
 
 
 def one_device(mesh: str | None, what: str) -> str:
-    """The `--mesh` of verbs that need no other.
+    """Returns the `--mesh` of verbs that run on one device.
 
     Raises:
         ConfigError: if several devices or processes are asked for.

@@ -1,4 +1,4 @@
-"""plan: whether a length fits on devices that are not there, and how it would be spread."""
+"""plan: memory and time estimates for devices that are not present."""
 
 import contextlib
 import dataclasses
@@ -92,7 +92,7 @@ class LoadFlags:
 def opened_or_published(
     model: Path | None, config: str | None, flags: ModelFlags
 ) -> Iterator[Model]:
-    """The model that was named, without weights.
+    """Opens the named model, without weights.
 
     A published one that is not on this machine has a config.json, and no budgets of sparse prefill.
 
@@ -142,11 +142,11 @@ def plan(
     ] = False,
     json_output: Json = False,
 ):
-    """Say whether a length fits on devices, before renting them.
+    """Estimate memory and the longest context on a topology.
 
     Reads config.json alone: no weights and no such devices are needed. The numbers are
     computed from the sizes of arrays, for one sequence; --compile asks the compiler too.
-    Exits with 1 if it does not fit.
+    Exits with 1 if the prompt and answer do not fit.
 
     Examples:
         qwen-jax plan 7b-1m --topology v5e-16 --tokens 1M
@@ -184,12 +184,13 @@ def examine(
     memory: int | None = None,
     compiled: bool = False,
 ) -> dict[str, Any]:
-    """All that `plan` says, as JSON has it.
+    """Computes the output of `plan`, as a JSON object.
 
     Args:
-        memory: bytes of a device, in place of what is published.
-        sequences: that are in the cache at once, of so many tokens each.
-        prefix_tokens: of these, with which all begin alike.
+        memory: bytes of a device, instead of the published figure.
+        sequences: number of sequences in the cache at once, of `tokens` each.
+        prefix_tokens: tokens of a prefix that all sequences share.
+        compiled: also compile the programs.
 
     Raises:
         ConfigError: if a flag cannot be used with this model.
@@ -278,7 +279,7 @@ def _compiled(
     shape: "MeshShape",
     limit: int,
 ) -> list[dict[str, Any]]:
-    """What the compiler makes of each step."""
+    """Compiles each step; returns its memory, collectives and refusal, as JSON objects."""
     import jax
 
     from qwen_jax.planner.aot import programs
@@ -310,10 +311,10 @@ def _compiled(
 
 
 def _limit(topology: devices.Topology, memory: int | None) -> int:
-    """Bytes of a device.
+    """Returns the memory of a device in bytes: as given, else as published.
 
     Raises:
-        ConfigError: if nobody says them.
+        ConfigError: if it is neither.
     """
     found = memory or topology.device.memory
     if found is None and topology.device.platform != "cpu":
@@ -346,7 +347,7 @@ def _advice(
     limit: int,
     longest: int,
 ):
-    """Single changes that make it fit, each tried."""
+    """Returns single changes after which the workload fits, each of them tried."""
     from qwen_jax.distributed import sharding
     from qwen_jax.engine import memory as budget
 
@@ -427,7 +428,7 @@ def report(found: dict[str, Any]) -> None:
 
 
 def _longest(found: dict[str, Any]) -> str:
-    """The longest context: what memory holds, and what the model is made for."""
+    """Describes the longest context: what memory holds, and what the model declares."""
     most, declared = found["longest_in_memory"], found["declared"]
     if most <= declared:
         return f"the longest context that fits is {most:,} tokens"
@@ -443,7 +444,7 @@ def _agreement(found: dict[str, Any]) -> str:
 
 
 def _print_program(program: dict[str, Any]) -> None:
-    """A step as the compiler made it."""
+    """Prints a compiled step."""
     if program["refusal"]:
         print(f"\n{program['name']}, refused by the compiler: {program['refusal']}")
         return

@@ -165,7 +165,7 @@ def plan(
 
 
 def _check_head(opened: Model, layer: int, head: int) -> None:
-    """Refuses a head whose prefill is never sparse, before weights are loaded.
+    """Checks, before weights are loaded, that the prefill of a head can be sparse.
 
     Raises:
         ConfigError: naming the flag.

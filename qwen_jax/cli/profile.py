@@ -32,14 +32,14 @@ from qwen_jax.planner import devices
 from qwen_jax.storage.jsonl import Journal, JournalError
 
 STEPS = range(64)
-"""Steps that are traced unless a flag says it: a million tokens in slices of 32,768, and more."""
+"""Steps that are traced by default: a million tokens in slices of 32,768, and more."""
 
 _FIGURES = "steps.jsonl"
 _OPENING = b'{"run"'
 
 
 class ProfileError(ConfigError):
-    """A profile that cannot be written; the text says where, and the way out."""
+    """Error of a profile that cannot be written; names the directory and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +58,7 @@ class ProfileFlags:
     ] = None
 
     def steps(self) -> range:
-        """Numbers of the steps that are traced.
+        """Returns the indices of the steps to trace.
 
         Raises:
             ConfigError: if they are malformed, or nothing is profiled.
@@ -79,9 +79,9 @@ class ProfileFlags:
 
 
 def profiled(verb: Callable) -> Callable:
-    """The verb with `ProfileFlags`, within the profile that they ask for.
+    """Wraps a verb with `ProfileFlags`, and runs it within the profile that they ask for.
 
-    Its engines are profiled from where they are given to `watch`.
+    Its engines are profiled from the call of `watch` on.
     """
 
     @adding(verb, "profile_flags", ProfileFlags)
@@ -99,12 +99,12 @@ _running: "Profile | None" = None  # of this process, in which jax makes one tra
 
 
 def watch(engine: Observed) -> None:
-    """Has the profile that is running, if one is, told of an engine's steps.
+    """Adds an engine to the profile that is running, if any.
 
-    All processes of a job watch the same engines.
+    All processes of a job must watch the same engines.
 
     Raises:
-        ProfileError: if its files cannot be made.
+        ProfileError: if its files cannot be created.
         JournalError: if another run is writing them.
     """
     if _running is not None:
@@ -113,12 +113,12 @@ def watch(engine: Observed) -> None:
 
 @contextlib.contextmanager
 def running(directory: Path, steps: range) -> Iterator[None]:
-    """A profile of what is watched within; it is whole however that ends, except by SIGKILL.
+    """Profiles the engines that are watched within; the files are complete except after SIGKILL.
 
-    SIGTERM, where it would end this process at once, ends what is within.
+    A SIGTERM that would end this process at once raises `Preempted` instead.
 
     Args:
-        steps: numbers of those that are traced.
+        steps: indices of the steps to trace.
 
     Raises:
         ProfileError: if it cannot be written there; at the end, if something failed meanwhile.
@@ -146,7 +146,7 @@ def running(directory: Path, steps: range) -> Iterator[None]:
 
 
 def check(directory: Path) -> None:
-    """Refuses before the work what would fail after it; writes nothing.
+    """Checks, before long work, that a profile can be written; writes nothing.
 
     Raises:
         ProfileError: if a profile cannot be written there.
@@ -166,15 +166,15 @@ def check(directory: Path) -> None:
 
 
 class Profile:
-    """The steps of some engines, written as they end.
+    """Profile of the steps of engines, which are written as they end.
 
-    What fails meanwhile ends no step: it is kept until `close`.
+    Errors of writing do not stop a step: they are reported by `close`.
 
     Args:
-        steps: numbers of those that are traced.
+        steps: indices of the steps to trace.
 
     Attributes:
-        num_ended: steps that have ended.
+        num_ended: number of steps that have ended.
     """
 
     def __init__(self, directory: Path, steps: range):
@@ -189,7 +189,7 @@ class Profile:
 
     @property
     def summary(self) -> str:
-        """One line on what was written, and how to open it."""
+        """Returns one line on the files that were written, and how to open them."""
         if not self.num_ended:
             return f"--profile {self._directory}: no step was run"
         text = f"{self._directory / _FIGURES}: {_count(self.num_ended)}"
@@ -225,7 +225,7 @@ class Profile:
         """Ends the trace and the figures; steps in flight are left out of both.
 
         Returns:
-            What could not be written, and the way out.
+            Description of what could not be written, with the remedy; None if all was.
         """
         with self._lock:
             self._stop_trace()
@@ -277,7 +277,7 @@ class Profile:
                 )
 
     def _stop_trace(self) -> None:
-        """Ends the trace, if it is running, and puts it where it is looked for."""
+        """Ends the trace, if it is running, and moves it to its final place."""
         if not self._is_tracing:
             return
         self._is_tracing = False
@@ -296,7 +296,7 @@ class Profile:
 
 
 def _holds_steps(path: Path) -> bool:
-    """Whether a file begins as ours do, as far as it goes."""
+    """Returns True if a file begins like a file of steps, which may be cut off early."""
     with path.open("rb") as file:
         line = file.read(len(_OPENING))
     return line == _OPENING[: len(line)]
@@ -307,6 +307,6 @@ def _count(steps: int) -> str:
 
 
 def _stop(*_) -> None:
-    """What SIGTERM does while a profile is running; a second one ends the process."""
+    """Handles SIGTERM while a profile is running: raises; a second one ends the process."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     raise multihost.Preempted("stopped by SIGTERM")

@@ -1,4 +1,4 @@
-"""Numbers as people write them: tokens with K and M, bytes with units."""
+"""Parsers of quantities: tokens with K and M, bytes with units."""
 
 import re
 from typing import Any
@@ -17,10 +17,10 @@ _BYTES = {
 
 
 def whole_number(text: str) -> int:
-    """Tokens as people write them: 12000, 12k (thousands), 12K (of 1,024), 1m, 1M.
+    """Parses a number of tokens: 12000, 12k (thousands), 12K (of 1,024), 1m, 1M.
 
     Raises:
-        ConfigError: if it is no positive whole number of tokens, or one of over 31 bits.
+        ConfigError: if it is not a positive integer under 2^31.
     """
     number = _number(text)
     if number is None or not 1 <= number < 2**31:
@@ -32,10 +32,10 @@ def whole_number(text: str) -> int:
 
 
 def lengths(text: str) -> list[int]:
-    """Numbers of tokens with commas between them, as `--lengths` has them.
+    """Parses comma-separated numbers of tokens, the value of `--lengths`.
 
     Raises:
-        ConfigError: if one is missing or none (`whole_number`).
+        ConfigError: if one is missing or invalid (`whole_number`).
     """
     values = split("--lengths", text)
     try:
@@ -45,7 +45,7 @@ def lengths(text: str) -> list[int]:
 
 
 def split(flag: str, text: str) -> list[str]:
-    """Values with commas between them.
+    """Splits comma-separated values.
 
     Raises:
         ConfigError: if one is empty.
@@ -57,10 +57,10 @@ def split(flag: str, text: str) -> list[str]:
 
 
 def tokens(text: str | int) -> int:
-    """The number of tokens that a flag says, as `whole_number`, or one that is out of range.
+    """Parses the number of tokens of a flag as `whole_number`, without checking its range.
 
     Raises:
-        BadParameter: if it is none.
+        BadParameter: if it is malformed.
     """
     number = _number(str(text))
     if number is None:
@@ -77,10 +77,10 @@ def _number(text: str) -> int | None:
 
 
 def size(text: str | int) -> int:
-    """A number of bytes: 40GiB (of 2^30), 40GB (of 10^9), likewise with M and T.
+    """Parses a number of bytes: 40GiB (of 2^30), 40GB (of 10^9), likewise with M and T.
 
     Raises:
-        BadParameter: if it is none.
+        BadParameter: if it is malformed.
     """
     match = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?) ?([KMGT]i?B)", str(text).strip())
     if match is None or not float(match[1]):
@@ -91,9 +91,9 @@ def size(text: str | int) -> int:
 
 
 def tokens_option(text: str, *names: str, shown: bool = False) -> Any:
-    """A flag that counts tokens.
+    """Declares a flag whose value is a number of tokens.
 
     Args:
-        shown: whether its default is.
+        shown: whether the help shows its default.
     """
     return typer.Option(*names, help=text, parser=tokens, metavar="TOKENS", show_default=shown)

@@ -75,7 +75,7 @@ def write_npz(
     """Writes blocks of rows as array `logits` of an .npz file, which appears when complete.
 
     Raises:
-        FileExistsError: if there is a file that was not written here.
+        FileExistsError: if there is a file that `write_npz` did not write.
         OSError: if it cannot be written.
     """
     partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
@@ -105,7 +105,7 @@ def _counted(blocks, update):
 
 
 def _check_output(path: Path, size: int) -> None:
-    """Refuses before the work what would fail after it."""
+    """Checks, before long work, that the output can be written."""
     atomic.prepare(path)
     atomic.check_ours(path, _is_ours)
     free = shutil.disk_usage(path.parent).free
@@ -116,7 +116,7 @@ def _check_output(path: Path, size: int) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a file ends in the comment of what `write_npz` writes."""
+    """Returns True if a file ends with the comment that `write_npz` writes."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - len(_COMMENT)))
         return file.read() == _COMMENT

@@ -13,7 +13,7 @@ from qwen_jax.eval.score import Mean, Result, mean
 
 
 def print_json(settings: Mapping[str, Any], results: list[Result]) -> None:
-    """One object on stdout: the settings, and the mean score of each cell over its samples."""
+    """Prints a JSON object: the settings, and the mean score of each cell over its samples."""
     groups: dict[tuple, list[Result]] = {}
     for result in results:
         cell = result.cell
@@ -31,7 +31,7 @@ def print_json(settings: Mapping[str, Any], results: list[Result]) -> None:
 
 
 def print_by_depth(results: list[Result]) -> None:
-    """Right answers by length and depth; for questions that are answered right or wrong."""
+    """Prints the number of right answers by length and depth, for scores of 0 or 1."""
     lengths = sorted({result.cell.length for result in results})
     depths = sorted({result.cell.depth or 0 for result in results})
     table = _table("right answers")
@@ -48,7 +48,7 @@ def print_by_depth(results: list[Result]) -> None:
 
 
 def print_by_variant(results: list[Result]) -> None:
-    """Mean scores, a row for each length and task and a column for each variant."""
+    """Prints mean scores, a row for each length and task and a column for each variant."""
     variants = list(dict.fromkeys(result.variant for result in results))
     tasks = list(dict.fromkeys(result.cell.task for result in results))
     table = _table("mean scores in %")
@@ -80,7 +80,7 @@ def print_by_variant(results: list[Result]) -> None:
 
 
 def _print_sparseness(results: list[Result]) -> None:
-    """A line for each variant whose prompts were prefilled sparsely."""
+    """Prints density and recall of each variant whose prompts were prefilled sparsely."""
     for variant in dict.fromkeys(result.variant for result in results):
         found = mean(result for result in results if result.variant == variant)
         if found.density is not None:

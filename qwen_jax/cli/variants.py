@@ -1,4 +1,4 @@
-"""Ways to run one checkpoint that are compared with each other."""
+"""Variants of one checkpoint's settings, to compare with each other."""
 
 import dataclasses
 
@@ -10,13 +10,17 @@ NAMES = ("rope", "dca", "sparse")
 
 
 def models(opened: Model, names: list[str]) -> dict[str | None, Model]:
-    """A checkpoint in each way, or under None as it is if no way is named.
+    """Returns a checkpoint with the settings of each variant, or unchanged under None.
 
     "rope" is without Dual Chunk Attention, "dca" with it, "sparse" with it and with
     sparse prefill of every prompt.
 
+    Args:
+        opened: the opened checkpoint.
+        names: names of variants; [] for the checkpoint as opened.
+
     Raises:
-        ConfigError: if a way is unknown or named twice, or the checkpoint lacks what it takes.
+        ConfigError: if a variant is unknown or named twice, or the checkpoint does not support it.
     """
     if not names:
         return {None: opened}

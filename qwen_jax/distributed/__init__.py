@@ -1,1 +1,1 @@
-"""Meshes of devices, and jobs of several processes."""
+"""Meshes of devices, and multi-process jobs."""

@@ -1,4 +1,4 @@
-"""Settings of jax under which a model is loaded and run."""
+"""JAX settings under which a model is loaded and run."""
 
 import contextlib
 from collections.abc import Iterator
@@ -8,10 +8,10 @@ import jax
 
 @contextlib.contextmanager
 def own_settings() -> Iterator[None]:
-    """Within it jax does as the model needs it, whatever the process or its environment asks for.
+    """Sets the JAX settings that the model needs, whatever the process or environment says.
 
-    Numbers have at most 32 bits, arrays of several ranks meet, numpy arrays go to devices, and what
-    is jitted is compiled.
+    Within the context numbers have at most 32 bits, ranks are promoted, NumPy arrays are
+    transferred to devices implicitly, and jit compiles.
     """
     with (
         jax.enable_x64(False),

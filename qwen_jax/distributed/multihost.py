@@ -1,16 +1,17 @@
-"""Hosts: several processes, one a host or more, that run one command in lock-step.
+"""Multi-host jobs: several processes, one or more per host, that run one command in lock-step.
 
-Every process does the same with the same, in the same order. Process 0 alone reads what may lie
-on its host only and writes answers; the others get what it read, and are silent on stdout.
-Conversion and verification have no steps in common: each process has its own share of the files.
+Every process runs the same steps on the same inputs, in the same order. Process 0 alone reads
+files that may exist on its host only, and writes answers; it broadcasts what it read, and the
+other processes print nothing to stdout. Conversion and verification share no steps: each process
+works on its own share of the files.
 
-All communication is that of jax's coordination service. `jax.distributed.initialize` returns when
-all processes have registered; then they compare what they run through its key-value store.
+All communication goes through JAX's coordination service. `jax.distributed.initialize` returns
+when all processes have registered; then they compare their settings through its key-value store.
 
-Two threads watch while a job runs. One takes part in jax's roll call of live processes, which
-returns without a process whose heartbeats have stopped; the other waits for the last words of a
-process that fails. Either ends this process too, with a sentence. jax itself ends a process that
-cannot register or has lost the service, by SIGABRT, whose handler says why in a sentence.
+Two threads watch while a job runs. One polls JAX for the live processes, among which a process
+whose heartbeats have stopped is missing; the other waits for the failure message of another
+process. Either ends this process too, with one line on stderr. JAX itself ends a process that
+cannot register or has lost the service, by SIGABRT, whose handler prints the reason.
 """
 
 import contextlib
@@ -40,9 +41,9 @@ from qwen_jax.files import reading
 T = TypeVar("T")
 
 PREEMPTED = 75
-"""Exit code after SIGTERM: the same command goes on where it can (EX_TEMPFAIL)."""
+"""Exit code after SIGTERM (EX_TEMPFAIL): run again, the same command resumes where it can."""
 LOST = 69
-"""Exit code if another process is gone (EX_UNAVAILABLE)."""
+"""Exit code if another process was lost (EX_UNAVAILABLE)."""
 
 _FACTS = "qwen_jax/facts/"
 _FAILED = "qwen_jax/failed"
@@ -59,19 +60,20 @@ _ADVICE = "start the same command on all hosts"
 
 
 class Preempted(Exception):
-    """All processes stop here, after the same step: one of them was told to by SIGTERM."""
+    """Raised in all processes after the same step, if one of them got SIGTERM."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where a process is in its job.
+    """Place of a process in its job.
 
     Attributes:
-        coordinator: host and port of the coordination service, which process 0 runs.
-        bind: address and port that it listens on.
-        process: number of this process, from 0.
-        count: processes in all.
-        detected: jax found some of it in the environment, and finds this process's devices there.
+        coordinator: HOST:PORT of the coordination service, which process 0 runs.
+        bind: HOST:PORT that the service listens on.
+        process: index of this process, from 0.
+        count: number of processes.
+        detected: whether JAX found part of this in the environment, where it then also finds
+            the devices of this process.
     """
 
     coordinator: str
@@ -83,16 +85,17 @@ class Place:
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Job:
-    """A job that this process is part of.
+    """Job that this process is part of.
 
     Attributes:
-        heartbeat: seconds after which a silent process is dead.
-        timeout: seconds to wait for the others to register.
-        fault: why this process cannot take part, which it tells the others.
-        state: jax's, with the client of its coordination service; None before all have registered.
-        steps: calls of `check_preemption`.
-        shared: calls of `broadcast_json` and `all_gather_json`.
-        is_over: whether somebody has the last word already.
+        heartbeat: heartbeat timeout in seconds.
+        timeout: seconds to wait for all processes to register.
+        fault: reason why this process cannot take part, told to the others; None if it can.
+        state: JAX's distributed state, with the client of its coordination service; None before
+            all processes have registered.
+        steps: number of calls of `check_preemption`.
+        shared: number of calls of `broadcast_json` and `all_gather_json`.
+        is_over: whether a thread has claimed the end of this process.
     """
 
     place: Place
@@ -107,11 +110,11 @@ class _Job:
 
     @property
     def client(self) -> Any:
-        """Of jax's coordination service; None before all have registered."""
+        """Client of JAX's coordination service; None before all processes have registered."""
         return self.state and self.state.client
 
     def claim(self) -> bool:
-        """Whether the caller has the last word."""
+        """Claims the end of this process; returns True to the first caller only."""
         with self.lock:
             mine, self.is_over = not self.is_over, True
         return mine
@@ -121,33 +124,39 @@ _job: _Job | None = None
 
 
 def is_first() -> bool:
-    """Whether this process reads and writes: process 0, or the only one."""
+    """Returns True if this process reads and writes files: process 0, or the only one."""
     return _job is None or _job.place.process == 0
 
 
 def count() -> int:
-    """Processes of the job; 1 for one that is alone."""
+    """Returns the number of processes of the job; 1 without a job."""
     return 1 if _job is None else _job.place.count
 
 
 def is_alone() -> bool:
-    """Whether there is no other process."""
+    """Returns True if this process is not part of a job."""
     return _job is None
 
 
 def find(
     coordinator: str | None, count: int | None, process: int | None, timeout: int
 ) -> Place | None:
-    """Where this process is in a job, as given, else as jax finds it in the environment.
+    """Finds the place of this process in a job: as given, else as JAX finds it in the environment.
 
-    jax knows Cloud TPUs, GKE, Kubernetes with its package, Slurm and Open MPI; it and this read
-    JAX_COORDINATOR_ADDRESS, JAX_COORDINATOR_PORT and JAX_COORDINATOR_BIND_ADDRESS.
+    JAX detects Cloud TPUs, GKE, Kubernetes (with the package `kubernetes`), Slurm and Open MPI.
+    JAX_COORDINATOR_ADDRESS, JAX_COORDINATOR_PORT and JAX_COORDINATOR_BIND_ADDRESS are read too.
+
+    Args:
+        coordinator: HOST:PORT of the coordination service; None to detect it.
+        count: number of processes; None to detect it.
+        process: index of this process; None to detect it.
+        timeout: seconds to look for the coordinator's address.
 
     Returns:
-        None for a process that is alone.
+        The place, or None for a process that is not part of a job.
 
     Raises:
-        ConfigError: if it is not said who is who.
+        ConfigError: if the values are inconsistent, or some are neither given nor found.
     """
     if count is not None and count < 1:
         raise ConfigError(f"--num-processes {count} must be at least 1")
@@ -186,19 +195,20 @@ def start(
     timeout: int,
     devices: bool = True,
 ) -> None:
-    """Makes this process part of a job; does nothing for one that is alone.
+    """Joins a job, and compares settings with its other processes; does nothing without a place.
 
-    Before anything uses a device of jax.
+    Must be called before anything uses a JAX device.
 
     Args:
-        facts: says, by name, what must be the same in all processes.
-        heartbeat: seconds after which a silent process is dead.
-        timeout: seconds to wait for the others.
-        devices: False where each process works with its own CPU and jax is to know of no
-            other process. SIGTERM is then as Ctrl-C.
+        place: place in the job; None for a process that is not part of one.
+        facts: returns the settings, by name, that must be the same in all processes.
+        heartbeat: heartbeat timeout in seconds.
+        timeout: seconds to wait for all processes to register.
+        devices: False if each process works on its own CPU, so that JAX sees no devices of
+            other processes. SIGTERM then acts as Ctrl-C.
 
     Raises:
-        ConfigError: if a process is missing, there twice, or differs.
+        ConfigError: if a process is missing, duplicate, or has other settings.
     """
     global _job
     for flag, value in (("--heartbeat", heartbeat), ("--init-timeout", timeout)):
@@ -224,9 +234,9 @@ def start(
 
 
 def broadcast_json(make: Callable[[], T]) -> T:
-    """What process 0 makes, on all of them; it must survive JSON.
+    """Calls `make` in process 0 and returns its result in all; the result must be JSON.
 
-    The last one to read it has the coordination service forget it.
+    The last process to read it deletes it from the coordination service.
     """
     if _job is None:
         return make()
@@ -249,7 +259,7 @@ def broadcast_json(make: Callable[[], T]) -> T:
 
 
 def all_gather_json(value: T) -> list[T]:
-    """What each process gives, in the order of their numbers, on all; it must survive JSON."""
+    """Returns the values of all processes, in the order of their indices; they must be JSON."""
     if _job is None:
         return [value]
     key, _job.shared = f"{_SHARED}{_job.shared}", _job.shared + 1
@@ -259,17 +269,17 @@ def all_gather_json(value: T) -> list[T]:
 
 
 def await_all() -> None:
-    """Returns when every process has come here."""
+    """Waits until every process has called this."""
     all_gather_json(None)
 
 
 def local_share(items: Sequence[T]) -> Sequence[T]:
-    """Those of some items that this process works on, if each works on its own."""
+    """Returns the items that this process works on: every `count()`-th, from its index on."""
     return items if _job is None else items[_job.place.process :: _job.place.count]
 
 
 def check_preemption() -> None:
-    """Called by all processes between two steps, after the same ones.
+    """Checks for SIGTERM; all processes must call this between the same steps.
 
     Raises:
         Preempted: in all of them after the same step, if one got SIGTERM.
@@ -284,7 +294,7 @@ def check_preemption() -> None:
 
 
 def announce(text: str, code: int) -> None:
-    """The last words of a process that fails: the others end too, and say them."""
+    """Announces the failure of this process: the others print the text and exit with the code."""
     if _job is None or _job.client is None:
         return
     if not _job.claim():
@@ -295,16 +305,16 @@ def announce(text: str, code: int) -> None:
 
 
 def await_verdict() -> None:
-    """Gives the watching threads the time to find out who died; returns if nobody has."""
+    """Waits long enough for the watching threads to find a dead process, which ends this one."""
     if _job is not None and _job.client is not None and not _job.is_over:
         time.sleep(_job.heartbeat + _GRACE_S)
 
 
 def leave(code: int) -> int:
-    """The exit code of a process that is alone; one of a job ends here.
+    """Leaves the job and exits with `code`; without a job, returns `code`.
 
-    The interpreter would stop the watching threads inside C++, which aborts, and wait for what
-    still runs on devices, which after a failure may be for ever.
+    The interpreter must not shut down normally: it would stop the watching threads inside C++,
+    which aborts, and wait for work on devices, which after a failure may never end.
     """
     if _job is None or _job.client is None:
         return code
@@ -335,7 +345,7 @@ def leave(code: int) -> int:
 
 
 def split_address(address: str) -> tuple[str, int]:
-    """Host and port of an address; an IPv6 address is in brackets.
+    """Splits HOST:PORT into host and port; an IPv6 address is in brackets.
 
     Raises:
         ConfigError: if it is not HOST:PORT.
@@ -349,7 +359,11 @@ def split_address(address: str) -> tuple[str, int]:
 
 
 def differences(facts: Mapping[int, Mapping[str, str]]) -> str:
-    """What differs between processes: each name, its values and who has them; "" for nothing."""
+    """Describes differing settings: each name, its values and their processes; "" for none.
+
+    Args:
+        facts: settings by name, for each process.
+    """
     found = []
     for name in {name: None for each in facts.values() for name in each}:
         values: dict[str, list[int]] = {}
@@ -373,7 +387,11 @@ def _shown(value: str) -> str:
 
 
 def _detected(coordinator, count, process, timeout: int):
-    """What jax finds in the environment for what is None."""
+    """Fills in arguments that are None with what JAX finds in the environment.
+
+    Raises:
+        ConfigError: if JAX detects a scheduler but fails to read its variables.
+    """
     # No public function says it before jax.distributed.initialize acts on it.
     from jax._src.clusters import ClusterEnv
 
@@ -413,9 +431,9 @@ def _where(place: Place) -> str:
 
 
 def _redirect() -> None:
-    """Answers to stdout from process 0 alone; apart from ours, what C++ writes there and to stderr.
+    """Redirects standard streams: only process 0 writes to stdout, and C++ output is captured.
 
-    That is kept in memory for `say_native`.
+    Text that C++ code writes to stdout or stderr is kept in memory for `say_native`.
     """
     global _stderr, _native
     sys.stdout.flush()
@@ -445,12 +463,12 @@ def _native_words() -> bytes:
 
 
 def say_native() -> None:
-    """Says what C++ has written to stderr, where it was kept: for failures that nobody explains."""
+    """Prints the captured C++ output to stderr, for failures without an explanation."""
     os.write(_stderr, _native_words())
 
 
 def _release_native() -> None:
-    """Has C++ write to stderr from here on."""
+    """Prints the captured C++ output, and lets C++ write to stderr from now on."""
     global _native
     say_native()
     os.dup2(_stderr, 2)
@@ -497,10 +515,10 @@ def _connect(job: _Job, devices: bool) -> None:
 
 
 def _compare(job: _Job, facts: Mapping[str, str]) -> None:
-    """Returns when all processes have told their facts, which agree.
+    """Publishes the settings of this process and compares them with those of all others.
 
     Raises:
-        ConfigError: if another process has this one's number, has failed, or differs.
+        ConfigError: if another process has this one's index, has failed, or differs.
     """
     place, client = job.place, job.client
     own = {"--num-processes": str(place.count), **facts}
@@ -536,7 +554,7 @@ def _twice(place: Place) -> str:
 def _check_free(address: str) -> None:
     """Checks that process 0 can listen on an address.
 
-    gRPC shares a port with another process that does, and dies where it cannot have the address.
+    gRPC itself would share a port that another process uses, and abort on a foreign address.
 
     Raises:
         ConfigError: if it cannot.
@@ -553,7 +571,7 @@ def _check_free(address: str) -> None:
 
 
 def _bound_registration(timeout: int) -> None:
-    """Has jax's service name the processes that have not registered in time."""
+    """Makes JAX's service report the processes that have not registered within the timeout."""
     from jax._src.lib import _jax
 
     make = _jax.get_distributed_runtime_service
@@ -561,10 +579,10 @@ def _bound_registration(timeout: int) -> None:
 
 
 def pass_proxies(host: str) -> None:
-    """Has gRPC connect to a host directly, whatever proxies the environment names for HTTP.
+    """Makes gRPC connect to a host directly, whatever HTTP proxies the environment names.
 
-    It tunnels through `grpc_proxy`, `https_proxy` and `http_proxy`, which lead out of a cluster,
-    not to its hosts. Where `no_grpc_proxy` is set, gRPC does not read `no_proxy`.
+    gRPC would use `grpc_proxy`, `https_proxy` or `http_proxy`, which lead out of a cluster,
+    not to its hosts. If `no_grpc_proxy` is set, gRPC ignores `no_proxy`.
     """
     import jax
 
@@ -575,7 +593,7 @@ def pass_proxies(host: str) -> None:
 
 
 def _is_loopback(address: str) -> bool:
-    """Whether an address says so itself: all processes must find the same."""
+    """Returns True for localhost or a loopback IP; resolves no names, so all processes agree."""
     host, _ = split_address(address)
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -584,7 +602,7 @@ def _is_loopback(address: str) -> bool:
 
 
 def _collectives_on_loopback() -> None:
-    """CPUs listen for each other where the host's name leads, unless told otherwise."""
+    """Makes CPU collectives listen on 127.0.0.1, instead of the address of the host's name."""
     from jax._src.lib import _jax
 
     make = _jax.make_gloo_tcp_collectives
@@ -592,9 +610,9 @@ def _collectives_on_loopback() -> None:
 
 
 def _on_abort(job: _Job) -> None:
-    """Has a sentence said and a code of ours returned when jax ends this process.
+    """Handles SIGABRT, by which JAX ends this process: prints the reason and exits with a code.
 
-    jax takes a callback for that, which it cannot call (std::bad_cast, up to jax 0.12).
+    JAX's own callback for this cannot be called from Python (std::bad_cast, up to JAX 0.12).
     """
 
     def say(_: int) -> None:
@@ -618,10 +636,10 @@ _kept: list[Any] = []  # of C, which does not keep them
 
 
 def _unregistered(job: _Job, words: str) -> str:
-    """Why this process could not register with jax's coordination service.
+    """Explains why this process could not register with JAX's coordination service.
 
     Args:
-        words: what C++ has written to stderr.
+        words: captured C++ output.
     """
     place = job.place
     words = words[words.rfind("Terminating process") :]
@@ -653,7 +671,7 @@ def _unregistered(job: _Job, words: str) -> str:
 
 
 def _lost(place: Place) -> str:
-    """Why jax may have ended this process."""
+    """Explains why JAX may have ended this process."""
     service = f"process 0, the coordinator at {place.coordinator},"
     if place.process:
         try:
@@ -665,7 +683,7 @@ def _lost(place: Place) -> str:
 
 
 def _call_roll(job: _Job) -> None:
-    """Ends this process when another one is no longer among the living."""
+    """Polls for live processes; ends this one when another has died."""
     everybody = list(range(job.place.count))
     while not job.is_over:
         try:
@@ -686,7 +704,7 @@ def _call_roll(job: _Job) -> None:
 
 
 def _has_left(job: _Job, process: int) -> bool:
-    """Whether a process has ended in order."""
+    """Returns True if a process has ended normally."""
     try:
         return job.client.key_value_try_get(f"{_LEFT}{process}") != ""
     except Exception:  # there is no such key
@@ -694,7 +712,7 @@ def _has_left(job: _Job, process: int) -> bool:
 
 
 def _hear_last_words(job: _Job) -> None:
-    """Ends this process when another one has failed."""
+    """Waits for the failure message of another process, and ends this one when it comes."""
     try:
         words = json.loads(job.client.blocking_key_value_get(_FAILED, _FOREVER_MS))
     except Exception:  # as in `_call_roll`
@@ -707,7 +725,7 @@ def _hear_last_words(job: _Job) -> None:
 
 
 def _exit(job: _Job, code: int) -> None:
-    """Ends this process at once; the coordination service a little after the others."""
+    """Ends this process at once; process 0, which runs the service, 1.5 s later than the others."""
     with contextlib.suppress(Exception):
         sys.stdout.flush()
     if job.place.process == 0:

@@ -1,4 +1,4 @@
-"""Rules: meaning of an axis -> mesh axis; MeshShape, make_mesh, and the mesh of a model.
+"""Sharding: rules from logical axes to mesh axes, shapes of meshes, placement of arrays.
 
 A mesh has three axes, any of which may be 1:
 
@@ -26,7 +26,7 @@ AXES = ("data", "seq", "tensor")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """Mesh axis for each axis of an array, by meaning; None keeps it whole on every device."""
+    """Mesh axis of each logical axis of an array; None replicates it on every device."""
 
     layers: str | None = None
     vocab: str | None = "tensor"
@@ -41,10 +41,10 @@ class Rules:
     page: str | None = "seq"
 
     def spec(self, axes: Sequence[str]) -> PartitionSpec:
-        """Where an array with these axes lies.
+        """Returns the partition spec of an array with these logical axes.
 
         Raises:
-            ValueError: if one mesh axis would split two of them.
+            ValueError: if one mesh axis would divide two of them.
         """
         placed = [getattr(self, axis) for axis in axes]
         used = [name for entry in placed for name in _names(entry)]
@@ -58,7 +58,7 @@ RULES = Rules()
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MeshShape:
-    """Devices along each axis of a mesh.
+    """Number of devices along each axis of a mesh.
 
     Raises:
         ConfigError: if one is under 1.
@@ -80,11 +80,11 @@ class MeshShape:
 
     @property
     def size(self) -> int:
-        """Devices in all."""
+        """Total number of devices."""
         return self.data * self.seq * self.tensor
 
     def shard(self, shape: Sequence[int], axes: Sequence[str], rules: Rules = RULES) -> list[int]:
-        """The largest part of an array on a device; axes need not divide."""
+        """Returns the shape of an array's largest part on a device; sizes need not divide."""
         spec = rules.spec(axes)
         parts = [math.prod(getattr(self, name) for name in _names(entry)) for entry in spec]
         return [-(-size // part) for size, part in zip(shape, parts, strict=True)]
@@ -97,10 +97,10 @@ def _names(entry: tuple[str, ...] | str | None) -> tuple[str, ...]:
 
 
 def parse(text: str) -> MeshShape:
-    """The mesh that a flag says, such as `seq=4,tensor=4`; axes left out are 1.
+    """Parses a mesh shape such as `seq=4,tensor=4`; axes left out are 1.
 
     Raises:
-        ConfigError: if it says no mesh.
+        ConfigError: if the text is malformed.
     """
     sizes: dict[str, int] = {}
     for item in text.split(","):
@@ -115,31 +115,32 @@ def parse(text: str) -> MeshShape:
 
 
 def divided(config: ModelConfig) -> dict[str, int]:
-    """Sizes that `tensor` divides, by the fields of the configuration."""
+    """Returns the sizes that `tensor` must divide, by field of the configuration."""
     return {name: getattr(config, name) for name in ("num_heads", "num_kv_heads", "mlp_dim")}
 
 
 def padded(config: ModelConfig, tensor: int) -> ModelConfig:
-    """The configuration of arrays on devices, whose vocabulary `tensor` divides by padding."""
+    """Returns the configuration with the vocabulary padded to a multiple of `tensor`."""
     return dataclasses.replace(config, vocab_padding=-config.vocab_size % tensor)
 
 
 def default_mesh(config: ModelConfig, count: int) -> MeshShape:
-    """The mesh of a model on so many devices.
+    """Returns the default mesh shape of a model on `count` devices.
 
     `tensor` is the largest divisor of the device count that divides the query heads, the
-    key/value heads and the MLP; heads are never replicated, and the vocabulary is padded. What
-    is left of the devices goes to `seq`, which divides nothing of the model.
+    key/value heads and the MLP; heads are never replicated, and the vocabulary is padded. The
+    remaining factor goes to `seq`, which divides no dimension of the model.
     """
     common = math.gcd(count, *divided(config).values())
     return MeshShape(seq=count // common, tensor=common)
 
 
 def check(config: ModelConfig, shape: MeshShape, count: int) -> None:
-    """Refuses a mesh that a model cannot be split over.
+    """Checks that a model can be sharded over a mesh.
 
     Raises:
-        ConfigError: if it is not one of `count` devices, or `tensor` divides not all it must.
+        ConfigError: if the mesh does not have `count` devices, or `tensor` does not divide a
+            size of `divided`.
     """
     if shape.size != count:
         raise ConfigError(
@@ -157,16 +158,20 @@ def check(config: ModelConfig, shape: MeshShape, count: int) -> None:
 def make_mesh(
     devices: Sequence[Any] | None = None, *, data: int = 1, seq: int = 1, tensor: int = 1
 ) -> Mesh:
-    """The one place that makes meshes.
+    """Creates a mesh; all meshes are created here.
 
-    Axes are of type Auto: the compiler spreads placements through the model, which states
+    Axes are of type Auto: the compiler propagates shardings through the model, which states
     only those of weights, cache and inputs.
 
     Args:
-        devices: all of the mesh, those with fast links nearby; None for all of this process.
+        devices: devices of the mesh, ordered by the topology of their links; None for all
+            devices of `jax.devices()`.
+        data: number of replicas.
+        seq: devices that divide the tokens of pages and slices.
+        tensor: devices that divide heads, MLP and vocabulary.
 
     Raises:
-        ConfigError: if they are not as many as the mesh has.
+        ConfigError: if the number of devices is not that of the mesh.
     """
     devices = jax.devices() if devices is None else devices
     shape = MeshShape(data=data, seq=seq, tensor=tensor)
@@ -179,9 +184,9 @@ def make_mesh(
 
 
 def put(tree: Any, placement: Sharding) -> Any:
-    """Host arrays on devices, those of other processes too, which put the same there.
+    """Puts a tree of host arrays on devices; every process must pass the same values.
 
-    Nothing is sent between processes: each fills the devices that it has.
+    Nothing is sent between processes: each fills its own devices.
     """
     if placement.is_fully_addressable:
         return jax.device_put(tree, placement)
@@ -198,10 +203,12 @@ def build(
     placement: Sharding,
     read: Callable[[tuple[slice, ...]], np.ndarray],
 ) -> jax.Array:
-    """An array on devices, those of other processes too, from what goes to those of this one.
+    """Builds a sharded array, of which each process reads only the part of its own devices.
 
     Args:
-        read: gives what lies between the starts and stops of a slice for each axis.
+        shape: shape of the whole array.
+        placement: sharding of the array, also over devices of other processes.
+        read: returns the part of the array at a tuple of slices, one for each axis.
     """
     shape = tuple(shape)
 
@@ -224,7 +231,7 @@ def build(
 def with_zeros(
     shape: Sequence[int], read: Callable[[tuple[slice, ...]], np.ndarray]
 ) -> Callable[[tuple[slice, ...]], np.ndarray]:
-    """As `read`, which gives slices of an array of this shape, with zeros beyond its ends."""
+    """Wraps `read`, which reads slices of an array of this shape, to return zeros beyond it."""
 
     def reading(index: tuple[slice, ...]) -> np.ndarray:
         starts = [min(each.start, size - 1) for each, size in zip(index, shape, strict=True)]
@@ -241,7 +248,7 @@ def with_zeros(
 
 
 def shardings(axes: Mapping[str, Any], mesh: Mesh, rules: Rules = RULES) -> dict[str, Any]:
-    """A tree like `axes`, whose leaves name the axes of arrays, with their placements."""
+    """Maps a tree of tuples of logical axes to a tree of shardings on a mesh."""
     return {
         key: shardings(value, mesh, rules)
         if isinstance(value, Mapping)

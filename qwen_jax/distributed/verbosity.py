@@ -1,10 +1,10 @@
-"""How much a command says on stderr beside errors; one level for all of this process."""
+"""Verbosity: how much a command prints to stderr beside errors, one level per process."""
 
 import enum
 
 
 class Level(enum.IntEnum):
-    """How much is said."""
+    """Verbosity levels, in ascending order."""
 
     NONE = 0
     SHORT = 1
@@ -15,11 +15,11 @@ _level = Level.SHORT
 
 
 def get() -> Level:
-    """The level in force."""
+    """Returns the current level."""
     return _level
 
 
 def set_level(level: Level) -> None:
-    """Says more or less from here on."""
+    """Sets the level of this process."""
     global _level
     _level = level

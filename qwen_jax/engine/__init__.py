@@ -1,1 +1,1 @@
-"""Serving: requests in, events out, token ids only."""
+"""Serving: requests in, events out, as token ids."""

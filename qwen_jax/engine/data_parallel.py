@@ -29,12 +29,13 @@ from qwen_jax.engine.request import Event, Request, Sparseness
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Replica:
-    """An engine, its step in flight, and what waits for the end of that.
+    """An engine, its step in flight, and the calls that wait for the end of the step.
 
     Attributes:
-        numbers: from the engine's number of a request to ours.
-        left: tokens to read and to write at most, by our number.
-        kept: calls of the engine that came while it was in flight, with our number of what for.
+        numbers: maps the engine's request id to the id of `Replicas`.
+        left: tokens left to prefill and decode at most, by request id of `Replicas`.
+        kept: calls that wait until the step is over, each with the request id it is for.
+        flight: result of the step in flight; None between steps.
     """
 
     engine: Engine
@@ -52,7 +53,7 @@ class _Replica:
                 self.engine.cancel(theirs)
 
     def begin(self, pool: ThreadPoolExecutor) -> None:
-        """Makes the calls that waited, then steps, if there is something to do."""
+        """Makes the waiting calls and starts a step in `pool`, if there are requests."""
         if self.flight is None and self.left:
             while self.kept:
                 _, call = self.kept.pop(0)
@@ -60,12 +61,12 @@ class _Replica:
             self.flight = pool.submit(self.engine.step)
 
     def settle(self) -> None:
-        """Waits for the step in flight, whose events stay with it."""
+        """Waits for the step in flight; its events remain in `flight`."""
         if self.flight is not None:
             wait([self.flight])
 
     def drop(self, numbers: Container[int]) -> None:
-        """Ends requests at once, between two steps."""
+        """Ends requests at once; must be called between two steps."""
         self.kept = [each for each in self.kept if each[0] not in numbers]
         theirs = [theirs for theirs, ours in self.numbers.items() if ours in numbers]
         self.engine.drop(theirs)
@@ -77,7 +78,7 @@ class _Replica:
 
 @dataclasses.dataclass(slots=True)
 class _Work:
-    """A request, where it is, and how many tokens of its answer there are."""
+    """A request, its replica, and the number of tokens generated so far."""
 
     replica: _Replica
     request: Request
@@ -125,7 +126,7 @@ class Replicas(Runs):
 
     @property
     def busy(self) -> bool:
-        """Whether `step` has something to do."""
+        """True if `step` has something to do."""
         return bool(self._events) or any(each.left for each in self._replicas)
 
     @property
@@ -135,17 +136,17 @@ class Replicas(Runs):
 
     @property
     def slices(self) -> tuple[int, ...]:
-        """Lengths that prefill is compiled for, largest first."""
+        """Slice lengths in tokens that prefill is compiled for, largest first."""
         return self._replicas[0].engine.slices
 
     @property
     def max_seqs(self) -> int:
-        """Requests that run at once, in all replicas."""
+        """Maximum number of requests that run at once, in all replicas."""
         return sum(each.engine.max_seqs for each in self._replicas)
 
     @property
     def num_devices(self) -> int:
-        """Devices that they run on."""
+        """Number of devices of all replicas."""
         return sum(each.engine.num_devices for each in self._replicas)
 
     @property
@@ -155,31 +156,31 @@ class Replicas(Runs):
 
     @property
     def num_compilations(self) -> int:
-        """Programs compiled so far, each replica's its own."""
+        """Number of programs compiled so far, summed over replicas."""
         return sum(each.engine.num_compilations for each in self._replicas)
 
     def summary(self) -> str:
-        """One short line, as of `Engine`."""
+        """Returns one short line, as `Engine.summary`."""
         return f"{len(self._replicas)} replicas, each {self._replicas[0].engine.summary()}"
 
     def describe(self) -> str:
-        """One line on what runs where and how."""
+        """Returns one line on devices, kernels, dtype and sizes, as `Engine.describe`."""
         return f"{len(self._replicas)} replicas, each {self._replicas[0].engine.describe()}"
 
     def restore(
         self, tokens: Iterable[int], pieces: Iterable[Piece], sparse: Sparseness | None = None
     ) -> None:
-        """As `Engine.restore`, in every replica.
+        """Restores a prefix in every replica, as `Engine.restore`.
 
         Raises:
-            RequestError: if the tokens are none of the model's or do not fit.
+            RequestError: if the tokens are not in the model's vocabulary or do not fit.
         """
         tokens, pieces = tuple(tokens), tuple(pieces)
         for replica in self._replicas:
             replica.engine.restore(tokens, pieces, sparse)
 
     def observe(self, observer: Observer | None) -> None:
-        """Tells an observer of every step of all replicas from now on; None for nobody."""
+        """Calls `observer` around every step of all replicas; None removes the observer."""
         for index, each in enumerate(self._replicas):
             told = None
             if observer is not None:
@@ -188,7 +189,7 @@ class Replicas(Runs):
             each.engine.observe(told)
 
     def add(self, request: Request) -> int:
-        """Queue a request; returns the id that its events will carry.
+        """Queues a request; returns the id that its events will carry.
 
         Raises:
             RequestError: if it can never be served.
@@ -208,13 +209,13 @@ class Replicas(Runs):
         self._replicas[0].engine.check(request)
 
     def cancel(self, request_id: int) -> None:
-        """End a request before the next step of its replica; ignored if it has ended already."""
+        """Ends a request before the next step of its replica; ignored if it has ended already."""
         if request_id in self._work:
             replica = self._work[request_id].replica
             replica.kept.append((request_id, functools.partial(replica.cancel, request_id)))
 
     def drop(self, request_ids: Container[int]) -> None:
-        """End requests, after the step that their replica is in; no event will tell of them."""
+        """Waits for the steps in flight, then ends requests; they get no further events."""
         with interrupts.deferred():
             dropped = [number for number in self._work if number in request_ids]
             if dropped:
@@ -228,9 +229,9 @@ class Replicas(Runs):
             self._events = [each for each in self._events if each.request_id not in request_ids]
 
     def step(self) -> list[Event]:
-        """Wait until a replica has run a slice or a decode step; returns what came, [] when idle.
+        """Waits until a replica has finished a step; returns the events so far, [] when idle.
 
-        What the step of a replica raises is raised here, after the events of the others.
+        An exception of a replica's step is raised here, after the events of the others.
         """
         with interrupts.deferred():
             for replica in self._replicas:
@@ -251,12 +252,12 @@ class Replicas(Runs):
     def score(
         self, tokens: Iterable[int], *, last: int | None = None
     ) -> Iterator[Float32[np.ndarray, "n V"]]:
-        """Logits after each of the last `last` tokens (None: of all), by one replica.
+        """Yields float32 logits after each of the last `last` tokens (None: all) from one replica.
 
-        Holds pages of it while it is being iterated.
+        Holds cache pages of that replica while it is being iterated.
 
         Raises:
-            RequestError: if the tokens are none of the model's or do not fit.
+            RequestError: if the tokens are not in the model's vocabulary or do not fit.
         """
         replica = self._least()
         replica.settle()
@@ -268,7 +269,7 @@ class Replicas(Runs):
         return min(self._replicas, key=lambda each: sum(each.left.values()))
 
     def _land(self) -> None:
-        """Takes the events of the steps that are over and have not failed."""
+        """Collects the events of the steps that are over and have not failed."""
         for replica in self._replicas:
             flight = replica.flight
             if flight is not None and flight.done() and not _has_failed(replica):
@@ -276,7 +277,7 @@ class Replicas(Runs):
                 self._events += [self._ours(replica, event) for event in flight.result()]
 
     def _ours(self, replica: _Replica, event: Event) -> Event:
-        """An engine's event with our number; notes what is left of its request."""
+        """Gives an engine's event the request id of `Replicas`, and updates the tokens left."""
         number = replica.numbers[event.request_id]
         work = self._work[number]
         work.written += len(event.tokens)
@@ -290,7 +291,7 @@ class Replicas(Runs):
 def _observed(
     observer: Observer, index: int, numbers: Mapping[int, int], step: Step
 ) -> AbstractContextManager[None]:
-    """Tells the observer of a step of one replica, whose requests get our numbers."""
+    """Calls the observer for a step of replica `index`, with request ids of `Replicas`."""
     step.replica, step.requests = index, tuple(numbers[each] for each in step.requests)
     return observer(step)
 
@@ -301,7 +302,7 @@ def _has_failed(replica: _Replica) -> bool:
 
 
 def _between_steps(replica: _Replica, blocks: Generator[Any]) -> Iterator[Any]:
-    """What an engine yields, made while it has no step in flight."""
+    """Yields the blocks of an engine, each computed while no step of it is in flight."""
     try:
         replica.settle()
         for block in blocks:
@@ -333,7 +334,7 @@ def build(
 
 
 def split(weights) -> list[Any]:
-    """The trees of the parts of a mesh along `data`, of the very arrays that lie there.
+    """Splits weights into one tree for each part of the mesh along `data`, without copying.
 
     Raises:
         ConfigError: if the weights lie on no mesh, or on that of several processes.
@@ -359,7 +360,7 @@ def _mesh(weights) -> Mesh | None:
 
 
 def _part(array: jax.Array, mesh: Mesh) -> jax.Array:
-    """An array that is the same along `data`, as one part of the mesh has it."""
+    """Returns the part on `mesh` of an array that is replicated along `data`."""
     shards = {shard.device: shard.data for shard in array.addressable_shards}
     assert isinstance(array.sharding, NamedSharding)
     return jax.make_array_from_single_device_arrays(

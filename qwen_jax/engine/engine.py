@@ -1,4 +1,4 @@
-"""Engine: many requests at once over one model, one cache and few compiled steps."""
+"""Engine: continuous batching of requests over one model, one cache and few compiled steps."""
 
 import contextlib
 import dataclasses
@@ -44,7 +44,7 @@ from qwen_jax.sparse.recall import Grid, Survey
 
 _GREEDY = Sampling()
 WINDOW_UNIT = 1024
-"""Tokens of which `Engine.take` gives a multiple, so that few programs serve all lengths."""
+"""Tokens to a multiple of which `Engine.take` pads, so that few programs serve all lengths."""
 _SCORE_BYTES = 1 << 28  # logits that one slice of `score` may hold, if there is a slice so small
 _DEAD = (
     "this engine was stopped in the middle of a step, and what it kept is lost: "
@@ -54,10 +54,11 @@ _DEAD = (
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """Tokens `start` to `stop` of a prompt, whose keys and values lie elsewhere.
+    """Tokens `start` to `stop` of a prompt, whose keys and values are stored elsewhere.
 
     Attributes:
-        load: gives them in the shape, dtype and placement that it is told (`Engine.window`).
+        load: returns the keys and values in the given shape, dtype and placement, which are
+            those of `Engine.window`.
     """
 
     start: int
@@ -69,7 +70,7 @@ class Runs:
     """What an engine and replicas have in common: answering some requests to their end."""
 
     def run(self: Any, requests: Iterable[Request]) -> list[list[int]]:
-        """The answers to some requests, for callers with nothing else to serve.
+        """Returns the answers to requests as token ids, for callers with nothing else to serve.
 
         Raises:
             RequestError: if one of them cannot be served or fails.
@@ -180,12 +181,12 @@ class Engine(Runs):
 
     @property
     def busy(self) -> bool:
-        """Whether `step` has something to do."""
+        """True if `step` has something to do."""
         return self._scheduler.busy or bool(self._events)
 
     @property
     def slices(self) -> tuple[int, ...]:
-        """Lengths that prefill is compiled for, largest first."""
+        """Slice lengths in tokens that prefill is compiled for, largest first."""
         return self.layout.slices
 
     @property
@@ -205,26 +206,26 @@ class Engine(Runs):
 
     @property
     def max_seqs(self) -> int:
-        """Requests that run at once."""
+        """Maximum number of requests that run at once."""
         return self._config.max_seqs
 
     @property
     def num_devices(self) -> int:
-        """Devices that it runs on."""
+        """Number of devices of the engine."""
         return 1 if self._mesh is None else self._mesh.size
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of the cache on one device."""
-        return self._runner.cache_bytes
+        return self.runner.cache_bytes
 
     @property
     def num_compilations(self) -> int:
-        """Programs compiled so far: no more than the slices and a few, whatever is asked."""
+        """Number of programs compiled so far: bounded by the slices, whatever the requests."""
         return self.runner.num_compilations
 
     def summary(self) -> str:
-        """One short line: devices, kernels and dtype; why better kernels are not used."""
+        """Returns one short line: devices, kernels, dtype, and why faster kernels are not used."""
         kernels = self._backend.prefill if len(set(self._backend)) == 1 else self._backend
         return (
             f"{self._device.device_kind}, {self._devices()}; {kernels} kernels{self._why_not()}; "
@@ -232,7 +233,7 @@ class Engine(Runs):
         )
 
     def describe(self) -> str:
-        """One line on what runs where and how."""
+        """Returns one line on devices, kernels, dtype, pages, slices and capacity."""
         slices = "/".join(map(str, self.layout.slices))
         return (
             f"{self._device.platform} ({self._device.device_kind}), {self._devices()}; "
@@ -243,11 +244,11 @@ class Engine(Runs):
         )
 
     def observe(self, observer: Observer | None) -> None:
-        """Tells an observer of every step and slice of `score` from now on; None for nobody."""
+        """Calls `observer` around every step and slice of `score`; None removes the observer."""
         self._observer = observer
 
     def add(self, request: Request) -> int:
-        """Queue a request; returns the id that its events will carry.
+        """Queues a request; returns the id that its events will carry.
 
         Raises:
             EngineError: if the engine is dead.
@@ -268,7 +269,7 @@ class Engine(Runs):
         return number
 
     def check(self, request: Request) -> None:
-        """Refuse what can never be served; reads nothing that a step in another thread changes.
+        """Checks that a request can be served; safe while a step runs in another thread.
 
         Raises:
             RequestError: if it can never be served.
@@ -284,12 +285,12 @@ class Engine(Runs):
         )
 
     def cancel(self, request_id: int) -> None:
-        """End a request before the next step; ignored if it has ended already."""
+        """Ends a request before the next step; ignored if it has ended already."""
         if request_id in self._sequences:
             self._sequences[request_id].cancelled = True
 
     def drop(self, request_ids: Container[int]) -> None:
-        """End requests at once; no event will tell of them any more."""
+        """Ends requests at once; they get no further events."""
         if self._is_dead:
             return
         with self._unstopped(), self._all_or_nothing():
@@ -298,11 +299,11 @@ class Engine(Runs):
             self._events = [each for each in self._events if each.request_id not in request_ids]
 
     def step(self) -> list[Event]:
-        """Run one prefill slice or one decode step; returns what it brought, [] when idle.
+        """Runs one prefill slice or one decode step; returns its events, [] when idle.
 
         Raises:
             EngineError: if the engine is dead.
-            Preempted: before the step, in all processes of a job, if it is to end.
+            Preempted: before the step, in all processes of a job, if the job is being preempted.
         """
         self._check_alive()
         multihost.check_preemption()
@@ -317,18 +318,21 @@ class Engine(Runs):
         pieces: Iterable[Piece],
         sparse: Sparseness | None = None,
     ) -> None:
-        """Put into the cache what prompts begin with that come after this; once.
+        """Inserts the keys and values of a prompt prefix into the cache; possible once.
 
-        Prompts that go on after these tokens take them as they are; the attention scales of
-        theirs are those of the tokens that were saved, wherever the temperature depends on the
-        length of the prompt.
+        Later prompts that begin with these tokens and are longer use them as they are: where the
+        attention temperature depends on the length of the prompt, the prefix keeps the scales
+        that it was computed with.
 
         Args:
-            pieces: that make them up; what `take` gave in whatever engine of this model.
-            sparse: how they were prefilled sparsely; None for densely.
+            tokens: token ids of the prefix.
+            pieces: keys and values of all the tokens, as `take` of any engine of this model
+                returned them.
+            sparse: density and recall of their sparse prefill; None if it was dense.
 
         Raises:
-            RequestError: if the tokens are none of the model's or do not fit.
+            RequestError: if a prefix was restored before, or if the tokens are not in the
+                model's vocabulary or do not fit.
         """
         tokens = self._checked(tokens)
         if self._prefix is not None:
@@ -357,12 +361,13 @@ class Engine(Runs):
                 self._scheduler.freed()
 
     def take(self, request_id: int, start: int, stop: int) -> Window:
-        """Keys and values of the prompt tokens from `start` to `stop`, for `restore`.
+        """Returns keys and values of the prompt tokens from `start` to `stop`, for `restore`.
 
-        They are padded to `window(stop - start)`.
+        They are padded to the shape of `window(stop - start)`.
 
         Raises:
-            RequestError: if the request is not running, or has not read as far as that.
+            EngineError: if the engine is dead.
+            RequestError: if the request is not running, or not prefilled up to `stop`.
         """
         self._check_alive()
         sequence = self._sequences.get(request_id)
@@ -374,20 +379,23 @@ class Engine(Runs):
         return self.runner.extract_kv(table, start, size)
 
     def window(self, tokens: int) -> jax.ShapeDtypeStruct:
-        """Shape [layers, tokens, kv_heads, head_dim], dtype and placement of what `take` gives."""
+        """Returns the shape [layers, tokens, kv_heads, head_dim], dtype and placement of the
+        arrays that `take` returns for `tokens` tokens.
+        """
         return self.runner.window(-(-tokens // WINDOW_UNIT) * WINDOW_UNIT)
 
     def score(
         self, tokens: Iterable[int], *, last: int | None = None
     ) -> Iterator[Float32[np.ndarray, "n V"]]:
-        """Logits after each of the last `last` tokens (None: of all), slice by slice.
+        """Yields float32 logits after each of the last `last` tokens (None: all), slice by slice.
 
-        They are those that a request with this prompt would see: a text that is prefilled sparsely
-        is scored so, in the same slices and with the same dense tail.
-        Holds pages while it is being iterated.
+        They are the logits that a request with this prompt would see: a prompt over the threshold
+        of sparse prefill is scored sparsely, in the same slices and with the same dense tail.
+        Holds cache pages while it is being iterated.
 
         Raises:
-            RequestError: if the tokens are none of the model's or do not fit.
+            EngineError: if the engine is dead.
+            RequestError: if the tokens are not in the model's vocabulary or do not fit.
         """
         tokens = self._checked(tokens)
         if last is not None and not 1 <= last <= len(tokens):
@@ -395,12 +403,13 @@ class Engine(Runs):
         return self._score(tokens, 0 if last is None else len(tokens) - last)
 
     def survey(self, tokens: Iterable[int], grid: Grid) -> Iterator[tuple[int, int, Survey]]:
-        """What sparse budgets would find in a text: start, length and survey of each slice.
+        """Surveys sparse budgets on a text: yields start, length and survey of each slice.
 
-        Holds pages while it is being iterated.
+        Holds cache pages while it is being iterated.
 
         Raises:
-            RequestError: if the tokens are none of the model's or do not fit.
+            ConfigError: if the engine runs on a mesh.
+            RequestError: if the tokens are not in the model's vocabulary or do not fit.
         """
         self._refuse_mesh("surveys")
         return self._survey(self._checked(tokens), grid)
@@ -408,15 +417,16 @@ class Engine(Runs):
     def plans(
         self, tokens: Iterable[int], layer: int, head: int
     ) -> Iterator[tuple[int, int, SparsePlan, Report]]:
-        """How a text is prefilled sparsely: of each slice start, length, plan and figures.
+        """Prefills a text sparsely; yields start, length, plan and report of each slice.
 
         The plan is that of one layer and query head, before the guard of `least_recall`,
         and goes on to the end of the text, without `dense_tail`.
-        Holds pages while it is being iterated.
+        Holds cache pages while it is being iterated.
 
         Raises:
-            ConfigError: if there are no budgets, or none that are used for this head.
-            RequestError: if the tokens are none of the model's or do not fit.
+            ConfigError: if the engine runs on a mesh, if there are no budgets, or if no such
+                layer and head is prefilled sparsely.
+            RequestError: if the tokens are not in the model's vocabulary or do not fit.
         """
         self._refuse_mesh("plans")
         if self._config.sparse is None:
@@ -435,7 +445,7 @@ class Engine(Runs):
         return self._config.sparse is not None and len(prompt) > self._config.sparse.threshold
 
     def _prefix_of(self, prompt: tuple[int, ...]) -> Prefix | None:
-        """What was restored, if the prompt begins with it."""
+        """Returns the restored prefix if the prompt begins with it, else None."""
         if self._prefix is None or not self._prefix.begins(prompt):
             return None
         return self._prefix
@@ -445,7 +455,10 @@ class Engine(Runs):
             raise ConfigError(f"{what} are made on one device: leave out the mesh")
 
     def _why_not(self) -> str:
-        """Why not by better kernels, where nobody chose others."""
+        """Returns why no faster kernels run, in parentheses; "" if the best or a chosen one runs.
+
+        Without attention it says that instead.
+        """
         if not self._config.attention:
             return " (attention left out)"
         if self._config.backend is not None:
@@ -481,7 +494,7 @@ class Engine(Runs):
             yield start, length, listed, jax.device_get(report)
 
     def cuts(self, tokens: tuple[int, ...]) -> Iterator[tuple[int, int, PrefillStep]]:
-        """Start, length and step of each slice of a text."""
+        """Yields start, length and step of each slice of a text."""
         with self._borrowed(len(tokens)) as pages:
             start = 0
             while start < len(tokens):
@@ -517,7 +530,7 @@ class Engine(Runs):
     def _scored(
         self, step: PrefillStep, first: int, _: int, seen: Step | None
     ) -> Iterable[np.ndarray]:
-        """Logits of the tokens of a slice from `first` on; of one that has none it is only read."""
+        """Computes the logits of a slice from token `first` on, or only prefills it without any."""
         if first < int(step.length):
             return [self.runner.score(step)[first:]]
         logits = self.runner.prefill(step)
@@ -528,7 +541,7 @@ class Engine(Runs):
     def _scored_sparsely(
         self, step: PrefillStep, first: int, rows: int, seen: Step | None
     ) -> Iterable[np.ndarray]:
-        """The same of a sparse slice, so many rows at a time, while they are taken."""
+        """Computes the logits of a sparse slice from token `first` on, lazily, `rows` at a time."""
         length = int(step.length)
         if first < length:
             hidden, report = self.runner.score_sparse(step)
@@ -545,7 +558,11 @@ class Engine(Runs):
 
     @contextlib.contextmanager
     def _borrowed(self, length: int) -> Iterator[list[int]]:
-        """Pages for a text beside the requests."""
+        """Allocates cache pages for `length` tokens outside any request, freed on exit.
+
+        Raises:
+            RequestError: if too few pages are free.
+        """
         count = -(-length // self._page)
         if count > self.pages.free:
             raise RequestError(
@@ -589,7 +606,7 @@ class Engine(Runs):
     def _observed(
         self, kind: Kind, *sequences: Sequence, start: int = 0, tokens: int, size: int
     ) -> Iterator[Step | None]:
-        """Within it the step runs that the observer is told of; None if there is nobody."""
+        """Runs a step within the observer's context; yields its `Step`, or None if unobserved."""
         if self._observer is None:
             yield None
             return
@@ -612,7 +629,7 @@ class Engine(Runs):
 
     @contextlib.contextmanager
     def _unstopped(self) -> Iterator[None]:
-        """Within it a step runs, which Ctrl-C waits for; one that is cut short may be the last."""
+        """Defers Ctrl-C to the end of a step; if the step fails midway, the engine may be dead."""
         try:
             with interrupts.deferred():
                 yield
@@ -622,13 +639,13 @@ class Engine(Runs):
 
     @contextlib.contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
-        """Within it changes what must change together; one that is cut short is the last."""
+        """Guards changes that must happen together: an exception within it kills the engine."""
         was_dead, self._is_dead = self._is_dead, True
         yield
         self._is_dead = was_dead
 
     def _step(self) -> None:
-        """Runs what comes next, whose events are added to those that nobody has yet."""
+        """Runs the next slice or decode step, and appends its events to `_events`."""
         with self._all_or_nothing():
             self._events += [self._end(each, "cancelled") for each in self._scheduler.cancelled()]
             work = self._scheduler.next()
@@ -678,7 +695,7 @@ class Engine(Runs):
             self._events.append(self._prefilled(piece, token, found))
 
     def _prefilled(self, piece: Slice, token: int, found: Logprobs | None) -> Event:
-        """Notes that a slice is in the cache, and the token after it."""
+        """Records that a slice is in the cache, and the token sampled after it."""
         sequence = piece.sequence
         if token < 0:
             return self._fail(sequence)
@@ -716,7 +733,7 @@ class Engine(Runs):
                     self._events.append(self._take(sequence, token, logprobs))
 
     def _take(self, sequence: Sequence, token: int, logprobs: tuple[TokenLogprobs, ...]) -> Event:
-        """Add a token to an answer, which may end it."""
+        """Appends a token to an answer, and ends the request if it is the last."""
         if token in sequence.request.eos_ids:
             return self._end(sequence, "stop")
         sequence.answer.append(token)
@@ -819,10 +836,10 @@ def kernels(
 
 
 def _mesh_of(weights) -> Mesh | None:
-    """The mesh on which weights lie; None for one device.
+    """Returns the mesh on which weights lie; None for one device.
 
     Raises:
-        ConfigError: if it holds several requests side by side.
+        ConfigError: if its axis `data` is larger than 1.
     """
     placed = jax.tree.leaves(weights)[0].sharding
     if not isinstance(placed, NamedSharding) or placed.mesh.size == 1:
@@ -835,7 +852,7 @@ def _mesh_of(weights) -> Mesh | None:
 
 
 def _logprobs(request: Request, found: Logprobs | None, *, row: int) -> tuple[TokenLogprobs, ...]:
-    """Those of one token, if the request asks for them."""
+    """Returns the log-probabilities of `row` in a tuple of one, () if the request wants none."""
     if request.logprobs is None or found is None:
         return ()
     best = slice(request.logprobs)
@@ -844,6 +861,9 @@ def _logprobs(request: Request, found: Logprobs | None, *, row: int) -> tuple[To
 
 
 def _scales(model: ModelConfig, vllm_parity: bool, length: int) -> tuple[float, float]:
-    """Factors on queries and keys in a sequence of this length (arXiv:2501.15383, equation 1)."""
+    """Returns the factors on queries and keys in a sequence of `length` tokens.
+
+    See arXiv:2501.15383, equation 1.
+    """
     factor = model.temperature(length)
     return (factor, factor) if vllm_parity else (factor * factor, 1.0)

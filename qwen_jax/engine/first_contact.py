@@ -1,9 +1,9 @@
-"""First contact: kernels are compared with the truth once, on each kind of device that they meet.
+"""First contact: compares kernels with XLA once on each kind of device that they run on.
 
-A kernel that computes other numbers there, or none, is refused, never replaced. That it agreed is
-kept under the user's cache directory, for the same device, versions, shapes and source; that it did
-not is never kept, so that a cause outside the kernel, such as memory that another program held,
-costs no more than one start. Every process of a job compares on its own device, without the others.
+A kernel that computes other numbers there, or fails, is refused, never replaced. An agreement is
+stored under the user's cache directory, for the same device, versions, shapes and source; a
+disagreement is never stored, so that a cause outside the kernel, such as memory that another
+program held, affects one start only. Every process of a job compares on its own device.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ from qwen_jax.files import reading, user_cache
 from qwen_jax.storage import atomic, manifest
 
 TRUSTED = ("xla", "reference")
-"""Backends that are the truth; XLA itself is not checked."""
+"""Backends that others are compared with, and which are not checked themselves."""
 PACKAGES = (
     "jax jaxlib libtpu jax-triton triton jax-cuda12-plugin jax-cuda12-pjrt jax-cuda13-plugin "
     "jax-cuda13-pjrt nvidia-cuda-nvcc-cu12 nvidia-cuda-nvcc nvidia-cudnn-cu12 nvidia-cudnn-cu13"
 ).split()
-"""That decide what a kernel is compiled to."""
+"""Packages whose versions decide what a kernel is compiled to."""
 _FLAGS = "XLA_FLAGS", "LIBTPU_INIT_ARGS"
 _DRIVER = Path("/proc/driver/nvidia/version")
 _FORMAT = "qwen-jax checked kernels 1"
@@ -45,16 +45,17 @@ def ensure(
     device: Any,
     say: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Compares backends that were not compared on this kind of device before.
+    """Compares the backends that have not been compared on this kind of device yet.
 
     Args:
-        chosen: backend of each program that will run, of `programs.PROGRAMS`.
-        device: of jax; of this process.
-        say: is told what is being waited for, if anything is.
+        shape: sizes and dtype of the model's attention on one device.
+        chosen: backend of each program of `programs.PROGRAMS` that will run.
+        device: a JAX device of this process.
+        say: called with a line of text before a comparison starts.
 
     Raises:
         Unsupported: if a kernel cannot take the shape.
-        ConfigError: if one differs from the truth or fails, with the figures and what to choose.
+        ConfigError: if a kernel differs from XLA or fails, with the figures and alternatives.
     """
     chosen = unproven(chosen)
     if not chosen:
@@ -72,21 +73,26 @@ def ensure(
 
 
 def unproven(chosen: Mapping[str, str]) -> dict[str, str]:
-    """The programs whose backends are kernels that have to be compared."""
+    """Returns the programs, with their backends, whose kernels have to be compared."""
     return {
         name: who for name, who in chosen.items() if who in backend.NAMES and who not in TRUSTED
     }
 
 
 def compare(shape: Shape, chosen: Mapping[str, str], device: Any) -> Iterable[Result]:
-    """Each program by its backend, whether it was compared before or not."""
+    """Compares each program's backend with XLA, whether it was compared before or not."""
     for who in dict.fromkeys(chosen.values()):
         programs = tuple(name for name in chosen if chosen[name] == who)
         yield from check.check(shape, who, programs=programs, device=device)
 
 
 def refuse(result: Result, device: Any) -> None:
-    """Raises what a user is told of a result that does not agree."""
+    """Raises an error if a result does not agree.
+
+    Raises:
+        Unsupported: if the kernel refuses the shape.
+        ConfigError: if it differs or fails, naming other kernels to choose.
+    """
     if result.verdict == "agrees":
         return
     if result.verdict == "refuses":
@@ -100,7 +106,7 @@ def refuse(result: Result, device: Any) -> None:
 
 
 def others(name: str, device: Any) -> list[str]:
-    """The backends to choose in place of one, best first."""
+    """Returns the other backends available on a device, best first."""
     return [
         each
         for each in backend.PREFERRED[device.platform]
@@ -109,7 +115,7 @@ def others(name: str, device: Any) -> list[str]:
 
 
 def key_of(shape: Shape, chosen: Mapping[str, str], device: Any) -> dict[str, Any]:
-    """All that a result depends on, as JSON has it."""
+    """Returns everything that a result depends on, as a JSON object."""
     flags = repr([os.environ.get(name) for name in _FLAGS]).encode()
     key = {
         "device": [device.platform, device.device_kind],
@@ -123,7 +129,10 @@ def key_of(shape: Shape, chosen: Mapping[str, str], device: Any) -> dict[str, An
 
 
 def versions(device: Any) -> dict[str, str | None]:
-    """Of packages, of what jax runs on a device with, and of NVIDIA's driver."""
+    """Returns the versions of `PACKAGES`, of the device's platform and of NVIDIA's driver.
+
+    None stands for what is not installed.
+    """
     found: dict[str, str | None] = dict.fromkeys(PACKAGES)
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -136,7 +145,7 @@ def versions(device: Any) -> dict[str, str | None]:
 
 
 def known(key: dict[str, Any]) -> bool:
-    """Whether what a key stands for agreed before, in this process or by a whole file of it."""
+    """Returns True if this key agreed before: in this process, or by an intact file."""
     if _name(key) in agreed_here:
         return True
     directory = user_cache.directory("kernels")
@@ -150,7 +159,7 @@ def known(key: dict[str, Any]) -> bool:
 
 
 def keep(key: dict[str, Any], results: Iterable[Result]) -> None:
-    """Remembers that a key's results agree, or forgets that they did."""
+    """Stores that a key's results agree, or deletes an earlier agreement if they do not."""
     rows = [dataclasses.asdict(each) for each in results]
     directory = user_cache.directory("kernels")
     path = None if directory is None else directory / _name(key)

@@ -1,4 +1,4 @@
-"""Arrays of one step, in numpy, padded to the few shapes that are compiled."""
+"""Inputs of one step as numpy arrays, padded to the few shapes that are compiled."""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -13,11 +13,11 @@ from qwen_jax.models.steps import DecodeStep, PrefillStep
 
 
 class SampleStep(NamedTuple):
-    """How the token after a slice is chosen.
+    """Inputs for sampling the token after a slice.
 
     Attributes:
         row: row of the sequence in decode batches.
-        sampling: one row.
+        sampling: its sampling settings, a batch of one row.
     """
 
     row: Int32[np.ndarray, ""]
@@ -25,11 +25,11 @@ class SampleStep(NamedTuple):
 
 
 class DecodeSlots(NamedTuple):
-    """Who decodes in which row: the part of a decode step that seldom changes.
+    """Assignment of sequences to decode rows: the part of a decode step that seldom changes.
 
     Attributes:
         page_table: as in `DecodeStep`; zeros in idle rows.
-        sampling: its `position` is not used.
+        sampling: sampling settings of each row, whose `position` is not used.
     """
 
     page_table: Int32[np.ndarray | jax.Array, "B P"]
@@ -45,7 +45,16 @@ def prefill(
     table_len: int,
     scales: tuple[float, float],
 ) -> PrefillStep:
-    """The slice of `tokens` that starts at position `start`, padded to `size`."""
+    """Builds the prefill step of a slice.
+
+    Args:
+        tokens: token ids of the slice, at most `size`.
+        size: padded length of the slice.
+        start: position of its first token in the sequence.
+        pages: cache pages of the sequence, in order.
+        table_len: length to which the page table is padded.
+        scales: factors on queries and keys.
+    """
     padded = np.zeros(size, np.int32)
     padded[: len(tokens)] = tokens
     return PrefillStep(
@@ -59,14 +68,17 @@ def prefill(
 
 
 def sample_step(sampling: Sampling, *, row: int, position: int) -> SampleStep:
-    """The choice of the token at `position`."""
+    """Builds the inputs for sampling the token at `position` of the sequence in `row`."""
     rows = _rows(1, [(0, sampling)])
     rows.position[0] = position
     return SampleStep(row=np.asarray(row, np.int32), sampling=rows)
 
 
 def decode_slots(sequences: Iterable[Sequence], *, max_seqs: int, table_len: int) -> DecodeSlots:
-    """The roster of the sequences that decode."""
+    """Builds the page tables and sampling settings of the sequences that decode.
+
+    Each takes its own row of `max_seqs`; `table_len` is the padded length of a page table.
+    """
     tables = np.zeros((max_seqs, table_len), np.int32)
     settings = []
     for sequence in sequences:
@@ -82,7 +94,12 @@ def decode(
     page_table: Int[np.ndarray | jax.Array, "B P"],
     scales: Callable[[int], tuple[float, float]],
 ) -> DecodeStep:
-    """The last token of every answer; `scales` are those of the length with it."""
+    """Builds a decode step, whose input is the last token of every answer.
+
+    Args:
+        page_table: that of `decode_slots` for the same sequences.
+        scales: maps a sequence's length in tokens to the factors on queries and keys.
+    """
     step = DecodeStep(
         tokens=np.zeros(max_seqs, np.int32),
         positions=np.full(max_seqs, -1, np.int32),
@@ -99,7 +116,7 @@ def decode(
 
 
 def table(pages: list[int], table_len: int) -> Int[np.ndarray, " P"]:
-    """Pages of a sequence in order; 0 beyond them."""
+    """Pads the pages of a sequence with zeros to an int32 page table."""
     padded = np.zeros(table_len, np.int32)
     padded[: len(pages)] = pages
     return padded

@@ -1,4 +1,4 @@
-"""Interrupts: signals that must not stop what is half done."""
+"""Interrupts: deferral of signals while state is inconsistent."""
 
 import contextlib
 import signal
@@ -14,10 +14,10 @@ _SIGNALS = tuple(
 
 @contextlib.contextmanager
 def deferred() -> Iterator[None]:
-    """Handlers in Python of signals that arrive within it, Ctrl-C's too, are called at its end.
+    """Defers Python's handlers of signals, that of Ctrl-C included, to the end of the context.
 
-    Each once. What the system or another library does at a signal, it does at once. Threads but
-    the main one are never interrupted, so there it does nothing.
+    Each handler is called at most once. Handlers of the system or of other libraries run at
+    once. Only the main thread is interrupted by signals, so in other threads this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -23,24 +23,26 @@ class EngineConfig:
         max_seqs: requests that run at once; others wait.
         num_pages: cache pages, one of which is for padding; None for enough
             that `max_seqs` sequences of `max_len` fit.
-        page: tokens a page; None to fit the model's chunks.
-        slices: lengths that prefill is compiled for, largest first; None to
+        page: tokens per cache page; None to fit the model's chunks.
+        slices: slice lengths in tokens that prefill is compiled for, largest first; None to
             fit the device and the model's chunks.
         vllm_parity: scale cached keys with the attention temperature, as vLLM
             does, instead of scaling queries twice.
-        vocab_limit: ids from here on are never sampled; None for all of them.
-        backend: of the attention operations; None for the device's preferred one.
+        vocab_limit: exclusive upper bound of the token ids that are sampled; None for the
+            whole vocabulary.
+        backend: name of the attention backend; None for the device's preferred one.
         sparse: budgets of sparse prefill, for prompts over its threshold; None prefills
             all densely.
-        least_recall: a head that recalls less of a slice is computed densely.
+        least_recall: minimum attention recall per head, in [0, 1]; below it the slice is
+            computed densely.
         dense_tail: tokens at the end of a prompt, where the question is, that are prefilled
             densely like the answer after them; 0 for none, as in vLLM.
-        attention: False leaves it out, selection aside: answers mean nothing then, and what
-            all else takes can be measured.
-        whole_slices: share the beginnings of prompts by whole slices only, not by pages, so
+        attention: False skips attention but not selection, to measure the time of everything
+            else; answers then mean nothing.
+        whole_slices: share prompt prefixes in whole slices only, not in pages, so
             that a prompt is computed in the same slices whatever else the engine is serving.
-        prefix_tokens: tokens that `restore` will put into the cache, for which there is room beside
-            what the requests add to them; 0 for none.
+        prefix_tokens: tokens that `restore` will put into the cache, for which room is reserved
+            beside what the requests add to them; 0 for none.
 
     Raises:
         ConfigError: if a number is out of range.
@@ -81,7 +83,7 @@ class EngineConfig:
                 raise ConfigError(f"slices={self.slices} must be positive, largest first")
 
     def pages_of(self, page: int) -> int:
-        """Pages of the cache, if they have so many tokens."""
+        """Number of cache pages, the one for padding included, at `page` tokens per page."""
         if self.num_pages is not None:
             return self.num_pages
         own = -(-self.max_len // page) - self.prefix_tokens // page
@@ -93,15 +95,15 @@ class EngineLayout:
     """Sizes that follow from a model, the configuration of an engine and its devices.
 
     Attributes:
-        page: tokens a page.
-        slices: lengths that prefill is compiled for, largest first.
-        boundary: tokens of which a slice never crosses a multiple; None for no such limit.
-        table_len: pages of the longest sequence.
+        page: tokens per cache page.
+        slices: slice lengths in tokens that prefill is compiled for, largest first.
+        boundary: a slice never crosses a multiple of this many tokens; None for no such limit.
+        table_len: length of a page table: pages of the longest sequence.
         num_pages: pages of the cache, one of which is for padding.
-        columns: that a head of sparse prefill reads at most; None where no prompt is long enough
-            for sparse prefill.
-        slice_len: tokens of the largest slice that a prompt is computed in, padded.
-        tiles: of the plans of sparse prefill.
+        columns: most key columns that a head reads in sparse prefill; None where no prompt is
+            long enough for sparse prefill.
+        slice_len: padded length, in tokens, of the largest slice that a prompt is computed in.
+        tiles: tile sizes of the plans of sparse prefill.
     """
 
     page: int
@@ -123,12 +125,12 @@ class EngineLayout:
         seq: int = 1,
         sparse_slices: bool = False,
     ) -> "EngineLayout":
-        """The layout of an engine.
+        """Derives the layout of an engine.
 
         Args:
-            platform: of its devices ("cpu", "gpu" or "tpu").
-            seq: devices that divide each page and slice between them.
-            sparse_slices: lengths of slices as of sparse prefill, also without its budgets.
+            platform: platform of its devices: "cpu", "gpu" or "tpu".
+            seq: size of the mesh axis `seq`: devices that divide each page and slice.
+            sparse_slices: use the slice lengths of sparse prefill even without its budgets.
         """
         geometry, sparse = model.dual_chunk, config.sparse
         page = config.page or _default_page(platform, geometry, parts=seq)
@@ -156,7 +158,8 @@ class EngineLayout:
     def slice_bounds(
         self, start: int, stop: int, slices: tuple[int, ...] | None = None
     ) -> tuple[int, int]:
-        """Tokens that the slice at `start` takes of those before `stop`, and its padded size.
+        """Returns the length of the slice at `start` of a prompt that ends at `stop`, and its
+        padded size, both in tokens.
 
         Args:
             slices: lengths to choose from, largest first; None for those of the layout.
@@ -164,7 +167,7 @@ class EngineLayout:
         return _slice_bounds(start, stop, slices or self.slices, self.boundary)
 
     def budgets(self, sparse: SparseConfig, *, least_recall: float = 0.0) -> budgets.Budgets:
-        """The budgets of sparse prefill, on the default device."""
+        """Returns the budgets of sparse prefill, on the default device."""
         return budgets.budgets(
             sparse,
             num_keys=self.table_len * self.page,
@@ -183,13 +186,14 @@ def load(
     dtype: str,
     window: int = 0,
 ) -> memory.Workload:
-    """What an engine runs on each part of a mesh along `data`, to be measured by `budget`.
+    """Returns the workload of each part of a mesh along `data`, for `memory.memory`.
 
     Args:
-        platform: of the devices ("cpu", "gpu" or "tpu").
-        relayouts_weights: see `memory.Workload`, as `dtype`.
-        window: tokens of a session, at least, that are outside the cache too: they are moved
-            in whole slices.
+        platform: platform of the devices: "cpu", "gpu" or "tpu".
+        relayouts_weights: see `memory.Workload`.
+        dtype: dtype of weights and cache.
+        window: tokens of a session that are held outside the cache too; rounded up to whole
+            slices, in which they are moved.
     """
     layout = EngineLayout.resolve(model, config, platform=platform, seq=mesh.seq)
     return memory.Workload(
@@ -205,9 +209,10 @@ def load(
 
 
 def _default_page(platform: str, geometry: ChunkGeometry | None, *, parts: int = 1) -> int:
-    """Tokens a page, so that no part of it straddles two chunks if their length allows it.
+    """Returns the default page size in tokens.
 
-    On accelerators a part is a multiple of 128 tokens, as kernels want.
+    No part of a page straddles two chunks if their length allows it. On accelerators a part is
+    a multiple of 128 tokens, as kernels want.
 
     Args:
         parts: devices that hold a part of each page.
@@ -226,18 +231,18 @@ def _default_page(platform: str, geometry: ChunkGeometry | None, *, parts: int =
 
 
 def _divisor(length: int, *, least: int, most: int) -> int | None:
-    """The largest divisor of a length from `least` to `most`, or None."""
+    """Returns the largest divisor of `length` in [least, most], or None."""
     return next((d for d in range(most, least - 1, -1) if length % d == 0), None)
 
 
 def _default_slices(
     platform: str, geometry: ChunkGeometry | None, *, sparse: bool = False, parts: int = 1
 ) -> tuple[int, ...]:
-    """Lengths of prefill slices, largest first.
+    """Returns the default lengths of prefill slices in tokens, largest first.
 
     On a CPU, where chunks may be short, the largest divides the chunk, so that
-    cutting at chunk borders leaves no small rest. Sparse ones are larger, since the
-    vote of each slice reads all keys.
+    cutting at chunk borders leaves no small rest. Sparse ones are larger, since
+    choosing the keys of each slice reads all of them.
 
     Args:
         parts: devices that divide the tokens of a slice between them.

@@ -1,9 +1,9 @@
-"""What a length costs on a mesh: bytes a device, FLOPs, and the longest context that fits.
+"""Memory and FLOPs on a mesh: bytes per device, and the longest context that fits.
 
-Sizes are those of the parameters and of the cache as they will be placed, and for a prefill
-slice of T tokens, of which a device holds t = T / seq outside attention, the largest of these
-moments (bytes of an element b, heads n, k and MLP width f of a device, views V of a query, S keys
-of which s lie on a device):
+Counted are the parameters and the cache as they will be placed, and the peak of a prefill
+slice of T tokens, of which a device holds t = T / seq outside attention: the largest of the
+following moments (b bytes per element; query heads n, KV heads k and MLP width f of a device;
+V rotations of each query; S keys, of which s lie on a device):
 
                 activations                              workspace
     rotation    4 t D b + 2 t k H b + (V + 1) T n H b    V T n H (4 + 2 b) + 4 T n H
@@ -12,12 +12,12 @@ of which s lie on a device):
     MLP         4 t D b + 3 t f b                        D f b
     window                                               2 (l w + 2 W) k H b
 
-The workspace of the rotation is its result in float32 before it is rounded, queries in the
-order in which a kernel reads them, and its float32 output; that of the MLP a matrix taken
-from the stack of layers. Sparse prefill selects, by numbers for each head and key, of which the
-diagonals need all keys, and packs its C columns. Between slices a session takes a window of W
-tokens of all l layers out of the cache or puts one in, w = W / seq of them on a device, while
-the tokens of a layer or two are gathered. Keys stay where they are: every device along
+The workspace of the rotation is its float32 result before rounding, the queries in the
+order in which a kernel reads them, and the kernel's float32 output; that of the MLP is one matrix
+copied from the stack of layers. Sparse prefill selects by numbers for each head and key, of which
+the diagonals need all keys, and packs its C columns. Between slices a session extracts a window
+of W tokens of all l layers from the cache or inserts one, with w = W / seq of them on a device,
+while the tokens of one or two layers are gathered. Keys are not moved: every device along
 `seq` holds all queries of the slice, for its heads. A decode step takes less than a slice.
 """
 
@@ -41,19 +41,19 @@ _LOCAL_ARRAYS, _WHOLE_ARRAYS = 7, 3
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """What is to run on each part of the mesh's `data` axis.
+    """Workload of each part of the mesh along `data`.
 
     Attributes:
-        tokens: prompt and answer of the longest sequence.
-        page: tokens a page of the cache.
-        slice_len: prompt tokens computed at a time.
+        tokens: length of the longest sequence, prompt and answer together.
+        page: tokens per cache page.
+        slice_len: tokens per prefill slice.
         cache_pages: pages of the cache, without the one for padding; None for those of one
             sequence.
-        dtype: of weights and cache.
-        columns: that a head of sparse prefill reads at most; None if prefill is dense.
-        window: tokens that are outside the cache too between slices (`transfer`).
-        relayouts_weights: whether the compiler lays out matrices of the layers anew in every step
-            (`devices.Device`).
+        dtype: dtype of weights and cache.
+        columns: most key columns that a head reads in sparse prefill; None if prefill is dense.
+        window: tokens held outside the cache too between slices (`models.kv_transfer`).
+        relayouts_weights: whether the compiler copies the layers' matrices into another layout
+            in every step (`planner.devices.Device`).
     """
 
     tokens: int
@@ -71,12 +71,12 @@ class Workload:
 
     @property
     def pages(self) -> int:
-        """Pages of the longest sequence."""
+        """Number of pages of the longest sequence."""
         return -(-self.tokens // self.page)
 
 
 class Memory(NamedTuple):
-    """Bytes on one device, the fullest."""
+    """Peak memory of one device, in bytes."""
 
     weights: int
     cache: int
@@ -89,7 +89,7 @@ class Memory(NamedTuple):
 
 
 def memory(config: ModelConfig, load: Workload, mesh: MeshShape, rules: Rules = RULES) -> Memory:
-    """What a device of the mesh holds at once, at most."""
+    """Estimates the peak memory of a device of the mesh, in bytes."""
     activations, workspace = _slice(config, load, mesh, rules)
     return Memory(
         weights=weights(config, mesh, rules) * load.itemsize,
@@ -103,13 +103,13 @@ def memory(config: ModelConfig, load: Workload, mesh: MeshShape, rules: Rules = 
 
 @functools.lru_cache(maxsize=64)
 def weights(config: ModelConfig, mesh: MeshShape, rules: Rules = RULES) -> int:
-    """Parameters on a device."""
+    """Returns the number of parameters on a device."""
     return sum(math.prod(mesh.shard(shape, axes, rules)) for shape, axes in _arrays(config))
 
 
 @functools.lru_cache(maxsize=8)
 def _arrays(config: ModelConfig) -> tuple[tuple[tuple[int, ...], tuple[str, ...]], ...]:
-    """Shape and axes of every parameter."""
+    """Returns shape and logical axes of every parameter."""
     shapes = params.abstract(config)
     found = jax.tree.map(lambda leaf, axes: (leaf.shape, axes), shapes, params.axes(config))
     return tuple(jax.tree.leaves(found, is_leaf=lambda node: isinstance(node, tuple)))
@@ -124,7 +124,7 @@ def _cache(config: ModelConfig, load: Workload, mesh: MeshShape, rules: Rules) -
 
 
 def _slice(config: ModelConfig, load: Workload, mesh: MeshShape, rules: Rules) -> tuple[int, int]:
-    """Activations and workspace of a prefill slice at the largest of its moments."""
+    """Returns the bytes of activations and workspace of a prefill slice at its peak."""
 
     def part(size: int, axis: str) -> int:
         return mesh.shard((size,), (axis,), rules)[0]
@@ -157,7 +157,7 @@ def _slice(config: ModelConfig, load: Workload, mesh: MeshShape, rules: Rules) -
 
 
 def _relaid(config: ModelConfig, mesh: MeshShape, rules: Rules) -> int:
-    """Numbers of a device's output and MLP matrices of all layers."""
+    """Returns the number of elements of a device's output and MLP matrices, of all layers."""
     matrices = (
         (config.num_heads, config.head_dim, config.embed_dim),
         *[(config.embed_dim, config.mlp_dim, 1)] * 3,
@@ -168,7 +168,7 @@ def _relaid(config: ModelConfig, mesh: MeshShape, rules: Rules) -> int:
 
 
 def _tables(config: ModelConfig, load: Workload, mesh: MeshShape, rules: Rules) -> int:
-    """Rotary angles and the logits of a token, in float32."""
+    """Returns the bytes of the rotary angles and of the logits of one token, in float32."""
     rows = load.pages * load.page
     if config.dual_chunk is not None and rows > config.dual_chunk.chunk_len:
         rows = config.dual_chunk.chunk_size + 1
@@ -183,12 +183,13 @@ def longest(
     limit: int,
     rules: Rules = RULES,
 ) -> int:
-    """The most tokens of a sequence with which a device holds at most `limit` bytes.
+    """Returns the longest sequence, in tokens, with which a device needs at most `limit` bytes.
 
-    A whole number of pages, 0 if not even one fits, and under 2^31, as positions are.
+    It is a whole number of pages, 0 if not even one fits, and under 2^31, as positions are.
 
     Args:
-        load_of: what so many tokens run as; more tokens must not need less.
+        load_of: maps a length in tokens to its workload; more tokens must not need less memory.
+        limit: bytes available on a device.
     """
     page = load_of(1).page
 
@@ -203,9 +204,9 @@ def longest(
 
 
 def prefill_flops(config: ModelConfig, tokens: int) -> int:
-    """Multiplications and additions of dense prefill.
+    """Counts the FLOPs of dense prefill of `tokens` tokens, for the whole model.
 
-    Of the last layer only keys and values count: what follows needs a token a slice.
+    Of the last layer only keys and values count: what follows needs one token per slice.
     """
     layers = config.num_layers - 1
     pairs = tokens * (tokens + 1) // 2
@@ -214,16 +215,16 @@ def prefill_flops(config: ModelConfig, tokens: int) -> int:
 
 
 def decode_flops(config: ModelConfig, length: int) -> int:
-    """Multiplications and additions of the token after `length` others."""
+    """Counts the FLOPs of one decoded token after `length` others, for the whole model."""
     attention = 4 * config.num_heads * config.head_dim * (length + 1)
     head = config.embed_dim * config.vocab_size
     return config.num_layers * (attention + 2 * block(config)) + 2 * head
 
 
 def decode_bytes(config: ModelConfig, load: Workload, mesh: MeshShape, rules: Rules = RULES) -> int:
-    """Bytes that a device reads for the last token.
+    """Returns the bytes that a device reads to decode the last token.
 
-    All of its weights but for a separate embedding, and the cache.
+    These are all of its weights, except a separate embedding, and the cache.
     """
     count = weights(config, mesh, rules)
     if not config.tie_embeddings:
@@ -233,7 +234,7 @@ def decode_bytes(config: ModelConfig, load: Workload, mesh: MeshShape, rules: Ru
 
 
 def block(config: ModelConfig) -> int:
-    """Weights of the matrices of a layer."""
+    """Returns the number of parameters in the matrices of one layer."""
     queries = 2 * config.embed_dim * config.num_heads * config.head_dim
     return queries + _keys_values(config) + 3 * config.embed_dim * config.mlp_dim
 

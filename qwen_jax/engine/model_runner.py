@@ -1,4 +1,4 @@
-"""The model on its device or mesh: weights, cache and the compiled steps."""
+"""Model runner: weights, cache and compiled steps on a device or mesh."""
 
 import contextlib
 import functools
@@ -28,7 +28,7 @@ from qwen_jax.sparse.budgets import Budgets, Report
 from qwen_jax.sparse.recall import Grid, Survey
 
 Window = tuple[Float[Array, "L T K H"], Float[Array, "L T K H"]]
-"""Keys and values of consecutive tokens, outside the cache (`transfer`)."""
+"""Keys and values of consecutive tokens, outside the cache (`models.kv_transfer`)."""
 
 
 class Runner:
@@ -96,12 +96,14 @@ class Runner:
 
     @property
     def num_compilations(self) -> int:
-        """Programs traced so far."""
+        """Number of programs traced so far."""
         return self._steps.num_traced
 
     @property
     def is_whole(self) -> bool:
-        """Whether all that steps overwrite is there: not if one failed, or was stopped, midway."""
+        """True if the arrays that steps overwrite are intact: False after a step that failed or
+        was stopped midway.
+        """
         state = self.cache, self.seen
         if any(array.is_deleted() for array in jax.tree.leaves(state)):
             return False
@@ -118,52 +120,62 @@ class Runner:
     @property
     def cache_bytes(self) -> int:
         """Bytes of the cache on one device."""
-        return sum(each.addressable_data(0).nbytes for each in jax.tree.leaves(self._cache))
+        return sum(each.addressable_data(0).nbytes for each in jax.tree.leaves(self.cache))
 
     def prefill(self, step: PrefillStep) -> Float32[Array, " V"]:
-        """Fill the cache with a slice; returns the logits of its last token, on the device."""
+        """Fills the cache with a slice; returns the logits of its last token, on the device."""
         logits, self.cache = self.programs.prefill(self.weights, self.rotary, self.cache, step)
         return logits
 
     def prefill_sparse(self, step: PrefillStep) -> tuple[Float32[Array, " V"], Report]:
-        """As `prefill`, by the budgets; also says how, on the device."""
+        """Fills the cache as `prefill`, attending sparsely within the budgets.
+
+        Returns:
+            The logits of the last token, and density and recall per head; both on the device.
+        """
         logits, self.cache, report = self.programs.prefill_sparse(
             self.weights, self.rotary, self.cache, step, self.budgets
         )
         return logits, report
 
     def sparse_plan(self, step: PrefillStep, layer: int, head: int) -> SparsePlan:
-        """How `prefill_sparse` reads a slice in one layer and head, on the device."""
+        """Returns the plan by which `prefill_sparse` reads a slice in one layer and query head.
+
+        The arrays stay on the device and keep a head axis of size 1.
+        """
         listed, self.cache = self.programs.sparse_plan(
             self.weights, self.rotary, self.cache, step, self.budgets, layer=layer
         )
         return jax.tree.map(lambda array: array[head : head + 1], listed)
 
     def survey(self, step: PrefillStep, grid: Grid) -> Survey:
-        """Fill the cache with a slice, densely; returns what budgets would find of it."""
+        """Fills the cache with a slice densely; returns the recall at each budget of `grid`."""
         self.cache, surveyed = self.programs.survey(
             self.weights, self.rotary, self.cache, step, grid=grid
         )
         return jax.device_get(surveyed)
 
     def sample(self, logits: Float32[Array, " V"], choice: SampleStep) -> int:
-        """A token by what `prefill` returned, -1 if that is not finite."""
+        """Samples a token from logits that `prefill` returned; -1 if they are not finite."""
         return int(jax.device_get(self.programs.sample(logits, self.seen, choice)))
 
     def sample_logprobs(
         self, logits: Float32[Array, " V"], choice: SampleStep
     ) -> tuple[int, Logprobs]:
-        """As `sample`, with the log-probabilities of one row."""
+        """Samples as `sample`; also returns the log-probabilities, arrays of one row."""
         token, found = jax.device_get(self.programs.sample_logprobs(logits, self.seen, choice))
         return int(token), found
 
     def score(self, step: PrefillStep) -> Float32[np.ndarray, "T V"]:
-        """Fill the cache with a slice; returns the logits of each of its tokens."""
+        """Fills the cache with a slice; returns the logits of each of its T tokens, on the host."""
         logits, self.cache = self.programs.score(self.weights, self.rotary, self.cache, step)
         return jax.device_get(logits)[: int(step.length)]
 
     def score_sparse(self, step: PrefillStep) -> tuple[Float[Array, "T D"], Report]:
-        """As `prefill_sparse`, with what `logits` takes of every token."""
+        """Fills the cache as `prefill_sparse`; returns the hidden state of every token.
+
+        The hidden states, padding included, are the input of `logits`.
+        """
         hidden, self.cache, report = self.programs.score_sparse(
             self.weights, self.rotary, self.cache, step, self.budgets
         )
@@ -172,17 +184,17 @@ class Runner:
     def logits(
         self, hidden: Float[Array, "T D"], start: int, rows: int
     ) -> Float32[np.ndarray, "n V"]:
-        """Logits of the tokens of a slice from `start` on, at most `rows` of them."""
+        """Computes the logits of the tokens of a slice from `start` on, at most `rows` of them."""
         first = min(start, len(hidden) - rows)
         found = self.programs.logits(self.weights, hidden, np.int32(first), rows=rows)
         return jax.device_get(found)[start - first :]
 
     def place(self, roster: DecodeSlots) -> DecodeSlots:
-        """The roster on the device, for as long as it does not change."""
+        """Puts the decode slots on the device, to be reused until they change."""
         return sharding.put(roster, self._whole)
 
     def decode(self, sampling: Rows, step: DecodeStep) -> Int[np.ndarray, " B"]:
-        """The token after the given one in every row, -1 if not finite."""
+        """Decodes one token in every row; -1 where the logits are not finite."""
         token, self.cache, self.seen = self.programs.decode(
             self.weights, self.rotary, self.cache, self.seen, sampling, step
         )
@@ -191,49 +203,51 @@ class Runner:
     def decode_logprobs(
         self, sampling: Rows, step: DecodeStep
     ) -> tuple[Int[np.ndarray, " B"], Logprobs]:
-        """As `decode`, with the log-probabilities of every row."""
+        """Decodes as `decode`; also returns the log-probabilities of every row."""
         token, found, self.cache, self.seen = self.programs.decode_logprobs(
             self.weights, self.rotary, self.cache, self.seen, sampling, step
         )
         return jax.device_get((token, found))
 
     def extract_kv(self, page_table: Int[np.ndarray, " P"], start: int, size: int) -> Window:
-        """Keys and values of `size` tokens of a sequence, on the device (`transfer.extract_kv`)."""
+        """Copies keys and values of `size` tokens from `start` out of the cache, on the device."""
         return self.programs.extract_kv(self.cache, page_table, np.int32(start), size=size)
 
     def insert_kv(
         self, window: Window, page_table: Int[np.ndarray, " P"], start: int, length: int
     ) -> None:
-        """Write what `extract_kv` gave, of which `length` tokens mean something."""
+        """Writes the first `length` tokens of a window into the cache, from `start` on."""
         keys, values = window
         self.cache = self.programs.insert_kv(
             self.cache, keys, values, page_table, np.int32(start), np.int32(length)
         )
 
     def copy_page(self, source: int, target: int) -> None:
-        """Make a page of the cache the same as another."""
+        """Copies a page of the cache, `source`, onto the page `target`."""
         self.cache = self.programs.copy_page(self.cache, np.int32(source), np.int32(target))
 
     def window(self, size: int) -> jax.ShapeDtypeStruct:
-        """Shape, dtype and placement of the two arrays that `insert_kv` takes for `size` tokens."""
+        """Returns shape, dtype and placement of the two arrays that `insert_kv` takes for `size`
+        tokens.
+        """
         layers, heads, _, _, head_dim = self.cache.keys.shape
         placed = self._whole if self.mesh is None else kv_transfer.placement(self.mesh, size)
         shape = layers, size, heads, head_dim
         return jax.ShapeDtypeStruct(shape, self.cache.keys.dtype, sharding=placed)
 
     def set_seen_tokens(self, row: int, prompt: tuple[int, ...]) -> None:
-        """Say which tokens the repetition penalty of a row begins with."""
+        """Sets the tokens that the repetition penalty of a row applies to: those of the prompt."""
         mask = np.zeros(self.seen.shape[1], bool)
         mask[np.asarray(prompt)] = True
         self.seen = self.programs.set_seen_tokens(self.seen, np.asarray(row, np.int32), mask)
 
 
 class Steps:
-    """The functions that are compiled.
+    """Functions of the steps, before compilation.
 
-    Apart from the runner and without arrays: compiled functions refer to what
-    they were made of, and a circle through the cache would keep it alive after
-    its engine until the garbage collector comes by.
+    They are separate from the runner and hold no arrays: compiled functions refer to what
+    they were made of, and a reference cycle through the cache would keep it alive after
+    its engine until the garbage collector runs.
     """
 
     def __init__(self, structure, vocab_limit: int | None, backend: Backends):
@@ -316,7 +330,7 @@ class Steps:
 
 
 class Programs(NamedTuple):
-    """The functions of `Steps`, each jitted."""
+    """Functions of `Steps`, each jitted."""
 
     prefill: Any
     prefill_sparse: Any
@@ -336,10 +350,13 @@ class Programs(NamedTuple):
 
 
 def programs(steps: Steps, whole: Sharding, of_cache: Sharding, platform: str) -> Programs:
-    """How steps are compiled: what they overwrite, and where their results lie.
+    """Jits every step, with the arguments that it donates and the placement of its results.
 
     Args:
-        whole: where small arrays lie, the same on all devices.
+        steps: functions to compile.
+        whole: sharding of small arrays, replicated on all devices.
+        of_cache: sharding of the cache.
+        platform: platform of the devices: "cpu", "gpu" or "tpu".
     """
 
     def jit(step, outputs, donated: tuple[str, ...] = ("cache",), static=None):
@@ -373,7 +390,7 @@ def programs(steps: Steps, whole: Sharding, of_cache: Sharding, platform: str) -
 
 
 def _placements(weights, mesh: Mesh | None):
-    """Where small arrays lie, the cache, and on what platform."""
+    """Returns the sharding of small arrays, that of the cache, and the platform."""
     leaf = jax.tree.leaves(weights)[0]
     (platform,) = {device.platform for device in leaf.devices()}
     if mesh is None:
@@ -384,7 +401,7 @@ def _placements(weights, mesh: Mesh | None):
 
 
 def _on(mesh: Mesh | None, function):
-    """A function that is traced and called with a mesh in use, and with settings of its own."""
+    """Wraps a function so that it is traced and called with the mesh and JAX settings set."""
 
     @functools.wraps(function)
     def call(*args, **keywords):
@@ -395,7 +412,7 @@ def _on(mesh: Mesh | None, function):
 
 
 def flatten(config: ModelConfig, weights, dtype, *, skip_attention: bool = False):
-    """The parameters as a list, and the structure that makes a model of them again.
+    """Returns the parameters as a list, and the structure that rebuilds a model from them.
 
     Raises:
         ValueError: if the weights are not those of this configuration.
@@ -415,7 +432,7 @@ def flatten(config: ModelConfig, weights, dtype, *, skip_attention: bool = False
 
 
 def _see(seen: Bool[Array, "B V"], step: DecodeStep, rows: Rows) -> Bool[Array, "B V"]:
-    """Tokens that are now part of the sequences marked, in rows that penalise them."""
+    """Marks the step's tokens as seen, in rows that have a repetition penalty."""
 
     def see():
         B = seen.shape[0]

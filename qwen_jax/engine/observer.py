@@ -1,4 +1,4 @@
-"""Observer: somebody who is told of every step of an engine."""
+"""Observer: a callback that an engine calls around every step."""
 
 import dataclasses
 from contextlib import AbstractContextManager
@@ -12,17 +12,17 @@ class Step:
     """A prefill slice, a slice of `score`, or a decode step.
 
     Attributes:
-        requests: ids of those that it works for, one a sequence; none of `score`.
-        start: tokens that the cache held of the sequence before it; of several the most.
-        tokens: tokens that it computes.
-        size: those and padding, which the program computes too.
-        pages: cache pages that are in use while it runs.
-        replica: which of several engines side by side runs it.
-        compiled: programs that were compiled in it; known when it is over.
-        density: of a sparse slice, pairs of query and key computed, as a share of the causal
-            ones: the mean over layers and heads; known when it is over.
-        recall: of a sparse slice, attention found, of what dense prefill would have found:
-            the mean over layers and heads; known when it is over.
+        requests: ids of the requests that it serves, one per sequence; none for `score`.
+        start: tokens of the sequence that the cache held before it; the maximum over sequences.
+        tokens: tokens that it computes, without padding.
+        size: tokens that it computes, padding included.
+        pages: cache pages in use while it runs.
+        replica: index of the replica that runs it.
+        compiled: number of programs compiled during it; set when it is over.
+        density: for a sparse slice, computed pairs of query and key as a fraction of the causal
+            ones, averaged over layers and heads; set when it is over.
+        recall: for a sparse slice, attention mass of the computed pairs as a fraction of all,
+            averaged over layers and heads; set when it is over.
     """
 
     kind: Kind
@@ -39,12 +39,12 @@ class Step:
 
 @runtime_checkable
 class Observer(Protocol):
-    """What an engine calls before each step."""
+    """Callback that an engine calls before each step."""
 
     def __call__(self, step: Step) -> AbstractContextManager[None]:
-        """What the step runs within; it is left when the device has done the step.
+        """Returns the context in which the step runs, exited when the device has finished it.
 
-        Steps of replicas overlap, each in a thread of its own.
+        Steps of replicas overlap, each in its own thread.
         """
         ...
 
@@ -54,5 +54,5 @@ class Observed(Protocol):
     """An engine, or several side by side."""
 
     def observe(self, observer: Observer | None) -> None:
-        """Tells an observer of every step from now on; None for nobody."""
+        """Calls `observer` around every step from now on; None removes the observer."""
         ...

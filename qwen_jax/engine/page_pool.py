@@ -1,4 +1,4 @@
-"""Cache pages: who holds which, and which content can be shared."""
+"""Page pool: allocation of cache pages, and sharing of pages with equal content."""
 
 import collections
 from collections.abc import Hashable, Sequence
@@ -13,10 +13,16 @@ class Pages:
     least recently used first.
 
     Content is a chain: a page is known by its tokens and the prefix_key of the page
-    before it, where links are never used twice. Equal links therefore mean
+    before it, and no prefix_key is used twice. Equal prefix keys therefore mean
     equal token ids from the start of the sequence, compared exactly, not by a
     hash that may collide. The first prefix_key of a chain stands for everything else
     that keys and values depend on, such as the attention temperature.
+
+    Args:
+        num_pages: pages of the cache, page 0 included.
+
+    Attributes:
+        total: pages that can be handed out.
     """
 
     def __init__(self, num_pages: int):
@@ -30,16 +36,16 @@ class Pages:
 
     @property
     def free(self) -> int:
-        """Pages that `take` can hand out."""
+        """Number of pages that `take` can hand out."""
         return len(self._blank) + len(self._known)
 
     @property
     def used(self) -> int:
-        """Pages that at least one sequence holds."""
+        """Number of pages that at least one sequence holds."""
         return sum(holders > 0 for holders in self._holders)
 
     def take(self, count: int) -> list[int]:
-        """Pages for one new holder; the content of known ones is forgotten.
+        """Allocates `count` pages to one holder and forgets their content.
 
         Raises:
             ValueError: if fewer than `count` are free.
@@ -58,9 +64,9 @@ class Pages:
         return taken
 
     def give(self, pages: Sequence[int]) -> None:
-        """Let go of pages, in the order of their sequence.
+        """Releases pages of one holder, given in the order of their sequence.
 
-        The last ones are taken first, because only a whole beginning can be shared.
+        The last ones will be handed out first, because only a whole prefix can be shared.
         """
         for page in reversed(pages):
             self._holders[page] -= 1
@@ -71,16 +77,19 @@ class Pages:
                     self._blank.append(page)
 
     def find(self, prefix_key: Hashable, tokens: tuple[int, ...]) -> tuple[int, int] | None:
-        """The page that continues `prefix_key` with `tokens`, and the prefix_key after it."""
+        """Returns the page that continues `prefix_key` with `tokens`, and the prefix_key after it.
+
+        None if no page is known to hold that content.
+        """
         return self._pages.get((prefix_key, tokens))
 
     def share(self, page: int) -> None:
-        """Add a holder to a page that `find` returned."""
+        """Adds a holder to a page that `find` returned."""
         self._known.pop(page, None)
         self._holders[page] += 1
 
     def record(self, prefix_key: Hashable, tokens: tuple[int, ...], page: int) -> int:
-        """Make a held page known by its content; returns the prefix_key after it.
+        """Registers the content of a page that is held; returns the prefix_key after it.
 
         If another page already has this content, that one stays the known one.
         """

@@ -1,4 +1,4 @@
-"""Request, its sampling settings, its events, and the counters of one that runs."""
+"""Requests, sampling settings, events, and the state of a request that runs."""
 
 import dataclasses
 import operator
@@ -6,7 +6,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 Finish = Literal["stop", "length", "cancelled", "error"]
 TokenIds = tuple[int, ...] | Any
-"""A tuple of Python's integers; made of what `check_ids` takes."""
+"""Token ids: whatever `check_ids` accepts, stored as a tuple of Python integers."""
 
 LIMITS: dict[str, tuple[int | float, int | float]] = {
     "temperature": (1e-5, 1e5),
@@ -16,27 +16,29 @@ LIMITS: dict[str, tuple[int | float, int | float]] = {
     "repetition_penalty": (1e-4, 1e4),
     "seed": (0, 2**32 - 1),
 }
-"""Ranges of the fields of `Sampling`; a temperature may also be 0."""
+"""Inclusive ranges of the fields of `Sampling`; a temperature may also be 0."""
 MOST_LOGPROBS = 20
-"""Likeliest tokens that a request may ask for beside each token of its answer."""
+"""Maximum of `Request.logprobs`: likeliest tokens reported for each token of an answer."""
 
 
 class RequestError(ValueError):
-    """A request that cannot be served; the text names the field and the way out."""
+    """Error of a request that cannot be served; the text names the field and the remedy."""
 
 
 class EngineError(RuntimeError):
-    """An engine that can serve nothing more; the text says why and how to go on."""
+    """Error of an engine that can serve nothing more; the text says why and how to go on."""
 
 
 def check_ids(field: str, ids: Any, vocab_size: int) -> tuple[int, ...]:
-    """Token ids as Python integers in `[0, vocab_size)`.
+    """Converts token ids to a tuple of Python integers and checks that there is at least one.
 
     Args:
-        ids: a tuple of integers, numpy's among them, or an array of one dimension.
+        field: name of the field in errors.
+        ids: a tuple of integers, numpy's among them, or a one-dimensional array.
+        vocab_size: exclusive upper bound of the ids.
 
     Raises:
-        RequestError: naming the field, the place and the value.
+        RequestError: naming the field, the index and the value.
     """
     if getattr(ids, "ndim", 0) == 1:
         ids = tuple(ids.tolist())
@@ -76,7 +78,7 @@ def _check_integer(field: str, value, low: int | float, high: int | float, hint:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen; the fields mean what they mean in transformers.
+    """Sampling settings, whose fields mean what they mean in transformers.
 
     Attributes:
         temperature: divides the logits; 0 takes the most likely token and
@@ -86,7 +88,7 @@ class Sampling:
         min_p: least probability kept, as a share of the most likely token's.
         repetition_penalty: divides positive and multiplies negative logits of
             tokens that the prompt or the answer holds (arXiv:1909.05858).
-        seed: chooses the random stream; the same seed gives the same answer
+        seed: seed of the random stream; the same seed gives the same answer
             whatever else the engine is serving.
 
     Raises:
@@ -116,10 +118,11 @@ class Request:
 
     Attributes:
         prompt: token ids, at least one; arrays and numpy's integers become Python's.
-        max_new_tokens: longest answer, in tokens; at least one.
+        max_new_tokens: maximum length of the answer in tokens; at least one.
         eos_ids: token ids that end the answer; given as `prompt` is.
-        logprobs: likeliest tokens, from 0 to `MOST_LOGPROBS`, that events name for each token of
-            the answer, beside the log-probability of that token itself; None for neither.
+        logprobs: number of likeliest tokens, from 0 to `MOST_LOGPROBS`, that events report for
+            each token of the answer, beside the log-probability of that token itself; None
+            reports no log-probabilities.
 
     Raises:
         RequestError: if a field is malformed.
@@ -142,15 +145,15 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sparseness:
-    """How a prompt was prefilled sparsely so far.
+    """Density and recall of a prompt's sparse prefill so far.
 
     Attributes:
-        density: pairs of query and key computed, as a share of the causal ones.
-        recall: attention found, of what dense prefill would have found; the mean
+        density: computed pairs of query and key as a fraction of the causal ones.
+        recall: attention mass of the computed pairs as a fraction of all; the mean
             over layers, heads and slices, measured on the last queries of each slice.
-        least_recall: that of the worst head of a slice.
-        pairs: causal pairs that this is about.
-        tokens: queries that this is about.
+        least_recall: recall of the worst head of any slice.
+        pairs: number of causal pairs that `density` is averaged over.
+        tokens: number of queries that `recall` is averaged over.
     """
 
     density: float = 0.0
@@ -160,7 +163,14 @@ class Sparseness:
     tokens: int = 0
 
     def plus(self, start: int, length: int, density, recall) -> "Sparseness":
-        """With one more slice, whose arrays hold a value per layer and head; 1 if dense."""
+        """Returns the averages with one more slice included.
+
+        Args:
+            start: position of its first token.
+            length: its tokens.
+            density: float array with a value per layer and head; 1 if dense.
+            recall: as `density`.
+        """
         new = length * start + length * (length + 1) // 2
         pairs, tokens = self.pairs + new, self.tokens + length
         return Sparseness(
@@ -174,15 +184,15 @@ class Sparseness:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TokenLogprobs:
-    """Log-probabilities where one token of an answer was sampled.
+    """Log-probabilities at one token of an answer.
 
-    They are the log-softmax, in float32, of the logits as the model gives them: before
+    They are the log-softmax, in float32, of the model's own logits: before
     temperature, repetition penalty, filters and the limit of the vocabulary.
 
     Attributes:
-        logprob: of the token that was sampled.
-        top: the likeliest token ids with theirs, the likeliest first: as many as the request's
-            `logprobs`, or as the vocabulary has.
+        logprob: log-probability of the sampled token.
+        top: the likeliest token ids with their log-probabilities, in descending order: as many
+            as the request's `logprobs`, or as the vocabulary has.
     """
 
     logprob: float
@@ -191,14 +201,15 @@ class TokenLogprobs:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Event:
-    """What one step did for one request.
+    """Progress of one request in one step.
 
     Attributes:
-        tokens: new tokens of the answer; never the one that ended it.
-        logprobs: of each of `tokens`, if the request asks for them; else ().
+        request_id: id that `add` returned.
+        tokens: new token ids of the answer; never the one that ended it.
+        logprobs: log-probabilities at each of `tokens`, if the request asks for them; else ().
         prefilled: prompt tokens that are in the cache, computed or shared.
-        sparse: of a prompt that is prefilled sparsely, how.
-        finish: why the request has ended, or None while it goes on.
+        sparse: density and recall of a prompt that is prefilled sparsely; None if densely.
+        finish: reason why the request has ended, or None while it goes on.
         error: for `finish == "error"`, one line that says what went wrong.
     """
 
@@ -213,12 +224,12 @@ class Event:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prefix:
-    """A beginning of prompts whose keys and values were put into the cache from outside.
+    """A prefix of prompts whose keys and values were put into the cache from outside.
 
     Attributes:
-        tokens: what prompts begin with that take it.
-        pages: that hold them, the last one perhaps in part.
-        sparse: how they were prefilled sparsely; None for densely.
+        tokens: token ids of the prefix.
+        pages: cache pages that hold it, the last one perhaps in part.
+        sparse: density and recall of its sparse prefill; None if it was prefilled densely.
     """
 
     tokens: tuple[int, ...]
@@ -226,24 +237,25 @@ class Prefix:
     sparse: Sparseness | None
 
     def begins(self, prompt: tuple[int, ...]) -> bool:
-        """Whether a prompt begins with it and goes on."""
+        """Returns True if the prompt begins with this prefix and is longer."""
         size = len(self.tokens)
         return len(prompt) > size and prompt[:size] == self.tokens
 
 
 @dataclasses.dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
-    """A request the engine has accepted, with its counters.
+    """A request that the engine has accepted, with its state.
 
     Attributes:
-        sparse: how its prompt was prefilled sparsely so far; None for densely.
-        prefix: what its prompt begins with, of which it takes the pages.
+        sparse: density and recall of its prompt's sparse prefill so far; None if dense.
+        prefix: restored prefix that its prompt begins with, whose pages it shares.
         scales: factors on queries and keys while the prompt is prefilled.
         row: its row in decode batches; -1 while it waits.
-        pages: its cache pages in order, enough for prompt and longest answer.
+        pages: its cache pages in order, enough for the prompt and the longest answer.
         filled: tokens whose keys and values are in the cache.
+        answer: token ids generated so far.
         num_shared_pages: leading pages that `prefix_key` covers.
-        prefix_key: identity of those pages' content; see `pages.Pages.record`.
+        prefix_key: identity of those pages' content; see `page_pool.Pages.record`.
     """
 
     id: int
@@ -265,12 +277,12 @@ class Sequence:
 
     @property
     def origin(self) -> object:
-        """What keys and values depend on besides the tokens: the first `prefix_key`."""
+        """First `prefix_key`: everything but the tokens that keys and values depend on."""
         return self.scales, self.sparse is not None, self.prefix
 
     @property
     def capacity(self) -> int:
-        """Tokens it may hold at most."""
+        """Maximum length in tokens, prompt and answer together."""
         return self.prompt_len + self.request.max_new_tokens
 
     @property
@@ -278,21 +290,21 @@ class Sequence:
         return min(self.filled, self.prompt_len)
 
     def span(self, start: int, stop: int) -> tuple[int, ...]:
-        """Its tokens from `start` to `stop`, prompt and answer alike."""
+        """Returns its token ids from `start` to `stop`, across prompt and answer."""
         tail = self.answer[max(start - self.prompt_len, 0) : max(stop - self.prompt_len, 0)]
         return self.request.prompt[start:stop] + tuple(tail)
 
 
 @runtime_checkable
 class Serving(Protocol):
-    """What loops over requests need of an engine or of replicas, whose import takes jax with it."""
+    """Interface of an engine and of replicas for loops that must not import jax."""
 
     def add(self, request: Request) -> int:
         """Queues a request; returns its id."""
         ...
 
     def step(self) -> list[Event]:
-        """Works a little; returns what it brought."""
+        """Runs one step; returns its events."""
         ...
 
     def cancel(self, request_id: int) -> None:

@@ -1,4 +1,4 @@
-"""The next token of each row, chosen on the device.
+"""Sampler: chooses the next token of each row on the device.
 
 Filters and their order are those of transformers: repetition penalty,
 temperature, top-k, top-p, min-p. Where several tokens tie at the edge of what
@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, UInt32
 
 CANDIDATES = 128
-"""Filters that keep fewer tokens than this look at so many and sort nothing."""
+"""Top tokens that filters look at first; if those suffice, the vocabulary is not sorted."""
 
 _Numbers = np.ndarray | jax.Array
 
@@ -22,9 +22,9 @@ class Logprobs(NamedTuple):
     """Log-softmax of logits at a sampled token and at the likeliest ones.
 
     Attributes:
-        sampled: of the token.
-        ids: the likeliest tokens, the likeliest first.
-        top: of `ids`.
+        sampled: log-probability of the sampled token.
+        ids: the K likeliest token ids, in descending order of probability.
+        top: log-probabilities of `ids`.
     """
 
     sampled: Float32[_Numbers, " B"]
@@ -33,14 +33,16 @@ class Logprobs(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Settings of a batch, one row per sequence.
+    """Sampling settings of a batch, one row per sequence.
 
     Attributes:
         temperature: 0 for the most likely token.
-        top_k: 0 for all.
+        top_k: 0 keeps all tokens.
         top_p_complement: probability mass that top-p drops, `1 - top_p`, subtracted in
             float64 as transformers does.
+        min_p: least probability kept, as a share of the most likely token's.
         penalty: repetition penalty; 1 for none.
+        seed: seed of the sequence's random stream.
         position: index that the new token will have in its sequence; with
             the seed it determines the random numbers.
     """
@@ -61,13 +63,13 @@ def sample(
     *,
     vocab_limit: int | None = None,
 ) -> Int[Array, " B"]:
-    """One token per row, or -1 where the logits are not finite.
+    """Samples one token id per row (int32), or -1 where the logits are not finite.
 
-    Greedy rows without penalty cost one pass over the logits when all rows are so.
+    If all rows are greedy and have no penalty, this is one pass over the logits.
 
     Args:
         seen: tokens that the penalty applies to.
-        vocab_limit: ids from here on are never chosen.
+        vocab_limit: exclusive upper bound of the ids that are sampled.
     """
     scores = penalised(logits, rows, seen, vocab_limit=vocab_limit)
     best = scores.max(-1)
@@ -81,11 +83,11 @@ def sample(
 
 
 def logprobs(logits: Float[Array, "B V"], token: Int[Array, " B"], *, count: int) -> Logprobs:
-    """Log-probabilities, in float32, of logits that nothing has filtered.
+    """Computes float32 log-probabilities of unfiltered logits.
 
     Args:
-        token: as `sample` gives them; rows of -1 mean nothing.
-        count: of the likeliest tokens; all, if the vocabulary is smaller.
+        token: sampled ids, as returned by `sample`; results of rows with -1 are meaningless.
+        count: number of likeliest tokens to report; all, if the vocabulary is smaller.
     """
     scores = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     top, ids = jax.lax.top_k(scores, min(count, logits.shape[-1]))
@@ -100,7 +102,7 @@ def penalised(
     *,
     vocab_limit: int | None = None,
 ) -> Float[Array, "B V"]:
-    """Logits with unknown ids at -inf and repeated tokens penalised."""
+    """Applies the repetition penalty, and sets ids from `vocab_limit` on to -inf."""
     V = logits.shape[-1]
     if vocab_limit is not None and vocab_limit < V:
         logits = jnp.where(jnp.arange(V) < vocab_limit, logits, -jnp.inf)
@@ -114,9 +116,9 @@ def penalised(
 
 
 def filtered(scores: Float[Array, "B V"], rows: Rows) -> Float[Array, "B V"]:
-    """Scores over temperature, with -inf where top-k, top-p or min-p drop a token.
+    """Divides scores by the temperature and sets tokens that top-k, top-p or min-p drop to -inf.
 
-    Rows of temperature 0 come out as if it were 1.
+    Rows of temperature 0 are treated as if it were 1.
     """
     V = scores.shape[-1]
     scores = scores / jnp.where(rows.temperature > 0, rows.temperature, 1.0)[:, None]
@@ -152,7 +154,12 @@ def filtered(scores: Float[Array, "B V"], rows: Rows) -> Float[Array, "B V"]:
 
 
 def _weakest(ascending: Float[Array, "B C"], top_k: Int[_Numbers, " B"]) -> Float[Array, " B"]:
-    """The lowest of the `top_k` highest scores."""
+    """Returns the lowest of the `top_k` highest scores of each row.
+
+    Args:
+        ascending: scores sorted in ascending order.
+        top_k: 0 for all scores.
+    """
     C = ascending.shape[-1]
     place = C - jnp.where(top_k > 0, jnp.minimum(top_k, C), C)
     return jnp.take_along_axis(ascending, place[:, None], axis=-1)[:, 0]
@@ -161,10 +168,11 @@ def _weakest(ascending: Float[Array, "B C"], top_k: Int[_Numbers, " B"]) -> Floa
 def _floor(
     ascending: Float[Array, "B C"], outside: Float[Array, " B"], rows: Rows
 ) -> Float[Array, " B"]:
-    """The lowest score that top-k and then top-p keep.
+    """Returns the lowest score of each row that top-k and then top-p keep.
 
     Args:
-        outside: weight of the lower scores not in `ascending`, the highest score's being 1.
+        ascending: the highest scores, sorted in ascending order.
+        outside: total weight of the scores not in `ascending`, relative to the highest score's.
     """
     C = ascending.shape[-1]
     dropped = ascending < _weakest(ascending, rows.top_k)[:, None]

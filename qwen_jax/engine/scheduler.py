@@ -1,4 +1,4 @@
-"""What runs next: a prefill slice of one sequence, or a decode step of all that decode."""
+"""Scheduler: chooses the next prefill slice of one sequence, or a decode step of all."""
 
 import collections
 import dataclasses
@@ -15,7 +15,8 @@ class Slice:
     """Prompt tokens `start` to `start + length` of one sequence, padded to `size`.
 
     Attributes:
-        copied: page that must first be copied into the one that holds `start`.
+        is_sparse: whether it is prefilled sparsely.
+        copied: page to copy first into the one that holds `start`; None for no copy.
     """
 
     sequence: Sequence
@@ -32,7 +33,7 @@ class Slice:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Decode:
-    """One more token for each of some sequences."""
+    """A decode step: one more token for each of `sequences`."""
 
     sequences: tuple[Sequence, ...]
 
@@ -46,12 +47,14 @@ class Scheduler:
     prefill take turns, so that nothing starves.
 
     Args:
+        pages: pool of cache pages.
         layout: sizes of pages and slices.
-        dense_tail: tokens at the end of a prompt that are prefilled densely in any case.
-        whole_slices: share only what was computed in the slices in which the prompt that
-            takes it would compute it, so that company does not change how it is cut.
-        scales: attention scales of a sequence of so many tokens. Pages are
-            shared only between prompts for which they are equal.
+        max_seqs: sequences that run at once.
+        dense_tail: tokens at the end of a prompt that are always prefilled densely.
+        whole_slices: share only pages that were computed in the same slices that the sharing
+            prompt would use, so that other requests do not change how a prompt is cut.
+        scales: maps a sequence's length in tokens to its factors on queries and keys. Pages are
+            shared only between prompts for which these are equal.
     """
 
     def __init__(
@@ -86,7 +89,7 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def cancelled(self) -> list[Sequence]:
-        """Take out the sequences that are marked as cancelled."""
+        """Removes and returns the sequences that are marked as cancelled."""
         everyone = (*self._waiting, *self._prefilling, *self._decoding)
         taken = [sequence for sequence in everyone if sequence.cancelled]
         for sequence in taken:
@@ -94,7 +97,7 @@ class Scheduler:
         return taken
 
     def next(self) -> Slice | Decode | None:
-        """The work of the next step, or None if there is none."""
+        """Returns the work of the next step, or None if there is none."""
         self._admit()
         if self._decoding and (self._turn_to_decode or not self._prefilling):
             self._turn_to_decode = False
@@ -108,7 +111,7 @@ class Scheduler:
         return self._slice(sequence)
 
     def prefilled(self, piece: Slice) -> None:
-        """Note that a slice is in the cache."""
+        """Records that a slice is in the cache."""
         sequence = piece.sequence
         is_whole = self._is_whole(piece)
         sequence.filled += piece.length
@@ -119,14 +122,14 @@ class Scheduler:
             self._decoding.append(sequence)
 
     def decoded(self, sequence: Sequence) -> None:
-        """Note that the last token of the answer so far is in the cache."""
+        """Records that the last token of the answer so far is in the cache."""
         sequence.filled += 1
         # A prompt that repeats this answer would be prefilled with its own scales.
         if not self._whole_slices and self._scales(sequence.filled) == sequence.scales:
             self._record(sequence)
 
     def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out and free what it holds."""
+        """Removes a sequence and frees its row and pages."""
         for queue in (self._waiting, self._prefilling, self._decoding):
             if sequence in queue:
                 queue.remove(sequence)
@@ -138,7 +141,7 @@ class Scheduler:
         self._is_full = False
 
     def freed(self) -> None:
-        """Note that pages which no sequence held are free again."""
+        """Records that pages borrowed outside any sequence are free again."""
         self._is_full = False
 
     def _admit(self) -> None:
@@ -159,7 +162,7 @@ class Scheduler:
             self._prefilling.append(self._waiting.popleft())
 
     def _begin(self, sequence: Sequence) -> None:
-        """Give a sequence the full pages of its prefix; what is left of that is copied later."""
+        """Shares the full pages of a sequence's prefix with it; a partial one is copied later."""
         if sequence.prefix is None:
             return
         sequence.filled = len(sequence.prefix.tokens)
@@ -169,7 +172,7 @@ class Scheduler:
             sequence.pages.append(page)
 
     def _share(self, sequence: Sequence) -> None:
-        """Put known pages in the place of those that the sequence would fill next."""
+        """Replaces the pages that a sequence would fill next by pages of known equal content."""
         while not self._whole_slices or sequence.filled == sequence.num_shared_pages * self._page:
             found = self._known(sequence)
             if not found:
@@ -186,7 +189,9 @@ class Scheduler:
             sequence.filled = max(sequence.filled, sequence.num_shared_pages * self._page)
 
     def _known(self, sequence: Sequence) -> list[tuple[int, Hashable]]:
-        """The next page that can be shared, or all pages of the next slice, with their links."""
+        """Returns the next page to share, or all pages of the next slice, each with the
+        prefix_key after it; [] if nothing can be shared.
+        """
         start, limit = sequence.num_shared_pages * self._page, sequence.prompt_len
         stop = start + self._page
         if self._whole_slices:
@@ -206,17 +211,17 @@ class Scheduler:
         return found
 
     def _is_whole(self, piece: Slice) -> bool:
-        """Whether every longer prompt that begins alike is cut like this, up to its end."""
+        """Returns True if every longer prompt with the same prefix is cut into this slice too."""
         stop = piece.start + piece.length
         is_sparse = piece.sequence.sparse is not None
         return stop == self._slice_stop(piece.start) and piece.is_sparse == is_sparse
 
     def _slice_stop(self, start: int) -> int:
-        """Where the slice of a prompt without end stops."""
+        """Returns the end of the slice at `start` of a prompt of unlimited length."""
         return start + self._layout.slice_bounds(start, start + self._layout.slices[0])[0]
 
     def _record(self, sequence: Sequence) -> None:
-        """Make the pages that have become full known to others."""
+        """Registers the pages that have become full, so that other sequences can share them."""
         while (stop := (sequence.num_shared_pages + 1) * self._page) <= sequence.filled:
             tokens = sequence.span(stop - self._page, stop)
             page = sequence.pages[sequence.num_shared_pages]
@@ -224,10 +229,12 @@ class Scheduler:
             sequence.num_shared_pages += 1
 
     def cut(self, start: int, stop: int, *, sparsely: bool) -> tuple[int, int, bool]:
-        """Tokens of the slice at `start` of a prompt of `stop`, its size, and whether it is sparse.
+        """Returns the length, padded size and sparsity of the slice at `start`.
 
         Args:
-            sparsely: whether the prompt is prefilled so, up to its end.
+            start: position of its first token.
+            stop: length of the prompt in tokens.
+            sparsely: whether the prompt is prefilled sparsely, its dense tail aside.
         """
         is_sparse = sparsely and start < stop - self._dense_tail
         if is_sparse:

@@ -1,1 +1,1 @@
-"""How much a model still knows at a length and depth."""
+"""Long-context evaluation: retrieval tasks by prompt length and depth, scores, pictures."""

@@ -1,4 +1,4 @@
-"""All tasks by name, the families they belong to, and grids of their cells."""
+"""Catalog: tasks by name and by family, and grids of their cells."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,9 +13,9 @@ class Kind:
     """A kind of question.
 
     Attributes:
-        build: makes the question of a cell.
-        max_new_tokens: longest answer, in tokens.
-        has_depth: whether what is asked for lies in one place.
+        build: builds the question of a cell.
+        max_new_tokens: maximum length of an answer in tokens.
+        has_depth: whether the answer lies at one place of the prompt.
     """
 
     build: Callable[[Material, Cell], Task]
@@ -41,7 +41,7 @@ FAMILIES = {
 
 
 def grid(tasks: list[str], lengths: list[int], depths: list[float], samples: int) -> list[Cell]:
-    """All cells, shortest first, so that a table fills from the cheap end.
+    """Returns all cells, the shortest and cheapest first.
 
     Raises:
         TaskError: if a value is out of range or given twice.

@@ -1,4 +1,4 @@
-"""HeatMap: a table of shares with names for its rows and columns; as CSV."""
+"""HeatMap: a table of values with labelled rows and columns; CSV output."""
 
 import csv
 import dataclasses
@@ -15,16 +15,17 @@ from qwen_jax.storage import atomic
 
 
 class PlotError(ConfigError):
-    """What cannot be drawn; the text names the file and line, or the flag, and the way out."""
+    """Error of a picture that cannot be drawn; names the file and line, or flag, and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Axis:
-    """What the rows or columns of a map stand for.
+    """Axis of a map, its rows or columns.
 
     Attributes:
+        name: what the numbers are, such as a length or a layer.
         keys: numbers as in the source; None for a task that has no such number.
-        labels: the same for people, short.
+        labels: short labels of the numbers.
     """
 
     name: str
@@ -34,11 +35,11 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class HeatMap:
-    """A table of shares.
+    """A table of values, which are fractions.
 
     Attributes:
         what: name of the values.
-        values: NaN where nothing was measured.
+        values: float array [rows, columns]; NaN where nothing was measured.
         low: value of the first colour.
         high: value of the last colour.
     """
@@ -57,7 +58,7 @@ class Panels:
     """Heat maps that belong together.
 
     Attributes:
-        across: maps side by side, where there is room.
+        across: maximum number of maps side by side.
     """
 
     title: str
@@ -69,16 +70,16 @@ _CSV = re.compile(rb"map,(depth,tokens|layer,head),value\n")
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a file begins as `write_csv` does."""
+    """Returns True if a file begins with the header that `write_csv` writes."""
     with path.open("rb") as file:
         return _CSV.match(file.read(64)) is not None
 
 
 def check_csv(path: Path) -> None:
-    """Refuses what `write_csv` could not write.
+    """Checks, before long work, that `write_csv` can write a file.
 
     Raises:
-        FileExistsError: if there is a file that does not begin with the names of our columns.
+        FileExistsError: if there is a file that `write_csv` did not write.
         FileError: if there is a directory of that name.
         OSError: if nothing can be written there.
     """
@@ -87,7 +88,7 @@ def check_csv(path: Path) -> None:
 
 
 def write_csv(panels: Panels, path: Path) -> None:
-    """One line a cell, map after map; the value of a cell that was not measured is empty.
+    """Writes one line per cell, map after map; values that were not measured are empty.
 
     Raises:
         FileExistsError, FileError: see `check_csv`.

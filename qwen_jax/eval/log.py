@@ -1,4 +1,4 @@
-"""Results in a file, one JSON object a line, so that a run can be continued."""
+"""Log of results in a JSONL file, so that a run can be resumed."""
 
 import os
 from collections.abc import Mapping
@@ -41,21 +41,21 @@ class _Row(schema.Record, frozen=True, omit_defaults=True):
 
 
 class LogError(ConfigError):
-    """Results that cannot be continued; the text names the file and the way out."""
+    """Error of a log that cannot be resumed; names the file and the remedy."""
 
 
 class Log:
-    """The file; its first line holds the settings, each other one a result.
+    """Log file, whose first line holds the settings, and each other line a result.
 
-    A run that was killed is continued: cells in the file are not computed again,
-    and half a line at its end is dropped.
+    A run that was killed can be resumed: cells in the file are not computed again,
+    and a partial last line is dropped.
 
     Attributes:
-        results: those in the file, by variant and cell.
+        results: results in the file, by variant and cell.
     """
 
     def __init__(self, path: Path, settings: Mapping[str, Any]):
-        """Open or create the file.
+        """Opens or creates the file.
 
         Raises:
             LogError: if the file holds something else, or results of other settings.
@@ -88,7 +88,7 @@ class Log:
                 journal.append({"settings": dict(settings)})
 
     def add(self, result: Result) -> None:
-        """Keep a result; it is on disk when this returns."""
+        """Appends a result; it is on disk when this returns."""
         self._remember(result)
         with Journal(self.path) as journal:
             journal.append(msgspec.to_builtins(_row(result)))

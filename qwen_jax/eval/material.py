@@ -1,4 +1,4 @@
-"""What the prompts of one run are made from: text, tokens that were counted, and chance."""
+"""Material of prompts: text, cached token counts, and seeded random numbers."""
 
 import bisect
 import functools
@@ -14,7 +14,7 @@ _AHEAD = 6  # sentences from which one is broken off, so that some break has the
 
 
 class Material:
-    """Where tasks take their text and their secrets from; remembers what it has counted."""
+    """Source of text and random choices for tasks; caches token counts."""
 
     def __init__(
         self,
@@ -24,12 +24,13 @@ class Material:
         sentences: Iterator[str] | None = None,
         known: str = "",
     ):
-        """Remember where text comes from.
+        """Stores the source of text.
 
         Args:
+            tokenizer: tokenizer that counts tokens.
             seed: equal seeds give equal tasks.
-            sentences: a text without end; None for one that is made up for each sample.
-            known: the words of that text, none of which may be an answer.
+            sentences: infinite sequence of sentences; None to generate one for each sample.
+            known: text of the sentences, none of whose words may be an answer.
         """
         self._tokenizer, self._seed, self._known = tokenizer, seed, known
         self._count = functools.cache(lambda piece: len(tokenizer.encode_text(piece)))
@@ -38,19 +39,19 @@ class Material:
         self._made_up = functools.lru_cache(maxsize=8)(self._make_up)
 
     def rng(self, cell: Cell) -> random.Random:
-        """Chooses what is asked in a cell."""
+        """Returns the random generator of a cell, which chooses what is asked."""
         return random.Random(f"{cell.task} {self._seed} {cell.length} {cell.depth!r} {cell.sample}")
 
     def haystack(self, cell: Cell) -> "Haystack":
-        """The text of a cell.
+        """Returns the filler text of a cell.
 
-        It is the same for other lengths, depths and tasks, so that an engine which
-        shares what prompts begin with need not read all of it again.
+        It is the same for all lengths, depths and tasks of a sample, so that an engine that
+        shares prompt prefixes need not prefill all of it again.
         """
         return self._given or self._made_up(cell.sample)
 
     def draw(self, number: int, make: Callable[[], str]) -> list[str]:
-        """So many different strings, none of which a given text holds."""
+        """Draws `number` different strings, none of which occurs in the given text."""
         drawn: list[str] = []
         while len(drawn) < number:
             new = make()
@@ -59,7 +60,7 @@ class Material:
         return drawn
 
     def fit(self, cell: Cell, draft: prompt.Draft, filler: prompt.Filler) -> tuple[int, ...]:
-        """See `prompt.fit`."""
+        """Builds the prompt of a cell, see `prompt.fit`."""
         return prompt.fit(self._tokenizer, self._count, cell, draft, filler)
 
     def _make_up(self, sample: int) -> "Haystack":
@@ -68,14 +69,14 @@ class Material:
 
 
 class Haystack:
-    """Sentences as filler, taken when they are needed; a `prompt.Filler`."""
+    """Filler of sentences, which are taken lazily; a `prompt.Filler`."""
 
     def __init__(self, sentences: Iterator[str], count: Callable[[str], int]):
-        """Begin with none.
+        """Starts without sentences.
 
         Args:
-            sentences: without end.
-            count: tokens of a piece of text.
+            sentences: infinite sequence of sentences.
+            count: returns the number of tokens of a piece of text.
         """
         self._sentences, self._count = sentences, count
         self._pieces: list[str] = []

@@ -1,8 +1,8 @@
-"""niah, niah_single, niah_multikey, niah_multivalue: magic numbers in a text.
+"""Tasks niah, niah_single, niah_multikey and niah_multivalue: magic numbers in a text.
 
 The wording is that of RULER (arXiv:2404.06654), whose first task is that of
-https://github.com/gkamradt/LLMTest_NeedleInAHaystack with numbers. As there, the
-answers of RULER's tasks are begun for the model.
+https://github.com/gkamradt/LLMTest_NeedleInAHaystack with numbers. As in RULER, its tasks
+include the beginning of the answer in the prompt.
 """
 
 import random
@@ -30,22 +30,31 @@ _DIGITS = 7
 
 
 def niah(material: Material, cell: Cell) -> Task:
-    """One needle at `cell.depth`; the model answers freely. Raises as `Material.fit` does."""
+    """Builds a task with one needle at `cell.depth` and a free answer.
+
+    Raises as `Material.fit` does.
+    """
     return _build(material, cell, begun=False)
 
 
 def single(material: Material, cell: Cell) -> Task:
-    """One needle at `cell.depth`. Raises as `Material.fit` does."""
+    """Builds a task with one needle at `cell.depth`. Raises as `Material.fit` does."""
     return _build(material, cell)
 
 
 def multikey(material: Material, cell: Cell) -> Task:
-    """The needle among three with other keys, all anywhere. Raises as `Material.fit` does."""
+    """Builds a task with a needle among three with other keys, at random depths.
+
+    Raises as `Material.fit` does.
+    """
     return _build(material, cell, keys=_MANY)
 
 
 def multivalue(material: Material, cell: Cell) -> Task:
-    """Four needles with the same key, anywhere. Raises as `Material.fit` does."""
+    """Builds a task with four needles of the same key, at random depths.
+
+    Raises as `Material.fit` does.
+    """
     return _build(material, cell, values=_MANY)
 
 

@@ -1,4 +1,4 @@
-"""passkey: five digits in a text that says nothing."""
+"""Task passkey: five digits in a repetitive text."""
 
 from collections.abc import Callable
 
@@ -25,7 +25,7 @@ _DIGITS = 5
 
 
 def build(material: Material, cell: Cell) -> Task:
-    """The question of a cell, with the needle at `cell.depth`; raises as `Material.fit` does."""
+    """Builds the task of a cell, with the needle at `cell.depth`; raises as `Material.fit` does."""
     rng = material.rng(cell)
     key = "".join(rng.choice("0123456789") for _ in range(_DIGITS))
     draft = Draft(
@@ -37,10 +37,10 @@ def build(material: Material, cell: Cell) -> Task:
 
 
 class _Filler:
-    """Five sentences over and over; a `Filler`."""
+    """Filler of five repeated sentences; a `prompt.Filler`."""
 
     def number(self, length: int, count: Callable[[int], int]) -> int:
-        """See `Filler`; not always the most, but published figures have these prompts."""
+        """Returns the number of units; not always the maximum, but that of published prompts."""
         shortest = count(0)
         if shortest > length:
             raise TooShort(shortest)

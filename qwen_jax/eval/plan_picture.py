@@ -1,4 +1,4 @@
-"""PlanPicture: what one head reads of a whole prompt, and its picture in pixels."""
+"""PlanPicture: the sparse plans of one head over a whole prompt, rasterised to pixels."""
 
 import dataclasses
 import functools
@@ -21,18 +21,18 @@ _FAINTEST = 0.25  # of a colour: below, a single column of a long prompt would n
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PlanPicture:
-    """What a head read of a prompt, slice by slice.
+    """Sparse plans of one head over a prompt, slice by slice.
 
     Attributes:
-        tokens: of the prompt.
-        tiles: queries a tile and keys a block.
-        slices: first query, number of queries, and plan of each; plans are of this head
-            alone (N = 1). What no slice covers is shown as not read.
+        tokens: length of the prompt.
+        tiles: queries per tile and keys per block.
+        slices: first query, number of queries, and plan of each slice; plans are of this head
+            only (N = 1). Queries that no slice covers are shown as not read.
         chunk_len: tokens by which a chunk of DCA advances; None without DCA.
-        vertical: budget of columns.
-        slash: budget of diagonals.
-        density: pairs computed, as a share of the causal ones.
-        recall: share of the attention that was found in them.
+        vertical: column budget.
+        slash: diagonal budget.
+        density: computed pairs of query and key as a fraction of the causal ones.
+        recall: attention mass of the computed pairs as a fraction of all.
     """
 
     tokens: int
@@ -48,7 +48,7 @@ class PlanPicture:
 
     @property
     def title(self) -> str:
-        """Two lines that say whose plan it is and how good."""
+        """Title of two lines: layer, head and budgets; density and recall."""
         return (
             f"layer {self.layer}, head {self.head}: budgets of {self.vertical:,} columns and "
             f"{self.slash:,} diagonals, {self.tokens:,} tokens\n"
@@ -58,11 +58,11 @@ class PlanPicture:
 
 
 class Raster(NamedTuple):
-    """Shares of the causal pairs in each pixel, queries downwards and keys to the right.
+    """Fractions of the causal pairs in each pixel, queries downwards and keys to the right.
 
     Attributes:
-        blocks: pairs read with whole blocks; NaN where no pair is causal.
-        columns: pairs read as single columns, likewise.
+        blocks: fraction of pairs read in whole blocks; NaN where no pair is causal.
+        columns: fraction of pairs read as single columns; NaN where no pair is causal.
     """
 
     blocks: Float[np.ndarray, "rows columns"]
@@ -70,9 +70,9 @@ class Raster(NamedTuple):
 
 
 def rasterise(picture: PlanPicture, rows: int, columns: int) -> Raster:
-    """The plan in `rows` x `columns` pixels, at most one for each token.
+    """Rasterises the plans to `rows` x `columns` pixels, at most one for each token.
 
-    Counts are exact. Memory grows with pixels and with blocks a slice, not with pairs.
+    Counts are exact. Memory grows with pixels and with blocks per slice, not with pairs.
     """
     rows, columns = min(rows, picture.tokens), min(columns, picture.tokens)
     row_edges, column_edges = edges(picture.tokens, rows), edges(picture.tokens, columns)
@@ -92,14 +92,14 @@ def rasterise(picture: PlanPicture, rows: int, columns: int) -> Raster:
 
 
 def edges(tokens: int, pixels: int) -> Int[np.ndarray, " edges"]:
-    """The first token of each pixel, then `tokens`."""
+    """Returns the first token of each pixel, followed by `tokens`."""
     return np.arange(pixels + 1) * tokens // pixels
 
 
 def _bands(
     start: int, length: int, q: int, row_edges: Int[np.ndarray, " edges"]
 ) -> Iterator[tuple[int, int, int]]:
-    """Queries [first, stop) that share a tile and a row of pixels."""
+    """Yields tile index, first and end of each run of queries that share tile and pixel row."""
     stop = start + length
     borders = np.union1d(np.arange(start, stop, q), row_edges)
     borders = [*borders[(borders >= start) & (borders < stop)].tolist(), stop]
@@ -116,7 +116,7 @@ def _band(
     column_edges: Int[np.ndarray, " edges"],
     pixel_of_key: Int[np.ndarray, " S"],
 ) -> Float[np.ndarray, "2 columns"]:
-    """Pairs of queries [first, stop) with the keys of each pixel: by block, by column."""
+    """Counts pairs of queries [first, stop) with the keys of each pixel: by block, by column."""
     # Keys before `first` are seen by every query; a later key k by `stop - k` of them.
     upto = np.concatenate([[0], np.cumsum(reads)]) * block
     edge = np.minimum(column_edges, first)
@@ -143,9 +143,9 @@ def _causal_pairs(
 
 
 def colours(raster: Raster) -> UInt8[np.ndarray, "rows columns 3"]:
-    """Blue for blocks, vermilion for columns, white for what is not read or not causal.
+    """Colours pixels: blue for blocks, vermilion for columns, white for unread or not causal.
 
-    Colour grows with the root of the share, and nothing that is read is fainter than a quarter.
+    Saturation grows with the square root of the fraction, and is at least 1/4 for anything read.
     """
     image = np.full((*raster.blocks.shape, 3), UNREAD, float)
     for share, colour in ((raster.columns, COLUMNS), (raster.blocks, BLOCKS)):

@@ -1,4 +1,4 @@
-"""Pictures as PNG files, by matplotlib: heat maps and plans."""
+"""PNG pictures of heat maps and plans, by matplotlib."""
 
 import io
 import math
@@ -54,14 +54,14 @@ def save_heat_maps(panels: Panels, path: Path) -> None:
 
 
 def _height(shown: HeatMap, across: int) -> float:
-    """Inches: cells about square, within what can be read and looked over."""
+    """Returns the height in inches at which cells are about square, within bounds."""
     rows, columns = shown.values.shape
     cell = (_WIDTH - 1.5) / across / columns
     return max(1.0, rows * min(max(cell, 0.2), 0.5 if rows <= 12 else 0.3))
 
 
 def _draw_map(axes: Any, shown: HeatMap) -> Any:
-    """Draws a map without its scale; returns the image that the scale explains."""
+    """Draws a map without its colour bar; returns the image for the colour bar."""
     rows, columns = shown.values.shape
     axes.set_facecolor(_UNMEASURED)
     image = axes.imshow(
@@ -108,7 +108,7 @@ def _write_numbers(axes: Any, image: Any, values: np.ndarray) -> None:
 
 
 def save_plan(picture: PlanPicture, path: Path) -> None:
-    """Writes the plan, 1,200 pixels wide: a pixel is a token, or as many as must share it.
+    """Writes the picture of a plan, 1,200 pixels wide; a pixel is one or more tokens.
 
     Raises:
         PlotError: if matplotlib is not installed, or the file is not to be a PNG.
@@ -173,7 +173,7 @@ def _hex(colour: tuple[int, int, int]) -> str:
 
 
 def check_picture(path: Path) -> Any:
-    """Refuses what no picture can be written to.
+    """Checks, before long work, that a picture can be written to a path.
 
     Returns:
         The module `matplotlib.figure`; figures made from it need no display.
@@ -207,7 +207,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether a PNG says that this module wrote it."""
+    """Returns True if this module wrote a PNG, by its `Software` text."""
     with path.open("rb") as file:
         head = file.read(4096)
     return head.startswith(b"\x89PNG") and f"Software\0{_SOFTWARE}".encode() in head

@@ -1,10 +1,10 @@
 """Prompts of an exact number of tokens, counted in pieces.
 
-Tokens of a text are those of its pieces, as long as every piece but the first
-begins with white space: tokenizers of the Qwen2 kind never join a word to the
+The number of tokens of a text is the sum over its pieces, as long as every piece but the first
+begins with white space: Qwen2's pre-tokenizer never joins a word to the
 space after it. So a piece is encoded once, however many lengths are tried, and
-a whole prompt only once, as a check. Where the two disagree, the difference is
-made up for and the prompt is built again.
+a whole prompt only once, as a check. If the two disagree, the prompt is built again for a
+corrected length.
 """
 
 import bisect
@@ -21,13 +21,13 @@ _ATTEMPTS = 4
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Draft:
-    """What a prompt says, but for the filler.
+    """Parts of a prompt beside the filler.
 
     Attributes:
         opening: text before the filler.
-        needles: sentences in the filler, each with its depth from 0 to 1.
+        needles: sentences to insert in the filler, each with its depth from 0 to 1.
         closing: text after the filler.
-        answer: words that the model finds in its own mouth.
+        answer: beginning of the model's answer, part of the prompt.
     """
 
     opening: str
@@ -38,10 +38,13 @@ class Draft:
 
 @runtime_checkable
 class Filler(Protocol):
-    """Text of any length, made of units."""
+    """Filler text of any length, made of units."""
 
     def number(self, length: int, count: Callable[[int], int]) -> int:
-        """Units to take for `length` tokens, if a prompt with n of them has `count(n)`.
+        """Returns the number of units for a prompt of at most `length` tokens.
+
+        Args:
+            count: returns the tokens of a prompt with so many units.
 
         Raises:
             TooShort: if no number is small enough.
@@ -49,20 +52,20 @@ class Filler(Protocol):
         ...
 
     def pieces(self, n: int) -> list[str]:
-        """The text of `n` units, in pieces that begin with white space."""
+        """Returns the text of `n` units, in pieces that begin with white space."""
         ...
 
     def index(self, depth: float, n: int) -> int:
-        """The piece of `pieces(n)` before which a depth lies."""
+        """Returns the index in `pieces(n)` at which a needle of this depth is inserted."""
         ...
 
     def rest(self, n: int) -> str:
-        """Text that might follow."""
+        """Returns text that continues `n` units, to fill up the last tokens."""
         ...
 
 
 class TooShort(Exception):
-    """Even the shortest prompt is too long: it has `least` tokens."""
+    """Raised if even the shortest prompt is too long: it has `least` tokens."""
 
     def __init__(self, least: int):
         super().__init__(f"at least {least} tokens")
@@ -70,7 +73,7 @@ class TooShort(Exception):
 
 
 def most(length: int, count: Callable[[int], int], least: int = 0) -> int:
-    """The largest number from `least` on whose `count` is at most `length`; it must not fall.
+    """Returns the largest number >= `least` whose `count`, monotonic, is at most `length`.
 
     Raises:
         TooShort: if there is none.
@@ -86,12 +89,15 @@ def most(length: int, count: Callable[[int], int], least: int = 0) -> int:
 def fit(
     tokenizer: Tokenizer, count: Callable[[str], int], cell: Cell, draft: Draft, filler: Filler
 ) -> tuple[int, ...]:
-    """A prompt in the checkpoint's chat format, of exactly `cell.length` tokens.
+    """Builds a prompt in the checkpoint's chat format, of exactly `cell.length` tokens.
 
-    What whole units leave over is made up by one that is broken off.
+    The tokens that whole units leave over are filled with a truncated unit.
 
     Args:
-        count: tokens of a piece of text, remembered.
+        count: returns the number of tokens of a piece of text, cached.
+        cell: cell whose length the prompt has.
+        draft: parts of the prompt beside the filler.
+        filler: text that fills the prompt.
 
     Raises:
         TaskError: if the length is too short, or cannot be met.
@@ -119,7 +125,7 @@ def fit(
 
 
 def _content(count: Callable[[str], int], draft: Draft, filler: Filler, room: int) -> str | None:
-    """The text of a user that takes `room` tokens, or None if no breaking off gives that."""
+    """Builds a user message of `room` tokens; None if no truncated unit makes it so long."""
 
     def total(n: int) -> int:
         *body, last = _assemble(draft, filler, n)
@@ -138,7 +144,7 @@ def _content(count: Callable[[str], int], draft: Draft, filler: Filler, room: in
 
 
 def _assemble(draft: Draft, filler: Filler, n: int) -> list[str]:
-    """The pieces of the text of a user before the closing one."""
+    """Returns the pieces of the user message before the closing one."""
     pieces = filler.pieces(n)
     placed = [(filler.index(depth, n), f" {needle}") for depth, needle in draft.needles]
     # Backwards, so that each index still holds; needles at one place stay in order.

@@ -1,4 +1,4 @@
-"""Run the cells of a grid through an engine, greedily, and say how good the answers are."""
+"""Runs the cells of a grid through an engine, greedily, and scores the answers."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
@@ -13,12 +13,12 @@ from qwen_jax.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
-    """What a model answered in a cell.
+    """Answer of a model in a cell.
 
     Attributes:
-        variant: how the model ran, where several ways are compared.
+        variant: name of the model's settings, if several are compared.
         expected: strings that a right answer contains.
-        sparse: how the prompt was prefilled sparsely; None for densely.
+        sparse: density and recall of the prompt's sparse prefill; None if it was dense.
     """
 
     cell: Cell
@@ -29,20 +29,20 @@ class Result:
 
     @property
     def score(self) -> float:
-        """The share of the expected strings that the answer contains, in any case of letters."""
+        """Fraction of the expected strings that the answer contains, ignoring case."""
         answer = self.answer.lower()
         return sum(text.lower() in answer for text in self.expected) / len(self.expected)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Mean:
-    """Scores of some results, and how their prompts were prefilled sparsely, if they were.
+    """Mean score of results, with density and recall of their prompts' sparse prefill.
 
     Attributes:
         total: sum of the scores.
-        asked: results.
-        density: pairs of query and key computed, as a share of the causal ones.
-        recall: attention found, of what dense prefill would have found, per token.
+        asked: number of results.
+        density: computed pairs of query and key as a fraction of the causal ones.
+        recall: attention mass of the computed pairs as a fraction of all, averaged over tokens.
     """
 
     total: float
@@ -66,7 +66,7 @@ def run(
     variant: str | None = None,
     on_tokens: Callable[[int], None] = lambda read: None,
 ) -> Iterator[Result]:
-    """The result of each cell, one cell at a time.
+    """Runs and yields the result of each cell, one cell at a time.
 
     Args:
         on_tokens: called after each step with the tokens read of the cell's prompt.
@@ -106,9 +106,9 @@ def _answer(
 
 
 def mean(results: Iterable[Result]) -> Mean:
-    """The mean of some results, at least one.
+    """Averages results, of which there must be at least one.
 
-    Of prompts that share their beginning, that counts once in density and recall.
+    A prefix that prompts share counts once in density and recall.
     """
     results = list(results)
     sparse = [result.sparse for result in results if result.sparse is not None]

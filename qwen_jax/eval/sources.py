@@ -53,12 +53,12 @@ class _Answer(NamedTuple):
 
 
 def scores(paths: Sequence[Path]) -> Panels:
-    """Mean scores by depth and length, one map for each file, task and variant.
+    """Reads mean scores by depth and length, one map for each file, task and variant.
 
     A log is JSON lines: `{"settings": {...}}`, then a record for each answer with `length`,
     `depth` (none or null for a task without depths), `correct`, and perhaps `task`, `variant`
-    and `score` (0 to 1, in place of `correct`). Half a line at the end is left out. Maps of
-    one task share their axes, so that what one of them lacks is seen.
+    and `score` (0 to 1, in place of `correct`). A partial last line is ignored. Maps of
+    one task share their axes, so that missing cells are visible.
 
     Raises:
         PlotError: if a file cannot be read, is no such log, or holds no answers.
@@ -156,7 +156,7 @@ def _answer(path: Path, settings: dict[str, Any], record: dict[str, Any]) -> _An
 
 
 def _sizes(lengths: Sequence[int]) -> tuple[str, ...]:
-    """Tokens as flags take them: 12k for thousands or 12K for 1,024s, if all are such."""
+    """Formats lengths as flags take them: 12k for thousands or 12K for 1,024s, if all are such."""
     for unit, letters in ((1024, "KM"), (1000, "km")):
         if all(length % unit == 0 for length in lengths):
             return tuple(
@@ -169,7 +169,7 @@ def _sizes(lengths: Sequence[int]) -> tuple[str, ...]:
 
 
 def recall(path: Path, length: int | None = None) -> Panels:
-    """Attention recall and kept density by layer and query head, from a report of `calibrate`.
+    """Reads attention recall and density by layer and query head from a report of `calibrate`.
 
     Args:
         path: the report, a JSON object.

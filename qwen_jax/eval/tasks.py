@@ -1,4 +1,4 @@
-"""A question of a grid, and the prompt that asks it."""
+"""Cell and Task: a question of a grid, and the prompt that asks it."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ from qwen_jax.config import ConfigError
 
 
 class TaskError(ConfigError):
-    """A task that cannot be built; the text names the value and the way out."""
+    """Error of a task that cannot be built; names the value and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, order=True)
@@ -14,11 +14,11 @@ class Cell:
     """One question of a grid.
 
     Attributes:
-        length: of the whole prompt, in tokens.
-        task: what is asked; a name in `catalog.KINDS`.
-        depth: where the needle lies, from 0 (first) to 1 (last); None where the
-            task has no single place.
-        sample: number of the question among those that are alike otherwise.
+        length: length of the whole prompt in tokens.
+        task: name of the task in `catalog.KINDS`.
+        depth: position of the needle, from 0 (first) to 1 (last); None for a
+            task without a single position.
+        sample: index of the question among those with the same other fields.
 
     Raises:
         TaskError: if a value is out of range.

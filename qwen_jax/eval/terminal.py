@@ -1,4 +1,4 @@
-"""Pictures in a terminal: colours where it has them, digits and letters where it has not."""
+"""Pictures in a terminal: in colours if it has them, else in digits and letters."""
 
 import math
 from collections.abc import Iterator
@@ -77,7 +77,7 @@ def _heat_map(shown: HeatMap, console: Console) -> list[Text]:
 
 
 def _ruler(labels: tuple[str, ...], width: int) -> str:
-    """Labels over their columns, as many as find room."""
+    """Lays out labels over their columns, as many as fit."""
     text, room = "", len(labels) * width
     for index, label in enumerate(labels):
         at = index * width

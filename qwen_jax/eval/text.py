@@ -1,4 +1,4 @@
-"""English to hide things in: sentences of a seeded grammar, or those of a text."""
+"""Filler text in English: sentences of a seeded grammar, or those of a text."""
 
 import random
 import re
@@ -19,18 +19,18 @@ _ALTERNATIVES = {name: _alternatives(text) for name, text in grammar.SLOTS.items
 
 
 def nouns() -> list[str]:
-    """Common nouns of one word."""
+    """Returns common nouns of one word."""
     slots = "building creature goods land thing".split()
     return sorted({word for slot in slots for word in _ALTERNATIVES[slot] if word.isalpha()})
 
 
 def adjectives() -> list[str]:
-    """Adjectives of one word."""
+    """Returns adjectives of one word."""
     return sorted(set(_ALTERNATIVES["quality"]))
 
 
 def sentences(rng: random.Random) -> Iterator[str]:
-    """Sentences without end, about twenty-five words each and hardly ever the same."""
+    """Generates sentences without end, of about 25 words each and rarely repeated."""
 
     def fill(slot: re.Match) -> str:
         alternatives = _ALTERNATIVES[slot[1]]
@@ -45,9 +45,9 @@ def sentences(rng: random.Random) -> Iterator[str]:
 
 
 def cut(text: str) -> list[str]:
-    """The sentences of a text, none of them blank, each with the white space before it.
+    """Splits a text into sentences, none of them blank, each with the white space before it.
 
-    Those that are very long are cut at spaces.
+    Very long sentences are split at spaces.
     """
     pieces = []
     for sentence in re.split(

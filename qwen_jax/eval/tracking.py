@@ -1,6 +1,6 @@
-"""vt: which variables hold a value, when each is set to the one before.
+"""Task vt (variable tracking): which variables hold a value, each set to the one before.
 
-The wording is that of RULER (arXiv:2404.06654), with its example in front.
+The wording is that of RULER (arXiv:2404.06654), preceded by its example.
 """
 
 import random
@@ -25,7 +25,9 @@ _DIGITS = 5
 
 
 def build(material: Material, cell: Cell) -> Task:
-    """Two chains of five variables, anywhere but in order, of which one is asked for.
+    """Builds a task with two chains of five variables at random but ordered depths.
+
+    One of the chains is asked for.
 
     Raises as `Material.fit` does.
     """

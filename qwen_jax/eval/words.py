@@ -1,7 +1,7 @@
-"""cwe: the most common words of a long list.
+"""Task cwe (common words extraction): the most common words of a long list.
 
-The wording and the frequencies are those of RULER (arXiv:2404.06654), with its example in front.
-Words are compounds, because a million tokens of list take more of them than a lexicon has.
+The wording and the frequencies are those of RULER (arXiv:2404.06654), preceded by its example.
+Words are compounds, because a list of a million tokens needs more of them than a lexicon has.
 """
 
 import math
@@ -26,7 +26,7 @@ _LONG = 4096
 
 
 def build(material: Material, cell: Cell) -> Task:
-    """A list of words, ten of which come far more often than others.
+    """Builds a task with a list of words, ten of which are far more frequent than the others.
 
     Raises as `Material.fit` does.
     """
@@ -47,21 +47,28 @@ def build(material: Material, cell: Cell) -> Task:
 
 
 class _List:
-    """A numbered list of words, the first of which are common; a `Filler`.
+    """Filler that is a numbered list of words; a `prompt.Filler`.
 
     Attributes:
-        words: the common ones first.
+        words: all words, the common ones first.
     """
 
     def __init__(self, words: list[str], common: int, others: int, rng: random.Random):
-        """Remember how often words come."""
+        """Stores the words and their frequencies.
+
+        Args:
+            words: all words, the common ones first.
+            common: occurrences of each common word.
+            others: occurrences of each other word.
+            rng: shuffles the list.
+        """
         self.words = words
         self._common, self._others = common, others
         self._order = rng.random()
 
     @property
     def whole(self) -> int:
-        """Entries of a list in which every word comes as often as it should."""
+        """Number of entries of a list in which every word has its full frequency."""
         return self._common * _COMMON + self._others * (len(self.words) - _COMMON)
 
     def number(self, length: int, count: Callable[[int], int]) -> int:
@@ -93,7 +100,7 @@ class _List:
 
 
 def _words(rng: random.Random) -> list[str]:
-    """Compounds of two nouns, shuffled; the first hundred are in none of the others."""
+    """Returns shuffled compounds of two nouns; the first hundred are in none of the others."""
     nouns = text.nouns()
     words = sorted({first + second for first in nouns for second in nouns})
     rng.shuffle(words)

@@ -1,1 +1,1 @@
-"""Files that nobody vouches for, and files that are kept for the user."""
+"""Untrusted files, and files in the user's cache directory."""

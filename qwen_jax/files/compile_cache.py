@@ -1,13 +1,13 @@
-"""Compiled programs that are kept between commands, in files of our own for jax's cache.
+"""Persistent compilation cache: a crash-safe store of compiled programs for JAX.
 
-jax decides what a program's key is: the computation, the versions of jaxlib and of the device's
-compiler, the devices, flags and options. A file holds what jax gave, after its SHA-256:
+JAX computes a program's key from the computation, the versions of jaxlib and of the device's
+compiler, the devices, flags and options. A file holds the program after its SHA-256:
 
     ~/.cache/qwen-jax/programs/KEY.program    or where JAX_COMPILATION_CACHE_DIR says
 
-It is written aside and renamed, so that a reader, of any process, finds a whole one or none. What
-is damaged is deleted and compiled again, and what was used longest ago makes room. No error of a
-file reaches a command: where nothing can be kept, everything is compiled as without a cache.
+It is written aside and renamed, so that a reader in any process finds a whole file or none.
+Damaged files are deleted and compiled again; the least recently used ones make room. File errors
+never reach a command: if nothing can be stored, everything is compiled as without a cache.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from typing import Any
 from qwen_jax.files import reading, user_cache
 
 LIMIT = 4 << 30
-"""Bytes of programs that are kept; those used longest ago go first."""
+"""Maximum bytes of stored programs; the least recently used ones are deleted first."""
 
 _SUFFIX = ".program"
 _DIGEST = 32  # bytes
@@ -29,12 +29,12 @@ _TROUBLE = "Error (reading|writing) persistent compilation cache entry"
 
 
 def begin(wanted: bool = True, *, shared: bool = False) -> None:
-    """Keeps what this process compiles from here on, where nothing speaks against it.
+    """Starts caching what this process compiles, unless settings or the environment forbid it.
 
     Args:
-        wanted: False keeps nothing and uses nothing that was kept.
-        shared: whether other processes run the same programs in step. They must find or miss
-            them alike, or some wait for others who do not compile, so only a directory that
+        wanted: False disables the cache, for reading too.
+        shared: whether other processes run the same programs in lock-step. They must all hit or
+            all miss, or some would wait for others that do not compile, so only a directory that
             JAX_COMPILATION_CACHE_DIR names for all of them is used.
     """
     import jax
@@ -62,7 +62,7 @@ def _place(shared: bool) -> str | None:
 
 
 def directory() -> Path | None:
-    """The directory of programs under the user's cache directory; None if there is none to use.
+    """Returns the directory of programs under the user's cache directory; None if unusable.
 
     Programs are code: a directory that others could write to is not used.
     """
@@ -74,11 +74,11 @@ def directory() -> Path | None:
 
 
 def describe() -> dict[str, Any]:
-    """What `doctor` says of the cache, as JSON has it.
+    """Describes the cache for `doctor`, as a JSON object.
 
     Returns:
-        directory: None if nothing is kept; bytes: in it, and limit: of these, None where they
-        are not on a disk of this machine; reason: why it is there, or why nothing is kept.
+        `directory`, None if nothing is stored; `bytes` used and their `limit`, None for remote
+        storage; `reason`, why this directory is used, or why nothing is stored.
     """
     from jax._src import config as settings
 
@@ -107,7 +107,7 @@ def _store(path: Path):
     from jax._src.compilation_cache_interface import CacheInterface
 
     class Store(CacheInterface):
-        """Files of a directory, for jax."""
+        """Cache in a directory, with the interface that JAX expects."""
 
         _path = path
 
@@ -121,7 +121,7 @@ def _store(path: Path):
 
 
 def read(path: Path) -> bytes | None:
-    """What `write` kept, marked as used; None if it is missing or damaged, and then deleted."""
+    """Reads what `write` stored, and marks it as used; None if missing, or damaged and deleted."""
     try:
         data = reading.read_bytes(path, limit=LIMIT)
     except reading.FileError:
@@ -137,10 +137,10 @@ def read(path: Path) -> bytes | None:
 
 
 def write(path: Path, content: bytes, *, limit: int = LIMIT) -> None:
-    """Keeps some bytes if it can, and deletes programs used longest ago where there are too many.
+    """Stores bytes if possible, and deletes the least recently used programs over the limit.
 
     Args:
-        limit: bytes of all programs in the directory.
+        limit: maximum bytes of all programs in the directory.
     """
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +160,7 @@ def write(path: Path, content: bytes, *, limit: int = LIMIT) -> None:
 
 
 def _files(directory: Path) -> list[tuple[int, int, str]]:
-    """When each program in a directory was used, in ns, its bytes, and its path."""
+    """Returns time of last use in ns, bytes, and path of each program in a directory."""
     found = []
     with contextlib.suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:

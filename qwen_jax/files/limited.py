@@ -1,4 +1,4 @@
-"""Run a function of ours on foreign programs (templates, patterns) in a child with limits."""
+"""Sandbox: runs a function on foreign programs (templates, patterns) in a limited child process."""
 
 import hashlib
 import json
@@ -14,9 +14,9 @@ from typing import Any
 from qwen_jax.files import reading, user_cache
 
 MEMORY_BYTES = 1 << 30
-"""Address space of the child."""
+"""Address space of the child in bytes."""
 ANSWER_BYTES = 1 << 20
-"""Longest answer, as JSON."""
+"""Maximum size of an answer as JSON, in bytes."""
 
 _CHILD = """
 import importlib.util, json, resource, sys
@@ -36,27 +36,27 @@ sys.stdout.buffer.write(json.dumps(probe.answer(**request["arguments"])).encode(
 
 
 class ProbeError(ValueError):
-    """The child ended without an answer."""
+    """Error of a child that ended without an answer."""
 
 
 def answer(
     program: ModuleType, arguments: dict[str, Any], *, library: str, cpu_seconds: int, cache: str
 ) -> Any:
-    """What `program.answer(**arguments)` says in a child, once for each content.
+    """Returns the result of `program.answer(**arguments)`, run in a limited child process.
 
-    The child has `MEMORY_BYTES` of address space, some processor time and, after
-    `program.prepare()`, no files. What it says is kept in the user's cache directory, where there
+    The child has `MEMORY_BYTES` of address space, limited CPU time and, after
+    `program.prepare()`, no files. Results are cached in the user's cache directory, if there
     is one.
 
     Args:
-        program: a module that imports nothing of ours, since it is run from its file.
-        arguments: for `answer`, as JSON.
-        library: the package that it tries; another version is asked again.
-        cpu_seconds: processor time.
+        program: a module that imports nothing of this package, since it is run from its file.
+        arguments: arguments of `answer`, as JSON.
+        library: package under test, whose version is part of the cache key.
+        cpu_seconds: limit of CPU time in seconds.
         cache: name of the directory in the cache.
 
     Raises:
-        ProbeError: if it has no answer within its limits.
+        ProbeError: if there is no answer within the limits.
     """
     path = Path(program.__file__ or "")
     versions = [path.read_text("utf-8"), _CHILD, metadata.version(library), sys.version]
@@ -114,7 +114,7 @@ def _run(program: Path, arguments: dict[str, Any], cpu_seconds: int) -> Any:
 
 
 def _keep(path: Path, found: Any) -> None:
-    """Writes an answer whole or not at all; a cache that cannot be written is done without."""
+    """Writes an answer atomically; ignores a cache that cannot be written."""
     try:
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
             json.dump(found, file)

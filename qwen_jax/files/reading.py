@@ -1,4 +1,4 @@
-"""Files and JSON that nobody vouches for: read whole within limits, or refused in one line."""
+"""Reading of untrusted files and JSON, within limits; errors are one line."""
 
 import json
 import math
@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import Any
 
 JSON_BYTES = 64 << 20
-"""Largest JSON file that is read; the largest tokenizer.json of a published model has 33 MB."""
+"""Maximum size of a JSON file in bytes; the largest published tokenizer.json has 33 MB."""
 JSON_DEPTH = 100
-"""Lists and objects that may lie in each other."""
+"""Maximum nesting of lists and objects."""
 PIPE_SECONDS = 10.0
-"""How long a pipe may be without a writer."""
+"""Seconds to wait for a pipe's writer."""
 
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class FileError(ValueError):
-    """A file that cannot be used; the text names it and the way out."""
+    """Error of a file that cannot be used; names it and the remedy."""
 
 
 class RepeatedKey(ValueError):
-    """An object of JSON that has a key twice.
+    """Error of a JSON object that has a key twice.
 
     Attributes:
         key: the first such key.
@@ -37,10 +37,10 @@ class RepeatedKey(ValueError):
 
 
 def printable(text: object, limit: int = 200) -> str:
-    """Foreign text for one line of a terminal or a log.
+    """Escapes foreign text for one line of a terminal or a log.
 
-    Control characters, newlines and what reorders text are written as escapes, so that nothing
-    a file, a name or a peer says moves the cursor or ends the line.
+    Control characters, newlines and bidirectional controls are written as escapes, so that no
+    text from a file, a name or a peer moves the cursor or ends the line.
 
     Args:
         limit: characters after which it is cut, with an ellipsis.
@@ -54,7 +54,7 @@ def printable(text: object, limit: int = 200) -> str:
 
 
 def shown(path: object) -> str:
-    """A path for an error: whole, with escapes for what is not printable."""
+    """Escapes a path for an error, without cutting it."""
     return printable(path, limit=8192)
 
 
@@ -65,19 +65,19 @@ def read_bytes(
     error: type[ValueError] = FileError,
     pipes: bool = False,
 ) -> bytes:
-    """The content of a regular file.
+    """Reads a regular file.
 
-    Nothing waits: pipes, sockets and devices are refused by their kind before they are read, and
-    files over the limit before memory is taken. A pipe that may be read is waited for as long as
-    somebody writes into it, and `PIPE_SECONDS` until somebody does.
+    Never blocks: pipes, sockets and devices are refused by their kind before they are read, and
+    files over the limit before memory is allocated. A pipe that may be read is read as long as
+    it has a writer, which must come within `PIPE_SECONDS`.
 
     Args:
-        limit: bytes that it may have.
-        error: raised instead of `FileError`.
+        limit: maximum size in bytes.
+        error: exception type raised instead of `FileError`.
         pipes: also read a pipe, such as a shell's `<(command)`, to its end.
 
     Raises:
-        FileError: if it is missing, no regular file, too large or cannot be read.
+        FileError: if it is missing, no regular file, too large or unreadable.
     """
     name = shown(path)
     try:
@@ -115,7 +115,7 @@ def read_text(
     error: type[ValueError] = FileError,
     pipes: bool = False,
 ) -> str:
-    """The content of a regular file in UTF-8; see `read_bytes`.
+    """Reads a regular UTF-8 file; see `read_bytes`.
 
     Raises:
         FileError: also if it is not UTF-8.
@@ -130,7 +130,7 @@ def read_text(
 def read_json(
     path: Path | str, *, limit: int = JSON_BYTES, error: type[ValueError] = FileError
 ) -> Any:
-    """The value in a JSON file, by `parse_json`; see `read_bytes`.
+    """Reads a JSON file by `parse_json`; see `read_bytes`.
 
     Raises:
         FileError: also if it is not valid JSON.
@@ -145,7 +145,7 @@ def read_json(
 def read_object(
     path: Path | str, *, limit: int = JSON_BYTES, error: type[ValueError] = FileError
 ) -> dict[str, Any]:
-    """The object in a JSON file; see `read_json`.
+    """Reads a JSON file that holds an object; see `read_json`.
 
     Raises:
         FileError: also if it holds another kind of value.
@@ -157,15 +157,14 @@ def read_object(
 
 
 def parse_json(data: bytes | str) -> Any:
-    """The value that JSON says, as strictly as RFC 8259 lets a reader be.
+    """Parses JSON as strictly as RFC 8259 allows, in linear time.
 
-    Keys that appear twice, NaN and infinities (also numbers too large for a float64), numbers of
-    over 4,300 digits, lone surrogates, more than `JSON_DEPTH` levels and bytes that are not UTF-8
-    are refused. It takes time proportional to the data.
+    Refuses repeated keys, NaN and infinities (also numbers too large for a float64), numbers of
+    over 4,300 digits, lone surrogates, more than `JSON_DEPTH` levels and bytes that are not UTF-8.
 
     Raises:
         RepeatedKey: if an object has a key twice.
-        ValueError: with a reason fit for one line.
+        ValueError: if it is invalid, with a reason of one line.
     """
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
@@ -199,20 +198,20 @@ def parse_json(data: bytes | str) -> Any:
 
 
 def json_kind(value: Any) -> str:
-    """What a JSON value is, in words."""
+    """Names the kind of a JSON value, such as "an object"."""
     names = {dict: "an object", list: "a list", str: "a text", bool: "a truth value"}
     return "null" if value is None else names.get(type(value), "a number")
 
 
 def reason(error: BaseException) -> str:
-    """Why a file could not be used, in one line: the system's word, not Python's."""
+    """Returns in one line why a file could not be used, in the operating system's words."""
     if isinstance(error, OSError) and error.strerror:
         return printable(error.strerror)
     return printable(error)
 
 
 def _begin_pipe(pipe: int) -> bytes | None:
-    """What a pipe holds when it has a writer; None if it has none for `PIPE_SECONDS`."""
+    """Waits for a pipe's writer; returns its first bytes, None after `PIPE_SECONDS` without one."""
     until = time.monotonic() + PIPE_SECONDS
     poll = select.poll()
     poll.register(pipe, select.POLLIN | select.POLLHUP)
@@ -229,7 +228,7 @@ def _begin_pipe(pipe: int) -> bytes | None:
 
 
 def kind_of(mode: int) -> str:
-    """What a file of this mode is, in words."""
+    """Names the kind of a file with this mode, such as "a directory"."""
     kinds = {
         stat.S_IFREG: "a regular file",
         stat.S_IFDIR: "a directory",

@@ -1,4 +1,4 @@
-"""Where things are kept that can be made again: under the user's cache directory."""
+"""User's cache directory, for files that can be recreated."""
 
 import contextlib
 import os
@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 def directory(name: str = "") -> Path | None:
-    """The directory `name` of this program under the user's cache directory, made if missing.
+    """Returns this program's directory `name` in the user's cache directory, created if missing.
 
-    That is `$XDG_CACHE_HOME/qwen-jax/NAME`, else `~/.cache/qwen-jax/NAME`; without a name, what
-    holds them all. What is made is readable by its owner alone (mode 0700).
+    That is `$XDG_CACHE_HOME/qwen-jax/NAME`, else `~/.cache/qwen-jax/NAME`; without a name, the
+    parent of all of them. Directories are created with mode 0700.
 
     Returns:
-        None if there is no home or nothing can be written there: callers do without.
+        The directory, or None if there is no home or it cannot be written to.
     """
     try:
         root = _root()
@@ -29,7 +29,7 @@ def directory(name: str = "") -> Path | None:
 
 
 def found(name: str) -> Path | None:
-    """What is there of this name already, whether or not anything can be written there."""
+    """Returns an existing file or directory of this name in the cache, writable or not, or None."""
     try:
         path = _root() / name
     except RuntimeError:
@@ -38,12 +38,12 @@ def found(name: str) -> Path | None:
 
 
 def temporary() -> Path:
-    """A directory for temporary files that this user alone can write, the same in every run.
+    """Returns a directory for temporary files that only this user can write, the same each run.
 
-    That is `qwen-jax-UID`, made if missing, or a new one where others can write into it.
+    That is `qwen-jax-UID`, created if missing, or a new directory if others can write to that.
 
     Raises:
-        OSError: if nothing can be written anywhere.
+        OSError: if no directory can be created.
     """
     path = Path(tempfile.gettempdir()) / f"qwen-jax-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
@@ -55,6 +55,6 @@ def temporary() -> Path:
 
 
 def _root() -> Path:
-    """Raises RuntimeError where there is no home."""
+    """Returns the root of the cache; raises RuntimeError if there is no home directory."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base and os.path.isabs(base) else Path.home() / ".cache") / "qwen-jax"

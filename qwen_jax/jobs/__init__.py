@@ -1,1 +1,1 @@
-"""Ready files for schedulers that exist: what a job is, and a module for each of them."""
+"""Job files for schedulers: the description of a job, and a module for each scheduler."""

@@ -1,4 +1,4 @@
-"""What clouds and schedulers call the devices of `devices.DEVICES`, and how many a host has.
+"""Names of `devices.DEVICES` in clouds and schedulers, and numbers of chips per host.
 
 Sources: hosts, machine types, labels and topologies of TPUs from
 docs.cloud.google.com/kubernetes-engine/docs/concepts/plan-tpus, accelerator types and topologies
@@ -21,15 +21,15 @@ _TYPED_CUBES = [*SMALL_CUBES, *"4x4x4 4x4x8 4x8x8 8x8x8".split()]
 
 
 class Accelerator(NamedTuple):
-    """One kind of device as others name it; None where they have no such thing.
+    """Names of one device kind; None where a cloud or scheduler does not have it.
 
     Attributes:
         gke: value of the label `cloud.google.com/gke-tpu-accelerator` or `gke-accelerator`.
-        machine: of the chips of a whole host, with their number as `{}` where there are several.
-        xpk: name before the topology of a TPU, before the number of GPUs.
-        vm: name of the accelerator type of a TPU VM before the number.
+        machine: machine type of a whole host, with `{}` for its number of chips if it varies.
+        xpk: name before the topology of a TPU, or before the number of GPUs.
+        vm: accelerator type of a TPU VM, without the number.
         runtime: software version of a TPU VM.
-        ray: what Ray calls this TPU.
+        ray: name of the TPU in Ray.
     """
 
     gke: str | None = None
@@ -67,9 +67,9 @@ class Hosts:
     """Machines that hold a topology.
 
     Attributes:
-        topology: the devices.
-        count: machines, each with one process.
-        chips: of each.
+        topology: topology of the devices.
+        count: number of machines, each with one process.
+        chips: number of chips per machine.
     """
 
     topology: Topology
@@ -86,12 +86,12 @@ class Hosts:
 
     @property
     def resource(self) -> str:
-        """What Kubernetes calls a chip."""
+        """Kubernetes resource name of a chip."""
         return "google.com/tpu" if self.is_tpu else "nvidia.com/gpu"
 
     @property
     def sides(self) -> str:
-        """Chips along each side, as `4x4`; the number of GPUs."""
+        """Chips along each side, such as `4x4`; for GPUs their number."""
         return "x".join(map(str, self.topology.sides))
 
     @property
@@ -100,7 +100,11 @@ class Hosts:
         return self.accelerator.machine and self.accelerator.machine.format(self.chips)
 
     def named(self, field: str, who: str) -> str:
-        """What a scheduler calls these devices.
+        """Returns a scheduler's name of these devices.
+
+        Args:
+            field: attribute of `Accelerator`.
+            who: name of the scheduler in errors.
 
         Raises:
             ConfigError: if it has no name for them.
@@ -119,7 +123,7 @@ class Hosts:
         """Accelerator type of a TPU VM.
 
         Raises:
-            ConfigError: if there is none, or it means another topology.
+            ConfigError: if there is none, or it stands for another topology.
         """
         if self.accelerator.vm is None:
             raise ConfigError("gcloud rents v4, v5e, v5p and v6e: take jobset or xpk for others")
@@ -136,13 +140,13 @@ class Hosts:
 
 
 def hosts(topology: Topology, *, whole: bool = True) -> Hosts:
-    """The machines of a topology.
+    """Returns the machines of a topology.
 
     Args:
-        whole: whether 8 chips of v5e or v6e are one machine; xpk makes them two.
+        whole: whether 8 chips of v5e or v6e are one machine; xpk divides them into two.
 
     Raises:
-        ConfigError: if they are no accelerators.
+        ConfigError: if its devices are not accelerators.
     """
     device, chips = topology.device, topology.chips
     if device.platform == "cpu":

@@ -1,4 +1,4 @@
-"""gcloud: scripts that rent a TPU VM, run the command on all its hosts, and give it back."""
+"""Scheduler gcloud: scripts that create a TPU VM, run the command on its hosts, and delete it."""
 
 import shlex
 
@@ -10,14 +10,14 @@ _USER = 1000  # of the image
 _TAKES = "image project zone bucket mount compile_cache runtime_version max_restarts grace spot"
 
 START = "bash {}/run.sh"
-"""What starts the job, of the quoted name of its directory."""
+"""Command that starts the job; `{}` stands for the quoted path of its directory."""
 
 
 def files(job: Job) -> dict[str, str]:
-    """Names and texts of the files.
+    """Returns the texts of the job's files by name.
 
     Raises:
-        ConfigError: if something is missing, or there are no such TPU VMs.
+        ConfigError: if a required field is missing, or there are no such TPU VMs.
     """
     if not job.hosts.is_tpu:
         raise ConfigError(
@@ -94,7 +94,7 @@ def _run(job: Job, vm_type: str) -> str:
 
 
 def _setup(job: Job) -> str:
-    """What a host does once: the bucket appears, the image is there."""
+    """Returns the script that sets up a host once: it mounts the bucket and fetches the image."""
     image, mount = job.image or "", shlex.quote(job.mount)
     registry = image.split("/")[0]
     login = registry.endswith((".pkg.dev", "gcr.io"))

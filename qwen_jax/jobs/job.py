@@ -1,4 +1,4 @@
-"""A job: one command on every host of a topology, and the values that schedulers ask for."""
+"""Job: one command on every host of a topology, with the fields that schedulers need."""
 
 import dataclasses
 import os
@@ -15,13 +15,13 @@ from qwen_jax.planner.devices import Topology
 from qwen_jax.storage import atomic
 
 FORMAT = "qwen-jax job 1"
-"""In every file of a job, by which it is known to be ours and may be overwritten."""
+"""Mark in every file of a job, by which this program recognises and may overwrite it."""
 
 PORT = 8476
-"""Of jax's coordinator. Google's firewall opens it between the hosts of a slice, but not the 8482
-that jax takes by itself (github.com/jax-ml/jax/issues/35905)."""
+"""Port of JAX's coordinator. Google's firewall opens it between the hosts of a slice, but not 8482,
+JAX's default (github.com/jax-ml/jax/issues/35905)."""
 DASHBOARD = "http://127.0.0.1:8265"
-"""Where Ray takes jobs if nothing else is said, through a tunnel or on its head."""
+"""Default address of Ray's job server, through a tunnel or on the head node."""
 
 _LABEL = r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", "lower-case letters, digits and hyphens (DNS-1123)"
 _WORD = r"[A-Za-z0-9][\w.,-]*", "letters, digits, dots, commas and hyphens"
@@ -129,12 +129,12 @@ class Job(Place):
         return accelerators.hosts(self.topology)
 
     def check(self, kind: str, takes: str, needs: str) -> None:
-        """Refuses a job that lacks what its scheduler must know, or says what it cannot use.
+        """Checks that a scheduler's required fields are given, and none that it cannot use.
 
         Args:
-            takes: fields that have a meaning there, beside topology, command and name.
-            needs: fields of which none may be missing; alternatives as `claim|bucket`, of which
-                there must be one.
+            kind: name of the scheduler in errors.
+            takes: fields that it uses, beside topology, command and name.
+            needs: required fields; of alternatives such as `claim|bucket` exactly one.
 
         Raises:
             ConfigError: naming every flag that is missing, or the first that has no effect.
@@ -155,7 +155,7 @@ class Job(Place):
             raise ConfigError(f"{kind} also needs {', '.join(missing)}")
 
     def environment(self) -> dict[str, str]:
-        """Variables of the command."""
+        """Environment variables of the command."""
         cache = self.compile_cache or f"{self.mount.rstrip('/')}/compile-cache"
         found = {"JAX_COMPILATION_CACHE_DIR": cache}
         if self.hosts.is_tpu:
@@ -165,16 +165,17 @@ class Job(Place):
 
 
 def spelled(name: str) -> str:
-    """A field as the flag that gives it."""
+    """Returns the flag of a field."""
     return "--" + name.replace("_", "-")
 
 
 def numbered(command: str, coordinator: str, count: int, index: str) -> str:
-    """The command with the flags that tell a process which of how many it is.
+    """Appends the flags of a multi-process job to the command.
 
     Args:
-        coordinator: host and port, for the shell.
-        index: number of the process, for the shell.
+        coordinator: HOST:PORT of the coordinator, quoted for the shell.
+        count: number of processes.
+        index: index of the process, quoted for the shell.
 
     Raises:
         ConfigError: if it is more than one command, so that flags at its end may miss it.
@@ -191,29 +192,30 @@ def numbered(command: str, coordinator: str, count: int, index: str) -> str:
 
 
 def yaml_text(content: object) -> str:
-    """A document as YAML, in the order that it has."""
+    """Formats a document as YAML, in its own order."""
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
 
 
 def script(*lines: str) -> str:
-    """A shell script of these lines, without the empty ones of what was left out."""
+    """Joins lines to a shell script, without empty ones."""
     return "\n".join(["#!/usr/bin/env bash", *(line for line in lines if line)]) + "\n"
 
 
 def flag(name: str, value: str) -> str:
-    """A flag of a command line with its value, for the shell."""
+    """Formats a flag with its value, quoted for the shell."""
     return f"{name}={shlex.quote(value)}"
 
 
 def write(directory: Path, files: dict[str, str], *, overwrite: bool) -> list[Path]:
-    """Writes files into a directory, which is made, and lets scripts be executed.
+    """Writes files into a directory, created if missing, and makes scripts executable.
 
     Args:
-        overwrite: replace those that are there, if they were written here.
+        files: texts by name.
+        overwrite: replace existing files, if this program wrote them.
 
     Raises:
-        ConfigError: if one is there and may not be overwritten, or the directory is a file.
-        OSError: if one was not written here, or cannot be written.
+        ConfigError: if one exists and may not be overwritten, or the directory is a file.
+        OSError: if one was not written by this program, or cannot be written.
     """
     if directory.exists() and not directory.is_dir():
         raise ConfigError(f"{shown(directory)} is a file: give a directory with --out")
@@ -233,7 +235,7 @@ def write(directory: Path, files: dict[str, str], *, overwrite: bool) -> list[Pa
 
 
 def _marked(text: str) -> str:
-    """A file with its format in a comment; that of JSON has a field for it."""
+    """Adds the format as a comment to a file; JSON has a field for it."""
     if text.startswith("{"):
         return text
     first, rest = text.split("\n", 1) if text.startswith("#!") else ("", text)

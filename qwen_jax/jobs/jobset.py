@@ -1,9 +1,9 @@
-"""jobset: a manifest of JobSet (jobset.sigs.k8s.io) on GKE.
+"""Scheduler jobset: a manifest of JobSet (jobset.sigs.k8s.io) on GKE.
 
-One indexed Job with a pod for each host, in a headless service by which they find each other. GKE
-tells pods that ask for a whole slice who they are (TPU_WORKER_ID, TPU_WORKER_HOSTNAMES), from which
-jax starts; GPUs get flags. A pod that exits with 75, or whose node is taken away, fails the Job by
-its pod failure policy, for which the JobSet starts anew without counting; other failures count.
+It is one indexed Job with a pod for each host, in a headless service by which they find each other.
+GKE sets TPU_WORKER_ID and TPU_WORKER_HOSTNAMES in pods that request a whole slice, from which JAX
+starts; GPUs get flags. A pod that exits with 75, or whose node is preempted, fails the Job by its
+pod failure policy, upon which the JobSet restarts without counting; other failures count.
 """
 
 from typing import Any
@@ -16,21 +16,21 @@ _RUNTIME_PORT = 8471  # of libtpu, between the hosts of a slice
 _PODS = "hosts"
 
 START = "kubectl apply -f {}/jobset.yaml"
-"""What starts the job, of the quoted name of its directory."""
+"""Command that starts the job; `{}` stands for the quoted path of its directory."""
 
 
 def files(job: Job) -> dict[str, str]:
-    """Names and texts of the files.
+    """Returns the texts of the job's files by name.
 
     Raises:
-        ConfigError: if something is missing.
+        ConfigError: if a required field is missing.
     """
     job.check("jobset", _TAKES, "image claim|bucket")
     return {"jobset.yaml": yaml_text(manifest(job))}
 
 
 def manifest(job: Job) -> dict[str, Any]:
-    """The JobSet."""
+    """Returns the JobSet's manifest."""
     count = job.hosts.count
     metadata: dict[str, Any] = {"name": job.name, "namespace": job.namespace}
     if count > 1 and job.hosts.is_tpu:
@@ -129,7 +129,7 @@ def _pod(job: Job) -> dict[str, Any]:
 
 
 def _data(job: Job) -> dict[str, Any]:
-    """The volume that every host reads and writes: a claim, else a bucket."""
+    """Returns the volume that every host reads and writes: a claim, else a bucket."""
     if job.claim is not None:
         return {"name": "data", "persistentVolumeClaim": {"claimName": job.claim}}
     return {
@@ -149,5 +149,5 @@ def _command(job: Job) -> str:
 
 
 def _literal(text: str) -> str:
-    """Text that Kubernetes hands on as it is: it reads $$ as $, and $(NAME) as a variable."""
+    """Escapes text for Kubernetes, which expands $$ to $, and $(NAME) as a variable."""
     return text.replace("$", "$$")

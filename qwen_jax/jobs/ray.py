@@ -1,4 +1,4 @@
-"""ray: a submission to Ray's job server, and its driver's parameters (`ray_driver`)."""
+"""Scheduler ray: a submission to Ray's job server, and its driver's parameters (`ray_driver`)."""
 
 import json
 
@@ -6,14 +6,14 @@ from qwen_jax.distributed.multihost import PREEMPTED
 from qwen_jax.jobs.job import FORMAT, PORT, Job, flag, numbered, script, yaml_text
 
 START = "bash {}/submit.sh"
-"""What starts the job, of the quoted name of its directory."""
+"""Command that starts the job; `{}` stands for the quoted path of its directory."""
 
 
 def files(job: Job) -> dict[str, str]:
-    """Names and texts of the files.
+    """Returns the texts of the job's files by name.
 
     Raises:
-        ConfigError: if something is missing.
+        ConfigError: if a required field is missing.
     """
     job.check("ray", "compile_cache address max_restarts", "compile_cache")
     hosts = job.hosts

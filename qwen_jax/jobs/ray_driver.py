@@ -1,6 +1,6 @@
-"""The driver of a job of Ray: a task on every host, which runs the command there.
+"""Driver of a Ray job: a task on every host, which runs the command there.
 
-Started by `ray job submit` with a job.json of `ray`. Needs Ray, which a cluster of it has.
+It is started by `ray job submit` with a job.json that `jobs.ray` wrote, and needs Ray.
 """
 
 import importlib
@@ -18,7 +18,7 @@ _Count = Annotated[int, Meta(ge=1, le=1 << 20)]
 
 
 class Parameters(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a job.json holds."""
+    """Content of a job.json."""
 
     format: Literal["qwen-jax job 1"]
     command: str
@@ -67,7 +67,7 @@ def attempt(ray: Any, parameters: Parameters) -> list[int]:
 
 
 def _reserve(ray: Any, parameters: Parameters) -> tuple[Any, Any]:
-    """A placement group with a bundle on every host, and what gives it back."""
+    """Reserves a placement group with a bundle on every host; also returns what releases it."""
     if parameters.resource == "TPU":
         tpu = importlib.import_module("ray.util.tpu")
         held = tpu.slice_placement_group(
@@ -92,7 +92,7 @@ def _code(ray: Any, index: int, task: Any) -> int:
 def main(path: str) -> int:
     """Runs a job.json until it succeeds, is refused or fails too often; returns the exit code.
 
-    The command was preempted if a host says so and none was refused.
+    The command counts as preempted if a host exits with `preempted` and none was refused.
     """
     try:
         parameters = msgspec.convert(reading.read_object(path), Parameters)

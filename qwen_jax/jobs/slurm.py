@@ -1,4 +1,4 @@
-"""slurm: a batch script with one process on every node.
+"""Scheduler slurm: a batch script with one process on every node.
 
 jax knows Slurm's variables; one process takes all GPUs of its node (JAX_LOCAL_DEVICE_IDS), where
 jax by itself would take one. No process is killed because another failed: they notice themselves,
@@ -12,14 +12,14 @@ from qwen_jax.distributed.multihost import PREEMPTED
 from qwen_jax.jobs.job import Job, script
 
 START = "sbatch {}/job.sbatch"
-"""What starts the job, of the quoted name of its directory."""
+"""Command that starts the job; `{}` stands for the quoted path of its directory."""
 
 
 def files(job: Job) -> dict[str, str]:
-    """Names and texts of the files.
+    """Returns the texts of the job's files by name.
 
     Raises:
-        ConfigError: if something is missing, or the devices are no GPUs.
+        ConfigError: if a required field is missing, or the devices are not GPUs.
     """
     hosts = job.hosts
     if hosts.is_tpu:

@@ -1,4 +1,4 @@
-"""xpk: a script that runs `xpk workload create` (github.com/AI-Hypercomputer/xpk)."""
+"""Scheduler xpk: a script that runs `xpk workload create` (github.com/AI-Hypercomputer/xpk)."""
 
 import base64
 import shlex
@@ -12,14 +12,14 @@ _TAKES = "image project zone cluster storage compile_cache max_restarts grace"
 _FEWEST = 8  # chips of a v5e slice
 
 START = "bash {}/submit.sh"
-"""What starts the job, of the quoted name of its directory."""
+"""Command that starts the job; `{}` stands for the quoted path of its directory."""
 
 
 def files(job: Job) -> dict[str, str]:
-    """Names and texts of the files.
+    """Returns the texts of the job's files by name.
 
     Raises:
-        ConfigError: if something is missing, or xpk has no such devices.
+        ConfigError: if a required field is missing, or xpk has no such devices.
     """
     job.check("xpk", _TAKES, "image project zone cluster compile_cache")
     hosts = accelerators.hosts(job.topology, whole=False)
@@ -63,9 +63,9 @@ def files(job: Job) -> dict[str, str]:
 
 
 def _plain(command: str) -> str:
-    """The command as words of bash without quotes, dollars, backslashes and line breaks.
+    """Rewrites the command for bash without quotes, dollars, backslashes and line breaks.
 
-    xpk puts them into YAML as they are, for GPUs between double quotes too, and Kubernetes reads
+    xpk inserts it into YAML unescaped, for GPUs between double quotes too, and Kubernetes expands
     dollars.
     """
     text = base64.b64encode(f"exec bash -c {shlex.quote(command)}\n".encode()).decode()

@@ -1,1 +1,1 @@
-"""The front door: a model with its tokenizer, engine and sessions, text in and text out."""
+"""Python API: a model with its tokenizer, engine and sessions, text in and text out."""

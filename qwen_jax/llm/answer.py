@@ -1,4 +1,4 @@
-"""Requests in an engine, and what comes of them: text as it comes, answers, timings."""
+"""Requests in an engine, their streamed text, answers and timings."""
 
 import dataclasses
 import threading
@@ -21,12 +21,12 @@ from qwen_jax.text.tokenizer import Stream
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """What an answer took.
+    """Token counts and times of an answer.
 
     Attributes:
         prompt_tokens: length of the prompt.
-        computed_tokens: those of them that were not in the cache already.
-        new_tokens: length of the answer.
+        computed_tokens: prompt tokens that were not in the cache already.
+        new_tokens: length of the answer in tokens.
         ttft_s: seconds from the request to its first token, compilation included.
         decode_s: seconds from the first token to the last.
     """
@@ -39,16 +39,16 @@ class Timings:
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        """Prompt tokens computed in a second until the first token."""
+        """Prompt tokens computed per second until the first token."""
         return self.computed_tokens / self.ttft_s if self.ttft_s else 0.0
 
     @property
     def decode_tokens_per_s(self) -> float:
-        """Tokens in a second after the first one."""
+        """Tokens generated per second after the first one."""
         return (self.new_tokens - 1) / self.decode_s if self.decode_s else 0.0
 
     def as_dict(self) -> dict[str, int | float]:
-        """All of it, for JSON."""
+        """Returns all counts, times and rates, for JSON."""
         return dataclasses.asdict(self) | {
             "prefill_tokens_per_s": self.prefill_tokens_per_s,
             "decode_tokens_per_s": self.decode_tokens_per_s,
@@ -67,14 +67,16 @@ class Timings:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """An answer that has ended.
+    """A complete answer.
 
     Attributes:
-        text: what the tokens say, up to a stop string; None without a tokenizer.
+        token_ids: generated token ids, without the end token.
+        text: decoded text, up to a stop string; None without a tokenizer.
         finish_reason: "stop" at an end token or stop string, "length" at the limit,
-            "cancelled" by its user.
-        logprobs: of each of `token_ids`; None where the request asked for none.
-        sparse: how the prompt was prefilled sparsely; None for densely.
+            "cancelled" by the caller.
+        timings: token counts and times.
+        logprobs: log-probabilities at each of `token_ids`; None if the request asked for none.
+        sparse: density and recall of the prompt's sparse prefill; None if it was dense.
     """
 
     token_ids: tuple[int, ...]
@@ -86,7 +88,7 @@ class Answer:
 
     @property
     def summary(self) -> str:
-        """What the answer took, and how its prompt was read."""
+        """One line on timings, and on density and recall of the prefill."""
         if self.sparse is None:
             return f"{self.timings}; dense prefill"
         return (
@@ -97,7 +99,7 @@ class Answer:
 
 @runtime_checkable
 class Engine(Serving, Protocol):
-    """What answers need of `qwen_jax.engine.engine.Engine`."""
+    """Interface of `qwen_jax.engine.engine.Engine` that answers need."""
 
     @property
     def num_prefilled(self) -> int:
@@ -105,17 +107,17 @@ class Engine(Serving, Protocol):
         ...
 
     def drop(self, request_ids: Container[int]) -> None:
-        """Ends requests at once; no event will tell of them any more."""
+        """Ends requests at once; they get no further events."""
         ...
 
 
 class Pending:
-    """A request in an engine, and what came of it so far.
+    """A request in an engine, and its answer so far.
 
     Attributes:
         prefilled: prompt tokens that are in the cache.
-        has_begun: whether the answer has a token, or has ended without.
-        finish: why it has ended; None while it goes on.
+        has_begun: whether the answer has a token, or has ended without one.
+        finish: reason why it has ended; None while it goes on.
     """
 
     def __init__(
@@ -138,15 +140,15 @@ class Pending:
 
     @property
     def is_stopped(self) -> bool:
-        """Whether a stop string came, after which nothing counts."""
+        """True after a stop string; later tokens are ignored."""
         return self._stream is not None and self._stream.stopped
 
     def take(self, event: Event, computed: int | None) -> None:
-        """Takes what a step brought.
+        """Adds the event of a step.
 
         Args:
-            computed: prompt tokens that the step computed; None for those that are new in the
-                cache.
+            computed: prompt tokens that the step computed; None for the increase of the event's
+                `prefilled`.
         """
         self._computed += event.prefilled - self.prefilled if computed is None else computed
         self.prefilled, self._sparse = event.prefilled, event.sparse
@@ -165,13 +167,13 @@ class Pending:
             self.finish = "stop" if self.is_stopped else event.finish
 
     def text(self) -> str:
-        """Text that came since the last call."""
+        """Returns the text that is new since the last call."""
         new = self._parts[self._num_read :]
         self._num_read += len(new)
         return "".join(new)
 
     def answer(self) -> Answer:
-        """The answer, once it has ended.
+        """Returns the complete answer; `finish` must be set.
 
         Raises:
             RequestError: if the engine failed on it.
@@ -196,10 +198,14 @@ class Pending:
 
 
 class Server:
-    """Requests of many callers in one engine; whoever waits for one makes it step.
+    """Shares one engine between callers, each of which steps it while waiting for its requests.
 
-    Steps are made one at a time, from whatever thread. Ctrl-C waits for the end of a step, whose
+    One step runs at a time, in any thread. Ctrl-C waits for the end of a step, whose
     events reach all requests.
+
+    Args:
+        engine: engine that serves the requests.
+        clock: returns the time in seconds, for timings.
     """
 
     def __init__(self, engine: Engine, *, clock: Callable[[], float] = time.monotonic):
@@ -209,7 +215,7 @@ class Server:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a request has not ended."""
+        """True while a request has not ended."""
         return bool(self._pending)
 
     def add(
@@ -218,8 +224,8 @@ class Server:
         """Queues a request.
 
         Args:
-            stream: makes text of tokens and knows the stop strings; None for no text.
-            to: where it is put too, whatever interrupts the caller.
+            stream: decoder of tokens to text, which looks for stop strings; None for no text.
+            to: list to which the request is appended, even if Ctrl-C interrupts the caller.
 
         Raises:
             RequestError: if it can never be served.
@@ -232,7 +238,7 @@ class Server:
         return pending
 
     def step(self, until: Pending | None = None) -> None:
-        """Runs one step, unless a request has ended already.
+        """Runs one step, unless the request `until` has ended already.
 
         Raises:
             EngineError: if the engine is dead.
@@ -256,17 +262,17 @@ class Server:
                         del self._pending[pending.number]
 
     def cancel(self, pending: Pending) -> None:
-        """Ends a request before the next step, which tells of it."""
+        """Ends a request before the next step, with a last event."""
         if pending.finish is None:
             self._engine.cancel(pending.number)
 
     def forget(self, pending: Pending) -> None:
-        """Ends a request before the next step; nothing will tell of it."""
+        """Ends a request before the next step; it gets no further events."""
         if self._pending.pop(pending.number, None) is not None:
             self._engine.cancel(pending.number)
 
     def drop(self, pendings: Iterable[Pending]) -> None:
-        """Ends requests at once, where they have not ended; nothing will tell of them."""
+        """Ends requests at once, if they have not ended; they get no further events."""
         with self._lock, interrupts.deferred():
             numbers = [each.number for each in pendings if each.number in self._pending]
             for number in numbers:

@@ -1,4 +1,4 @@
-"""AsyncLLM: the same model for asyncio, many requests together, on a thread of its own."""
+"""AsyncLLM: the Python API for asyncio, with the engine on a thread of its own."""
 
 import asyncio
 import functools
@@ -34,7 +34,12 @@ F = TypeVar("F", bound="AsyncFront")
 
 
 class _Waiting:
-    """Somebody who waits for requests, on the thread of an event loop."""
+    """A coroutine's wait for requests, in its event loop.
+
+    Attributes:
+        pendings: requests that are waited for.
+        error: exception of a failed step; None if none failed.
+    """
 
     def __init__(self):
         self.pendings: list[Pending] = []
@@ -43,10 +48,10 @@ class _Waiting:
         self._event = asyncio.Event()
 
     async def wait(self) -> None:
-        """Waits until a step has brought something, or has failed.
+        """Waits until a step has ended or failed.
 
         Raises:
-            EngineError: or whatever the step failed with.
+            EngineError: or any other exception of the failed step.
         """
         await self._event.wait()
         self._event.clear()
@@ -60,10 +65,10 @@ class _Waiting:
 
 
 class AsyncStreaming:
-    """Text of one answer as it comes, for `async for`; see `Streaming`.
+    """Asynchronous iterator over the text of one answer; see `Streaming`.
 
     Attributes:
-        answer: the whole answer; None until the text has ended.
+        answer: the complete answer; None until the iterator is exhausted.
     """
 
     def __init__(self, front: "AsyncFront", make: Callable[[], Call]):
@@ -121,10 +126,13 @@ class AsyncStreaming:
 
 
 class AsyncFront:
-    """What a model and a session of it have in common, for asyncio.
+    """Common base of `AsyncLLM` and `AsyncSession`.
 
-    The engine runs on one thread, which steps while there are requests; the event loop never
-    waits for it. A task that is cancelled takes its requests with it.
+    The engine runs on one thread, which steps while there are requests; the event loop is never
+    blocked by it. Cancelling a task ends its requests.
+
+    Args:
+        open_front: opens the synchronous model or session, on the engine's thread.
     """
 
     def __init__(self, open_front: Callable[[], Front]):
@@ -135,11 +143,11 @@ class AsyncFront:
         self._is_stepping = self._is_closed = False
 
     async def front(self) -> Front:
-        """The same for callers that wait; the first call loads it."""
+        """Returns the synchronous `LLM` or `Session`, which the first call loads."""
         return await self._run(self._opened)
 
     async def engine(self) -> "Engine | Replicas":
-        """The engine of token ids, which must not be stepped while requests run here."""
+        """Returns the engine of token ids, which callers must not step while requests run here."""
         front = await self.front()
         return await self._run(lambda: front.engine)
 
@@ -154,7 +162,7 @@ class AsyncFront:
     async def generate(
         self, prompts: Prompt | Sequence[Prompt], **arguments: Unpack[AnswerArguments]
     ) -> Answer | list[Answer]:
-        """Continues prompts, see `LLM.generate`."""
+        """Generates continuations of prompts, see `LLM.generate`."""
         is_one = is_prompt(prompts)
         several: Any = [prompts] if is_one else list(prompts)
         front = await self.front()
@@ -193,17 +201,17 @@ class AsyncFront:
         return (await self._answers(lambda: [front.asked(question, arguments)]))[0]
 
     async def stream(self, prompt: Prompt, **arguments: Unpack[AnswerArguments]) -> AsyncStreaming:
-        """Continues one prompt; its text comes piece by piece, see `LLM.stream`."""
+        """Generates the continuation of one prompt as a stream of text, see `LLM.stream`."""
         front = await self.front()
         return AsyncStreaming(self, lambda: front.calls([prompt], arguments)[0])
 
     async def count_tokens(self, text: str) -> int:
-        """The number of tokens that a text has, without a chat template."""
+        """Returns the number of tokens of a text, without a chat template."""
         front = await self.front()
         return await asyncio.to_thread(front.count_tokens, text)
 
     async def close(self) -> None:
-        """Lets go of weights and cache, after the step that runs."""
+        """Frees weights and cache, after the step in progress."""
         if self._front is not None and not self._is_closed:
             await self._run(self._front.close)
         self._is_closed = True
@@ -217,7 +225,7 @@ class AsyncFront:
         await self.close()
 
     async def begin(self, waiting: _Waiting, calls: Sequence[Call]) -> None:
-        """Queues requests for somebody who waits; `end` must follow, whatever happens."""
+        """Queues requests; `end` must follow, even after an exception."""
 
         def add() -> None:
             server = self._opened().server
@@ -231,7 +239,7 @@ class AsyncFront:
         await self._run(add)
 
     def end(self, waiting: _Waiting) -> None:
-        """Drops what has not ended, before the next step."""
+        """Drops the requests that have not ended, before the next step."""
 
         def drop() -> None:
             if waiting in self._waiting:
@@ -266,7 +274,7 @@ class AsyncFront:
         return self._front
 
     def _step(self) -> None:
-        """Runs one step, then comes back after what was asked for meanwhile."""
+        """Runs one step, and schedules the next one behind calls that came meanwhile."""
         self._is_stepping = False
         front = self._opened()
         try:
@@ -284,24 +292,24 @@ class AsyncFront:
 class AsyncLLM(AsyncFront):
     """`LLM` for asyncio: the same methods, as coroutines.
 
-    It is loaded by the first call, or by `async with`.
+    The model is loaded by the first call, or by `async with`.
 
     Args:
         model: see `LLM`.
-        arguments: keywords of `LLM`.
+        arguments: keyword arguments of `LLM`.
     """
 
     def __init__(self, model: Path_, **arguments: Any):
         super().__init__(functools.partial(LLM, model, **arguments))
 
     async def llm(self) -> LLM:
-        """The model for callers that wait."""
+        """Returns the synchronous `LLM`."""
         front = await self.front()
         assert isinstance(front, LLM)
         return front
 
     async def score(self, text: Prompt) -> Float32[np.ndarray, "n"]:
-        """Log-probabilities of all tokens but the first, see `LLM.score`."""
+        """Computes the log-probability of every token but the first, see `LLM.score`."""
         llm = await self.llm()
         blocks = llm.score_blocks(await asyncio.to_thread(llm.score_ids, text))
         found = []
@@ -313,12 +321,12 @@ class AsyncLLM(AsyncFront):
         return np.concatenate(found)
 
     async def prefill(self, text: Prompt | None = None, **arguments: Any) -> "AsyncSession":
-        """Reads a long prompt once and keeps it on disk, see `LLM.prefill`."""
+        """Prefills a long prompt once and stores it on disk, see `LLM.prefill`."""
         llm = await self.llm()
         return AsyncSession(await asyncio.to_thread(llm.prefill, text, **arguments))
 
     async def open_session(self, directory: Path_) -> "AsyncSession":
-        """A session that `prefill` made, see `LLM.open_session`."""
+        """Opens a session that `prefill` wrote, see `LLM.open_session`."""
         llm = await self.llm()
         return AsyncSession(await asyncio.to_thread(llm.open_session, directory))
 
@@ -327,7 +335,7 @@ class AsyncSession(AsyncFront):
     """`Session` for asyncio.
 
     Args:
-        session: whose engine runs here from now on.
+        session: session whose engine runs on this object's thread from now on.
     """
 
     def __init__(self, session: Session):
@@ -336,10 +344,10 @@ class AsyncSession(AsyncFront):
 
     @property
     def documents(self) -> list[tuple[str, int]]:
-        """Names of the files that it holds, with their tokens."""
+        """Names of the files in its prompt, with their numbers of tokens."""
         return self._session.documents
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that were read already."""
+        """Length of its prompt in tokens."""
         return self._session.num_tokens

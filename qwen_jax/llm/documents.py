@@ -1,4 +1,4 @@
-"""Text files and directories, read whole or refused by name; never shortened."""
+"""Documents: text files and directories, read whole or refused by name, never truncated."""
 
 import collections
 import dataclasses
@@ -18,7 +18,7 @@ from qwen_jax.files.reading import printable, shown
 from qwen_jax.llm.options import Spell
 
 STDIN = Path("-")
-"""The name of standard input."""
+"""Path that stands for standard input."""
 
 LARGEST_BYTES = 1 << 28  # some sixty million tokens: more than any model reads
 _IGNORE_BYTES = 1 << 20
@@ -46,7 +46,7 @@ _ZIPPED = (
 
 
 class DocumentError(ValueError):
-    """A file that cannot be read as text; the text names it and the way out."""
+    """Error of a file that cannot be read as text; names it and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,8 @@ class Document:
     """A text file.
 
     Attributes:
-        name: path by which the user knows it.
+        name: path as the user wrote it, or below a directory that the user named.
+        text: content of the file.
     """
 
     name: str
@@ -75,16 +76,18 @@ def read(
     exclude: Sequence[str] = (),
     spell: Spell = str,
 ) -> list[Document]:
-    """The text files that `paths` name, directories whole and in order of their names.
+    """Reads text files; directories are read recursively, sorted by name.
 
-    Inside directories, hidden files and directories, links, what `.gitignore` or `exclude` name,
-    and files that are no text are skipped; `skipped` is told which, or of many the largest and
-    how many they are. A path given itself is never skipped: it is read or refused.
+    Inside directories, hidden files and directories, links, matches of `.gitignore` or `exclude`,
+    and files that are not text are skipped. A path in `paths` itself is never skipped: it is read
+    or refused.
 
     Args:
-        paths: `STDIN` among them is standard input.
-        exclude: patterns as in `.gitignore`, from each directory on.
-        spell: spells the names of these arguments.
+        paths: files and directories; `STDIN` is standard input.
+        skipped: called with a line for each skipped file, or, if there are many, for the largest
+            ones and for their number.
+        exclude: `.gitignore` patterns, relative to each directory.
+        spell: spells the names of these arguments in errors.
 
     Raises:
         DocumentError: if a named path holds no text or cannot be read.
@@ -118,7 +121,7 @@ def read(
 
 
 def joined(documents: Sequence[Document], question: str) -> str:
-    """One message of documents and a question; several documents are told apart by name."""
+    """Joins documents and a question to one message; several documents are preceded by names."""
     if len(documents) == 1:
         return f"{documents[0].text}\n\n{question}"
     named = [f"File: {document.name}\n\n{document.text}\n\n" for document in documents]
@@ -126,7 +129,7 @@ def joined(documents: Sequence[Document], question: str) -> str:
 
 
 def _told(left_out: Sequence[_Skipped]) -> list[str]:
-    """Lines on what was skipped: all, or the largest of many, and how many of each kind."""
+    """Describes skipped files in lines: all, or the largest of many and the number of each kind."""
     if len(left_out) <= _LISTED:
         return [f"skipped {each.reason}" for each in left_out]
     sizes = [_size(each.path) for each in left_out]
@@ -152,7 +155,12 @@ def _size(path: Path) -> int:
 def _walk(
     root: Path, exclude: Sequence[str], skip: Callable[[_Skipped], None], name_of_exclude: str
 ) -> Iterator[Path]:
-    """Regular files below `root`, sorted; links are not followed, so there are no loops."""
+    """Yields the regular files below `root`, sorted; does not follow links.
+
+    Args:
+        skip: called with every file and directory that is skipped.
+        name_of_exclude: name of the argument `exclude` in errors.
+    """
 
     def fail(error: OSError):
         raise DocumentError(f"{shown(error.filename)} cannot be read: {reading.reason(error)}")
@@ -188,10 +196,10 @@ def _walk(
 
 
 class _Rules:
-    """What `.gitignore` files say: those in and below a directory, and above it in its repository.
+    """Rules of `.gitignore` files in and below a directory, and above it in its repository.
 
-    As in git, the nearest file that knows a path decides, and nothing below an ignored directory
-    comes back.
+    As in git, the nearest file with a matching pattern decides, and nothing below an ignored
+    directory is included again.
     """
 
     def __init__(self, root: Path):
@@ -225,7 +233,10 @@ class _Rules:
 
 
 def _verdict(spec: pathspec.GitIgnoreSpec, path: str) -> bool | None:
-    """Whether the last pattern that matches a path, none of its parents, ignores it."""
+    """Returns whether the last pattern that matches a path ignores it; None if none matches.
+
+    Patterns that match a parent of the path do not count.
+    """
     for pattern in reversed(list(spec.patterns)):
         expression = getattr(pattern, "regex", None)  # None for a comment
         for match in expression.finditer(path) if expression else ():
@@ -240,7 +251,7 @@ def _spec(lines: Iterable[str]) -> pathspec.GitIgnoreSpec:
 
 
 def _pattern(line: str) -> list[Any] | None:
-    """What a line of a `.gitignore` file says; None for what git skips as no pattern."""
+    """Parses a line of a `.gitignore` file; None for an invalid pattern, which git skips."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Python, on classes such as [[:alpha:]]
         try:
@@ -250,10 +261,10 @@ def _pattern(line: str) -> list[Any] | None:
 
 
 def read_text(path: Path) -> str:
-    """The text of one file or pipe, or of standard input.
+    """Reads the text of one file or pipe, or of standard input.
 
     Raises:
-        DocumentError: if it is binary, not UTF-8, no file, or cannot be read.
+        DocumentError: if it is binary, not UTF-8, too large, no file, or cannot be read.
     """
     if path == STDIN:
         name, data = "standard input", sys.stdin.buffer.read(LARGEST_BYTES + 1)
@@ -281,7 +292,7 @@ def read_text(path: Path) -> str:
 
 
 def _wide_encoding(data: bytes) -> str | None:
-    """The encoding of a text in UTF-16 or UTF-32, if it is one."""
+    """Guesses the encoding of a text in UTF-16 or UTF-32; None if it is neither."""
     marks = (
         (b"\xff\xfe\0\0", "UTF-32"),
         (b"\0\0\xfe\xff", "UTF-32"),

@@ -1,4 +1,4 @@
-"""LLM: a model that takes text or token ids and gives text, in Python."""
+"""LLM and Session: text generation, chat and scoring from Python."""
 
 import contextlib
 import dataclasses
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from qwen_jax.engine.engine import Engine
 
 DEFAULT_LEN = 32_768
-"""Tokens of prompt and answer together where `max_len` is None, or fewer if config.json says so."""
+"""Default of `max_len` in tokens, unless config.json declares less."""
 
 Path_ = str | os.PathLike[str]
 Ids = Sequence[int] | np.ndarray
@@ -42,22 +42,22 @@ F = TypeVar("F", bound="Front")
 
 
 class AnswerArguments(TypedDict, total=False):
-    """Keywords of every method that writes answers.
+    """Keyword arguments of every method that generates answers.
 
     Attributes:
-        max_new_tokens: longest answer, in tokens; 512.
-        greedy: take the most likely token always.
-        temperature: above 1 is more varied, below 1 less, 0 is greedy; like the five after it,
-            what generation_config.json says, else neutral.
-        top_k: choose among this many tokens; 0 for all.
-        top_p: choose among the likeliest tokens of this total probability.
-        min_p: choose among tokens this probable compared with the likeliest.
-        repetition_penalty: above 1 makes tokens that were seen less likely.
-        seed: of the random choices; 0.
-        stop: texts before which an answer ends.
-        logprobs: likeliest tokens, from 0 to 20, whose log-probabilities are given beside that of
-            each token of the answer; None for none.
-        ignore_eos: do not end at end tokens.
+        max_new_tokens: maximum length of the answer in tokens; default 512.
+        greedy: always take the most likely token.
+        temperature: divides the logits; 0 is greedy. As for the next four arguments, None means
+            the value of generation_config.json, else a neutral one.
+        top_k: sample from this many likeliest tokens; 0 for all.
+        top_p: sample from the likeliest tokens of this total probability.
+        min_p: sample from tokens of at least this probability relative to the likeliest.
+        repetition_penalty: above 1 makes tokens of the prompt and answer less likely.
+        seed: seed of the random choices; default 0.
+        stop: strings before which an answer ends.
+        logprobs: number of likeliest tokens, from 0 to 20, whose log-probabilities are returned
+            beside that of each token of the answer; None returns no log-probabilities.
+        ignore_eos: do not end the answer at end tokens.
     """
 
     max_new_tokens: int
@@ -92,19 +92,19 @@ _TEXTS = ("files", "exclude", "system")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Call:
-    """A request that is ready for the engine, and the text of its answer."""
+    """A request for the engine, and the decoder of its answer's text; None for ids only."""
 
     request: Request
     stream: Stream | None
 
 
 class Streaming(Iterator[str]):
-    """Text of one answer as it comes.
+    """Iterator over the text of one answer as it is generated.
 
-    Closing it cancels the request; so does leaving it alone until it is collected.
+    Closing it cancels the request; so does garbage collection.
 
     Attributes:
-        answer: the whole answer; None until the text has ended.
+        answer: the complete answer; None until the iterator is exhausted.
     """
 
     def __init__(self, server: Server, call: Call):
@@ -215,7 +215,7 @@ class Front:
 
     @property
     def server(self) -> Server:
-        """What serves requests of many callers with `engine`."""
+        """Server that shares `engine` between callers and threads."""
         with self._lock:
             _ = self.engine
             assert self._server is not None
@@ -223,24 +223,24 @@ class Front:
 
     @property
     def max_len(self) -> int:
-        """Longest prompt and answer together, in tokens."""
+        """Maximum length of prompt and answer together, in tokens."""
         return self.opened.max_len
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The checkpoint's tokenizer.
+        """Tokenizer of the checkpoint.
 
         Raises:
-            TokenizerError: if it has none.
+            TokenizerError: if the checkpoint has none.
         """
         return self._tokenizer or self.opened.tokenizer()
 
     def count_tokens(self, text: str) -> int:
-        """The number of tokens that a text has, without a chat template."""
+        """Returns the number of tokens of a text, without a chat template."""
         return len(self.tokenizer.encode_text(text))
 
     def close(self) -> None:
-        """Lets go of weights and cache; ignored if it was closed already."""
+        """Frees weights and cache; may be called twice."""
         with self._lock:
             self.is_closed = True
             self._engine = self._server = self._weights = None
@@ -272,16 +272,16 @@ class Front:
         progress: bool = False,
         **arguments: Unpack[AnswerArguments],
     ) -> Answer | list[Answer]:
-        """Continues prompts of text or token ids, without a chat template, all at once.
+        """Generates continuations of prompts, batched continuously, without a chat template.
 
         Args:
-            prompts: one, whose answer is returned, or several, whose answers are returned in
-                their order.
-            progress: show a bar, in a terminal or a notebook.
+            prompts: a text or token ids, whose answer is returned; or a sequence of these, whose
+                answers are returned in order.
+            progress: show a progress bar, in a terminal or a notebook.
             arguments: see `AnswerArguments`.
 
         Raises:
-            ConfigError: if an argument is of another kind, out of range or contradicts another.
+            ConfigError: if an argument has another type, is out of range or contradicts another.
             RequestError: if a prompt cannot be served, or the engine fails on it.
             TokenizerError: if a text is not Unicode, or there is no tokenizer.
         """
@@ -335,7 +335,7 @@ class Front:
         return Streaming(self.server, call) if stream else self._run([call], False)[0]
 
     def asked(self, question: str | Sequence[Message], arguments: ChatArguments) -> Call:
-        """The request of a question, see `chat`."""
+        """Builds and checks the request of a question, see `chat`."""
         texts: dict[str, Any] = dict(arguments)
         own = {name: texts.pop(name) for name in _TEXTS if name in texts}
         answer = options.answer(texts, *_TEXTS, "question", "stream")
@@ -393,14 +393,14 @@ class Front:
         return documents.read(_paths(files), skipped=say, exclude=exclude or (), spell=spell)
 
     def stream(self, prompt: Prompt, **arguments: Unpack[AnswerArguments]) -> Streaming:
-        """Continues one prompt; its text comes piece by piece, see `generate`."""
+        """Generates the continuation of one prompt as a stream of text, see `generate`."""
         (call,) = self.calls([prompt], arguments)
         return Streaming(self.server, call)
 
     def calls(
         self, prompts: Sequence[Prompt], arguments: AnswerArguments | AnswerOptions
     ) -> list[Call]:
-        """The requests of some prompts, see `generate`."""
+        """Builds and checks the requests of prompts, see `generate`."""
         make = self._maker(options.answer(arguments, "prompts", "progress"))
         names = [f"prompts[{i}]" for i in range(len(prompts))] if len(prompts) != 1 else ["prompts"]
         return [make(self._ids(*each), each[0]) for each in zip(names, prompts, strict=True)]
@@ -463,7 +463,7 @@ class Front:
 
 
 def answers_of(pendings: Sequence[Pending]) -> list[Answer]:
-    """Answers that have ended, in order.
+    """Returns the answers of requests that have ended, in order.
 
     Raises:
         RequestError: naming the prompt, if the engine failed on one.
@@ -482,32 +482,33 @@ def answers_of(pendings: Sequence[Pending]) -> list[Answer]:
 class LLM(Front):
     """A model with its tokenizer, its weights on their devices, and an engine.
 
-    It says nothing; what is wrong is raised. Its methods may be called from several threads, and
-    their requests run together. Ctrl-C in one of them ends its own requests, nothing else.
+    Prints nothing; errors are raised. Methods may be called from several threads, and
+    their requests run together. Ctrl-C in one of them ends its own requests only.
 
     Args:
-        model: a converted checkpoint, a Hugging Face directory, or a model of the hub that is in
+        model: a converted checkpoint, a Hugging Face directory, or a hub id that is in
             the local cache, such as "Qwen/Qwen2.5-7B-Instruct-1M".
-        max_len: longest prompt and answer together, in tokens; None for 32,768 (or what
+        max_len: maximum length of prompt and answer together, in tokens; None for 32,768 (or what
             config.json declares, if that is less). The cache has room for `max_seqs` of them.
-        max_seqs: requests that run at once; others wait.
-        dtype: precision of weights and cache, "f32" or "bf16"; None for the checkpoint's own, on
+        max_seqs: maximum number of requests that run at once; others wait.
+        dtype: dtype of weights and cache, "f32" or "bf16"; None for the checkpoint's own, on
             a CPU f32.
-        mesh: how to use several devices, as "seq=4,tensor=2"; None for all accelerators, or one
-            CPU.
-        kernels: implementation of attention; None for the device's preferred one.
-        slice: prompt tokens computed at a time; more is faster and takes memory.
-        sparse: sparse prefill by the checkpoint's budgets, "auto" of prompts over its threshold,
-            "on" of all, "off" of none.
-        sparse_config: a file of budgets instead of the checkpoint's own.
-        least_recall: a head that would find less than this share of a slice's attention is dense.
+        mesh: shape of the device mesh, such as "seq=4,tensor=2"; None for all accelerators, or
+            one CPU.
+        kernels: attention backend; None for the device's preferred one.
+        slice: prompt tokens computed at a time; larger is faster and takes more memory.
+        sparse: sparse prefill by the checkpoint's budgets: "auto" for prompts over its threshold,
+            "on" for all, "off" for none.
+        sparse_config: file of budgets instead of the checkpoint's own.
+        least_recall: minimum attention recall per head, in (0, 1]; below it the slice is computed
+            densely. None for no minimum.
         dense_tail: tokens at a prompt's end that sparse prefill computes densely.
-        dca: Dual Chunk Attention, "on", "off", or "auto" as config.json says.
+        dca: Dual Chunk Attention: "on", "off", or "auto" as config.json says.
         dca_chunk: largest relative position that the model may see, in tokens.
         dca_local: tokens around chunk borders that are seen at their true distance.
-        dca_original: training length of the attention temperature; 0 for none.
+        dca_original: training length of the attention temperature in tokens; 0 for none.
         vllm_parity: scale cached keys with the attention temperature, as vLLM does.
-        compile_cache: keep compiled programs, and use those that were kept.
+        compile_cache: store compiled programs on disk, and reuse stored ones.
 
     Raises:
         FileNotFoundError, NotADirectoryError: if there is no such model.
@@ -571,9 +572,12 @@ class LLM(Front):
         return made
 
     def score(self, text: Prompt) -> Float32[np.ndarray, "n"]:
-        """Log-probabilities of all tokens of a text but the first, each after those before it.
+        """Computes the log-probability of every token but the first, given those before it.
 
-        The text is computed as a prompt would be: sparsely over the threshold.
+        A text over the threshold of sparse prefill is computed sparsely, as a prompt would be.
+
+        Returns:
+            float32 array with one element less than the text has tokens.
 
         Raises:
             RequestError: if it has fewer than two tokens, does not fit, or the cache is in use.
@@ -582,7 +586,11 @@ class LLM(Front):
         return np.concatenate(list(self.score_blocks(ids)))
 
     def score_ids(self, text: Prompt) -> tuple[int, ...]:
-        """The token ids that `score` is about."""
+        """Returns the token ids of a text for `score`; checks that it fits.
+
+        Raises:
+            RequestError: if it has fewer than two tokens or does not fit.
+        """
         ids = self._ids("text", text)
         self.opened.check_fits(len(ids))
         if len(ids) < 2:
@@ -590,7 +598,7 @@ class LLM(Front):
         return ids
 
     def score_blocks(self, ids: tuple[int, ...]) -> Generator[Float32[np.ndarray, "n"]]:
-        """What `score` gives, slice by slice."""
+        """Yields the log-probabilities of `score`, slice by slice."""
         start = 0
         for block in self.engine.score(ids):
             following = np.asarray(ids[start + 1 : start + 1 + len(block)], np.int64)
@@ -688,10 +696,11 @@ class LLM(Front):
         )
 
     def open_session(self, directory: Path_) -> "Session":
-        """A session that `prefill` made, here or on the command line.
+        """Opens a session that `prefill` or the command line wrote.
 
         Raises:
-            SessionError: if it is damaged, not finished, or another model's.
+            RequestError: if its prompt does not fit into `max_len`.
+            SessionError: if it is damaged, incomplete, or another model's.
         """
         kept = sessions.open_kept(self.opened, _path(directory))
         self.opened.check_fits(len(kept.tokens) + 1)
@@ -704,23 +713,27 @@ class LLM(Front):
 
 
 class Session(Front):
-    """A long prompt that was read already, and an engine of its own that goes on after it."""
+    """A prefilled prompt from disk, with an engine of its own whose requests continue it."""
 
     kept: sessions.Kept
 
     @property
     def documents(self) -> list[tuple[str, int]]:
-        """Names of the files that it holds, with their tokens."""
+        """Names of the files in its prompt, with their numbers of tokens."""
         return self.kept.documents
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that were read already."""
+        """Length of its prompt in tokens."""
         return len(self.kept.tokens)
 
 
 def is_prompt(prompts: object) -> bool:
-    """Whether it is one prompt: a text, or token ids."""
+    """Returns True for one prompt, a text or token ids, and False for a sequence of prompts.
+
+    Raises:
+        ConfigError: if it is neither.
+    """
     if isinstance(prompts, str):
         return True
     if isinstance(prompts, np.ndarray) and prompts.ndim > 0:

@@ -1,4 +1,4 @@
-"""A checkpoint that was looked at, and what it takes to run it: tokenizer, weights, engine."""
+"""Model: an opened checkpoint, which loads tokenizer, weights and engine."""
 
 import dataclasses
 import hashlib
@@ -23,13 +23,15 @@ from qwen_jax.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A checkpoint that was looked at but not loaded.
+    """A checkpoint whose configuration was read, but no weights.
 
     Attributes:
-        config: the model as config.json describes it, changed by the options.
-        generation: sampling defaults that came with the weights.
-        sparse: budgets of sparse prefill, if the checkpoint has any.
-        max_len: longest prompt and answer together, in tokens.
+        directory: directory of the checkpoint.
+        options: options given by the user.
+        config: configuration of config.json, changed by the options.
+        generation: sampling defaults of the checkpoint.
+        sparse: budgets of sparse prefill; None for dense prefill.
+        max_len: maximum length of prompt and answer together, in tokens.
     """
 
     directory: Path
@@ -46,7 +48,7 @@ class Model:
     def tokenizer(self, *, required: bool) -> Tokenizer | None: ...
 
     def tokenizer(self, *, required: bool = True) -> Tokenizer | None:
-        """The checkpoint's tokenizer; None if it has none and none is required.
+        """Loads the checkpoint's tokenizer; None if it has none and none is required.
 
         Raises:
             TokenizerError: if its files are missing or malformed.
@@ -63,10 +65,10 @@ class Model:
         return tokenizer
 
     def end_ids(self, tokenizer: Tokenizer | None, *, chat: bool = False) -> tuple[int, ...]:
-        """Token ids that end an answer: the checkpoint's, else its tokenizer's end token.
+        """Returns the ids that end an answer: the checkpoint's, else its tokenizer's end token.
 
         Args:
-            chat: the end of a turn counts, whatever the files say.
+            chat: add the token that ends a turn, whatever the files say.
         """
         ids = list(self.generation.eos_ids)
         if tokenizer is not None:
@@ -77,10 +79,14 @@ class Model:
         return tuple(ids)
 
     def check_fits(self, prompt: int, new: int = 0) -> None:
-        """Refuses a prompt and an answer that are longer than the model may read.
+        """Checks that a prompt and an answer fit into `max_len`.
+
+        Args:
+            prompt: length of the prompt in tokens.
+            new: maximum length of the answer in tokens.
 
         Raises:
-            RequestError: naming both numbers and the way out.
+            RequestError: naming both numbers and the remedy.
         """
         if prompt + new > self.max_len:
             answer = f" and up to {new:,} new ones" if new else ""
@@ -93,11 +99,11 @@ class Model:
             )
 
     def settings(self, *, dense_to: int | None = None) -> dict[str, Any]:
-        """What answers depend on, beside prompts and how tokens are chosen, for JSON.
+        """Returns everything that answers depend on but prompts and sampling, for JSON.
 
         Args:
-            dense_to: longest prompt that is prefilled densely; None for the checkpoint's
-                threshold.
+            dense_to: longest prompt, in tokens, that is prefilled densely; None for the
+                checkpoint's threshold.
         """
         geometry, sparse = self.config.dual_chunk, self.sparse
         budgets = None
@@ -120,19 +126,21 @@ class Model:
         }
 
     def mesh(self):
-        """The devices of this model (`placement.mesh`), before anything else is done with jax.
+        """Returns the mesh of this model (`placement.mesh`); None for one device.
+
+        Must be called before any other use of JAX; also sets up the compilation cache.
 
         Raises:
-            ConfigError: if there are none, or the model cannot be split over them.
+            ConfigError: if there are no such devices, or the model cannot be split over them.
         """
         compile_cache.begin(not self.options.no_compile_cache, shared=not multihost.is_alone())
         return placement.mesh(self.config, self.options.mesh, self.options.spelled)
 
     def weights(self, *, random: bool = False):
-        """The weights on their devices, for engines that share them.
+        """Loads the weights onto their devices, for engines that share them.
 
         Args:
-            random: make them up, in the same shapes, and read none.
+            random: return random weights of the same shapes instead, without reading any.
 
         Raises:
             CheckpointError: if they are missing, damaged or do not fit.
@@ -219,7 +227,7 @@ class Model:
         return engine
 
     def precision(self) -> tuple[str, str]:
-        """Dtype of weights and cache on the devices of this machine, and the reason."""
+        """Returns the dtype of weights and cache on this machine's devices, and the reason."""
         import jax
 
         stored, name = self.config.weights_dtype, self.config.compute_dtype
@@ -249,7 +257,7 @@ class Model:
 
 
 def open_model(directory: Path, options: ModelOptions) -> Model:
-    """Reads what a checkpoint says about itself and applies the options; loads no weights.
+    """Reads a checkpoint's configuration files and applies the options; loads no weights.
 
     Raises:
         FileNotFoundError, NotADirectoryError: if there is no such directory.

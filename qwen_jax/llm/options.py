@@ -1,4 +1,4 @@
-"""Options of a model and of its answers, by the names that Python or the command line has."""
+"""Options of a model and of its answers, shared by the Python API and the command line."""
 
 import dataclasses
 import difflib
@@ -23,13 +23,13 @@ Spell = Callable[[str], str]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Within:
-    """Range of a number, beside its type in `Annotated`; integers have at most 32 bits anyway.
+    """Range of a number, to annotate its type with; integers are always under 2^31.
 
     Attributes:
-        least: smallest that is allowed.
-        most: largest that is allowed.
-        over: smallest that is not, instead of `least`.
-        under: largest that is not, instead of `most`.
+        least: inclusive lower bound.
+        most: inclusive upper bound.
+        over: exclusive lower bound, instead of `least`.
+        under: exclusive upper bound, instead of `most`.
     """
 
     least: int | float | None = None
@@ -61,28 +61,28 @@ class Within:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """Options as Python has them: silent, and spelled as arguments."""
+    """Options of the Python API: silent, and spelled as keyword arguments."""
 
     counts: ClassVar[bool] = False
     """Whether `counted` is told the tokens of files that a question comes with."""
 
     def spelled(self, name: str) -> str:
-        """The name of an option as its user writes it."""
+        """Returns the name of an option as its user writes it."""
         return name
 
     def counted(self, rows: Sequence[tuple[str, int]], total: int, limit: int) -> None:
         """Is told the tokens of files, of the whole prompt, and of what fits."""
 
     def say(self, text: str, level: Level = Level.SHORT) -> None:
-        """Tells the user something beside the output."""
+        """Prints a message to the user; does nothing here."""
 
     def watch(self, engine: Any) -> None:
-        """Is called with each engine that is built, before it has a request."""
+        """Called with each engine that is built, before it has a request."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOptions(Options):
-    """How to run a model, see `LLM`; None means the checkpoint's own value."""
+    """Options of a model, see `LLM`; None means the checkpoint's own value."""
 
     dtype: Literal["f32", "bf16"] | None = None
     slice: Annotated[int | None, Within(1)] = None
@@ -103,7 +103,7 @@ class ModelOptions(Options):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AnswerOptions(Options):
-    """How to write an answer, see `LLM.generate`; None means generation_config.json's value."""
+    """Options of an answer, see `LLM.generate`; None means generation_config.json's value."""
 
     max_new_tokens: Annotated[int, Within(1)] = 512
     greedy: bool = False
@@ -118,7 +118,7 @@ class AnswerOptions(Options):
     ignore_eos: bool = False
 
     def sampling(self, defaults: GenerationConfig) -> Sampling:
-        """How tokens are chosen: these options over the checkpoint's defaults.
+        """Returns the sampling settings: these options over the checkpoint's defaults.
 
         Raises:
             ConfigError: if options contradict each other or have no effect.
@@ -164,10 +164,10 @@ class AnswerOptions(Options):
         )
 
     def stops(self) -> tuple[str, ...]:
-        """The stop strings.
+        """Returns the stop strings.
 
         Raises:
-            ConfigError: if one cannot be looked for.
+            ConfigError: if one is invalid.
         """
         for each in self.stop or ():
             try:
@@ -208,11 +208,12 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def check_number(flag: str, value: object, metadata: Iterable[object]) -> None:
-    """Refuses a number that is not within its range.
+    """Checks that a number, or each of a list, is within its range.
 
     Args:
-        value: of the flag; what is no number, or a list of them, has no range.
-        metadata: what its `Annotated` has beside the type.
+        flag: name of the option in errors.
+        value: value of the option; values of other types are accepted.
+        metadata: metadata of its `Annotated` type, which may hold a `Within`.
 
     Raises:
         ConfigError: naming the flag, the value and the range.
@@ -226,7 +227,7 @@ def check_number(flag: str, value: object, metadata: Iterable[object]) -> None:
 
 
 def check(options: Options) -> None:
-    """Refuses options of which one has a value of another kind, or one out of its range.
+    """Checks the types and ranges of all options.
 
     Raises:
         ConfigError: naming the option, the value and what it may be.
@@ -244,7 +245,7 @@ def check(options: Options) -> None:
 
 
 def _parts(hint: Any) -> tuple[Any, ...]:
-    """A type and what its `Annotated` has beside it."""
+    """Splits an annotation into its type and the metadata of `Annotated`."""
     return typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
 
 

@@ -1,4 +1,4 @@
-"""Where a model runs: which devices, as what mesh, and whether they hold it."""
+"""Placement of a model: its devices, their mesh, and whether their memory suffices."""
 
 import contextlib
 import dataclasses
@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 
 
 def mesh(config: ModelConfig, wanted: str | None, spell: Spell = str) -> "Mesh | None":
-    """The devices that run a model; None for the first one alone.
+    """Creates the mesh that runs a model; None for the first device alone.
 
-    Without a wish that is all accelerators there are, else one CPU; in a job of several
-    processes the devices of all. A CPU is as many devices as are wanted, if it is not in use yet.
+    Args:
+        wanted: mesh shape such as "seq=4,tensor=2". None for all accelerators, else one CPU; in
+            a multi-process job, for the devices of all processes. A CPU is divided into as many
+            devices as the shape has, if JAX has not initialised it yet.
+        spell: spells the names of options in errors.
 
     Raises:
         ConfigError: if there are not as many devices, or the model cannot be split over them.

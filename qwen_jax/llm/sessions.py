@@ -1,4 +1,4 @@
-"""KV sessions: what identifies one, and how it comes into an engine."""
+"""KV sessions of a model: identity, checks, restoring into an engine, prefilling."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ _SAID_BYTES = 1e9  # of weights that take seconds to read
 
 
 def identity(opened: Model, tokens: tuple[int, ...], *, is_chat: bool) -> Identity:
-    """What the keys and values of a prompt depend on, with this model and these options."""
+    """Returns the identity of a prompt's session with this model and its options."""
     return _identity(
         opened,
         num_tokens=len(tokens),
@@ -42,18 +42,21 @@ def identity(opened: Model, tokens: tuple[int, ...], *, is_chat: bool) -> Identi
 
 
 def versions() -> dict[str, str]:
-    """Of what writes a session."""
+    """Returns the versions of the packages that write a session."""
     packages = ("qwen-jax", "jax", "orbax-checkpoint")
     return {name: importlib.metadata.version(name) for name in packages}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
-    """A session that was checked and fits the model.
+    """A session on disk that was checked and fits the model.
 
     Attributes:
-        tokens: its prompt.
-        stamp: that of its files before they were checked; None if nobody else can write them.
+        directory: directory of the session.
+        session: content of its session.json.
+        tokens: token ids of its prompt.
+        stamp: stamp of its files before they were checked (`kv_session.stamp`); None if no other
+            program can write them.
     """
 
     directory: Path
@@ -63,23 +66,23 @@ class Kept:
 
     @property
     def documents(self) -> list[tuple[str, int]]:
-        """Names of the files that it holds, with their tokens."""
+        """Names of the files in its prompt, with their numbers of tokens."""
         return list(self.session.documents)
 
     @property
     def window(self) -> int:
-        """The most tokens that are read at a time."""
+        """Length of its largest window in tokens."""
         return max((window.stop - window.start for window in self.session.windows), default=0)
 
     def question(self, tokenizer: Tokenizer, text: str) -> list[int]:
-        """Ids that ask a question after the files, and invite the model to speak."""
+        """Returns ids that end the user's turn with a question and open the answer's turn."""
         return [*tokenizer.encode_text(text), *tokenizer.close_turn(), *tokenizer.open_answer()]
 
     def check_chat(self, options: Options) -> None:
-        """Checks that a question can follow.
+        """Checks that a question can follow its prompt.
 
         Raises:
-            ConfigError: if it ends where none can.
+            ConfigError: if the prompt is raw text.
         """
         if not self.session.identity.is_chat:
             raise ConfigError(
@@ -88,10 +91,13 @@ class Kept:
             )
 
     def restore(self, engine, say: Callable[[str], None] = lambda _: None) -> None:
-        """Puts it into an engine that has no other; tells `say` what that took.
+        """Loads the session into an engine that has no restored prefix yet.
+
+        Args:
+            say: called with a line on size and time.
 
         Raises:
-            SessionError: if its files cannot be read, or are not those that were checked.
+            SessionError: if its files cannot be read, or have changed since they were checked.
         """
         from qwen_jax.engine.engine import Piece
 
@@ -153,7 +159,13 @@ def open_kept(opened: Model, directory: Path) -> Kept:
 def files_prompt(
     tokenizer: Tokenizer, texts: Sequence[documents.Document], system: str | None
 ) -> tuple[list[tuple[str, int]], tuple[int, ...]]:
-    """Names of files with their tokens, and the ids of a turn that holds them and may go on.
+    """Encodes files as the beginning of a user's turn, which a question can end.
+
+    Args:
+        system: system prompt instead of the checkpoint's own; None for that.
+
+    Returns:
+        Names of the files with their numbers of tokens, and the token ids.
 
     Raises:
         TokenizerError: if the checkpoint does not speak ChatML.
@@ -244,7 +256,7 @@ def fill(
 
 
 def tokenizer_fingerprint(directory: Path, names: tuple[str, ...] = TOKENIZER_FILES) -> str:
-    """Checksum of the files that make tokens of a text."""
+    """Returns a checksum, 16 hex digits, of the files that define the tokenizer."""
     digest = hashlib.sha256()
     for name in names:
         path, limit = directory / name, reading.JSON_BYTES
@@ -256,9 +268,12 @@ def tokenizer_fingerprint(directory: Path, names: tuple[str, ...] = TOKENIZER_FI
 
 
 def weights_fingerprint(directory: Path, say: Callable[[str], None] = lambda _: None) -> str:
-    """Fingerprint of every byte of a model's weights, the same before and after conversion.
+    """Returns a fingerprint of a model's weights, the same before and after conversion.
 
-    They are read once and when they change, see `convert.sums`.
+    Weights are read once, and again when they change, see `convert.sums`.
+
+    Args:
+        say: called with a line of text if many bytes have to be read.
 
     Raises:
         CheckpointError: if they are missing or damaged.
@@ -302,7 +317,7 @@ def _sparseness(figures: Mapping[str, float]) -> Sparseness:
 
 
 def _settings(opened: Model, num_tokens: int) -> dict[str, Any]:
-    """Of attention, in so far as they matter to a prompt of this length."""
+    """Returns the settings of attention that affect a prompt of `num_tokens` tokens."""
     chosen = opened.settings()
     del chosen["model"], chosen["dtype"]  # the identity has both
     if opened.sparse is None or num_tokens <= opened.sparse.threshold:

@@ -1,1 +1,1 @@
-"""The model: parameters, layers, attention, and its key and value cache."""
+"""Qwen2 decoder: parameters, layers, attention, and the KV cache."""

@@ -1,7 +1,7 @@
-"""The attention layer: project, rotate, write the cache, attend, project.
+"""Attention layer: project, rotate, write the cache, attend, project.
 
-Between the projections all happens in `sequence_parallel.run`, so that the same code serves one
-device and a mesh.
+Everything between the projections happens in `sequence_parallel.run`, so that the same code
+serves one device and a mesh.
 """
 
 import dataclasses
@@ -41,7 +41,7 @@ RECALL_ROWS = 16  # of a sparse slice, that are compared with dense attention
 )
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """What attention takes beside activations and cache; arrays are the same on all devices.
+    """Inputs of attention beside activations and cache; arrays are replicated on all devices.
 
     Attributes:
         layer: index of the layer.
@@ -49,9 +49,9 @@ class Context:
         angles: rotations of the step's tokens.
         voter_angles: rotations of the last queries of a slice, which vote in sparse selection
             (`rope.selection_angles`).
-        budgets: of sparse prefill.
-        backend: of the attention operations.
-        local: what this device has of the step, inside `_on_devices`; else all.
+        budgets: budgets of sparse prefill.
+        backend: backends of the attention operations; None for the preferred ones.
+        local: part of the step that this device holds, inside `_on_devices`; else the whole.
     """
 
     layer: Any = 0
@@ -63,12 +63,12 @@ class Context:
     local: LocalShard = ALONE
 
     def at(self, layer: Int[Array, ""]) -> "Context":
-        """The same of another layer."""
+        """Returns the context of another layer of the same step."""
         return dataclasses.replace(self, layer=layer)
 
     @property
     def shard(self) -> Shard:
-        """The part of the cache that this device holds."""
+        """Part of the cache that this device holds."""
         return self.local.shard
 
 
@@ -105,13 +105,13 @@ class Attention(nnx.Module):
     def project(
         self, x: Float[Array, "T D"]
     ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
-        """Queries, keys and values, before they are rotated."""
+        """Computes queries, keys and values, before they are rotated."""
         return self.q(x), self.k(x), self.v(x)
 
     def prefill(
         self, x: Float[Array, "T D"], cache: PagedKV, context: Context
     ) -> tuple[Float[Array, "T D"], PagedKV]:
-        """The output of a `PrefillStep`, and the cache with its keys and values written."""
+        """Returns the output of a `PrefillStep`, and the cache with its keys and values written."""
 
         def attend(cache, rows, context, _):
             query, key, value = map(context.local.all_tokens, rows)
@@ -126,10 +126,10 @@ class Attention(nnx.Module):
     def prefill_sparse(
         self, x: Float[Array, "T D"], cache: PagedKV, context: Context
     ) -> tuple[Float[Array, "T D"], PagedKV, Report]:
-        """As `prefill`, over the columns and diagonals that the last queries of the slice choose.
+        """Attends only to the columns and diagonals that the slice's last queries vote for.
 
         Returns:
-            Also the density and recall of each head.
+            As `prefill`, and density and recall of each head, arrays [N].
         """
 
         def attend(cache, rows, context, kept):
@@ -147,7 +147,10 @@ class Attention(nnx.Module):
     def sparse_plan(
         self, x: Float[Array, "T D"], cache: PagedKV, context: Context
     ) -> tuple[plan.SparsePlan, PagedKV]:
-        """The plan of `prefill_sparse` before the guard of `budgets.least_recall`; no mesh."""
+        """Returns the plan of `prefill_sparse` before the guard of `budgets.least_recall`.
+
+        Also returns the cache with the slice written. Not for a mesh.
+        """
         query, key, value = self.project(x)
         cache = self._write_slice(cache, context, key, value)
         return self._plan(query, cache, context, _kept(context)), cache
@@ -155,7 +158,7 @@ class Attention(nnx.Module):
     def survey(
         self, x: Float[Array, "T D"], cache: PagedKV, context: Context, grid: Grid
     ) -> tuple[Float[Array, "T D"], PagedKV, Survey]:
-        """As `prefill`, and what each pair of budgets would have found of it; no mesh."""
+        """Attends as `prefill`; also returns the recall of each pair of budgets. Not for a mesh."""
         query, key, value = self.project(x)
         cache = self._write_slice(cache, context, key, value)
         step = context.step
@@ -183,7 +186,7 @@ class Attention(nnx.Module):
         return self.o(out), cache, surveyed
 
     def write(self, x: Float[Array, "T D"], cache: PagedKV, context: Context) -> PagedKV:
-        """The cache with the keys and values of a `PrefillStep` written."""
+        """Returns the cache with the keys and values of a `PrefillStep` written."""
 
         def write(cache, rows, context, _):
             key, value = map(context.local.all_tokens, rows)
@@ -195,7 +198,7 @@ class Attention(nnx.Module):
     def decode(
         self, x: Float[Array, "B D"], cache: PagedKV, context: Context
     ) -> tuple[Float[Array, "B D"], PagedKV]:
-        """The output of a `DecodeStep`, and the cache with its keys and values written."""
+        """Returns the output of a `DecodeStep`, and the cache with its keys and values written."""
 
         def attend(cache, rows, context, _):
             query, key, value = rows
@@ -210,7 +213,7 @@ class Attention(nnx.Module):
     def read(
         self, x: Float[Array, "B D"], cache: PagedKV, context: Context
     ) -> tuple[Float[Array, "B D"], PagedKV]:
-        """The output of a `DecodeStep` whose keys and values the cache holds already."""
+        """Returns the output of a `DecodeStep` whose keys and values are in the cache already."""
 
         def attend(cache, rows, context, _):
             (query,) = rows
@@ -252,7 +255,11 @@ class Attention(nnx.Module):
         )
 
     def _attend_listed(self, queries, cache: PagedKV, context: Context, listed: plan.SparsePlan):
-        """Output and log-sum-exp over the keys of a plan, and how well it did."""
+        """Attends to the keys of a plan; heads below the minimum recall attend densely.
+
+        Returns:
+            Output [T, N, H], log-sum-exp [T, N], and density and recall of each head [N].
+        """
         T, start, length = queries.shape[1], context.step.start, context.step.length
         budgets, shard = context.budgets, context.shard
         assert budgets is not None
@@ -308,7 +315,7 @@ class Attention(nnx.Module):
         length,
         listed: plan.SparsePlan | None = None,
     ) -> tuple[Float[Array, "T N H"], Float[Array, "T N"]]:
-        """Output and log-sum-exp over the keys that this device holds."""
+        """Computes output and log-sum-exp over the keys that this device holds."""
         if self.is_skipped:
             return queries[0], jnp.zeros(queries.shape[1:3])
         return prefill(
@@ -345,9 +352,10 @@ def _on_devices(
     context: Context,
     per_head: tuple[Array, ...] = (),
 ) -> tuple[PagedKV, Any, Any]:
-    """`body(cache, rows, context, per_head)` on each device, of what it holds of these arrays.
+    """Runs `body(cache, rows, context, per_head)` on each device, with its parts of the arrays.
 
-    Other arguments are those of `sequence_parallel.run`; a slice is divided where it can be.
+    Arguments are those of `sequence_parallel.run`; a slice is divided along `seq` if its length
+    allows it.
     """
 
     def here(local, cache, rows, context, per_head):
@@ -358,7 +366,7 @@ def _on_devices(
 
 
 def _kept(context: Context) -> tuple[Int[Array, " N"], Int[Array, " N"]]:
-    """Columns and diagonals of each head of a layer."""
+    """Returns the budgets of each head of a layer: numbers of columns and of diagonals."""
     budgets = context.budgets
     assert budgets is not None
     return budgets.vertical[context.layer], budgets.slash[context.layer]

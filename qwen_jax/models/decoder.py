@@ -29,7 +29,12 @@ class Block(nnx.Module):
         self.mlp = GatedMLP(config, rngs=rngs, dtype=dtype)
 
     def __call__(self, x: Float[Array, "T D"], attend) -> tuple[Float[Array, "T D"], Any]:
-        """`attend(attention, normed)` returns the attention's output and what to hand on."""
+        """Applies attention and MLP with residual connections.
+
+        Args:
+            attend: `attend(attention, normed)` returns the attention's output and a state, which
+                is returned unchanged.
+        """
         attended, state = attend(self.attention, self.attention_norm(x))
         x = x + attended
         return x + self.mlp(self.mlp_norm(x)), state
@@ -77,13 +82,13 @@ class Decoder(nnx.Module):
     def prefill(
         self, cache: PagedKV, step: PrefillStep, rotary: rope.Table, *, backend: Choice = None
     ) -> tuple[Float[Array, " V"], PagedKV]:
-        """Logits of the slice's last token, in float32, and the cache with the slice written.
+        """Computes float32 logits of the slice's last token; returns the cache with the slice.
 
-        DONATES nothing itself: callers donate `cache` when they jit.
+        Donates nothing itself: callers donate `cache` when they jit.
 
         Args:
             rotary: `rope.table` of the configuration.
-            backend: of the attention operations, or None for the preferred ones.
+            backend: backends of the attention operations; None for the preferred ones.
         """
         context = self._context(step, rotary, backend)
         x, cache = self._layers(context, cache, Attention.prefill, skip=1)
@@ -99,9 +104,10 @@ class Decoder(nnx.Module):
         *,
         backend: Choice = None,
     ) -> tuple[Float[Array, " V"], PagedKV, Report]:
-        """As `prefill`, with sparse attention; the report leaves out the last layer.
+        """Prefills as `prefill`, with sparse attention in all layers but the last.
 
-        That one reads a single token, densely.
+        The last layer computes a single token, densely; the report, arrays [L - 1, N], leaves it
+        out.
         """
         context = self._sparse_context(step, rotary, budgets, backend)
         x, cache, report = self._sparse_slice(cache, context)
@@ -118,9 +124,9 @@ class Decoder(nnx.Module):
         *,
         backend: Choice = None,
     ) -> tuple[SparsePlan, PagedKV]:
-        """The plan by which `prefill_sparse` reads a slice in one layer, before the guard.
+        """Returns the plan of `prefill_sparse` in one layer, before the guard of `least_recall`.
 
-        Writes the slice into that layer and those before it.
+        Writes the slice into the cache of that layer and those before it.
         """
         context = self._sparse_context(step, rotary, budgets, backend)
 
@@ -141,7 +147,7 @@ class Decoder(nnx.Module):
         *,
         backend: Choice = None,
     ) -> tuple[PagedKV, Survey]:
-        """The cache with a slice written, densely, and a survey of all its layers."""
+        """Prefills a slice densely; returns the cache and a survey of all layers."""
         voter_angles = self._voter_angles(step, rotary, grid.last_q)
         context = self._context(step, rotary, backend, voter_angles=voter_angles)
 
@@ -159,7 +165,7 @@ class Decoder(nnx.Module):
     def score(
         self, cache: PagedKV, step: PrefillStep, rotary: rope.Table, *, backend: Choice = None
     ) -> tuple[Float[Array, "T V"], PagedKV]:
-        """As `prefill`, with the logits of every token; rows of padding mean nothing."""
+        """Prefills as `prefill`; returns float32 logits of every token, arbitrary for padding."""
         context = self._context(step, rotary, backend)
         x, cache = self._layers(context, cache, Attention.prefill, skip=0)
         return self.logits(x), cache
@@ -173,10 +179,10 @@ class Decoder(nnx.Module):
         *,
         backend: Choice = None,
     ) -> tuple[Float[Array, "T D"], PagedKV, Report]:
-        """As `prefill_sparse`, with what `logits` takes of every token.
+        """Prefills as `prefill_sparse`; returns the hidden state of every token, for `logits`.
 
-        Those of each slice can be more than a device holds. All tokens are read by the last layer
-        as `prefill_sparse` has it read the one: densely.
+        The logits of all tokens of a slice may not fit on a device. The last layer computes all
+        tokens densely, as `prefill_sparse` computes the last one.
         """
         context = self._sparse_context(step, rotary, budgets, backend)
         x, cache, report = self._sparse_slice(cache, context)
@@ -188,7 +194,7 @@ class Decoder(nnx.Module):
     def decode(
         self, cache: PagedKV, step: DecodeStep, rotary: rope.Table, *, backend: Choice = None
     ) -> tuple[Float[Array, "B V"], PagedKV]:
-        """Logits of one token of each sequence and the cache with those tokens written."""
+        """Computes float32 logits of one token of each sequence; returns the cache with them."""
         angles = rope.angles(self.config, rotary, jnp.maximum(step.positions, 0))
         context = Context(step=step, angles=angles, backend=backend)
         x, cache = self._layers(context, cache, Attention.decode, skip=0)
@@ -222,7 +228,11 @@ class Decoder(nnx.Module):
         return rope.selection_angles(self.config, rotary, jnp.maximum(positions, 0))
 
     def _sparse_slice(self, cache: PagedKV, context: Context):
-        """A slice after all layers but the last, the cache, and density and recall."""
+        """Runs a slice through all layers but the last.
+
+        Returns:
+            Hidden states [T, D], the cache, and density and recall of each layer and head.
+        """
 
         def attend(attention, x, state, context):
             cache, report = state
@@ -235,7 +245,11 @@ class Decoder(nnx.Module):
         return x, cache, report
 
     def _last_token(self, x, cache: PagedKV, context: Context, rotary: rope.Table):
-        """The last layer caches the keys of the whole slice; what follows needs one token."""
+        """Runs the last layer: caches keys of the whole slice, but computes its last token only.
+
+        Returns:
+            The token's hidden state [1, D], and the cache.
+        """
         context = context.at(jnp.int32(self.config.num_layers - 1))
         block, step = self._block(context.layer), context.step
         cache = block.attention.write(block.attention_norm(x), cache, context)
@@ -257,11 +271,14 @@ class Decoder(nnx.Module):
         return nnx.merge(graph, jax.tree.map(lambda leaf: leaf[layer], weights))
 
     def _layers(self, context: Context, state, attend, *, skip: int):
-        """The tokens of a step after all layers but the last `skip`, and `state` after them.
+        """Runs the tokens of a step through all layers but the last `skip`.
 
         Args:
-            state: the cache and what goes with it.
+            state: loop state beside the hidden states: the cache, alone or in a tuple.
             attend: `attend(attention, x, state, context)` returns the attention's output and state.
+
+        Returns:
+            Hidden states [T, D], and the state after the layers.
         """
         tokens = context.step.tokens
         split = isinstance(context.step, PrefillStep) and sequence_parallel.splits(len(tokens))
@@ -278,5 +295,5 @@ class Decoder(nnx.Module):
 
 
 def _put(stacked, layer, one):
-    """Arrays of all layers, with those of one layer set."""
+    """Sets the arrays of one layer in arrays of all layers."""
     return jax.tree.map(lambda a, b: a.at[layer].set(b), stacked, one)

@@ -1,8 +1,8 @@
-"""The paged cache of keys and values: allocate, write, read.
+"""Paged KV cache: allocation, writes, reads.
 
 A page holds consecutive tokens of one sequence, for all layers. Page 0 belongs to no
-sequence: padding is written there. On a mesh each page is cut along its tokens, so that all
-devices have the same page table, and the parts of a sequence are dealt round-robin
+sequence: padding is written there. On a mesh each page is divided along its tokens, so that all
+devices have the same page table, and the parts of a sequence are distributed round-robin
 (`pallas_kernels.shard`).
 """
 
@@ -15,11 +15,11 @@ from pallas_kernels.shard import WHOLE, Shard
 from qwen_jax.config import ModelConfig
 
 AXES = ("layers", "kv_heads", "pages", "page", "head_dim")
-"""Dimensions of the arrays of a `PagedKV`."""
+"""Logical axes of the arrays of a `PagedKV`."""
 
 
 def init(config: ModelConfig, num_pages: int, page: int, dtype=jnp.bfloat16) -> PagedKV:
-    """An empty cache; the trash page counts among `num_pages`."""
+    """Allocates a cache of zeros; `num_pages` includes page 0, to which padding is written."""
     shape = (config.num_layers, config.num_kv_heads, num_pages, page, config.head_dim)
     return PagedKV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
@@ -34,12 +34,15 @@ def write_slice(
     length: Int[Array, ""],
     shard: Shard = WHOLE,
 ) -> PagedKV:
-    """The cache with the first `length` of T consecutive tokens written, in place if donated.
+    """Writes the first `length` of T consecutive tokens of one sequence, in place if donated.
 
-    Goes page by page: a scatter of single rows would be slower by the page.
+    Writes page by page: a scatter of single rows would be slower by a factor of the page size.
 
     Args:
-        shard: which part of each page the cache holds; other tokens are left out.
+        keys: keys of the tokens; cast to the dtype of the cache, as are `values`.
+        page_table: pages of the sequence, in order.
+        start: position of the first token in the sequence.
+        shard: part of each page that the cache holds; other tokens are skipped.
     """
     T, page, P = keys.shape[0], cache.page, page_table.shape[0]
     row = jnp.arange(page, dtype=jnp.int32)
@@ -77,7 +80,7 @@ def read_slice(
     size: int,
     shard: Shard = WHOLE,
 ) -> tuple[Float[Array, "T K H"], Float[Array, "T K H"]]:
-    """Keys and values of `size` consecutive tokens; 0 where another shard has them."""
+    """Reads keys and values of `size` consecutive tokens; 0 where another shard holds them."""
     page = cache.page
     positions = start + jnp.arange(size, dtype=jnp.int32)
     slot = positions // (page * shard.count)
@@ -102,9 +105,9 @@ def write_tokens(
     positions: Int[Array, " B"],
     shard: Shard = WHOLE,
 ) -> PagedKV:
-    """The cache with one token of each sequence written.
+    """Writes one token of each of B sequences.
 
-    An idle row (-1) goes to page 0, as do tokens of other shards.
+    An idle row (position -1) is written to page 0, as are tokens of other shards.
     """
     page = cache.page
     slot = jnp.maximum(positions, 0) // (page * shard.count)

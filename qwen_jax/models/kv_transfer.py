@@ -1,7 +1,7 @@
-"""Keys and values of consecutive tokens of all layers, out of a cache and into another.
+"""KV transfer: extracts keys and values of consecutive tokens from a cache, or inserts them.
 
 Outside a cache they have neither pages nor shards, so that another mesh can take them. On a
-mesh the tokens are divided along `seq`, in one piece each, and the heads along `tensor`.
+mesh the tokens are divided along `seq`, contiguously, and the heads along `tensor`.
 """
 
 import jax
@@ -16,9 +16,9 @@ from qwen_jax.models.kv_cache import read_slice, write_slice
 
 
 def placement(mesh: Mesh, size: int) -> NamedSharding:
-    """Where keys and values of `size` tokens lie outside the cache.
+    """Returns the sharding of keys and values [L, T, K, H] of `size` tokens outside the cache.
 
-    Each device along `seq` has all of them if it does not divide them.
+    Tokens are replicated along `seq` if its size does not divide them.
     """
     tokens = RULES.tokens if size % mesh.shape["seq"] == 0 else None
     return NamedSharding(mesh, PartitionSpec(None, tokens, RULES.kv_heads))
@@ -27,10 +27,9 @@ def placement(mesh: Mesh, size: int) -> NamedSharding:
 def extract_kv(
     cache: PagedKV, page_table: Int[Array, " P"], start: Int[Array, ""], *, size: int
 ) -> tuple[Float[Array, "L T K H"], Float[Array, "L T K H"]]:
-    """Keys and values of `size` tokens of a sequence from `start` on, bit for bit.
+    """Copies keys and values of `size` tokens of a sequence from `start` on, bit for bit.
 
-    Those that its pages do not hold mean nothing. Of a bfloat16 that is no number, CPUs keep
-    only that.
+    Tokens beyond its pages are arbitrary. On CPUs the payload of a bfloat16 NaN may change.
     """
     split = sequence_parallel.splits(size)
 
@@ -56,7 +55,7 @@ def insert_kv(
     start: Int[Array, ""],
     length: Int[Array, ""],
 ) -> PagedKV:
-    """The cache with the first `length` of T tokens written, from `start` of a sequence on."""
+    """Writes the first `length` of T tokens into the pages of a sequence, from `start` on."""
     split = sequence_parallel.splits(keys.shape[1])
 
     def write(part, cache, rows, rest, _):
@@ -72,7 +71,7 @@ def insert_kv(
 
 
 def copy_page(cache: PagedKV, source: Int[Array, ""], target: Int[Array, ""]) -> PagedKV:
-    """The cache with one page the same as another, in place if donated."""
+    """Copies page `source` onto page `target`, in place if the cache is donated."""
 
     def copy(array):
         page = jax.lax.dynamic_index_in_dim(array, source, 2)

@@ -1,4 +1,4 @@
-"""Layers that keep no state of the sequence: Projection, RMSNorm, GatedMLP, Embedding."""
+"""Layers without sequence state: Projection, RMSNorm, GatedMLP, Embedding."""
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ class Projection(nnx.Module):
         Projection("...D,DF->...F", embed=3584, mlp=18944, rngs=rngs, dtype=jnp.bfloat16)
 
     Args:
+        equation: einsum of the input with the kernel.
         bias: names of the trailing kernel axes that a bias spans; empty for none.
     """
 
@@ -71,7 +72,7 @@ class GatedMLP(nnx.Module):
 
 
 class Embedding(nnx.Module):
-    """Token vectors; `logits` is the transposed product of a tied output head."""
+    """Token embedding [V, D]; `logits` multiplies by its transpose, as a tied output head."""
 
     def __init__(self, vocab_size: int, dim: int, *, rngs: nnx.Rngs, dtype):
         table = 0.02 * jax.random.normal(rngs.params(), (vocab_size, dim), dtype)
@@ -81,7 +82,7 @@ class Embedding(nnx.Module):
         return self.embedding[...][tokens]
 
     def logits(self, x: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Scores of every token, in float32."""
+        """Computes the float32 logits of every token of the vocabulary."""
         return jnp.einsum(
             "...D,VD->...V", x, self.embedding[...], preferred_element_type=jnp.float32
         )

@@ -1,4 +1,4 @@
-"""Parameters as a tree: abstract(config), save, load. The only file that knows the checkpoint.
+"""Parameter trees: shapes, placement, saving, loading; defines the converted checkpoint.
 
 A checkpoint is a directory:
 
@@ -8,7 +8,7 @@ A checkpoint is a directory:
     params/block_000 ...     each layer (arrays without the layer axis),
     params/final             the last norm and the output head
 
-Parts are what fits in memory at once: loading a model needs its parameters and one part.
+Loading a model needs memory for its parameters and one part.
 """
 
 import ctypes
@@ -36,17 +36,17 @@ from qwen_jax.storage.manifest import DTYPES, CheckpointError, File, Manifest, P
 
 
 def abstract(config: ModelConfig, dtype=jnp.bfloat16) -> dict:
-    """The parameter tree of a model without its values: nested dicts of ShapeDtypeStruct."""
+    """Returns the parameter tree of a model without values: nested dicts of ShapeDtypeStruct."""
     module = family(config.model_type).module
     model = nnx.eval_shape(lambda: module(config, key=jax.random.key(0), dtype=dtype))
     return nnx.to_pure_dict(nnx.state(model))
 
 
 def random(config: ModelConfig, dtype=jnp.bfloat16, shardings: dict | None = None) -> dict:
-    """Random parameters of a model, made where they are to lie.
+    """Creates random parameters of a model directly in their placement.
 
     Args:
-        shardings: where each array goes, a tree like `abstract`; None for the first device.
+        shardings: sharding of each array, a tree like `abstract`; None for the first device.
     """
     config = _padded(config, shardings)
     module = family(config.model_type).module
@@ -59,9 +59,10 @@ def random(config: ModelConfig, dtype=jnp.bfloat16, shardings: dict | None = Non
 
 
 def axes(config: ModelConfig) -> dict:
-    """What each dimension of the parameters means: a tree like `abstract` of tuples of names.
+    """Returns the logical axes of the parameters: a tree like `abstract` of tuples of names.
 
-    The layers name their own where they make them; stacked ones begin with "layers".
+    Modules name the axes of a parameter where they create it; those of blocks are stacked and
+    begin with "layers".
     """
     module = family(config.model_type).module
     model = nnx.eval_shape(lambda: module(config, key=jax.random.key(0)))
@@ -75,12 +76,12 @@ def axes(config: ModelConfig) -> dict:
 def shardings(
     config: ModelConfig, mesh: jax.sharding.Mesh, rules: sharding.Rules = sharding.RULES
 ) -> dict:
-    """Where the parameters lie on a mesh, for `load`: a tree like `abstract`."""
+    """Returns the shardings of the parameters on a mesh, for `load`: a tree like `abstract`."""
     return sharding.shardings(axes(config), mesh, rules)
 
 
 def _padded(config: ModelConfig, shardings: Mapping[str, Any] | None) -> ModelConfig:
-    """The configuration of arrays that lie as `shardings` say."""
+    """Returns the configuration with the vocabulary padded as `shardings` require."""
     placed = None if shardings is None else shardings["embed"]["embedding"]
     if not isinstance(placed, jax.sharding.NamedSharding):
         return config
@@ -90,12 +91,12 @@ def _padded(config: ModelConfig, shardings: Mapping[str, Any] | None) -> ModelCo
 
 
 def count(tree) -> int:
-    """Numbers in all leaves of a parameter tree."""
+    """Returns the number of parameters in a tree."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def parts(tree: Mapping[str, Any]) -> dict[str, dict]:
-    """The parts of an abstract parameter tree, in the order in which they are stored."""
+    """Splits an abstract parameter tree into the parts of a checkpoint, in stored order."""
     layers = jax.tree.leaves(tree["blocks"])[0].shape[0]
     block = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree["blocks"])
     return {
@@ -106,12 +107,12 @@ def parts(tree: Mapping[str, Any]) -> dict[str, dict]:
 
 
 def is_converted(directory: str | os.PathLike) -> bool:
-    """Whether a directory is a converted checkpoint, damaged or not."""
+    """Returns True if a directory is a converted checkpoint, damaged or not."""
     return os.path.isfile(Path(directory) / "manifest.json")
 
 
 def read_manifest(directory: str | os.PathLike) -> Manifest:
-    """The manifest of a converted checkpoint, whose table of tensors agrees with config.json.
+    """Reads the manifest of a converted checkpoint and compares its tensors with config.json.
 
     Raises:
         CheckpointError: if it is missing, damaged or contradicts config.json.
@@ -137,10 +138,15 @@ def read_manifest(directory: str | os.PathLike) -> Manifest:
 def verify(
     directory: str | os.PathLike, *, full: bool = False, progress: Progress | None = None
 ) -> Manifest:
-    """Check a converted checkpoint against its manifest.
+    """Checks a converted checkpoint against its manifest.
 
     The fast check covers the presence and size of every file and the checksums of
-    small ones; the full check reads every file and every tensor. Processes of a job share it.
+    small ones; the full check reads every file and every tensor. Processes of a job divide
+    the files and tensors between them.
+
+    Args:
+        full: run the full check.
+        progress: called with the bytes read so far and the bytes in all; by the full check only.
 
     Raises:
         CheckpointError: naming the first file or tensor that differs.
@@ -178,7 +184,7 @@ def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
 
 
 def nest(leaves: Mapping[tuple[str, ...], Any]) -> dict:
-    """The nested dict with these leaves."""
+    """Builds a nested dict from leaves by path."""
     tree: dict = {}
     for path, leaf in leaves.items():
         node = tree
@@ -191,9 +197,9 @@ def nest(leaves: Mapping[tuple[str, ...], Any]) -> dict:
 def save_part(
     directory: str | os.PathLike, part: str, leaves: Mapping[tuple[str, ...], np.ndarray]
 ) -> dict[str, File]:
-    """Write a part, read it back, flush it; returns its files, by path in the checkpoint.
+    """Writes a part, reads it back, flushes it; returns its files, by path in the checkpoint.
 
-    What an interrupted attempt left behind is removed first.
+    Leftovers of an interrupted attempt are removed first.
 
     Raises:
         CheckpointError: if it cannot be written, or reads back different.
@@ -216,10 +222,10 @@ def save_part(
 def load_part(
     directory: str | os.PathLike, part: str, tensors: list[Tensor]
 ) -> dict[tuple[str, ...], np.ndarray]:
-    """The arrays of a part, by path, in host memory.
+    """Loads the arrays of a part into host memory, by path.
 
     Raises:
-        CheckpointError: if it cannot be read or differs from what `tensors` say.
+        CheckpointError: if it cannot be read, or differs in shapes or dtypes from `tensors`.
     """
     target = {
         tensor.path: np.empty(tensor.shape, DTYPES[tensor.dtype])  # never touched: no memory
@@ -229,16 +235,16 @@ def load_part(
 
 
 def _restore(directory: str | os.PathLike, part: str, target: dict) -> dict:
-    """The arrays of a part, by path, on the host or on devices as `target` says."""
+    """Loads the arrays of a part, by path, to the host or to devices as in `target`."""
     folder = Path(directory).resolve() / "params" / part
     return dict(_leaves(orbax_io.load(folder, nest(target))))
 
 
 def _return_freed() -> None:
-    """Give the operating system what was freed.
+    """Returns freed memory to the operating system.
 
-    A part is read by many threads, for each of which glibc keeps what it freed: together
-    half a model, where that is a few GB.
+    A part is read by many threads, for each of which glibc retains freed memory: together
+    half the size of a model of a few GB.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -247,7 +253,7 @@ def _return_freed() -> None:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _write(stack, layer, index):
-    """`stack` with `layer` at `index` of the leading axis, in place."""
+    """Writes `layer` at `index` of the leading axis of `stack`, in place."""
     return jax.tree.map(
         lambda whole, one: jax.lax.dynamic_update_index_in_dim(
             whole, one.astype(whole.dtype), index, 0
@@ -260,12 +266,12 @@ def _write(stack, layer, index):
 class Stack:
     """A parameter tree on its devices that is filled part by part.
 
-    Memory is that of the parameters and of one part.
+    Needs memory for the parameters and one part.
 
     Args:
-        config: of the model, whose vocabulary is padded as `shardings` ask for.
-        dtype: of all arrays.
-        shardings: where each array goes, a tree like `abstract`; None for the first device.
+        config: configuration of the model, whose vocabulary is padded as `shardings` require.
+        dtype: dtype of all arrays.
+        shardings: sharding of each array, a tree like `abstract`; None for the first device.
     """
 
     def __init__(self, config: ModelConfig, dtype: Any, shardings: dict | None = None):
@@ -287,7 +293,7 @@ class Stack:
         self._rest: dict[tuple[str, ...], jax.Array] = {}
 
     def sharding(self, path: tuple[str, ...]) -> jax.sharding.Sharding:
-        """Where an array of a part goes: a layer's is its stack's, without the layer axis."""
+        """Returns the sharding of an array of a part; a layer's has no layer axis."""
         sharding = self._shardings[path]
         if path[0] == "blocks" and isinstance(sharding, jax.sharding.NamedSharding):
             spec = jax.sharding.PartitionSpec(*sharding.spec[1:])
@@ -300,24 +306,25 @@ class Stack:
         shape: tuple[int, ...],
         read: Callable[[tuple[slice, ...]], np.ndarray],
     ) -> jax.Array:
-        """An array of a part where it goes, from what the devices of this process hold of it.
+        """Builds an array of a part on its devices, reading only what those of this process hold.
 
-        It is padded with zeros if it is to have more rows of a vocabulary.
+        Rows that pad the vocabulary are zeros.
 
         Args:
-            shape: of what is read.
-            read: gives what lies between the starts and stops of a slice for each axis.
+            path: path of the array in the tree.
+            shape: shape of the stored array, without padding.
+            read: returns the part of the stored array at a tuple of slices, one for each axis.
         """
         if not self.takes(path, shape):
             read = sharding.with_zeros(shape, read)
         return sharding.build(self._shapes[path], self.sharding(path), read)
 
     def takes(self, path: tuple[str, ...], shape: tuple[int, ...]) -> bool:
-        """Whether an array of a part has this shape where it goes, without padding."""
+        """Returns True if the array at `path` has this shape, so that no padding is needed."""
         return self._shapes[path] == tuple(shape)
 
     def put(self, part: str, leaves: Mapping[tuple[str, ...], jax.Array]) -> None:
-        """Take the arrays of a part, which lie where they go, in the dtypes of the tree.
+        """Stores the arrays of a part, placed as `sharding`; they are cast to the tree's dtype.
 
         Raises:
             CheckpointError: if they are not the part's arrays, or it is there already.
@@ -335,7 +342,7 @@ class Stack:
                 self._rest[path] = leaf.astype(expected[path].dtype)
 
     def tree(self) -> dict:
-        """The filled tree.
+        """Returns the filled tree.
 
         Raises:
             CheckpointError: if parts are missing.
@@ -347,7 +354,7 @@ class Stack:
 
 
 def stored_dtype(dtypes: Iterable[str]) -> np.dtype:
-    """The dtype that holds tensors of all of these: bfloat16 for that alone, else float32."""
+    """Returns the dtype that holds all of these: bfloat16 if all are, else float32."""
     return DTYPES["bfloat16" if set(dtypes) == {"bfloat16"} else "float32"]
 
 
@@ -363,14 +370,16 @@ def load(
     verify: str = "fast",
     progress: Progress | None = None,
 ) -> dict:
-    """The parameters of a converted checkpoint: nested dicts of arrays like `abstract`.
+    """Loads the parameters of a converted checkpoint: nested dicts of arrays like `abstract`.
 
     Args:
-        dtype: of all arrays; None for what is stored.
-        shardings: where each array goes, a tree like `abstract`; None for the first device.
-        verify: "fast" or "full", how much to check first.
+        dtype: dtype of all arrays; None for `stored_dtype`.
+        shardings: sharding of each array, a tree like `abstract`; None for the first device.
+        verify: "fast" or "full": the check of `verify` to run first.
+        progress: called with the bytes loaded so far and the bytes in all.
 
     Raises:
+        ValueError: if `verify` is neither.
         CheckpointError: if a file is missing or damaged.
         qwen_jax.config.ConfigError: if config.json cannot be used.
     """

@@ -31,7 +31,14 @@ def find(name: str) -> str | None:
 
 
 def write(directory: Path, key: str) -> Path:
-    """A directory that holds the config.json of a published model and nothing else."""
+    """Writes the config.json of a published model into a directory, created if missing.
+
+    Args:
+        name: a key of `SIZES`.
+
+    Returns:
+        The directory.
+    """
     directory.mkdir(exist_ok=True)
     model_type, _ = _published()[key]
     (directory / "config.json").write_text(json.dumps(family(model_type).presets[key]))
@@ -39,5 +46,5 @@ def write(directory: Path, key: str) -> Path:
 
 
 def config(directory: Path, key: str) -> ModelConfig:
-    """A published model, by way of a directory that gets its config.json."""
+    """Writes the config.json of a published model into a directory and reads it back."""
     return model_config(write(directory, key))

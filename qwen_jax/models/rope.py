@@ -1,4 +1,4 @@
-"""Rotary positions: angles built on the host, query views, rotation.
+"""Rotary position embeddings: angles computed on the host, rotated views of queries.
 
 Angles near 1e5 radians need float32 products rounded as PyTorch rounds them, since the
 weights were trained on those, and no on-device sine. So a table of every rotary position
@@ -24,21 +24,21 @@ class Rotary(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Cosines of every rotary position, then its sines.
+    """Cosines and sines of every rotary position, concatenated along the last axis.
 
-    Side by side they fill the lanes of a TPU, which would lay out a padded copy of each else.
+    Together they fill the lanes of a TPU, which would otherwise pad each of them.
     """
 
     rows: Float[Array, "positions H"]
 
     def at(self, positions: Int[Array, "*B"]) -> Rotary:
-        """The rotations of some positions."""
+        """Gathers the rotations of positions, which are clipped to the table."""
         rows = jnp.take(self.rows, positions, axis=0, mode="clip")
         return Rotary(*jnp.split(rows, 2, axis=-1))
 
 
 def table(config: ModelConfig, max_len: int) -> Table:
-    """Angles of all rotary positions that sequences of up to `max_len` tokens use, float32."""
+    """Builds the float32 table of all rotary positions of sequences of up to `max_len` tokens."""
     rows = max_len
     geometry = config.dual_chunk
     if geometry is not None and max_len > geometry.chunk_len:
@@ -55,10 +55,14 @@ def table(config: ModelConfig, max_len: int) -> Table:
 
 
 def _stretched(config: ModelConfig, yarn: Yarn, power: np.ndarray) -> np.ndarray:
-    """Frequencies of YaRN: low ones divided by its factor, high ones as they are."""
+    """Computes the frequencies of YaRN: low ones divided by its factor, high ones unchanged.
+
+    Args:
+        power: inverse frequencies without YaRN, float32 [pairs].
+    """
 
     def dimension(turns: float) -> float:
-        """Pair of dimensions that turns so often within the training length."""
+        """Returns the (fractional) pair of dimensions of `turns` turns in the training length."""
         wavelength = yarn.original_len / (turns * 2 * math.pi)
         return config.head_dim * math.log(wavelength) / (2 * math.log(config.rope_theta))
 
@@ -74,7 +78,7 @@ def _stretched(config: ModelConfig, yarn: Yarn, power: np.ndarray) -> np.ndarray
 
 
 def rotate(x: Float[Array, "*#B heads H"], rotary: Rotary) -> Float[Array, "... heads H"]:
-    """`x` turned by the angles of its row, in float32 (arXiv:2104.09864, half-split pairs)."""
+    """Rotates each row of `x` by its angles, in float32 (arXiv:2104.09864, half-split pairs)."""
     cos, sin = rotary.cos[..., None, :], rotary.sin[..., None, :]
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
@@ -88,7 +92,7 @@ class Angles(NamedTuple):
 
 
 def angles(config: ModelConfig, rotary: Table, positions: Int[Array, " T"]) -> Angles:
-    """How the tokens at absolute `positions` are rotated, as queries and as keys."""
+    """Gathers the rotations of the tokens at absolute `positions`, as queries and as keys."""
     geometry = config.dual_chunk
     if geometry is None:
         return Angles(query=rotary.at(positions[None]), key=rotary.at(positions))
@@ -99,9 +103,9 @@ def angles(config: ModelConfig, rotary: Table, positions: Int[Array, " T"]) -> A
 
 
 def selection_angles(config: ModelConfig, rotary: Table, positions: Int[Array, " R"]) -> Rotary:
-    """How the tokens at `positions` are rotated when they vote in sparse selection.
+    """Computes the rotations, rows [views, R], of queries that vote in sparse selection.
 
-    Rows [views, R]. The angles lie beyond the table, so they are sums of two of it.
+    Their angles lie beyond the table, so each is the sum of two angles in it.
     """
     geometry = config.dual_chunk
     if geometry is None:
@@ -116,6 +120,6 @@ def selection_angles(config: ModelConfig, rotary: Table, positions: Int[Array, "
 def rotate_views(
     x: Float[Array, "T N H"], query: Rotary, scale: jax.Array
 ) -> Float[Array, "V T N H"]:
-    """Each view of the queries, multiplied by `scale` ([] or [T]) before it is rounded."""
+    """Rotates the queries once per view and multiplies by `scale`, [] or [T], before rounding."""
     scale = jnp.broadcast_to(scale, x.shape[:1])[:, None, None]
     return (rotate(x[None], query) * scale).astype(x.dtype)

@@ -1,10 +1,10 @@
-"""Attention on the devices of a mesh: what each has of a step, and how their results meet.
+"""Sequence-parallel attention on a mesh: each device's part of a step, and the collectives.
 
-A device holds some heads (`tensor`) and of every page a part (`seq`). Keys stay where they
-are: the queries of a slice are gathered along `seq`, every device attends to its own keys, and
-what they found goes back to where the queries came from, to be merged by its log-sum-exp. All
-else is the compiler's, by the placements of weights and tokens. Without a mesh nothing of this
-happens.
+A device holds some heads (`tensor`) and a part of every page (`seq`). Keys are not moved:
+the queries of a slice are gathered along `seq`, every device attends to its own keys, and
+the partial outputs return to the devices of their queries, to be merged by their log-sum-exp.
+Other collectives are inserted by the compiler, from the shardings of weights and tokens. Without
+a mesh there are no collectives.
 """
 
 import dataclasses
@@ -26,24 +26,25 @@ _SEQ = "seq"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LocalShard:
-    """What a device has of a step, inside `run`.
+    """Part of a step that a device holds, inside `run`.
 
     Attributes:
-        shard: of the cache.
-        split: whether it has its own tokens only, else all.
+        shard: part of each page of the cache.
+        split: True if tokens are divided along `seq`, False if every device holds all.
     """
 
     shard: Shard
     split: bool
 
     def all_tokens(self, x: Float[Array, "t heads H"]) -> Float[Array, "T heads H"]:
-        """Those of all devices along `seq`."""
+        """Gathers the tokens of all devices along `seq`, if they are divided."""
         return jax.lax.all_gather(x, _SEQ, tiled=True) if self.split else x
 
     def scatter(self, x: Float[Array, "T heads H"]) -> Float[Array, "t heads H"]:
-        """Of tokens that one shard each has, where the others have 0, those of this device.
+        """Reduce-scatters tokens that exactly one shard holds, where the others have 0.
 
-        Bits are summed, not numbers, so that the sign of a zero stays.
+        Without `split` every device gets all tokens. Bits are summed as integers, which keeps
+        the sign of a zero.
         """
         if self.shard.count == 1:
             return x
@@ -55,11 +56,18 @@ class LocalShard:
         return jax.lax.bitcast_convert_type(bits, x.dtype)
 
     def merge(self, out: Float[Array, "T N H"], lse: Float[Array, "T N"]) -> Float[Array, "t N H"]:
-        """Attention over the keys of all shards, of this device's tokens.
+        """Merges attention over the keys of each shard into attention over all keys.
 
-        Every device sends the others what it found for their tokens, as it is: a sum on the way
-        would have to be sent in float32. Few tokens that all devices have are merged by one
-        collective.
+        With `split`, every device sends the others its partial outputs for their tokens in their
+        own dtype (all-to-all); a reduction on the way would need float32. Otherwise the tokens,
+        few and the same on all devices, are merged by one all-gather.
+
+        Args:
+            out: attention output of all tokens over the keys of this shard.
+            lse: log-sum-exp of the same, float32.
+
+        Returns:
+            Output of this device's tokens, in the dtype of `out`.
         """
         if self.shard.count == 1:
             return out
@@ -75,30 +83,30 @@ class LocalShard:
         return (weight[..., None] * parts.astype(jnp.float32)).sum(0).astype(out.dtype)
 
     def _to_owners(self, x: Shaped[Array, "T *B"]) -> Shaped[Array, "shards t *B"]:
-        """Of this device's tokens, what every shard found."""
+        """Sends each token's partial result to its device; returns those of every shard."""
         dealt = x.reshape(self.shard.count, -1, *x.shape[1:])
         return jax.lax.all_to_all(dealt, _SEQ, 0, 0)
 
 
 ALONE = LocalShard(WHOLE, split=False)
-"""Of a device that has all there is."""
+"""Part of a device that holds everything: no mesh."""
 
 
 def splits(tokens: int) -> bool:
-    """Whether the tokens of a slice are divided along `seq`: if they can be."""
+    """Returns True if a slice of `tokens` tokens is divided along `seq` of the current mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.shape[_SEQ] > 1 and tokens % mesh.shape[_SEQ] == 0
 
 
 def place(x: Float[Array, "T D"], *, split: bool) -> Float[Array, "T D"]:
-    """`x` with its tokens divided along `seq`, or the same on all devices."""
+    """Constrains the sharding of `x`: tokens divided along `seq`, or replicated."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(_SEQ if split else None))
 
 
 def row(x: Float[Array, "T D"], index) -> Float[Array, "1 D"]:
-    """One token, the same on all devices."""
+    """Selects one token of `x`, replicated on all devices."""
     if jax.sharding.get_abstract_mesh().empty:
         return jax.lax.dynamic_slice_in_dim(x, index, 1)
     # A sum, because the compiler would gather all tokens for a slice.
@@ -115,14 +123,15 @@ def run(
     *,
     split: bool,
 ) -> tuple[PagedKV, Any, Any]:
-    """`body(part, cache, rows, rest, per_head)` on each device, of what it holds of these arrays.
+    """Runs `body(part, cache, rows, rest, per_head)` on each device, with its parts of the arrays.
 
     Args:
         body: returns the cache, arrays like `rows` and arrays like `per_head`. It may not
             close over arrays.
-        rows: of every token and head.
-        rest: arrays that are the same on all devices.
-        per_head: arrays [N].
+        rows: arrays with a row for every token and head, sharded along `tensor` and, if `split`,
+            along `seq`.
+        rest: arrays that are replicated on all devices.
+        per_head: arrays [N], sharded along `tensor`.
         split: whether tokens are divided along `seq`.
     """
     mesh = jax.sharding.get_abstract_mesh()

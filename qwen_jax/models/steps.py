@@ -1,6 +1,6 @@
-"""PrefillStep and DecodeStep: what the model computes at once, from the scheduler to attention.
+"""Steps: inputs of one call of the model, passed from the scheduler down to attention.
 
-Their arrays are numpy's or jax's, or descriptions of such.
+Their arrays are NumPy or JAX arrays, or `ShapeDtypeStruct`s.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ class PrefillStep:
     """A slice of one sequence.
 
     Attributes:
-        tokens: the slice, padded with zeros to a length that is compiled.
+        tokens: token ids, padded with zeros to a length that is compiled.
         start: position of the first token.
         length: tokens that are not padding.
         page_table: pages of the sequence, in order; 0 where none is needed yet.

@@ -1,1 +1,1 @@
-"""Memory, time and compiled programs of devices that need not be there."""
+"""Memory, time and compiled programs for devices that need not be present."""

@@ -1,7 +1,7 @@
-"""The engine's programs compiled for TPUs that are not there, and what the compiler made of them.
+"""Ahead-of-time compilation of the engine's programs for TPUs that are not present.
 
-Weights and cache are descriptions of arrays, placed as an engine places them, so this takes no
-more than a config.json and libtpu. Nothing is run.
+Weights and cache are `ShapeDtypeStruct`s, placed as an engine places arrays, so this needs only a
+config.json and libtpu. Nothing is run.
 """
 
 import dataclasses
@@ -37,17 +37,17 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """What the compiler made of a step; bytes are those of a device.
+    """A compiled step, with its memory in bytes per device.
 
     Attributes:
-        name: the step's, as in `runner.Programs`.
-        arguments: weights, cache and inputs; None if the compiler refused.
-        overwritten: of these, what results take the place of.
-        temporaries: what is there beside them at some time.
-        peak: held at once, at most.
-        collectives: what a step sends, with how often.
-        text: of the program after all optimisations.
-        refusal: why there is no program: it takes too much memory.
+        name: name of the step, as in `model_runner.Programs`.
+        arguments: bytes of weights, cache and inputs; None if the compiler refused.
+        overwritten: bytes of the arguments that results are written over (donated).
+        temporaries: bytes of temporary buffers.
+        peak: peak memory in bytes.
+        collectives: collectives of a step, with their counts.
+        text: HLO text of the program after all optimisations.
+        refusal: the compiler's error if the program needs too much memory; "" otherwise.
     """
 
     name: str
@@ -61,12 +61,12 @@ class Program:
 
     @property
     def sent(self) -> int:
-        """Bytes that a device sends in a step."""
+        """Bytes that a device sends to others in a step."""
         return sent(self.collectives)
 
 
 def mesh_of(topology: devices.Topology, shape: MeshShape) -> Mesh:
-    """The devices of a topology on which one sequence runs, of a mesh of all of them.
+    """Returns the mesh of one replica, on which one sequence runs, of a topology's devices.
 
     Raises:
         ConfigError: if there is no compiler for them, or it knows no such topology.
@@ -100,10 +100,10 @@ def steps(
     budgets: SparseConfig | None = None,
     choice: backend.Choice = None,
 ) -> dict[str, Callable[[], Program]]:
-    """The programs of an engine for one sequence, to be compiled when they are called.
+    """Returns functions that compile the programs of an engine for one sequence, by name.
 
-    They are prefill, decode and, with `budgets`, sparse prefill. One that takes too much memory
-    is a program with a `refusal`.
+    They are prefill, decode and, with `budgets`, sparse prefill. One that needs too much memory
+    becomes a `Program` with a `refusal`.
 
     Args:
         choice: backends of the attention operations; None for the preferred ones.
@@ -198,7 +198,7 @@ def programs(
     shape: MeshShape,
     budgets: SparseConfig | None = None,
 ) -> Iterator[Program]:
-    """The programs of an engine for one sequence on a topology, each when it is compiled.
+    """Compiles and yields the programs of an engine for one sequence on a topology.
 
     Raises:
         ConfigError: if they cannot be compiled for these devices.
@@ -208,7 +208,7 @@ def programs(
 
 
 def _placed(tree, where):
-    """Descriptions of the arrays of a tree, at one place or at a tree of places."""
+    """Adds a sharding, or a tree of shardings, to the `ShapeDtypeStruct`s of a tree."""
     if isinstance(where, NamedSharding):
         where = jax.tree.map(lambda _: where, tree)
 

@@ -1,4 +1,4 @@
-"""Kinds of devices with their published figures, names of topologies, and devices of jax.
+"""Device kinds with their published figures, names of topologies, and devices of JAX.
 
 Sources: FLOP/s, bandwidths and links of TPUs from docs.cloud.google.com/tpu/docs (pages v4, v5e,
 v5p, v6e and tpu7x; half of a bidirectional figure is one way); their memory is what libtpu 0.0.52
@@ -26,29 +26,29 @@ from qwen_jax.files.reading import printable
 _GIB, _GB = 2**30, 10**9
 
 SQUARES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-"""Topologies of TPUs with two sides."""
+"""Two-dimensional TPU topologies."""
 SMALL_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4")
-"""Those with three sides, beside multiples of 4 along each."""
+"""Three-dimensional TPU topologies, beside those with multiples of 4 along each side."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
-    """One device as jax counts them; None where nobody publishes a figure.
+    """Device kind, with figures per JAX device; None for figures that are not published.
 
     Attributes:
-        platform: as jax calls it.
-        memory: bytes that programs and their data may take; None for a share of the host's.
+        platform: platform as in JAX: "cpu", "gpu" or "tpu".
+        memory: bytes available to programs and their data; None for a share of the host's.
         flops: peak bfloat16 FLOP/s.
-        bandwidth: bytes/s of that memory.
-        links: bytes/s to other devices, over all links, one way.
-        per_chip: devices a chip of the topology.
-        per_host: chips of a host where a topology has several.
-        dims: numbers in the topology's name.
-        cores: that an accelerator type such as v5p-8 counts for a chip.
-        relays: whether its compiler (libtpu 0.0.52) copies the matrices that a loop over layers
-            multiplies with, to lay them out otherwise, in every step.
-        kinds: names that jax has for it (`device_kind`).
-        others: names that users have for it.
+        bandwidth: memory bandwidth in bytes/s.
+        links: bandwidth to other devices in bytes/s, over all links, one way.
+        per_chip: JAX devices per chip of the topology.
+        per_host: chips per host, where a topology spans several hosts.
+        dims: number of sides in the topology's name.
+        cores: cores per chip in the count of an accelerator type such as v5p-8.
+        relays: whether its compiler (libtpu 0.0.52) copies the matrices of a loop over layers
+            into another layout in every step.
+        kinds: names in JAX (`device_kind`).
+        others: other names that users write.
     """
 
     platform: str
@@ -177,7 +177,7 @@ _NAMES = {_plain(name): kind for kind, device in DEVICES.items() for name in (ki
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """Devices of one kind.
+    """Topology: devices of one kind that are connected.
 
     Attributes:
         name: kind and chips along each side, such as `v5e:4x4`.
@@ -199,19 +199,19 @@ class Topology:
 
     @property
     def count(self) -> int:
-        """Devices as jax counts them."""
+        """Number of JAX devices."""
         return self.chips * self.device.per_chip
 
 
 def topology(name: str) -> Topology:
-    """The devices that a name means.
+    """Parses the name of a topology.
 
-    That is a kind, a colon and the chips along each side, such as `v5e:4x4`, `tpu7x:2x2x1`,
+    A name is a kind, a colon and the chips along each side, such as `v5e:4x4`, `tpu7x:2x2x1`,
     `h200:8` or `cpu:8`; an accelerator type of Google Cloud, such as `v5litepod-16` or `v5p-8`;
-    or a kind alone for one of it. Capital letters and hyphens make no difference.
+    or a kind alone for one device. Case and hyphens are ignored.
 
     Raises:
-        ConfigError: if it means none, or nobody makes that many of them together.
+        ConfigError: if the name is unknown, or there is no such topology.
     """
     text = name.strip().lower()
     match = re.fullmatch(r"(.+?)([:-])([0-9]{1,5}(?:x[0-9]{1,5})*)", text)
@@ -241,7 +241,7 @@ def topology(name: str) -> Topology:
 
 
 def larger(topology: Topology) -> Iterator[Topology]:
-    """Topologies of the same kind with twice as many chips, four times as many, and so on."""
+    """Yields topologies of the same kind with 2, 4, 8, ... times as many chips."""
     chips, device = 2 * topology.chips, topology.device
     while chips <= 1 << 14 and (sides := _together(device, chips)) is not None:
         yield _topology(topology.kind, sides)
@@ -253,7 +253,7 @@ def _topology(kind: str, sides: tuple[int, ...]) -> Topology:
 
 
 def _together(device: Device, chips: int) -> tuple[int, ...] | None:
-    """Sides of so many chips, if there are any; of several, those that Google Cloud means."""
+    """Returns the sides of a topology of `chips` chips, as on Google Cloud; None if none exists."""
     if device.dims == 1:
         is_whole = chips <= device.per_host or chips % device.per_host == 0
         return (chips,) if is_whole or device.platform == "cpu" else None
@@ -261,7 +261,7 @@ def _together(device: Device, chips: int) -> tuple[int, ...] | None:
 
 
 def _some(device: Device) -> list[tuple[int, ...]]:
-    """Sides of the topologies of TPUs, smallest first; larger cubes by powers of two."""
+    """Returns the sides of TPU topologies, smallest first; large cubes by powers of two only."""
     names = SQUARES if device.dims == 2 else SMALL_CUBES
     found = [tuple(map(int, each.split("x"))) for each in names]
     if device.dims == 3:
@@ -273,10 +273,10 @@ def _some(device: Device) -> list[tuple[int, ...]]:
 
 
 def _check(name: str, kind: str, device: Device, sides: tuple[int, ...]) -> None:
-    """Refuses sides that no topology of a kind has.
+    """Checks that a topology of a kind has these sides.
 
     Raises:
-        ConfigError: naming those that there are.
+        ConfigError: naming the possible ones.
     """
     chips = math.prod(sides)
     if len(sides) != device.dims:
@@ -305,7 +305,7 @@ def _check(name: str, kind: str, device: Device, sides: tuple[int, ...]) -> None
 
 
 def _unknown(kind: str) -> str:
-    """What is wrong with the name of a kind that there is not."""
+    """Builds the error for an unknown kind, with similar names."""
     near = [each for each in DEVICES if _plain(kind) and _plain(each).startswith(_plain(kind))]
     similar = difflib.get_close_matches(_plain(kind), _NAMES, n=3)
     near = near or list(dict.fromkeys(_NAMES[each] for each in similar))
@@ -318,15 +318,15 @@ def _unknown(kind: str) -> str:
 
 
 def present(platform: str) -> bool:
-    """Whether the system shows an accelerator of a platform ("gpu" or "tpu") to programs."""
+    """Returns True if the system has device files of a platform, "gpu" or "tpu"."""
     names = {"tpu": ("/dev/accel*", "/dev/vfio/[0-9]*"), "gpu": ("/dev/nvidia[0-9]*",)}
     return any(glob.glob(name) for name in names[platform])
 
 
 def quiet_libtpu() -> None:
-    """Keeps libtpu, where it is installed without a TPU, from looking for one and complaining.
+    """Keeps libtpu, if it is installed on a machine without a TPU, from probing and logging.
 
-    Called before jax looks for devices. What the environment says already stays.
+    Must be called before JAX looks for devices. Variables that are set already are kept.
     """
     if not present("tpu"):
         for name, value in _WITHOUT_TPU.items():
@@ -342,10 +342,10 @@ _WITHOUT_TPU = {
 
 
 def found() -> list[Any]:
-    """The devices that jax finds.
+    """Returns the devices that JAX finds.
 
     Raises:
-        ConfigError: if there are none, as JAX_PLATFORMS may have it.
+        ConfigError: if there are none, for example because of JAX_PLATFORMS.
     """
     import jax
 
@@ -365,15 +365,15 @@ def found() -> list[Any]:
 
 
 def host_bytes() -> int:
-    """Memory of this machine."""
+    """Returns the memory of this machine in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def memory(device: Any, *, share: int = 1) -> int | None:
-    """Bytes that programs and their data may take on a device of jax; None if it does not say.
+    """Returns the bytes that programs and their data may use on a JAX device; None if unknown.
 
     Args:
-        share: devices that the memory of this machine is for, if they are CPUs.
+        share: number of CPU devices that divide the memory of this machine.
     """
     if device.platform == "cpu":
         return host_bytes() // share
@@ -381,12 +381,12 @@ def memory(device: Any, *, share: int = 1) -> int | None:
 
 
 def relays(device: Any) -> bool:
-    """Whether programs on a device of jax lay out matrices anew (`Device.relays`)."""
+    """Returns `Device.relays` for a JAX device."""
     return any(each.relays and device.device_kind in each.kinds for each in DEVICES.values())
 
 
 def peak_bytes() -> int:
-    """The most memory in use so far: of the fullest device, or of this process on a CPU."""
+    """Returns the peak memory so far in bytes: of the fullest device, or of this process on CPU."""
     import jax
 
     stats = [device.memory_stats() or {} for device in jax.local_devices()]

@@ -1,4 +1,4 @@
-"""What a compiled program sends between devices, read off its text."""
+"""Collectives of a compiled program, parsed from its HLO text."""
 
 import dataclasses
 import itertools
@@ -24,14 +24,14 @@ _BITS = {"pred": 8, "token": 0}
 
 
 class Collective(NamedTuple):
-    """One operation between devices.
+    """One collective operation.
 
     Attributes:
-        kind: as XLA calls it.
-        axes: of the mesh, along which devices take part, joined by "+"; "?" if by none.
-        shape: of what a device puts in, as XLA writes it.
-        put: bytes of that.
-        sent: bytes that a device sends each time, if all send alike.
+        kind: name in XLA.
+        axes: mesh axes along which it communicates, joined by "+"; "?" if the groups match none.
+        shape: shape of a device's operand, as XLA writes it.
+        put: bytes of the operand.
+        sent: bytes that a device sends each time, if all devices send the same.
     """
 
     kind: str
@@ -43,7 +43,7 @@ class Collective(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Computation:
-    """Instructions by name: type, operation, and the rest of the line."""
+    """An HLO computation: instructions by name, as type, operation, and the rest of the line."""
 
     lines: dict[str, tuple[str, str, str]]
 
@@ -53,18 +53,18 @@ class _Computation:
 
 
 def collectives(text: str, mesh: Mapping[str, int]) -> Counter[Collective]:
-    """What a device sends when a program runs once, with how often.
+    """Counts the collectives of one run of a program.
 
-    Bytes are those of algorithms that send no more than they must: each part goes to every
-    other device once, and a sum takes twice that. Of the branches of a condition the one that
-    sends most counts.
+    Bytes are those of bandwidth-optimal algorithms: each part goes to every
+    other device once, and an all-reduce takes twice that. Of the branches of a conditional the
+    one that sends most counts.
 
     Args:
-        text: of the program after all optimisations.
-        mesh: sizes of the axes, in the order of its devices.
+        text: HLO text of the program after all optimisations.
+        mesh: sizes of the mesh axes, in the order of its devices.
 
     Raises:
-        ValueError: if a loop sends something and does not say how often it runs.
+        ValueError: if a loop with collectives has an unknown trip count.
     """
     computations, entry = _computations(text)
     groups = _groups_of(mesh)
@@ -103,12 +103,12 @@ def collectives(text: str, mesh: Mapping[str, int]) -> Counter[Collective]:
 
 
 def sent(found: Counter[Collective]) -> int:
-    """Bytes that a device sends in all."""
+    """Returns the total bytes that a device sends."""
     return sum(count * each.sent for each, count in found.items())
 
 
 def _computations(text: str) -> tuple[dict[str, _Computation], str]:
-    """All computations by name, and the name of the entry."""
+    """Parses all computations by name; also returns the name of the entry computation."""
     found: dict[str, _Computation] = {}
     entry = ""
     current: dict[str, tuple[str, str, str]] = {}
@@ -123,7 +123,7 @@ def _computations(text: str) -> tuple[dict[str, _Computation], str]:
 
 
 def _operations(computation: _Computation):
-    """Kind, rest of the line and types of the operands of everything that sends."""
+    """Yields kind, rest of the line and operand types of every collective."""
     for _, operation, rest in computation.lines.values():
         kind = operation.removesuffix("-start")
         if kind in _KINDS:
@@ -153,7 +153,7 @@ def _collective(kind: str, rest: str, shape: str, groups, devices: int) -> Colle
 
 
 def _groups_of(mesh: Mapping[str, int]) -> list[tuple[str, set[frozenset[int]]]]:
-    """Which devices lie along each choice of axes, few axes first."""
+    """Returns the groups of devices along each combination of mesh axes, few axes first."""
     names = [name for name, size in mesh.items() if size > 1]
     ids = np.arange(math.prod(mesh.values())).reshape(tuple(mesh.values()))
     found = []
@@ -167,7 +167,7 @@ def _groups_of(mesh: Mapping[str, int]) -> list[tuple[str, set[frozenset[int]]]]
 
 
 def _parsed_groups(rest: str, devices: int) -> list[list[int]]:
-    """The lists of devices that exchange something, in any of XLA's three spellings."""
+    """Parses the replica groups of a collective, in any of XLA's three notations."""
     if listed := re.search(r"replica_groups=\{(\{.*?\})\}", rest):
         return [[int(n) for n in re.findall(r"\d+", group)] for group in listed[1].split("},")]
     if dealt := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
@@ -193,7 +193,11 @@ def _bytes(shape: str) -> int:
 
 
 def _trips(rest: str, condition: _Computation) -> int:
-    """How often a loop runs that counts from 0 by 1."""
+    """Returns the trip count of a loop that counts from 0 by 1.
+
+    Raises:
+        ValueError: if its condition does not show it.
+    """
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', rest):
         return int(known[1])
     limits = [

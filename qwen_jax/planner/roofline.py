@@ -1,8 +1,8 @@
-"""What a slice and a token cost on a device of a mesh: FLOPs, memory traffic, bytes to others.
+"""Roofline of a slice and a token on a device of a mesh: FLOPs, memory traffic, bytes sent.
 
-Counted from the sizes of arrays as the programs are compiled for TPUs. Of attention, keys are
-read once for each tile of queries. Every device along `seq` rotates all queries of a slice, for
-its heads, and a plan is made of all keys on each of them: these do not shrink with `seq`.
+Costs are counted from the sizes of arrays as the programs are compiled for TPUs. In attention,
+keys are read once for each tile of queries. Every device along `seq` rotates all queries of a
+slice, for its heads, and builds its plans from all keys: these costs do not shrink with `seq`.
 """
 
 from typing import NamedTuple
@@ -23,12 +23,12 @@ _OVER = 128  # votes that reach from one part of a page into the next
 
 
 class Cost(NamedTuple):
-    """Of one device.
+    """Cost of a step on one device.
 
     Attributes:
-        flops: multiplications and additions.
+        flops: floating-point operations.
         memory: bytes read from and written to its memory.
-        sent: bytes to other devices.
+        sent: bytes sent to other devices.
     """
 
     flops: float
@@ -36,10 +36,10 @@ class Cost(NamedTuple):
     sent: float
 
     def seconds(self, device: Device) -> tuple[float, float, float]:
-        """The least that each of these takes at published rates.
+        """Returns the minimum time in seconds of each of the three, at published rates.
 
         Raises:
-            ValueError: if nobody publishes them.
+            ValueError: if the device has no published rates.
         """
         if device.flops is None or device.bandwidth is None or device.links is None:
             raise ValueError(f"no rates are published for {device}")
@@ -49,10 +49,11 @@ class Cost(NamedTuple):
 def of_slice(
     config: ModelConfig, load: Workload, mesh: MeshShape, keys: float | None = None
 ) -> Cost:
-    """A prefill slice whose last token is that of the load.
+    """Computes the cost of the prefill slice that ends at the last token of the workload.
 
     Args:
-        keys: that a query reads on average in each head of sparse prefill.
+        keys: average number of keys that a query reads per head in sparse prefill; None for
+            dense prefill.
     """
     L, D, H, b = config.num_layers - 1, config.embed_dim, config.head_dim, load.itemsize
     T, N, K = load.slice_len, config.num_heads, config.num_kv_heads
@@ -80,11 +81,11 @@ def of_slice(
 
 
 def slice_sent(config: ModelConfig, load: Workload, mesh: MeshShape) -> float:
-    """Bytes that a device sends in a prefill slice.
+    """Returns the bytes that a device sends in a prefill slice.
 
-    Along `tensor` two sums of a layer and the embedding; along `seq` queries, keys and values of
-    the slice, and what each device found for the others' queries, with its log-sum-exp. Sparse
-    slices also send which diagonals were selected, and votes that reach over the border of a part.
+    Along `tensor` these are two all-reduces per layer and the embedding; along `seq`, queries,
+    keys and values of the slice, and partial outputs with their log-sum-exp. Sparse slices also
+    send which diagonals were selected, and votes that cross the border of a part.
     """
     L, D, H, b = config.num_layers, config.embed_dim, config.head_dim, load.itemsize
     n, k = config.num_heads / mesh.tensor, config.num_kv_heads / mesh.tensor
@@ -99,9 +100,9 @@ def slice_sent(config: ModelConfig, load: Workload, mesh: MeshShape) -> float:
 
 
 def gathered_sent(config: ModelConfig, load: Workload, mesh: MeshShape) -> float:
-    """As `slice_sent`, if keys and values of the whole context moved instead of queries.
+    """Returns `slice_sent` for a scheme that moves keys and values of the context, not queries.
 
-    Gathered or passed around a ring, each device receives those of all others once a layer.
+    Gathered or passed around a ring, each device receives those of all others once per layer.
     """
     ours = slice_sent(config, load, mesh)
     L, H, b = config.num_layers, config.head_dim, load.itemsize
@@ -112,7 +113,7 @@ def gathered_sent(config: ModelConfig, load: Workload, mesh: MeshShape) -> float
 
 
 def of_token(config: ModelConfig, load: Workload, mesh: MeshShape) -> Cost:
-    """A decode step of the last token of the load."""
+    """Computes the cost of the decode step of the workload's last token."""
     L, D, H, b = config.num_layers, config.embed_dim, config.head_dim, load.itemsize
     n, shares = config.num_heads / mesh.tensor, mesh.seq * mesh.tensor
     linear = 2 * (L * budget.block(config) / mesh.tensor + D * config.vocab_size / mesh.tensor)

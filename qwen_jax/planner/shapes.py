@@ -1,4 +1,4 @@
-"""Attention of the published models on one device: shapes to compare, time, tune and compile."""
+"""Attention shapes of the published models on one device, to compare, time, tune and compile."""
 
 import dataclasses
 from typing import Any
@@ -12,11 +12,11 @@ _PUBLISHED = ChunkGeometry(chunk_size=262_144, local_size=8_192)
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A published model, as far as attention and memory go.
+    """Sizes of a published model that matter to attention and memory.
 
     Attributes:
-        weight_bytes: in bfloat16.
-        num_columns: the largest vertical budget of its sparse_attention_config.json.
+        weight_bytes: bytes of its weights in bfloat16.
+        num_columns: largest vertical budget of its sparse_attention_config.json.
     """
 
     num_layers: int
@@ -28,7 +28,7 @@ class Model:
     geometry: ChunkGeometry = _PUBLISHED
 
     def compared(self, *, dtype: str, **more: Any) -> Shape:
-        """What `pallas_kernels.check` compares kernels with, on one device."""
+        """Returns the shape on which `pallas_kernels.check` compares kernels, on one device."""
         sizes = {
             "num_heads": self.num_heads,
             "num_kv_heads": self.num_kv_heads,
@@ -39,7 +39,11 @@ class Model:
         return Shape(dtype=dtype, **sizes | more)
 
     def served(self, context: int, *, tensor: int = 1, seq: int = 1, **more: int) -> Served:
-        """What one of `tensor` x `seq` devices holds: its heads, and its share of the pages."""
+        """Returns the part of one of `tensor` x `seq` devices: its heads and share of the pages.
+
+        Args:
+            context: tokens of the context.
+        """
         page = 1024
         in_all = -(-context // page)
         sizes = {
@@ -60,9 +64,13 @@ class Model:
         )
 
     def share(self, context: int, memory: int, **more: int) -> Served:
-        """What a device holds of the smallest mesh that leaves two fifths of its memory free.
+        """Returns a device's part on the smallest mesh that leaves 2/5 of its memory free.
 
-        Heads are shared out first, as far as there are kv heads, then the sequence.
+        `tensor` grows first, up to the number of KV heads, then `seq`.
+
+        Args:
+            context: tokens of the context.
+            memory: bytes of a device.
         """
         tensor = seq = 1
         while True:
@@ -100,4 +108,4 @@ SERVED = {
     "7B at 32k x 32": MODELS["7B"].served(32_768, num_layers=2, num_seqs=32, num_pages=1025),
     "14B at 1M": MODELS["14B"].served(1_010_000, num_layers=2),
 }
-"""Shapes to be timed on one device, of two layers: that shows that layers are there."""
+"""Shapes to time on one device, with two layers, so that indexing of layers is exercised."""

@@ -1,1 +1,1 @@
-"""Sparse prefill: budgets of every head, the recall that they reach, their calibration."""
+"""Sparse prefill: budgets of every head, their recall, and their calibration."""

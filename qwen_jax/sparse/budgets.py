@@ -1,4 +1,4 @@
-"""Sparse prefill of a layer: budgets on the device, the plan of a slice, and how good it was."""
+"""Budgets of sparse prefill as arrays on the device, and the report of a sparse slice."""
 
 import dataclasses
 import functools
@@ -13,11 +13,11 @@ from pallas_kernels.dispatch.tiles import Tiles
 from qwen_jax.config import SparseConfig
 
 TILES = Tiles(q=1024, k=64)
-"""Of plans; shorter blocks read less beside what was selected."""
+"""Default tile sizes of plans, in tokens; shorter key blocks read fewer unselected keys."""
 TPU_TILES = Tiles(q=1024, k=128)
-"""Of plans on a TPU, which copies each block by itself and loses time on short ones."""
+"""Tile sizes of plans on a TPU, which copies key blocks one by one and is slow on short ones."""
 GPU_TILES = Tiles(q=128, k=64)
-"""Of plans on a GPU: a tile that one program takes; more queries read more beside their own."""
+"""Tile sizes of plans on a GPU: one program per tile; more queries read more keys of others."""
 
 
 @functools.partial(
@@ -27,15 +27,16 @@ GPU_TILES = Tiles(q=128, k=64)
 )
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Budgets:
-    """What every head may read, as arrays that a loop over layers can index.
+    """Budgets of every head, as arrays that a loop over layers can index.
 
     Attributes:
-        vertical: columns.
-        slash: diagonals.
-        least_recall: heads that recall less of a slice read all of it; 0 for none.
-        last_q: queries of a slice that vote.
-        num_columns: most columns that a head may have, at the longest context.
-        tiles: of the plans; blocks of keys shrink to a divisor of the page.
+        vertical: number of key columns.
+        slash: number of diagonals.
+        least_recall: minimum attention recall per head; below it the slice is computed densely;
+            0 for never.
+        last_q: queries at the end of a slice that vote.
+        num_columns: maximum of `vertical`, limited to the longest context.
+        tiles: tile sizes of the plans; blocks of keys shrink to a divisor of the page.
     """
 
     vertical: Int[Array, "L N"]
@@ -47,11 +48,12 @@ class Budgets:
 
 
 class Report(NamedTuple):
-    """How a slice was prefilled, per layer and head.
+    """Report of a sparse slice: density and recall per layer and head, float32.
 
     Attributes:
-        density: pairs computed, as a share of the causal ones.
-        recall: attention that the last queries of the slice found in what was read.
+        density: computed pairs of query and key as a fraction of the causal ones.
+        recall: fraction of attention on the keys that were read, averaged over the last queries
+            of the slice; 1 for a head that was computed densely.
     """
 
     density: Float[Array, "*L N"]
@@ -59,18 +61,18 @@ class Report(NamedTuple):
 
 
 def tiles_on(platform: str) -> Tiles:
-    """Tiles of plans on a platform ("cpu", "gpu" or "tpu")."""
+    """Returns the tile sizes of plans on a platform: "cpu", "gpu" or "tpu"."""
     return {"gpu": GPU_TILES, "tpu": TPU_TILES}.get(platform, TILES)
 
 
 def vertical_budgets(config: SparseConfig) -> Int[np.ndarray, "L N"]:
-    """Columns of every head, as the original engines read them: 30 mean 130."""
+    """Returns the column budgets as the original engines read them: 30 means 130."""
     vertical = np.asarray(config.vertical, np.int32)
     return np.where(vertical == 30, 130, vertical)
 
 
 def most_columns(config: SparseConfig, num_keys: int | None = None) -> int:
-    """Columns that a head reads at most, of a context of so many keys."""
+    """Returns the largest column budget of any head, limited to a context of `num_keys` keys."""
     most = int(vertical_budgets(config).max())
     return most if num_keys is None else min(most, num_keys)
 
@@ -82,10 +84,12 @@ def budgets(
     least_recall: float = 0.0,
     tiles: Tiles = TILES,
 ) -> Budgets:
-    """The budgets of a checkpoint, on the device.
+    """Puts the budgets of a checkpoint on the default device.
 
     Args:
-        num_keys: the longest context, if it is known; a head cannot read more columns.
+        num_keys: the longest context in tokens, if it is known; a head cannot read more columns.
+        least_recall: see `Budgets`.
+        tiles: tile sizes of the plans.
     """
     return Budgets(
         vertical=jnp.asarray(vertical_budgets(config)),

@@ -1,9 +1,9 @@
-"""Budgets of sparse prefill, from surveys of texts: search, results that survive a kill, report.
+"""Calibration of sparse prefill: search for budgets over surveys of texts, checkpoints, report.
 
-Every head gets the pair of budgets that trades recall for pairs computed at one rate, the same
-for all heads; the rate is the lowest at which the mean head meets the target at each length.
-So attention that sits in few keys is read nearly whole, and attention that is spread over
-everything costs no more than it is worth (arXiv:2501.15383, section 5, grows budgets by fixed
+Every head gets the pair of budgets that maximises `rate * recall - density`, with one rate
+for all heads: the lowest at which the mean recall meets the target at each length.
+So concentrated attention is read nearly whole, and attention that is spread over
+all keys costs no more than it is worth (arXiv:2501.15383, section 5, grows budgets by fixed
 increments instead).
 """
 
@@ -31,11 +31,11 @@ REPORT_FORMAT = "qwen-jax calibration 1"
 
 
 class CalibrationError(ConfigError):
-    """Budgets that cannot be found or kept; the text names the value and the way out."""
+    """Error of budgets that cannot be found or stored; names the value and the remedy."""
 
 
 def budgets_up_to(longest: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Numbers of columns and of diagonals to survey for texts of up to `longest` tokens."""
+    """Returns the column and diagonal budgets to survey for texts of up to `longest` tokens."""
 
     def some(sizes: tuple[int, ...]) -> tuple[int, ...]:
         return tuple(size for size in sizes if size < longest) or sizes[:1]
@@ -45,14 +45,14 @@ def budgets_up_to(longest: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sample:
-    """What budgets find of one text, over the slices of its second half.
+    """Recall and density of every pair of budgets on one text, over slices of its second half.
 
-    Later slices count alone because in earlier ones every budget finds everything.
+    Earlier slices are left out, because in them every budget covers nearly all keys.
 
     Attributes:
-        recall: mean over slices.
-        density: pairs computed, as a share of those of dense prefill.
-        overall: that of the whole text, from its beginning.
+        recall: fraction of attention on the selected keys, averaged over slices.
+        density: computed pairs of query and key as a fraction of those of dense prefill.
+        overall: density over the whole text.
     """
 
     recall: Float[np.ndarray, "L N V S"]
@@ -61,7 +61,12 @@ class Sample:
 
 
 def sample(surveys: Iterable[tuple[int, int, Survey]], length: int) -> Sample:
-    """The sample of a text from the surveys of its slices (`Engine.survey`)."""
+    """Aggregates the surveys of a text's slices (`Engine.survey`).
+
+    Args:
+        surveys: start, length and survey of each slice, in order.
+        length: length of the text in tokens.
+    """
     late, recalls, kept, dense = [], [], [], []
     for start, count, survey in surveys:
         late.append(2 * (start + count) > length)
@@ -78,13 +83,13 @@ def sample(surveys: Iterable[tuple[int, int, Survey]], length: int) -> Sample:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Budgets:
-    """What was chosen for each head, and what it finds and computes at each length.
+    """Budgets chosen for each head, with their recall and density at each length.
 
     Attributes:
-        vertical: columns.
-        slash: diagonals.
-        recall: by length, in the second halves of texts.
-        density: by length, of whole texts.
+        vertical: number of key columns.
+        slash: number of diagonals.
+        recall: recall on the second halves of texts, by length in tokens.
+        density: density of whole texts, by length in tokens.
     """
 
     vertical: Int[np.ndarray, "L N"]
@@ -99,13 +104,14 @@ def search(
     target_recall: float,
     margin: float = 0.0,
 ) -> Budgets:
-    """The budgets that meet a recall at every length and compute least.
+    """Finds the cheapest budgets whose recall meets the target at every length.
 
     Args:
-        samples: by length.
-        target_recall: least mean over layers and heads.
-        margin: what these samples should show beyond it, as far as they can, since others
-            show less.
+        samples: samples by length in tokens.
+        grid: budgets that the samples cover.
+        target_recall: minimum of the mean recall over layers and heads.
+        margin: recall above the target to aim for on these samples, as far as the largest
+            budgets reach, since other texts show less.
 
     Raises:
         CalibrationError: if the largest budgets do not meet the target.
@@ -147,7 +153,7 @@ def search(
 def on_other_texts(
     budgets: Budgets, samples: Mapping[int, Sequence[Sample]], grid: Grid
 ) -> Budgets:
-    """The same budgets with what they find and compute in other texts."""
+    """Returns the same budgets with recall and density measured on other texts."""
     pair = (
         np.searchsorted(grid.vertical, budgets.vertical),
         np.searchsorted(grid.slash, budgets.slash),
@@ -175,7 +181,10 @@ def _at(table: np.ndarray, pair) -> np.ndarray:
 
 
 def file_content(budgets: Budgets) -> list[dict[str, list[Any]]]:
-    """What `sparse_attention_config.json` holds; scores are the recall at the longest length."""
+    """Builds the content of `sparse_attention_config.json`.
+
+    Scores are the recall at the longest length.
+    """
     score = budgets.recall[max(budgets.recall)]
     return [
         {
@@ -200,7 +209,7 @@ def report(
     target_recall: float,
     margin: float = 0.0,
 ) -> dict[str, Any]:
-    """All figures, for JSON: budgets, recall and density per head, predicted speed-up."""
+    """Builds the report as JSON: budgets, recall and density per head, predicted speed-up."""
     return {
         "format": REPORT_FORMAT,
         "model": model,
@@ -221,10 +230,10 @@ def report(
 
 
 def predicted_speedup(config: ModelConfig, length: int, density: float) -> float:
-    """Prefill without a plan against one of this density, by the operations of the two.
+    """Predicts the speed-up of sparse over dense prefill at a mean density, from FLOPs.
 
-    Counts products of matrices alone; the vote reads the keys twice for 1/64 of its slice's
-    queries and is left out.
+    Counts matrix products only; the vote, in which 1/64 of a slice's queries read the keys
+    twice, is left out.
     """
     D, F, H = config.embed_dim, config.mlp_dim, config.head_dim
     linear = D * H * (2 * config.num_heads + 2 * config.num_kv_heads) + 3 * D * F
@@ -233,11 +242,11 @@ def predicted_speedup(config: ModelConfig, length: int, density: float) -> float
 
 
 class Progress:
-    """Samples in a directory, one file a text, so that a killed calibration goes on.
+    """Samples in a directory, one file per text, so that a killed calibration can resume.
 
     Args:
-        directory: made if missing; removed by `clear`.
-        settings: what the samples depend on.
+        directory: created if missing; removed by `clear` once it is empty.
+        settings: settings that the samples depend on; must be JSON.
     """
 
     def __init__(self, directory: Path, settings: Mapping[str, Any]):
@@ -247,7 +256,7 @@ class Progress:
         directory.mkdir(parents=True, exist_ok=True)
 
     def load(self, name: str) -> Sample | None:
-        """A sample that was kept under these settings.
+        """Loads a sample that was saved under these settings; None if there is none.
 
         Raises:
             CalibrationError: if its file is damaged.
@@ -267,13 +276,13 @@ class Progress:
             raise CalibrationError(f"{path} is damaged ({error}): delete it") from None
 
     def save(self, name: str, sample: Sample) -> None:
-        """Keep a sample; it is on disk, whole, when this returns."""
+        """Saves a sample atomically; it is on disk when this returns."""
         content = io.BytesIO()
         np.savez(content, **{f.name: getattr(sample, f.name) for f in dataclasses.fields(sample)})
         atomic.write(self._path(name), content.getvalue())
 
     def clear(self) -> None:
-        """Delete what was kept, other settings' samples excepted."""
+        """Deletes the samples of these settings, and the directory if it is then empty."""
         for path in self.directory.glob(f"{self._prefix}-*"):
             path.unlink()
         if not any(self.directory.iterdir()):

@@ -1,8 +1,8 @@
-"""How much attention every pair of budgets would find in a slice, and what it would compute.
+"""Recall survey: attention recall and density of every pair of budgets on a slice.
 
-A key counts as found from the first budget of columns or of diagonals on that takes it. So two
-numbers per key, each the place of a budget in an ascending list, say it for all pairs of
-budgets at once, and the attention of a few queries is summed up by them.
+A key is found by every column budget from the first one on that selects it, and likewise by
+diagonal budgets. So two indices per key into the ascending lists of budgets describe all pairs
+of budgets at once, and the attention of a few queries is summed by these indices.
 """
 
 import dataclasses
@@ -21,18 +21,18 @@ from pallas_kernels.paged_kv import PagedKV
 from pallas_kernels.select import Votes, select_keys
 
 ROWS = 128
-"""Queries of a slice, evenly spread, whose attention is summed up."""
+"""Number of queries of a slice, evenly spaced, whose attention is summed."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
-    """Budgets to survey, ascending.
+    """Budgets to survey, in ascending order.
 
     Attributes:
-        vertical: numbers of columns.
+        vertical: numbers of key columns.
         slash: numbers of diagonals.
-        last_q: queries of a slice that vote.
-        tiles: of the plans.
+        last_q: queries at the end of a slice that vote.
+        tiles: tile sizes of the plans.
     """
 
     vertical: tuple[int, ...]
@@ -42,14 +42,15 @@ class Grid:
 
 
 class Survey(NamedTuple):
-    """Sums over the keys of a slice, by the first budgets that take a key.
+    """Sums over the keys of a slice, by the first budgets that select a key, float32.
 
-    The last place of either axis is for keys that no budget takes.
+    V and S are the numbers of column and diagonal budgets plus one: the last index of either
+    axis is for keys that no budget selects.
 
     Attributes:
-        mass: attention of a mean query; all of it sums to 1.
-        singles: pairs that a kernel computes if the key is taken as a column alone.
-        blocks: pairs that it computes in blocks, by the budget of diagonals.
+        mass: attention of the mean query; sums to 1.
+        singles: pairs of query and key that a kernel computes if a key is a column only.
+        blocks: pairs that it computes in blocks, by diagonal budget.
         dense: pairs that it computes without a plan.
     """
 
@@ -59,12 +60,12 @@ class Survey(NamedTuple):
     dense: Float[Array, "*L N"]
 
     def recall(self) -> Float[np.ndarray, "*L N V S"]:
-        """Share of the attention found, for each pair of budgets."""
+        """Computes the recall, a fraction of all attention, of each pair of budgets (float64)."""
         mass = np.asarray(self.mass, np.float64)
         return mass.sum((-2, -1))[..., None, None] - _beyond(_beyond(mass, -1), -2)
 
     def density(self) -> Float[np.ndarray, "*L N V S"]:
-        """Pairs computed, as a share of those without a plan, for each pair of budgets."""
+        """Computes the density, a fraction of dense pairs, of each pair of budgets (float64)."""
         singles = np.asarray(self.singles, np.float64)
         kept = _beyond(singles, -1).cumsum(-2)[..., :-1, :]
         kept = kept + np.asarray(self.blocks, np.float64).cumsum(-1)[..., None, :-1]
@@ -72,7 +73,7 @@ class Survey(NamedTuple):
 
 
 def _beyond(sums, axis: int):
-    """Sums over all places after each, but for the last."""
+    """Sums the elements after each index along `axis`; drops the last index."""
     flipped = np.flip(np.flip(sums, axis).cumsum(axis), axis)
     return np.delete(flipped, 0, axis)
 
@@ -92,15 +93,23 @@ def recall_grid(
     grid: Grid,
     geometry: ChunkGeometry | None,
 ) -> Survey:
-    """The survey of a slice of one layer.
+    """Surveys a slice of one layer.
 
-    Nothing is larger than a page of keys for all R queries, or all keys for all heads.
+    No intermediate is larger than a page of keys for all R queries, or all keys for all heads.
 
     Args:
-        queries: some of the slice's, scaled.
-        lse: log-sum-exp of each over all its keys.
-        rows: place of each in the slice.
-        num_queries: rows of the slice with its padding.
+        queries: R queries of the slice, rotated and scaled.
+        lse: log-sum-exp of each query over all its keys.
+        rows: index of each query in the slice.
+        votes: votes of the slice's last queries for columns and diagonals.
+        cache: KV cache that holds the slice.
+        layer: index of the layer.
+        page_table: pages of the sequence, in order.
+        start: position of the slice's first token.
+        length: tokens of the slice, without padding.
+        num_queries: tokens of the slice, with padding.
+        grid: budgets to survey.
+        geometry: chunk sizes of Dual Chunk Attention, or None.
     """
     views, R, N, H = queries.shape
     K, page = cache.keys.shape[1], cache.page
@@ -142,7 +151,11 @@ def recall_grid(
 
 
 def _first_taken(votes: Votes, start, length, num_queries: int, grid: Grid, tiles: Tiles):
-    """The place of the first budget that takes each column and each block of each tile."""
+    """Finds the index of the first budget that selects each column, and each block of each tile.
+
+    Returns:
+        int32 arrays [N, keys] and [N, query tiles, key blocks].
+    """
     N, S = votes.columns.shape
     end = start + length
     none = jnp.zeros((N, S), bool)

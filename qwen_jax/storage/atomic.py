@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and stay when the machine fails."""
+"""Atomic writes: a file is replaced as a whole or not at all, and is durable afterwards."""
 
 import contextlib
 import errno
@@ -17,7 +17,7 @@ _DESCRIPTORS = re.compile(r"/proc/\d+(/task/\d+)?/fd")
 
 
 def is_stream(path: Path) -> bool:
-    """Whether `write` writes through a name: a pipe, a device of characters, an open descriptor.
+    """Returns True for what cannot be replaced: a pipe, character device or open descriptor.
 
     Descriptors are `/dev/stdout` and all others under `/proc`, whatever they are open on.
     """
@@ -29,7 +29,7 @@ def is_stream(path: Path) -> bool:
 
 
 def _descriptor(path: Path) -> str | None:
-    """The last name of the links that lead to a descriptor of a process, such as `/proc/7/fd/1`."""
+    """Follows links to a descriptor of a process, such as `/proc/7/fd/1`; None if it is none."""
     while path.is_symlink():
         folder = os.path.realpath(path.parent)
         if _DESCRIPTORS.fullmatch(folder):
@@ -39,15 +39,15 @@ def _descriptor(path: Path) -> str | None:
 
 
 def prepare(path: Path, error: type[ValueError] = FileError, *, streams: bool = False) -> None:
-    """Refuses before the work what could not be written after it; makes the directories above.
+    """Checks, before long work, that a file can be written; creates its parent directories.
 
     Args:
-        error: raised instead of `FileError`.
-        streams: also allow what `is_stream`.
+        error: exception type raised instead of `FileError`.
+        streams: also allow paths for which `is_stream` is true.
 
     Raises:
         FileError: if there is a directory, a pipe or a device of that name.
-        OSError: if a directory cannot be made or nothing can be written there.
+        OSError: if a directory cannot be created or nothing can be written there.
     """
     if is_stream(path):
         if not streams:
@@ -73,16 +73,16 @@ def prepare(path: Path, error: type[ValueError] = FileError, *, streams: bool = 
 
 
 def write(path: Path, content: str | bytes, *, streams: bool = False) -> None:
-    """Puts a file in place of what was there; it is on the disk when this returns.
+    """Replaces a file atomically; the new content is on disk when this returns.
 
-    It is written beside it first, as `NAME.partial`, or under a name with eight more hexadecimal
-    digits if that exists.
+    It is first written to `NAME.partial` in the same directory, or to a name with eight more
+    hexadecimal digits if that exists.
 
     Args:
-        streams: write through what `is_stream`, and replace it never; else it is replaced.
+        streams: write into a path for which `is_stream` is true instead of replacing it.
 
     Raises:
-        OSError: if it cannot be written; what was there stays.
+        OSError: if it cannot be written; an earlier file is unchanged.
     """
     data = content.encode() if isinstance(content, str) else content
     if streams and is_stream(path):
@@ -107,7 +107,7 @@ def write(path: Path, content: str | bytes, *, streams: bool = False) -> None:
 
 
 def _write_through(path: Path, data: bytes) -> None:
-    """Writes into a pipe, a device or an open descriptor; waits for whoever reads it."""
+    """Writes into a pipe, a device or an open descriptor; blocks until a reader opens a pipe."""
     folder, _, number = (_descriptor(path) or "").rpartition("/")
     own = folder == os.path.realpath("/proc/self/fd")
     with naming(path):
@@ -123,11 +123,11 @@ def check_ours(path: Path, is_ours: Callable[[Path], bool], *, streams: bool = F
     """Refuses to replace a file that this program did not write.
 
     Args:
-        is_ours: whether a regular file carries what this program marks such files with.
-        streams: allow what `is_stream`, which is never replaced.
+        is_ours: returns True if a regular file carries this program's mark.
+        streams: allow paths for which `is_stream` is true, which are never replaced.
 
     Raises:
-        FileExistsError: naming it and the way out.
+        FileExistsError: naming the file and the remedy.
         OSError: if it cannot be read.
     """
     if streams and is_stream(path):
@@ -155,7 +155,7 @@ def lock(path: Path, busy: ValueError) -> int:
 
 
 def sync(path: Path) -> None:
-    """Flushes a file, or the entries of a directory, to the disk."""
+    """Flushes a file, or the entries of a directory, to disk (fsync)."""
     with naming(path):
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -166,7 +166,7 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Gives an OSError the name of the file that it is about, which those of open files lack."""
+    """Adds the file name to an OSError raised within it, if it lacks one."""
     try:
         yield
     except OSError as error:

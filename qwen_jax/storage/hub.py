@@ -1,4 +1,4 @@
-"""Directory of a checkpoint that a path or a hub id means; nothing here uses the network."""
+"""Resolution of paths and hub ids to checkpoint directories, without the network."""
 
 import os
 import re
@@ -12,12 +12,12 @@ _ID = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+?)(?:@(\w[\w./-]*))?", re.ASCII)
 
 
 def checkpoint(path: str | os.PathLike) -> Path:
-    """The directory that holds a checkpoint's files.
+    """Resolves a path or hub id to the directory that holds a checkpoint's files.
 
-    A hub id (`Qwen/X`, or `Qwen/X@REVISION`) that is no local path stands for its snapshot in the
+    A hub id (`Qwen/X`, or `Qwen/X@REVISION`) that is no local path resolves to its snapshot in the
     local hub cache. The cache directory of a repository (`models--Qwen--X`) or its `snapshots`
-    stand for the snapshot that its `refs/main` names, or for its only one. Any other directory
-    stands for itself, whatever it lacks.
+    resolve to the snapshot that its `refs/main` names, or to its only one. Any other directory
+    resolves to itself, even if files are missing.
 
     Raises:
         ConfigError: if a hub id is not in the cache, a cache has several snapshots and does not
@@ -51,20 +51,20 @@ def checkpoint(path: str | os.PathLike) -> Path:
 
 
 def split_id(name: str) -> tuple[str, str | None] | None:
-    """The id and the revision, if any, of `Qwen/X@REVISION`; None for what is no hub id."""
+    """Splits `Qwen/X@REVISION` into id and revision (None if left out); None if no hub id."""
     found = _ID.fullmatch(name)
     return None if found is None or ".." in name or "--" in name else (found[1], found[2])
 
 
 def is_local(path: str | os.PathLike) -> bool:
-    """Whether there is something at a path, or a snapshot of a hub id in the local cache."""
+    """Returns True for an existing path, or a hub id with a snapshot in the local cache."""
     hub_id = split_id(os.fspath(path))
     in_cache = hub_id is not None and _names(_repository(hub_id[0]) / "snapshots")
     return bool(in_cache) or os.path.lexists(path)
 
 
 def cache() -> Path:
-    """The local hub cache, where huggingface_hub has it: HF_HUB_CACHE, else under HF_HOME."""
+    """Returns the directory of the local hub cache: HF_HUB_CACHE, else `hub` under HF_HOME."""
     given = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
     home = os.environ.get("HF_HOME") or os.path.join(base, "huggingface")
@@ -72,12 +72,16 @@ def cache() -> Path:
 
 
 def _repository(name: str) -> Path:
-    """Where the cache has the repository of a hub id."""
+    """Returns the directory of a hub id's repository in the cache, which may not exist."""
     return cache() / f"models--{name.replace('/', '--')}"
 
 
 def _cached(name: str, revision: str | None) -> Path:
-    """A repository in the hub cache, or the snapshot that a revision of it names."""
+    """Returns a repository in the hub cache, or the snapshot of a revision.
+
+    Raises:
+        ConfigError: if it is not in the cache, with the command that downloads it.
+    """
     repository = _repository(name)
     command = f"qwen-jax download {name}" + (f" --revision {revision}" if revision else "")
     if not _names(repository / "snapshots"):
@@ -98,7 +102,7 @@ def _cached(name: str, revision: str | None) -> Path:
 
 
 def _names(path: Path) -> set[str]:
-    """What lies in a directory; nothing where it cannot be read, which its readers say."""
+    """Returns the names in a directory; empty if it cannot be read."""
     try:
         return set(os.listdir(path))
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Files of results, one JSON object a line, that survive whatever ends the run."""
+"""Crash-safe JSONL: results files with one JSON object per line."""
 
 import contextlib
 import errno
@@ -19,31 +19,32 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class JournalError(ConfigError):
-    """A file of results that cannot be read or written on; the text names it and the way out."""
+    """Error of a results file that cannot be read or appended to; names it and the remedy."""
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """Settings that differ, as `name old -> new`; empty if none does."""
+    """Describes the settings that differ, as `name old -> new`; "" if none does."""
     differ = [name for name in {**before, **now} if before.get(name) != now.get(name)]
     return ", ".join(f"{name} {before.get(name)!r} -> {now.get(name)!r}" for name in differ)
 
 
 class Journal:
-    """A file that lines are added to, by one process at a time.
+    """A locked file that one process at a time appends lines to.
 
-    Whole lines stay whatever happens: those of an `append` that waits are on disk when it
+    Lines once written are never lost: those of an `append` that waits are on disk when it
     returns, one that fails leaves the file as it was, and a process killed within it leaves
     whole lines and at most a part of one, which `repair` cuts off.
 
     Attributes:
-        path: the file.
+        path: path of the file.
     """
 
     def __init__(self, path: Path):
-        """Open or create the file and lock it.
+        """Opens or creates the file and locks it.
 
         Raises:
-            JournalError: if another process has it, its disk cannot lock, or it is no file.
+            JournalError: if another process holds the lock, the file system cannot lock, or the
+                path is no regular file.
             OSError: if it cannot be opened.
         """
         self.path = path
@@ -67,16 +68,16 @@ class Journal:
         return self._size == 0
 
     def close(self) -> None:
-        """Lets other processes have the file; harmless if done already."""
+        """Closes the file and releases its lock; may be called twice."""
         if self._file >= 0:
             os.close(self._file)
             self._file = -1
 
     def repair(self) -> None:
-        """Cuts off what follows the last end of a line: half a line of a run that was killed.
+        """Cuts off a partial last line, as a killed run leaves it.
 
         Raises:
-            JournalError: if that is more than a line ever has, and so was not written here.
+            JournalError: if it is longer than any line that is written here.
         """
         end = self._size
         with atomic.naming(self.path):
@@ -93,10 +94,10 @@ class Journal:
         self._size = end
 
     def lines(self) -> Iterator[bytes]:
-        """The lines in the file, without their ends.
+        """Yields the lines of the file, without newlines.
 
         Raises:
-            JournalError: if one is longer than any that is written.
+            JournalError: if one is longer than any line that is written here.
         """
         with atomic.naming(self.path), self.path.open("rb") as file:
             while line := file.readline(_LINE_BYTES + 1):
@@ -105,14 +106,15 @@ class Journal:
                 yield line.rstrip(b"\n")
 
     def append(self, *records: Mapping[str, Any], wait: bool = True) -> None:
-        """Adds a line for each record.
+        """Appends a line for each record.
 
         Args:
-            wait: until they are on disk; else they outlive this process, not the machine.
+            wait: wait until they are on disk; otherwise they survive this process, but not a
+                crash of the machine.
 
         Raises:
-            JournalError: if the disk is full or fails; the file is as it was before, or ends with
-                half a line if the disk does not even take that back.
+            JournalError: if the disk is full or fails; the file is then as before, or ends with
+                a partial line if it cannot be truncated either.
         """
         data = memoryview(b"".join(json.dumps(record).encode() + b"\n" for record in records))
         done = 0
@@ -154,7 +156,7 @@ class Journal:
 
 
 def write(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON object, whole or not at all.
+    """Writes a JSON object atomically.
 
     Raises:
         JournalError: if the disk is full or fails.

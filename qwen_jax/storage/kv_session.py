@@ -1,17 +1,17 @@
-"""Sessions: prompts that were prefilled once, kept on disk with their keys and values.
+"""KV sessions: prompts that were prefilled once, stored on disk with their keys and values.
 
 A session is a directory:
 
-    session.json     what must be there, with checksums (see `Session`)
+    session.json     list of its content, with checksums (see `Session`)
     tokens           the prompt, four bytes an id, little-endian
     window_000000    Orbax checkpoints of keys and values [layers, tokens, kv_heads, head_dim]
     window_000001    of consecutive tokens, in order of their positions, without pages or
     ...              shards, so that any mesh can take them
-    lock             held by the process that writes
+    lock             locked by the process that writes
 
-Windows are added one by one, each to be found in session.json once it is whole on disk; a
-stopped prefill goes on after the last of them. Several processes write and read one directory,
-which all of them must see; process 0 alone writes session.json.
+Windows are added one by one, each listed in session.json once it is whole on disk; a
+stopped prefill resumes after the last of them. The processes of a job write and read one
+directory, which all of them must see; process 0 alone writes session.json.
 
 Nothing in a session is trusted: sizes are compared with the model's before anything is
 allocated, and content with its checksums before it is used.
@@ -54,15 +54,16 @@ _AGAIN = "prefill again with --overwrite"
 
 
 class SessionError(ConfigError):
-    """A session that cannot be used or written; the text names it and the way out."""
+    """Error of a session that cannot be used or written; names it and the remedy."""
 
 
 class Window(Record, frozen=True):
     """Keys and values of the tokens from `start` to `stop`.
 
     Attributes:
+        name: name of its folder in the session.
         size: tokens in the arrays, padding included.
-        files: by path in the session.
+        files: sizes and checksums of its files, by path in the session.
     """
 
     name: Annotated[str, named(_WINDOW, "the name of a window")]
@@ -76,22 +77,22 @@ class Window(Record, frozen=True):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all files."""
+        """Total size of its files in bytes."""
         return sum(file.size for file in self.files.values())
 
 
 class Identity(Record, frozen=True):
-    """What the keys and values of a prompt depend on.
+    """Everything that the keys and values of a prompt depend on.
 
     Attributes:
         weights: fingerprint of the model's weights.
-        tokenizer: fingerprint of the files that made tokens of the text.
-        settings: of attention and of sparse prefill, by name.
-        dtype: of keys and values.
+        tokenizer: fingerprint of the tokenizer's files.
+        settings: settings of attention and of sparse prefill, by name.
+        dtype: dtype of keys and values.
         shape: layers, kv_heads and head_dim.
-        num_tokens: of the prompt.
-        tokens_sha256: of the file with its ids.
-        is_chat: whether the prompt ends inside the turn of a user, where a question goes.
+        num_tokens: length of the prompt.
+        tokens_sha256: SHA-256 of the file `tokens`.
+        is_chat: whether the prompt ends inside a user's turn, where a question can follow.
     """
 
     weights: str
@@ -104,7 +105,7 @@ class Identity(Record, frozen=True):
     is_chat: bool
 
     def difference(self, other: "Identity") -> str | None:
-        """The first thing that differs, in words with both values; None if all is equal."""
+        """Describes the first difference, with both values; None if there is none."""
         words = {"weights": "weights", "tokenizer": "tokenizer files", "dtype": "dtype"}
         for name, text in words.items():
             if getattr(self, name) != getattr(other, name):
@@ -123,13 +124,14 @@ class Identity(Record, frozen=True):
 
 
 class Session(Record, frozen=True):
-    """What a session holds.
+    """Content of a session.
 
     Attributes:
-        versions: of this package and of the libraries that wrote the files.
-        documents: names of the files that the prompt holds, with their tokens.
+        versions: versions of this package and of the libraries that wrote the files.
+        identity: what its keys and values depend on.
+        documents: names of the files in the prompt, with their numbers of tokens.
         sparse: figures of sparse prefill so far (`engine.request.Sparseness`); None if dense.
-        windows: in order; together the tokens that were saved.
+        windows: consecutive windows, which together hold the saved tokens.
     """
 
     versions: dict[str, str]
@@ -140,7 +142,7 @@ class Session(Record, frozen=True):
 
     @property
     def saved(self) -> int:
-        """Tokens on disk."""
+        """Number of tokens on disk."""
         return self.windows[-1].stop if self.windows else 0
 
     @property
@@ -149,21 +151,21 @@ class Session(Record, frozen=True):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all windows."""
+        """Total size of all windows in bytes."""
         return sum(window.num_bytes for window in self.windows)
 
     def encode(self) -> bytes:
-        """The content of session.json, which carries its own checksum."""
+        """Encodes the content of session.json, which includes its own checksum."""
         return manifest.seal(FORMAT, self)
 
     @property
     def sha256(self) -> str:
-        """Checksum of session.json, and so of all that it lists."""
+        """SHA-256 of session.json, and so of everything that it lists."""
         return hashlib.sha256(self.encode()).hexdigest()
 
 
 def read(directory: Path) -> Session:
-    """What a session says that it holds, whose parts fit each other.
+    """Reads session.json and checks that its fields are consistent.
 
     Raises:
         SessionError: if there is none, or it is damaged or of another format.
@@ -182,10 +184,10 @@ def read(directory: Path) -> Session:
 
 
 def _decoded(body: dict[str, Any]) -> Session:
-    """A session of what `Session.encode` wrote.
+    """Decodes the body of what `Session.encode` wrote.
 
     Raises:
-        ValueError: if it holds what we never write; other errors if it is still stranger.
+        ValueError: if its values are inconsistent; KeyError or TypeError if fields are malformed.
     """
     found = schema.read(body, Session)
     if not _is_sound(found):
@@ -194,7 +196,7 @@ def _decoded(body: dict[str, Any]) -> Session:
 
 
 def read_tokens(directory: Path, session: Session) -> tuple[int, ...]:
-    """The prompt of a session.
+    """Reads the token ids of a session's prompt.
 
     Raises:
         SessionError: if the file is missing or damaged.
@@ -209,7 +211,7 @@ def read_tokens(directory: Path, session: Session) -> tuple[int, ...]:
 
 
 def encode_tokens(tokens: tuple[int, ...]) -> bytes:
-    """The content of the file of tokens."""
+    """Encodes token ids as the content of the file `tokens`: little-endian int32."""
     return np.asarray(tokens, "<i4").tobytes()
 
 
@@ -220,14 +222,14 @@ def check(
     share: bool = True,
     on_bytes: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Compare every file of the windows with its size and checksum.
+    """Compares every file of the windows with its size and checksum.
 
     Args:
-        share: several processes share the files between them.
-        on_bytes: told of bytes that were read, from several threads.
+        share: divide the files between the processes of a job, all of which must call this.
+        on_bytes: called, from several threads, with numbers of bytes that were read.
 
     Raises:
-        SessionError: naming the first file that differs, is missing or is too many.
+        SessionError: naming the first file that differs, is missing or is not listed.
     """
     listed = {name: file for window in session.windows for name, file in window.files.items()}
     for window in session.windows:
@@ -267,10 +269,10 @@ def check(
 
 
 def check_arrays(directory: Path, session: Session) -> None:
-    """Finds the arrays of every window in its files; no number is read.
+    """Checks name, shape and dtype of every window's arrays; reads only their metadata.
 
     Raises:
-        SessionError: naming the first window whose arrays cannot be found, or are others.
+        SessionError: naming the first window whose arrays are missing or different.
     """
     import jax
 
@@ -285,7 +287,10 @@ def check_arrays(directory: Path, session: Session) -> None:
 
 
 def stamp(directory: Path, session: Session) -> tuple[tuple[int, ...] | None, ...]:
-    """What changes when one of a session's files is written or replaced: compare two."""
+    """Returns a stamp that changes when one of a session's files is written or replaced.
+
+    It holds device, inode, size and modification time of each file.
+    """
     found = []
     for name in (_MANIFEST, _TOKENS, *(name for each in session.windows for name in each.files)):
         try:
@@ -297,10 +302,13 @@ def stamp(directory: Path, session: Session) -> tuple[tuple[int, ...] | None, ..
 
 
 def load(directory: Path, session: Session, window: Window, target):
-    """Keys and values of a window, on the devices.
+    """Loads keys and values of a window onto the devices.
 
     Args:
-        target: their shape, dtype and placement (`engine.Engine.window`).
+        target: `jax.ShapeDtypeStruct` of either array, with its sharding (`Engine.window`).
+
+    Returns:
+        Keys and values, arrays [layers, tokens, kv_heads, head_dim].
 
     Raises:
         SessionError: if the files cannot be read, or hold other arrays.
@@ -325,17 +333,21 @@ def load(directory: Path, session: Session, window: Window, target):
 
 
 class Writer:
-    """A session that is being written, by one job at a time.
+    """Writer of a session; locks it, so that one job at a time writes it.
 
     Args:
-        directory: an empty one, one to be made, or a session of the same prompt.
-        overwrite: delete another session that is there, or a damaged one.
+        directory: an empty or missing directory, or a session of the same prompt to resume.
+        identity: identity of the session.
+        tokens: token ids of the prompt.
+        documents: names of the files in the prompt, with their numbers of tokens.
+        versions: versions of the libraries that write the files.
+        overwrite: delete another session, or a damaged one, in the directory.
 
     Attributes:
-        session: what is on disk.
+        session: the session as it is on disk.
 
     Raises:
-        SessionError: if something else is there, or another job writes it.
+        SessionError: if the directory holds something else, or another job writes it.
     """
 
     def __init__(
@@ -360,7 +372,7 @@ class Writer:
         self.session = blank
 
         def begin() -> str:
-            """What tells others whether they see the same session."""
+            """Opens or creates the session in process 0; returns its checksum for the others."""
             from qwen_jax.storage import orbax_io
 
             with _writing(directory), _sentences():
@@ -397,21 +409,22 @@ class Writer:
         self.close()
 
     def close(self) -> None:
-        """Lets other jobs have the session; harmless if done already."""
+        """Releases the lock of the session; may be called twice."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def add(self, stop: int, keys, values, sparse: Mapping[str, float] | None = None) -> None:
-        """Puts the tokens up to `stop` on disk.
+        """Writes a window: the tokens from the end of the last window to `stop`.
 
         Args:
-            keys: [layers, tokens, kv_heads, head_dim], those after the last window, padded.
-            values: likewise.
-            sparse: figures of sparse prefill so far.
+            stop: position after the last token of the window.
+            keys: array [layers, tokens, kv_heads, head_dim], which may be padded.
+            values: array like `keys`.
+            sparse: figures of sparse prefill so far; None if dense.
 
         Raises:
-            SessionError: if the disk is full or fails; windows before it stay.
+            SessionError: if the disk is full or fails; earlier windows are kept.
         """
         from qwen_jax.storage import orbax_io
 
@@ -443,7 +456,7 @@ class Writer:
             ) from None
 
     def _refuse_foreign(self) -> None:
-        """Refuses a directory that holds something else, which nothing would delete."""
+        """Refuses a directory that holds files which are not part of a session."""
         if not self.directory.exists():
             return
         names = sorted(path.name for path in self.directory.iterdir() if path.name != _LOCK)
@@ -458,7 +471,7 @@ class Writer:
             )
 
     def _foreign_in_windows(self) -> Iterator[Path]:
-        """Files in the windows that no window has, from the session on."""
+        """Yields files inside windows that Orbax does not write, relative to the session."""
         from qwen_jax.storage import orbax_io
 
         for window in sorted(self.directory.glob("window_*")):
@@ -471,7 +484,7 @@ class Writer:
                     yield path.relative_to(self.directory)
 
     def _is_session(self) -> bool:
-        """Whether there is a manifest of ours, be it damaged."""
+        """Returns True if session.json is one of this program's, even a damaged one."""
         if not _is_missing(self.directory / _MANIFEST):
             return b'"format": "qwen-jax session' in _read(
                 self.directory / _MANIFEST, limit=JSON_BYTES
@@ -479,7 +492,7 @@ class Writer:
         return False
 
     def _there(self, identity: Identity, overwrite: bool) -> Session | None:
-        """The session to continue; None to begin one."""
+        """Returns the session to resume; None to begin a new one."""
         if not self._is_session():
             return None
         try:
@@ -500,14 +513,14 @@ class Writer:
         return there if there.windows else None
 
     def _drop_rest(self) -> None:
-        """Removes what a killed run has left of a window."""
+        """Removes files of windows that session.json does not list, left by a killed run."""
         kept = {_MANIFEST, _TOKENS, _LOCK, *(window.name for window in self.session.windows)}
         for path in self.directory.iterdir():
             if path.name not in kept:
                 _remove(path)
 
     def _seen(self, digest: str) -> Session:
-        """The session as another process than the first one sees it."""
+        """Reads the session in a process other than the first; it must have the same checksum."""
         found = None
         with contextlib.suppress(SessionError):
             found = read(self.directory)
@@ -521,7 +534,7 @@ class Writer:
 
 @contextlib.contextmanager
 def _writing(directory: Path) -> Iterator[None]:
-    """Turns what the disk complains about into a sentence."""
+    """Turns an `OSError` into a `SessionError`."""
     try:
         yield
     except OSError as error:
@@ -531,7 +544,7 @@ def _writing(directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _sentences() -> Iterator[None]:
-    """Turns what the store complains about into a complaint about a session."""
+    """Turns a `CheckpointError` into a `SessionError`."""
     try:
         yield
     except CheckpointError as error:
@@ -539,10 +552,10 @@ def _sentences() -> Iterator[None]:
 
 
 def check_shared(directory: Path, session: Session) -> None:
-    """Refuses a session that is not the same for all processes of a job.
+    """Checks that all processes of a job see the same session.
 
     Raises:
-        SessionError: in the processes that see another one than the first.
+        SessionError: in the processes whose session differs from that of the first.
     """
     if multihost.broadcast_json(lambda: session.sha256) != session.sha256:
         raise SessionError(_not_shared(directory))
@@ -556,9 +569,10 @@ def _not_shared(directory: Path) -> str:
 
 
 def _is_sound(session: Session) -> bool:
-    """Whether all is of the kinds, and numbers that decide about memory and paths such as we write.
+    """Returns True if types, sizes and paths of a session are as this program writes them.
 
-    A session can come from a stranger, who can compute checksums too.
+    A session can come from a stranger, who can compute checksums too, so numbers that decide
+    about memory, and paths, are not trusted.
     """
     figures = session.sparse
     if figures is not None and figures.keys() != _FIGURES:
@@ -583,7 +597,7 @@ def _is_sound(session: Session) -> bool:
 
 
 def _are_settings(settings: dict[str, Any]) -> bool:
-    """Whether settings can be shown, which are only compared otherwise."""
+    """Returns True if the settings that are displayed are valid; others are only compared."""
     sizes, original = settings["dca"], settings["dca_original"]
     if sizes is not None and not (
         len(sizes) == 2 and all(type(size) is int and 0 < size <= _MOST_TOKENS for size in sizes)
@@ -593,7 +607,7 @@ def _are_settings(settings: dict[str, Any]) -> bool:
 
 
 def _sums(directory: Path, folder: Path) -> dict[str, Any]:
-    """Checksums of a window's files, which are flushed to the disk."""
+    """Flushes a window's files to disk; returns their sizes and checksums as JSON."""
     from qwen_jax.storage import orbax_io
 
     with _writing(directory):
@@ -602,14 +616,18 @@ def _sums(directory: Path, folder: Path) -> dict[str, Any]:
 
 
 def _read(path: Path, *, limit: int) -> bytes:
-    """The content of a file of a session, which is no link to somewhere else."""
+    """Reads a file of a session; refuses a link.
+
+    Raises:
+        SessionError: if it is a link or larger than `limit` bytes, or cannot be read.
+    """
     if path.is_symlink():
         raise SessionError(f"{shown(path)} is a link, not a regular file: remove it")
     return read_bytes(path, limit=limit, error=SessionError)
 
 
 def _is_missing(path: Path) -> bool:
-    """Whether there is nothing of this name, or no such directory."""
+    """Returns True if a path, or a directory above it, does not exist."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""What a converted checkpoint holds, with checksums: the file manifest.json."""
+"""Manifest of a converted checkpoint: its content with checksums, the file manifest.json."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ DTYPES = {
     "float32": np.dtype(np.float32),
 }
 SAFETENSORS_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-"""Names of dtypes in headers of safetensors, and ours."""
+"""Maps dtype names in headers of safetensors to NumPy's names."""
 READ_FILES = (
     "config.json",
     "generation_config.json",
@@ -36,7 +36,7 @@ READ_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
-"""Files that this program reads of a model, beside its weights."""
+"""Files of a model that this program reads, beside its weights."""
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 _S = TypeVar("_S", bound="Sealed")
@@ -56,23 +56,23 @@ _Shape = Annotated[tuple[_Side, ...], Meta(min_length=1)]
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the text names the file and the tensor at fault."""
+    """Error of a checkpoint that cannot be used; names the file and the tensor at fault."""
 
 
 class Tensor(Record, frozen=True):
     """A stored array and the Hugging Face tensor it came from.
 
     Attributes:
-        name: of the tensor in the source.
-        part: which Orbax checkpoint holds the array.
-        path: keys that lead to it in the parameter tree.
-        shape: of the array.
-        dtype: of the array, "bfloat16" or "float32".
-        source_shape: of the tensor.
-        source_dtype: of the tensor.
-        transposed: the array is the tensor's transpose, reshaped; else only reshaped.
-        sha256: of the array's bytes, little-endian, in the layout of the tensor.
-        source_sha256: of the tensor's bytes; equal to `sha256` if the dtype was kept.
+        name: name of the tensor in the source.
+        part: Orbax checkpoint that holds the array.
+        path: keys of the array in the parameter tree.
+        shape: shape of the array.
+        dtype: dtype of the array, a key of `DTYPES`.
+        source_shape: shape of the tensor.
+        source_dtype: dtype of the tensor.
+        transposed: whether the array is the tensor's transpose, reshaped; else only reshaped.
+        sha256: SHA-256 of the array's bytes, little-endian, in the layout of the tensor.
+        source_sha256: SHA-256 of the tensor's bytes; equal to `sha256` if the dtype was kept.
     """
 
     name: str
@@ -88,27 +88,27 @@ class Tensor(Record, frozen=True):
 
     @property
     def num_elements(self) -> int:
-        """Numbers in the array."""
+        """Number of elements of the array."""
         return math.prod(self.shape)
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the array."""
+        """Size of the array in bytes."""
         return self.num_elements * DTYPES[self.dtype].itemsize
 
     def to_source(self, array: np.ndarray) -> np.ndarray:
-        """The array in the layout of the source."""
+        """Reshapes, and transposes if needed, the array to the layout of the source tensor."""
         if self.transposed:
             return transpose(array.reshape(self.source_shape[::-1]))
         return array.reshape(self.source_shape)
 
 
 class Shard(Record, frozen=True):
-    """A safetensors file of the source, so that it can be written again.
+    """A safetensors file of the source, as needed to write it again.
 
     Attributes:
-        file: its name.
-        header: its JSON header, padding included.
+        file: file name.
+        header: JSON header, padding included.
     """
 
     file: Annotated[str, named(_SHARD_NAME, "the name of a .safetensors file, without folders")]
@@ -131,19 +131,19 @@ class HeaderRow(Record, frozen=True):
 
 
 class Manifest(Record, frozen=True):
-    """What a converted checkpoint holds.
+    """Content of a converted checkpoint.
 
     Attributes:
-        versions: of this package and of the libraries that wrote the files.
-        dtype: "bfloat16" or "float32", or "keep" if tensors kept their own.
-        num_parameters: numbers in all arrays.
-        source_sha256: of the source's configuration, headers and samples of data, by which a
-            stopped conversion is known; see `fingerprint` for the content.
-        tensors: every array.
-        aliases: source tensors that repeat another one, from name to the other's name.
-        dropped: source tensors that carry no weight and are not stored.
-        shards: the source's files.
-        files: every file of the directory but the manifest, by path.
+        versions: versions of this package and of the libraries that wrote the files.
+        dtype: dtype of all arrays, or "keep" if tensors kept their own.
+        num_parameters: number of elements of all arrays.
+        source_sha256: SHA-256 of the source's configuration, headers and samples of data, which
+            identifies a stopped conversion; see `fingerprint` for the whole content.
+        tensors: all stored arrays.
+        aliases: source tensors that repeat another one, as name to the other's name.
+        dropped: names of source tensors that carry no weight and are not stored.
+        shards: safetensors files of the source.
+        files: size and checksum of every file of the directory but the manifest, by path.
     """
 
     versions: dict[str, str]
@@ -158,35 +158,36 @@ class Manifest(Record, frozen=True):
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all files."""
+        """Total size of all files in bytes."""
         return sum(file.size for file in self.files.values())
 
     @property
     def fingerprint(self) -> str:
-        """Checksum of the configuration and of every byte of the weights."""
+        """SHA-256 of the configuration and of every byte of the weights, see `fingerprint`."""
         return fingerprint(
             self.files["config.json"].sha256,
             ((each.name, each.dtype, each.source_shape, each.sha256) for each in self.tensors),
         )
 
     def by_part(self) -> dict[str, list[Tensor]]:
-        """The tensors, by part."""
+        """Groups the tensors by part."""
         grouped: dict[str, list[Tensor]] = {}
         for tensor in self.tensors:
             grouped.setdefault(tensor.part, []).append(tensor)
         return grouped
 
     def encode(self) -> bytes:
-        """The content of manifest.json, which carries its own checksum."""
+        """Encodes the content of manifest.json, which includes its own checksum."""
         return seal(FORMAT, self)
 
 
 def fingerprint(
     config_sha256: str, tensors: Iterable[tuple[str, str, tuple[int, ...], str]]
 ) -> str:
-    """Checksum of a model, the same before and after a conversion that keeps dtypes.
+    """Computes the SHA-256 of a model, equal before and after a conversion that keeps dtypes.
 
     Args:
+        config_sha256: SHA-256 of config.json.
         tensors: name, dtype, shape and SHA-256 of each tensor as a Hugging Face checkpoint has it.
     """
     rows = sorted([name, dtype, list(shape), sha256] for name, dtype, shape, sha256 in tensors)
@@ -194,10 +195,11 @@ def fingerprint(
 
 
 def read(path: Path, *, record: bool = False) -> Manifest:
-    """The manifest in a file, all of whose fields fit each other.
+    """Reads a manifest and checks that its fields are consistent.
 
     Args:
-        record: it is of one part of a conversion: its tensors and their files alone.
+        record: whether it is the record of one part of a conversion, with the tensors and
+            files of that part only.
 
     Raises:
         CheckpointError: if it is missing, damaged, of another format or unsound.
@@ -219,7 +221,7 @@ def read(path: Path, *, record: bool = False) -> Manifest:
 
 
 def _check_tensors(found: Manifest) -> None:
-    """Refuse tensors whose fields contradict each other.
+    """Checks that the fields of each tensor are consistent.
 
     Raises:
         SchemaError: naming the tensor.
@@ -245,7 +247,7 @@ def _check_tensors(found: Manifest) -> None:
 
 
 def _check_whole(found: Manifest) -> None:
-    """Refuse a manifest that lacks something, or names what is not there.
+    """Checks that tensors, files and shards of a whole checkpoint are complete and consistent.
 
     Raises:
         SchemaError: naming the field.
@@ -294,10 +296,10 @@ def _check_whole(found: Manifest) -> None:
 
 
 def _header(where: str, text: str) -> dict[str, HeaderRow]:
-    """The rows of a header of safetensors, whose tensors lie one after another.
+    """Parses a safetensors header into its rows by tensor name.
 
     Raises:
-        SchemaError: if it is none.
+        SchemaError: if it is malformed, or its tensors are not contiguous.
     """
     try:
         rows = header_rows(reading.parse_json(text))
@@ -333,15 +335,15 @@ def header_rows(header: Any) -> dict[str, HeaderRow]:
 
 @runtime_checkable
 class Sealed(Protocol):
-    """What a JSON file with its own checksum holds."""
+    """Content of a JSON file that includes its own checksum."""
 
     def encode(self) -> bytes:
-        """The content of the file, by `seal`."""
+        """Encodes the content of the file by `seal`."""
         ...
 
 
 def seal(kind: str, body: Record | dict[str, Any]) -> bytes:
-    """The content of a JSON file that carries its own checksum."""
+    """Encodes a JSON file that includes its format and the SHA-256 of its content."""
     body = {"format": kind, **msgspec.to_builtins(body)}
     digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
     return json.dumps({"sha256": digest, **body}, indent=1).encode() + b"\n"
@@ -350,14 +352,16 @@ def seal(kind: str, body: Record | dict[str, Any]) -> bytes:
 def unseal(
     path: Path, content: bytes, kind: str, decode: Callable[[dict[str, Any]], _S], way_out: str
 ) -> _S:
-    """What was written into a file.
+    """Decodes the content of a file that `seal` encoded.
 
     Args:
-        decode: makes it of the body given to `seal`.
-        way_out: what to do if the file is damaged.
+        path: path of the file, for errors.
+        kind: expected format.
+        decode: builds the result from the body given to `seal`.
+        way_out: remedy that errors name if the file is damaged.
 
     Raises:
-        CheckpointError: if the content is not, byte for byte, what `encode` gives.
+        CheckpointError: if the content is not, byte for byte, what `encode` of the result returns.
     """
     name = reading.shown(path)
     damaged = CheckpointError(f"{name} is damaged or was edited: {way_out}")
@@ -399,10 +403,11 @@ def check_files(
     full: Collection[str] = (),
     on_bytes: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Compare files with their sizes, and with their checksums if they are small.
+    """Compares files with their sizes, and with their checksums if they have at most 1 MiB.
 
     Args:
         full: files whose checksums are compared whatever their size.
+        on_bytes: called with numbers of bytes that were read.
 
     Raises:
         CheckpointError: naming the first file that differs, is missing or is not in the manifest.
@@ -430,10 +435,13 @@ def check_files(
 
 
 def file_sums(path: Path, on_bytes: Callable[[int], None] = lambda _: None) -> File:
-    """Size and checksum of a regular file.
+    """Computes size and SHA-256 of a regular file.
+
+    Args:
+        on_bytes: called with numbers of bytes that were read.
 
     Raises:
-        CheckpointError: if it is a pipe or anything else; nothing waits for it.
+        CheckpointError: if it is not a regular file; a pipe is not waited for.
         OSError: if it cannot be read.
     """
     digest = hashlib.sha256()
@@ -452,17 +460,17 @@ def file_sums(path: Path, on_bytes: Callable[[int], None] = lambda _: None) -> F
 
 
 def array_sha256(array: np.ndarray) -> str:
-    """Checksum of an array's bytes in C order, little-endian."""
+    """Computes the SHA-256 of an array's bytes in C order, little-endian."""
     return hashlib.sha256(array_bytes(array).data).hexdigest()
 
 
 def array_bytes(array: np.ndarray) -> np.ndarray:
-    """An array's bytes in C order; a view where that is its order already."""
+    """Returns an array's bytes, uint8, in C order; a view if it is contiguous already."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def transpose(x: np.ndarray) -> np.ndarray:
-    """A contiguous copy of the transpose of a matrix."""
+    """Returns a contiguous copy of the transpose of a matrix."""
     out = np.empty(x.shape[::-1], x.dtype)
     for start in range(0, len(x), 128):  # rows that stay in the cache: five times faster than .T
         out[:, start : start + 128] = x[start : start + 128].T

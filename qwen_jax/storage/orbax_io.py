@@ -1,4 +1,4 @@
-"""Arrays on disk, as Orbax checkpoints: its settings here, and its errors as sentences."""
+"""Arrays on disk as Orbax checkpoints: storage settings, and readable errors."""
 
 import asyncio
 import contextlib
@@ -36,16 +36,16 @@ _WRITTEN = re.compile(
 
 
 def wrote(name: str) -> bool:
-    """Whether a path inside a folder of arrays is one that Orbax gives to a file.
+    """Returns True if Orbax gives this path to a file inside a folder of arrays.
 
     Args:
-        name: from the folder on, with slashes.
+        name: path relative to the folder, with slashes.
     """
     return all(_WRITTEN.fullmatch(each) for each in name.split("/"))
 
 
 def check_path(folder: Path) -> None:
-    """Refuses a directory in which no arrays can be kept, before anything is computed for them.
+    """Checks, before anything is computed, that arrays can be stored in a directory.
 
     Raises:
         CheckpointError: if Orbax would look for it elsewhere, or cannot name it.
@@ -60,14 +60,14 @@ def check_path(folder: Path) -> None:
 
 
 def save(folder: Path, arrays: dict[str, Any], *, alone: bool = False) -> None:
-    """Writes arrays into a folder of their own; of several processes each writes what it holds.
+    """Writes arrays into a folder of their own; in a job each process writes its shards.
 
-    What an interrupted attempt has left there is removed first. What was written is found again
-    before this returns, see `check`.
+    Leftovers of an interrupted attempt are removed first. The names, shapes and dtypes are read
+    back before this returns, see `check`.
 
     Args:
-        arrays: nested dicts of arrays of jax or numpy.
-        alone: this process writes a folder of which the others know nothing.
+        arrays: nested dicts of JAX or NumPy arrays.
+        alone: only this process of a job calls this.
 
     Raises:
         CheckpointError: if they cannot be written or found again.
@@ -85,10 +85,10 @@ def save(folder: Path, arrays: dict[str, Any], *, alone: bool = False) -> None:
 
 
 def check(folder: Path, expected: dict[str, Any]) -> None:
-    """Refuses a folder that holds other arrays, or none that can be found; no number is read.
+    """Checks that a folder holds exactly the expected arrays; reads only their metadata.
 
     Args:
-        expected: nested dicts of what has a shape and a dtype.
+        expected: nested dicts of leaves with a shape and a dtype.
 
     Raises:
         CheckpointError: naming the first array that differs.
@@ -109,14 +109,14 @@ def check(folder: Path, expected: dict[str, Any]) -> None:
 
 
 def load(folder: Path, target: dict[str, Any]) -> dict[str, Any]:
-    """Reads arrays as `target` says; of several processes each reads what it needs.
+    """Reads arrays; in a job each process reads the shards of its devices.
 
     Args:
-        target: nested dicts of `jax.ShapeDtypeStruct` with a placement, or of numpy arrays for
-            the host.
+        target: nested dicts of `jax.ShapeDtypeStruct` with a sharding, or of NumPy arrays for
+            arrays on the host.
 
     Raises:
-        CheckpointError: if they cannot be read, or are others.
+        CheckpointError: if they cannot be read, or differ in name, shape or dtype.
     """
     check(folder, target)
     with errors(f"{shown(folder)} cannot be read"):
@@ -124,13 +124,13 @@ def load(folder: Path, target: dict[str, Any]) -> dict[str, Any]:
 
 
 def _arrays(tree: Any) -> Iterator[tuple[str, Any]]:
-    """The arrays in a tree, by the keys that lead to them."""
+    """Yields the arrays of a tree with their names, keys joined by dots."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         yield jax.tree_util.keystr(path, simple=True, separator="."), leaf
 
 
 def flush(folder: Path, root: Path) -> dict[str, File]:
-    """Flushes a folder to the disk; sizes and checksums of its files, by path from `root` on.
+    """Flushes a folder to disk; returns sizes and checksums of its files by path from `root`.
 
     Raises:
         OSError: if the disk fails.
@@ -143,12 +143,15 @@ def flush(folder: Path, root: Path) -> dict[str, File]:
 
 @contextlib.contextmanager
 def errors(doing: str) -> Iterator[None]:
-    """Storage options of our files; errors become a `CheckpointError`, without Orbax's log of them.
+    """Sets Orbax's storage options, and turns its errors into `CheckpointError` without its logs.
 
-    What Orbax has begun has ended when this returns, also after an error.
+    All reads and writes of Orbax have ended on exit, even after an error.
+
+    Args:
+        doing: text that errors begin with.
 
     Raises:
-        CheckpointError: with `doing`, then the operating system's reason where there is one.
+        CheckpointError: with `doing`, then the operating system's reason if there is one.
     """
     context = ocp.Context()
     context.array.saving.use_compression = False  # floats do not shrink, but take thrice as long
@@ -176,7 +179,7 @@ def errors(doing: str) -> Iterator[None]:
 
 
 def _drop_unbegun(error: BaseException) -> None:
-    """Lets go of coroutines that an error has kept from being begun, of which Python would warn."""
+    """Drops coroutines that were never awaited because of an error, without Python's warnings."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
         cause: BaseException | None = error
@@ -187,7 +190,7 @@ def _drop_unbegun(error: BaseException) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The operating system's reason for an error or for what caused it, else its first line."""
+    """Returns the operating system's reason for an error or its causes, else its first line."""
     cause: BaseException | None = error
     while cause is not None:
         code = re.search(r"os_error_code='(\d+)'", str(cause))
@@ -200,17 +203,17 @@ def _reason(error: BaseException) -> str:
 
 
 class _Path(type(epath.Path("/"))):
-    """A path whose own characters are no pattern: Orbax's looks for `[`, `*` and `?` in it too."""
+    """A path whose `glob` does not treat `[`, `*` and `?` of the path itself as a pattern."""
 
     def glob(self, pattern: str) -> Iterator["_Path"]:
         return (self / name for name in glob.glob(pattern, root_dir=self))
 
 
 class _Loop(asyncio.SelectorEventLoop):
-    """An event loop that closes when all that was begun in it has ended.
+    """An event loop that waits for all its tasks before it closes.
 
-    Orbax closes its loops at the first error, under the reads and writes beside it. TensorStore
-    then finds no loop to report them to, and prints a traceback for each.
+    Orbax closes its loops at the first error, while other reads and writes are running.
+    TensorStore would then find no loop to report them to, and print a traceback for each.
     """
 
     def close(self) -> None:
@@ -222,7 +225,7 @@ class _Loop(asyncio.SelectorEventLoop):
         super().close()
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
-        """Says nothing of what fails beside the first error, which Orbax raises."""
+        """Ignores further errors beside the first one, which Orbax raises."""
 
 
 class _Policy(asyncio.DefaultEventLoopPolicy):

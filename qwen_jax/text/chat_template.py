@@ -1,4 +1,4 @@
-"""What the chat template of a checkpoint does with conversations, found out by trying it."""
+"""Examination of a checkpoint's chat template: comparison with ChatML by running it."""
 
 import dataclasses
 import functools
@@ -9,22 +9,23 @@ from qwen_jax.text import template_probe
 from qwen_jax.text.template_probe import EMPTY, GIVEN, NONE
 
 TEMPLATE_BYTES = 256 << 10
-"""Largest chat template; those of published models have up to 30 kB."""
+"""Maximum size of a chat template in bytes; those of published models have up to 30 kB."""
 CPU_SECONDS = 10
-"""Processor time that a template may take for all probe conversations together."""
+"""CPU time in seconds that a template may take for all probe conversations together."""
 SPECIAL_NAMES = tuple(f"{name}_token" for name in "bos eos unk sep pad cls mask".split())
-"""Names by which templates know special tokens."""
+"""Names of special tokens in templates."""
 
 _LISTS = ("additional_special_tokens", "extra_special_tokens")  # known to some versions only
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Chat:
-    """How far a chat template is ChatML.
+    """Result of comparing a chat template with ChatML.
 
     Attributes:
-        default: system text that it puts before conversations that bring none, or None.
-        faults: why conversations of a kind (`template_probe.kind`) are no ChatML, by kind.
+        default: system prompt that it adds to conversations without one; None if it adds none.
+        faults: reason why conversations of a kind (`template_probe.kind`) are not ChatML, by
+            kind; kinds that are ChatML are missing.
     """
 
     default: str | None
@@ -32,13 +33,14 @@ class Chat:
 
 
 def examine(template: str, variables: Mapping[str, str | None]) -> Chat:
-    """Compares a chat template with ChatML, once for each content.
+    """Compares a chat template with ChatML.
 
-    The comparison runs in a child with limits (`limited`); its result is kept in a cache.
+    The comparison runs in a limited child process (`files.limited`), and its result is cached.
 
     Args:
-        template: in jinja, at most `TEMPLATE_BYTES` long.
-        variables: special tokens by name, as far as the checkpoint says them; None for none.
+        template: Jinja template of at most `TEMPLATE_BYTES`.
+        variables: special tokens by name, as far as the checkpoint defines them; None for a name
+            that is defined as none.
     """
     return examined(template, tuple(sorted(variables.items())))
 

@@ -1,6 +1,6 @@
-"""Try the pre-tokenizer of a checkpoint on texts that are hard for regular expressions.
+"""Probe of a pre-tokenizer on texts that are hard for regular expressions.
 
-`limited` runs this file in a child: such a pattern may go back and forth without end, and panic.
+`files.limited` runs this file in a child: such a pattern may backtrack without end, or panic.
 """
 
 import json
@@ -14,12 +14,12 @@ _MINED = 40
 
 
 def prepare() -> None:
-    """Imports what is needed, while files can be opened."""
+    """Imports the tokenizer library while files can still be opened."""
     import tokenizers  # noqa: F401
 
 
 def answer(tokenizer: dict[str, Any]) -> None:
-    """Encodes long runs of characters, those of the patterns among them; dies where that hangs.
+    """Encodes long runs of characters, including those of the patterns; is killed if that hangs.
 
     Args:
         tokenizer: a `tokenizer.json` with the steps in question and a small vocabulary.

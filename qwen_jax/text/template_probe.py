@@ -1,7 +1,7 @@
-"""Compare a chat template with ChatML on probe conversations.
+"""Probe of a chat template: comparison with ChatML on many short conversations.
 
-`limited` runs this file in a child. Beside the standard library it knows jinja2 only, so that it
-starts fast and has nothing to lose: templates are programs, and checkpoints are downloaded.
+`files.limited` runs this file in a child. Beside the standard library it imports jinja2 only, so
+that it starts fast and exposes nothing: templates are programs, and checkpoints are downloaded.
 """
 
 import json
@@ -11,10 +11,10 @@ from itertools import product
 from typing import Any
 
 ROLES = ("system", "user", "assistant")
-"""Roles that a message may have: they reach the prompt, so the set is closed."""
+"""Allowed roles of a message; a closed set, because roles reach the prompt."""
 
 GIVEN, EMPTY, NONE = "given", "empty", "none"
-"""Kinds of conversations: with a system text of their own, with an empty one, without one."""
+"""Kinds of conversations: with a system prompt of their own, an empty one, or none."""
 
 _TEXTS = (
     "",
@@ -50,7 +50,7 @@ Messages = Sequence[dict[str, str]]
 
 
 class LookedAt(BaseException):
-    """A template uses a text otherwise than to write it; no `Exception`, which Jinja may catch."""
+    """Raised if a template inspects a text; not an `Exception`, which Jinja may catch."""
 
 
 def _look(self: Any, *_: Any) -> Any:
@@ -58,9 +58,9 @@ def _look(self: Any, *_: Any) -> Any:
 
 
 class Opaque:
-    """A text that can be joined to others and told from an empty one, and nothing else.
+    """A text that supports nothing but concatenation and a test for emptiness.
 
-    What a template does with such texts it does with all that are not empty.
+    A template that renders such texts treats all texts that are not empty alike.
     """
 
     __slots__ = ("_text",)
@@ -96,26 +96,26 @@ class Opaque:
 
     @staticmethod
     def text(value: "str | Opaque") -> str:
-        """The text itself."""
+        """Returns the text itself."""
         return value._text if isinstance(value, Opaque) else value
 
 
 def joined(parts: Iterable[Any]) -> "str | Opaque":
-    """Texts one after another, opaque if one of them is."""
+    """Concatenates texts; the result is opaque if one of them is."""
     parts = [part if isinstance(part, Opaque) else str(part) for part in parts]
     text = "".join(map(Opaque.text, parts))
     return Opaque(text) if any(isinstance(part, Opaque) for part in parts) else text
 
 
 def kind(messages: Messages) -> str:
-    """The kind of a conversation, by its first message."""
+    """Returns the kind of a conversation, by its first message."""
     if messages[0]["role"] != "system":
         return NONE
     return GIVEN if messages[0]["content"] else EMPTY
 
 
 def chatml(messages: Messages, default: str | None, add_generation_prompt: bool) -> str:
-    """A conversation in ChatML, after the system text `default` unless it begins with its own."""
+    """Renders a conversation in ChatML, with system prompt `default` unless it has its own."""
     turns = [(message["role"], message["content"]) for message in messages]
     if default is not None and kind(messages) == NONE:
         turns.insert(0, ("system", default))
@@ -124,22 +124,22 @@ def chatml(messages: Messages, default: str | None, add_generation_prompt: bool)
 
 
 def prepare() -> None:
-    """Imports what Jinja imports late, while files can be opened."""
+    """Imports what Jinja would import lazily, while files can still be opened."""
     answer("{{ (1 }}", {}, ())
     answer("{{ raise_exception('x') }}", {}, ())
 
 
 def answer(template: str, variables: dict[str, str], unsaid: Iterable[str]) -> dict[str, Any]:
-    """What a template does with conversations of each kind.
+    """Compares a template with ChatML on conversations of each kind.
 
     Args:
-        variables: special tokens by the names that templates know them by.
-        unsaid: names of special tokens that the checkpoint says nothing about; what depends on
-            them is refused.
+        template: Jinja template.
+        variables: special tokens by their names in templates.
+        unsaid: names of special tokens that the checkpoint does not define; a template that
+            depends on them is refused.
 
     Returns:
-        `default`, the system text that it puts before conversations that bring none, or None; and
-        `faults`, why conversations of a kind are no ChatML, by kind.
+        The fields of `chat_template.Chat`.
     """
     from jinja2 import meta
 
@@ -206,7 +206,7 @@ def answer(template: str, variables: dict[str, str], unsaid: Iterable[str]) -> d
 
 
 def _default(rendered: str) -> str | None:
-    """The system text before the one turn that was asked for."""
+    """Extracts the system prompt from a rendered conversation of one turn; None if it has none."""
     before = rendered.removesuffix("<|im_start|>user\nx<|im_end|>\n")
     text = before.removeprefix("<|im_start|>system\n").removesuffix("<|im_end|>\n")
     if before != f"<|im_start|>system\n{text}<|im_end|>\n":
@@ -232,9 +232,9 @@ def _difference(found: str, expected: str) -> str:
 
 
 def _conversations(tree: Any) -> Iterator[Messages]:
-    """All short orders of roles, texts in every role, and long talks.
+    """Yields all short sequences of roles, texts in every role, and long conversations.
 
-    What a template compares numbers of turns with stands in it as a constant.
+    The lengths depend on the template's constants, with which it may compare numbers of turns.
     """
     from jinja2 import nodes
 
@@ -267,11 +267,11 @@ def _talk(roles: Sequence[str], contents: Sequence[str]) -> Messages:
 
 
 def _blind(environment: Any) -> Any:
-    """The same environment, for conversations whose texts are `Opaque`."""
+    """Returns the same environment, for conversations whose texts are `Opaque`."""
     from jinja2.nativetypes import NativeCodeGenerator
 
     class Generator(NativeCodeGenerator):
-        """Writes texts as they are, without `str` around them."""
+        """Code generator that emits texts without calling `str` on them."""
 
         def visit_Concat(self, node, frame):  # noqa: N802
             self.write("concat((")
@@ -296,12 +296,12 @@ def _blind(environment: Any) -> Any:
 
 
 def _environment():
-    """Jinja as transformers sets it up, without what gives another text each time."""
+    """Sets up Jinja as transformers does, without functions whose result varies."""
     from jinja2 import TemplateError, ext, nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(ext.Extension):
-        """The tag that marks what the assistant said; it adds no text."""
+        """The tag `generation`, which marks the assistant's text and adds none itself."""
 
         tags = {"generation"}  # noqa: RUF012
 

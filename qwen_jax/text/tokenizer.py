@@ -1,4 +1,4 @@
-"""Text <-> ids: no control tokens from text, ChatML by pieces, streaming decode."""
+"""Tokenizer: text to ids without control tokens, ChatML turns, streaming decoding."""
 
 import codecs
 import dataclasses
@@ -15,7 +15,7 @@ from qwen_jax.text.template_probe import EMPTY, GIVEN, NONE, ROLES, chatml, kind
 from qwen_jax.text.tokenizer_file import TokenizerError
 
 STOP_CHARS = 4096
-"""Characters of the longest stop string."""
+"""Maximum length of a stop string in characters."""
 
 _WAYS_OUT = {
     GIVEN: "use `generate`",
@@ -29,21 +29,21 @@ class Tokenizer:
     """A byte-level BPE tokenizer whose text never becomes a control token.
 
     Attributes:
-        directory: where the files came from; named in errors.
-        model: encodes text. Added tokens that are ordinary words (part numbers, say) are found in
-            it, control tokens are not.
+        directory: directory of the files; named in errors.
+        model: library tokenizer that encodes text. It recognises added tokens that are ordinary
+            words (part numbers, say), but not control tokens.
         added: ids of the added tokens (`<|im_end|>`, `<tool_call>`, ...) by content.
-        contents: content of those that are no words of the vocabulary, by id.
-        control_ids: ids among them that no text becomes: those of special tokens, of tokens that
-            the chat template names, and of Qwen's own.
-        special: ids among them that decoding leaves out.
-        size: one more than the largest id that means something; ids from here on
+        contents: content, by id, of added tokens that are not in the vocabulary.
+        control_ids: ids of added tokens that text is never encoded to: special tokens, tokens
+            that the chat template names, and Qwen's own.
+        special: ids of added tokens that decoding leaves out.
+        size: one more than the largest id in use; ids from here on
             are padding of the embedding.
-        names: special tokens by the names that templates know them by, as far as they are said.
+        names: special tokens by their names in templates, as far as the files define them.
         template: the checkpoint's chat template, or None.
-        before: ids that the post-processor puts before a raw prompt (a bos token, say).
-        after: those that it puts after it.
-        turns_fault: why the library itself makes other ids of turns in ChatML, or None.
+        before: ids that the post-processor puts before a raw prompt (a BOS token, say).
+        after: ids that it puts after a raw prompt.
+        turns_fault: reason why the library encodes ChatML turns to other ids; None if it does not.
     """
 
     directory: Path
@@ -61,11 +61,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: Path | str) -> "Tokenizer":
-        """The tokenizer of a Hugging Face directory or of a converted checkpoint.
+        """Loads the tokenizer of a Hugging Face directory or of a converted checkpoint.
 
         Raises:
             TokenizerError: if `tokenizer.json` is missing or malformed, is not byte-level, or has
-                steps that may blow up a text.
+                steps that may lengthen a text without bound.
         """
         directory = Path(directory)
         files = tokenizer_file.read(directory)
@@ -87,11 +87,11 @@ class Tokenizer:
 
     @property
     def eos(self) -> int | None:
-        """Id that ends an answer, or None if the files name none."""
+        """Id of the token that ends an answer, or None if the files name none."""
         return self.added.get(self.names.get("eos_token") or "")
 
     def encode_text(self, text: str) -> list[int]:
-        """Ids of `text`, never a control id: `<|im_end|>` in it is ten ordinary characters.
+        """Encodes text, never to a control id: `<|im_end|>` in it is ten ordinary characters.
 
         Raises:
             TokenizerError: if the text holds a lone surrogate, which no UTF-8 text can.
@@ -115,9 +115,9 @@ class Tokenizer:
         return ids
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of a raw prompt: those of `text` and what the post-processor puts around them.
+        """Encodes a raw prompt: `text` with the ids that the post-processor puts around it.
 
-        That is what `tokenizer(text)` of transformers gives; chat templates bring their own.
+        The result is that of `tokenizer(text)` in transformers; chats do not use these ids.
 
         Raises:
             TokenizerError: see `encode_text`.
@@ -125,7 +125,7 @@ class Tokenizer:
         return [*self.before, *self.encode_text(text), *self.after]
 
     def encode_turn(self, role: str, content: str) -> list[int]:
-        """Ids of one ChatML turn; its control tokens are placed here, never parsed from text.
+        """Encodes one ChatML turn; its control tokens are placed here, never parsed from text.
 
         Raises:
             TokenizerError: if the role is unknown, or the checkpoint does not speak ChatML.
@@ -133,7 +133,7 @@ class Tokenizer:
         return [*self.open_turn(role, content), *self.close_turn()]
 
     def open_turn(self, role: str, content: str) -> list[int]:
-        """Ids of a ChatML turn that may still go on.
+        """Encodes the beginning of a ChatML turn, to which text can be appended.
 
         Raises:
             TokenizerError: if the role is unknown, or the checkpoint does not speak ChatML.
@@ -143,20 +143,20 @@ class Tokenizer:
         return [self.control("<|im_start|>"), *self.encode_text(f"{role}\n{content}")]
 
     def open_answer(self) -> list[int]:
-        """Ids that invite the model to speak."""
+        """Returns the ids that open the assistant's turn."""
         return [self.control("<|im_start|>"), *self.encode_text("assistant\n")]
 
     def close_turn(self) -> list[int]:
-        """Ids that end a turn, the model's included."""
+        """Returns the ids that end a turn, also the assistant's."""
         return [self.control("<|im_end|>"), *self.encode_text("\n")]
 
     def encode_chat(
         self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
     ) -> list[int]:
-        """Ids of a conversation in ChatML, with the checkpoint's own default system text.
+        """Encodes a conversation in ChatML, with the checkpoint's default system prompt.
 
         Args:
-            messages: `{"role": ..., "content": ...}`; the default system text is put
+            messages: `{"role": ..., "content": ...}`; the default system prompt is put
                 before them unless the first one is a system message.
             add_generation_prompt: end with the opening of the assistant's turn.
 
@@ -181,10 +181,10 @@ class Tokenizer:
         return ids + self.open_answer() if add_generation_prompt else ids
 
     def open_chat(self, system: str | None = None) -> list[int]:
-        """Ids of the turn that a conversation begins with, if any.
+        """Encodes the system turn that a conversation begins with; [] if there is none.
 
         Args:
-            system: system text; None for the checkpoint's own.
+            system: system prompt; None for the checkpoint's own.
 
         Raises:
             TokenizerError: if the checkpoint's chat template would not give these ids.
@@ -195,7 +195,7 @@ class Tokenizer:
         return [] if text is None else self.encode_turn("system", text)
 
     def check_chatml(self) -> None:
-        """Checks that conversations, at least with a system text, are ChatML.
+        """Checks that conversations, at least those with a system prompt, are ChatML.
 
         Raises:
             TokenizerError: if there is no chat template, or one of another format.
@@ -217,7 +217,7 @@ class Tokenizer:
 
     @functools.cached_property
     def chat(self) -> Chat:
-        """How far the chat template gives the ids that are made here."""
+        """Comparison of the chat template with the ids that this class produces."""
         chat = examine(self.template or "", self.names)
         faults = dict(chat.faults)
         if self.turns_fault is not None:
@@ -228,7 +228,7 @@ class Tokenizer:
         return Chat(chat.default, faults)
 
     def _compare_turns(self) -> str | None:
-        """Why the library makes other ids of a conversation in ChatML, if it does."""
+        """Returns why the library encodes ChatML conversations differently; None if it does not."""
         if not self.added.keys() >= {"<|im_start|>", "<|im_end|>"}:
             return "the tokenizer has no added tokens <|im_start|> and <|im_end|>"
         contents = ["x", " x ", "", "\n", "\u0301x\n"]
@@ -244,7 +244,7 @@ class Tokenizer:
         return None if found == ids else "added tokens take in text around or between its markers"
 
     def control(self, content: str) -> int:
-        """Id of an added token.
+        """Returns the id of an added token.
 
         Raises:
             TokenizerError: if the tokenizer has none of that name.
@@ -255,11 +255,11 @@ class Tokenizer:
         return self.added[content]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of `ids` without special tokens; bytes that are not UTF-8 become U+FFFD."""
+        """Decodes ids without special tokens; bytes that are not UTF-8 become U+FFFD."""
         return b"".join(map(self.piece, ids)).decode("utf-8", "replace")
 
     def piece(self, token: int) -> bytes:
-        """Bytes that a token adds to the text: none for special and unknown ids."""
+        """Returns the bytes that a token adds to the text: none for special and unknown ids."""
         if token in self.special:
             return b""
         if token in self.contents:
@@ -275,7 +275,7 @@ class Tokenizer:
 
 
 def check_stop(text: str) -> None:
-    """Checks that a text may be looked for in answers.
+    """Checks that a text is valid as a stop string.
 
     Raises:
         TokenizerError: if it is empty, has over `STOP_CHARS` characters, or a lone surrogate,
@@ -290,17 +290,20 @@ def check_stop(text: str) -> None:
 
 
 class Stream:
-    """Text of ids as they come: never half a character, never the beginning of a stop string.
+    """Streaming decoder: emits no partial characters, and nothing of a possible stop string.
 
-    All pushes and the finish together give `decode` of all ids, cut before the
+    All pushes and the finish together return `decode` of all ids, cut before the
     stop string that is the first to be complete.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, stop: Sequence[str] = ()):
-        """Begin an empty text.
+        """Starts an empty text.
+
+        Args:
+            stop: stop strings.
 
         Raises:
-            TokenizerError: if a stop string cannot be looked for.
+            TokenizerError: if a stop string is invalid.
         """
         for each in stop:
             check_stop(each)
@@ -311,11 +314,11 @@ class Stream:
         self._held = ""
 
     def push(self, ids: Iterable[int]) -> str:
-        """Text that became certain with these ids."""
+        """Adds ids; returns the text that is now certain."""
         return self._release(b"".join(map(self._tokenizer.piece, ids)), final=False)
 
     def finish(self) -> str:
-        """Text that was held back."""
+        """Returns the text that was held back, at the end of the ids."""
         return self._release(b"", final=True)
 
     def _release(self, data: bytes, *, final: bool) -> str:
@@ -333,6 +336,6 @@ class Stream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest proper prefix of `stop` that ends `text`."""
+    """Returns the length of the longest proper prefix of `stop` that ends `text`."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

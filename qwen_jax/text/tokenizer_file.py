@@ -1,4 +1,4 @@
-"""The files of a tokenizer, checked field by field: what is not known to be harmless is refused."""
+"""Tokenizer files, checked field by field: what is not known to be harmless is refused."""
 
 import dataclasses
 import functools
@@ -18,20 +18,20 @@ from qwen_jax.text.chat_template import SPECIAL_NAMES, TEMPLATE_BYTES
 
 
 class TokenizerError(ValueError):
-    """Text, a message or a tokenizer file that cannot be used, by name, and the way out."""
+    """Error of a text, message or tokenizer file that cannot be used, with the remedy."""
 
 
 WORDS, WORD_CHARS = 1 << 20, 4096
-"""Most words of a vocabulary, added tokens among them, and characters of the longest one."""
+"""Maximum number of words of a vocabulary, added tokens included, and of characters of a word."""
 ADDED_TOKENS = 1 << 16
-"""Most added tokens."""
+"""Maximum number of added tokens."""
 STEPS = 16
-"""Most steps that a normalizer or pre-tokenizer may have."""
+"""Maximum number of steps of a normalizer or pre-tokenizer."""
 NORMALIZERS = ("Sequence", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Strip", "StripAccents")
-"""Normalizers that make a text at most 11 times as long (NFKD of U+FDFA)."""
+"""Allowed normalizers; they make a text at most 11 times as long (NFKD of U+FDFA)."""
 PRE_TOKENIZERS = ("Sequence", "Split", "Digits", "ByteLevel")
 AROUND = 16
-"""Most tokens that a post-processor may add to a text."""
+"""Maximum number of tokens that a post-processor may add to a text."""
 
 QWEN_CONTROLS = frozenset(
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> "
@@ -40,7 +40,7 @@ QWEN_CONTROLS = frozenset(
     "</think> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> "
     "<|file_sep|>".split()
 )
-"""Names of Qwen's added tokens, which are control tokens whatever a file says of them."""
+"""Qwen's added tokens, which are control tokens whatever the files say."""
 
 KNOWN_PATTERNS = frozenset(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -48,9 +48,9 @@ KNOWN_PATTERNS = frozenset(
     + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     for digits in ("", "{1,3}")
 )
-"""Patterns of linear time: Qwen's and Llama 3's. Another one is tried, once, in a child."""
+"""Patterns known to take linear time: Qwen's and Llama 3's. Others are tried in a child."""
 PATTERN_SECONDS = 30
-"""Processor time for trying a pre-tokenizer with other patterns."""
+"""CPU time in seconds for trying a pre-tokenizer with other patterns."""
 
 _Id = Annotated[int, Meta(ge=0, lt=WORDS)]
 
@@ -92,23 +92,23 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Files:
-    """What `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` say.
+    """Content of `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja`.
 
-    `special_tokens_map.json` and `added_tokens.json` count, as in transformers, only where
+    `special_tokens_map.json` and `added_tokens.json` are used, as in transformers, only if
     `tokenizer_config.json` has no `added_tokens_decoder`.
 
     Attributes:
-        model: the library's tokenizer, whose control tokens are its special ones; it neither cuts
-            nor pads nor adds tokens.
+        model: the library's tokenizer, whose control tokens are its special ones; it neither
+            truncates nor pads nor adds tokens.
         added: ids of the added tokens by content.
-        contents: content of those that are no words of the vocabulary, by id.
-        control: contents of those that no text may become.
-        special: contents of those that decoding leaves out.
-        size: one more than the largest id that means something.
-        names: special tokens by the names that templates know them by, as far as they are said.
+        contents: content, by id, of added tokens that are not in the vocabulary.
+        control: contents of added tokens that text is never encoded to.
+        special: contents of added tokens that decoding leaves out.
+        size: one more than the largest id in use.
+        names: special tokens by their names in templates, as far as the files define them.
         template: the chat template, or None.
         before: ids that the post-processor puts before a raw prompt.
-        after: those that it puts after it.
+        after: ids that it puts after a raw prompt.
     """
 
     model: tokenizers.Tokenizer
@@ -124,7 +124,7 @@ class Files:
 
 
 def read(directory: Path) -> Files:
-    """The files of a tokenizer.
+    """Reads and checks the files of a tokenizer.
 
     Raises:
         TokenizerError: naming the file and the field that cannot be used.
@@ -192,7 +192,10 @@ def read(directory: Path) -> Files:
 
 
 def guarded(where: str, function: Any, *arguments: Any, **flags: Any) -> Any:
-    """Calls the library, whose accidents in Rust are no `Exception`.
+    """Calls the library, whose panics in Rust are no `Exception`.
+
+    Args:
+        where: beginning of the error.
 
     Raises:
         TokenizerError: if it fails.
@@ -206,7 +209,7 @@ def guarded(where: str, function: Any, *arguments: Any, **flags: Any) -> Any:
 
 
 def _check_model(model: Any) -> dict[str, int]:
-    """The vocabulary of a model."""
+    """Checks the model of a tokenizer; returns its vocabulary."""
     _check_kind("model", model, ("BPE",))
     vocab = schema.read({"model": model}, _File).model.vocab
     if len(set(vocab.values())) < len(vocab):
@@ -222,7 +225,7 @@ def _check_model(model: Any) -> dict[str, int]:
 
 
 def _check_steps(name: str, step: Any, kinds: tuple[str, ...]) -> None:
-    """Checks that a normalizer or pre-tokenizer has known steps only, and not too many."""
+    """Checks that a normalizer or pre-tokenizer has only known steps, and at most `STEPS`."""
     steps = [] if step is None else list(_steps(name, step, kinds))
     if len(steps) > STEPS:
         raise TokenizerError(f"{name} has {len(steps):,} steps, more than the {STEPS} allowed")
@@ -231,7 +234,7 @@ def _check_steps(name: str, step: Any, kinds: tuple[str, ...]) -> None:
 
 
 def _try_patterns(path: Path, pre_tokenizer: dict[str, Any]) -> None:
-    """Tries a pre-tokenizer whose patterns nobody knows on hard texts.
+    """Tries a pre-tokenizer with unknown patterns on hard texts, in a child process.
 
     Raises:
         TokenizerError: if it fails, or hangs.
@@ -288,7 +291,7 @@ def _check_kind(name: str, value: Any, kinds: tuple[str, ...]) -> None:
 
 
 def _added(tokens: Any) -> dict[str, dict[str, Any]]:
-    """The added tokens by content."""
+    """Checks the added tokens; returns them by content."""
     if tokens is None:
         return {}
     schema.read({"added_tokens": tokens}, _AddedTokens)
@@ -299,17 +302,17 @@ def _added(tokens: Any) -> dict[str, dict[str, Any]]:
 
 
 def _object(path: Path) -> dict[str, Any]:
-    """The fields of a file; none where there is none."""
+    """Reads the fields of a JSON file; {} if it does not exist."""
     return reading.read_object(path, error=TokenizerError) if os.path.lexists(path) else {}
 
 
 def _names(
     sources: Mapping[Path, dict[str, Any]], added: dict[str, dict[str, Any]]
 ) -> dict[str, str | None]:
-    """Special tokens by name; `special` of the added tokens is set, as transformers does.
+    """Returns special tokens by name; sets `special` of the added tokens, as transformers does.
 
     Args:
-        sources: fields of files, of which later ones go first.
+        sources: fields of files, of which later ones take precedence.
 
     Raises:
         TokenizerError: if a name is no text, or its token is not in `tokenizer.json`.
@@ -340,15 +343,15 @@ def _names(
 
 
 def _content(value: Any) -> Any:
-    """The content of a token, which files give alone or with its flags."""
+    """Returns the content of a token, which files give alone or with its flags."""
     return value.get("content") if isinstance(value, dict) else value
 
 
 def _compare_tokens(path: Path, decoder: Any, added: dict[str, dict[str, Any]]) -> None:
-    """Takes `special` of the added tokens from the settings, as transformers does.
+    """Sets `special` of the added tokens from the settings, as transformers does.
 
     Raises:
-        TokenizerError: if the settings say other tokens, or that they match otherwise.
+        TokenizerError: if the settings list other tokens, or other flags for matching them.
     """
     if not isinstance(decoder, dict) or len(decoder) > ADDED_TOKENS:
         raise TokenizerError(
@@ -374,7 +377,7 @@ def _compare_tokens(path: Path, decoder: Any, added: dict[str, dict[str, Any]]) 
 
 
 def _compare_ids(path: Path, added: dict[str, dict[str, Any]]) -> None:
-    """Checks that `added_tokens.json` says nothing else than `tokenizer.json`.
+    """Checks that `added_tokens.json` agrees with `tokenizer.json`.
 
     Raises:
         TokenizerError: if it gives a token another id.
@@ -414,7 +417,7 @@ def _remove_post_processor(
 
 
 def _check_switches(path: Path, config: dict[str, Any], pre_tokenizer: dict[str, Any]) -> None:
-    """Checks that the settings do not ask for other tokens than `tokenizer.json`.
+    """Checks that no setting changes the tokens of `tokenizer.json`.
 
     Raises:
         TokenizerError: naming the setting.
@@ -432,7 +435,7 @@ def _check_switches(path: Path, config: dict[str, Any], pre_tokenizer: dict[str,
 
 
 def _template(directory: Path, path: Path, config: dict[str, Any]) -> str | None:
-    """The chat template, which may have a file of its own, or a name among others."""
+    """Reads the chat template, from its own file or from the settings; None if there is none."""
     more = directory / "additional_chat_templates" / "default.jinja"
     if os.path.lexists(more):
         raise TokenizerError(
@@ -461,7 +464,7 @@ def _value(value: Any) -> str:
 
 @functools.lru_cache(maxsize=1)
 def byte_alphabet() -> dict[str, int]:
-    """Characters by which byte-level BPE writes bytes (GPT-2's `bytes_to_unicode`)."""
+    """Maps the characters of byte-level BPE to bytes (GPT-2's `bytes_to_unicode`, inverted)."""
     visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in visible]
     alphabet = {chr(byte): byte for byte in visible}

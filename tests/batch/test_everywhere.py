@@ -40,7 +40,7 @@ def read(path, tokenizer):
 
 @pytest.fixture
 def sent(monkeypatch):
-    """What process 0 has sent, as text; the test's process is one of a job."""
+    """Texts that process 0 has sent; the test's process is one of a job."""
     texts = []
 
     def shared(make):

@@ -63,7 +63,7 @@ def watched():
 
 
 def profiled(directory, steps, *acts):
-    """What happens to an engine, one after the other, while it is profiled."""
+    """Performs acts on an engine, one after the other, while it is profiled."""
     with profile.running(directory, steps):
         engine = watched()
         for act in acts:

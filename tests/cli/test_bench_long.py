@@ -117,7 +117,7 @@ def test_published_models_have_no_weights(run, monkeypatch):
 
 @pytest.mark.parametrize(("sparse", "decode"), [(False, False), (True, False), (True, True)])
 def test_parts_are_told_from_runs_that_leave_them_out(tiny, sparse, decode):
-    """Where time is a sum over layers, they are what it is the sum of."""
+    """Time here is a sum over layers, so the parts are known."""
     config = dataclasses.replace(model_config(tiny), num_layers=5)
     weights = params.random(config, np.dtype("float32"))
     rows = ((40,) * config.num_heads,) * 5

@@ -22,7 +22,7 @@ FOLDERS = "/home/somebody/texts/of/all/kinds/in/many/folders"
 
 
 def on_a_terminal(monkeypatch, write):
-    """What a function writes on stderr if that is a terminal."""
+    """Returns the output of a function to a stderr that is a terminal."""
     reader, writer = pty.openpty()
     with os.fdopen(writer, "w") as stream, monkeypatch.context() as patch:
         patch.setattr("sys.stderr", stream)

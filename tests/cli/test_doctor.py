@@ -1,4 +1,4 @@
-"""What doctor says of this machine, and of others."""
+"""Output of doctor on this machine, and on others."""
 
 import importlib.metadata
 import json

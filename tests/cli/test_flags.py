@@ -1,4 +1,4 @@
-"""What flags make of a checkpoint's own settings."""
+"""Flags override a checkpoint's own settings."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What files, names, ids and peers say: printed with escapes, on the line where it belongs."""
+"""Text from files, names, ids and peers is printed with escapes, on one line."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ SHOWN = reading.printable(EVIL)
 
 
 def printed(result):
-    """What a verb wrote, of which nothing moves the cursor or ends a line but its ends."""
+    """Checks that the output of a verb has no control characters but newlines; returns it."""
     code, out, err = result
     strange = {each for each in out + err if not each.isprintable()} - {"\n"}
     assert not strange

@@ -76,7 +76,7 @@ def idle(tiny, tmp_path):
 
 
 def answer_alone(*arguments):
-    """What one process with as many devices prints."""
+    """Returns the output of one process with as many devices."""
     import contextlib
     import io
 

@@ -152,7 +152,7 @@ def convert(alone, folder, *flags, count=2, **more):
 
 
 def assert_same(output, alone):
-    """That a checkpoint is whole and says and holds what one process makes."""
+    """Checks that a checkpoint is whole and equal to that of one process."""
     found, expected = params.verify(output, full=True), params.read_manifest(alone[1])
     # Orbax writes times and random names into its files, of which only tensors are the same.
     assert structs.replace(found, files={}) == structs.replace(expected, files={})

@@ -1,4 +1,4 @@
-"""How a job of several processes starts: who is missing, who is there twice, what differs."""
+"""Start of a multi-process job: missing and duplicate processes, differing settings."""
 
 import contextlib
 import json

@@ -100,7 +100,7 @@ def test_the_programs_agree_between_backends():
 
 
 def test_a_shape_that_a_kernel_refuses_ends_in_one_line(tiny, monkeypatch, run):
-    """As on a TPU: tiny pages and heads are none of its kernels'."""
+    """Refuses tiny pages and heads, as on a TPU."""
     monkeypatch.setitem(backend.RUNS_ON, "mosaic_tpu", ("tpu", "cpu"))
     code, _, err = run("generate", tiny, "--prompt", "x", "--backend", "mosaic_tpu")
     assert code == 2

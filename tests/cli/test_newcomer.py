@@ -1,4 +1,4 @@
-"""What somebody meets who types a command for the first time: help, typos, ranges, notes."""
+"""First contact with the commands: help, typos, ranges, notes."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""What commit ff3859b wrote is read: a checkpoint, a KV session and a batch that was stopped.
+"""Files of commit ff3859b are read: a checkpoint, a KV session and a batch that was stopped.
 
 `tests/golden/version_0.tar.xz` holds them, of the tiny random model, and the answers of that
 commit. The batch has 3 of its 6 results.

@@ -123,7 +123,7 @@ def test_what_is_written_once_goes_to_devices(verb, files, tiny, tmp_path, run):
 
 @pytest.mark.parametrize("mode", ["wb", "ab", "pipe"])
 def test_what_is_written_to_stdout_comes_after_what_was_printed(mode, files, tiny, tmp_path):
-    """Also where stdout is a file, which is neither replaced nor written from its beginning."""
+    """A stdout that is a file is neither replaced nor written from its beginning."""
     line = words(THROUGH["csv"], files, tiny, tmp_path, "/dev/stdout")
     command = [sys.executable, "-m", "qwen_jax", *line]
     kept = tmp_path / "kept"

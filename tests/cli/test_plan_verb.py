@@ -1,4 +1,4 @@
-"""What plan says of topologies, from a config.json alone."""
+"""Output of plan on topologies, from a config.json alone."""
 
 import json
 import re

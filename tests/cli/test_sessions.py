@@ -506,7 +506,7 @@ def test_a_session_that_changes_while_it_is_read_is_not_used(
 
 
 class Killed(BaseException):
-    """What ends a run that was killed at some place."""
+    """Raised where a run is killed."""
 
 
 def killed(at, patch, target, name, *, torn=None):

@@ -1,4 +1,4 @@
-"""What is removed is what was written here: nothing else, in an output or beside it."""
+"""Only files that were written here are removed, in an output or beside it."""
 
 import json
 import os

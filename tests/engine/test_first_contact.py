@@ -74,7 +74,7 @@ def start(name, *, model=MODEL, dtype="float32", say=print, **fields):
 
 
 def start_anew(*args, **fields):
-    """As a process would that knows nothing but what is kept."""
+    """Starts like a new process, which knows only what is stored."""
     first_contact.agreed_here.clear()
     return start(*args, **fields)
 

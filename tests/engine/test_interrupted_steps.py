@@ -150,7 +150,7 @@ def work(engine):
 
 
 def stopped_at(number, act):
-    """Whether an engine is dead that was stopped at the so-manieth line; if not, all is well."""
+    """Stops an engine at a line of its code; returns True if it is dead, else checks answers."""
     engine = build()
     with Tracer(number, act):
         try:

@@ -71,7 +71,7 @@ def transformers_scores(logits, settings):
 
 
 def edge_mass(logits, each):
-    """How far, in float64, the nearest cumulated mass lies from the edge of top-p."""
+    """Returns the distance, in float64, of the nearest cumulative mass from the edge of top-p."""
     scores = np.sort(logits.astype(np.float64) / each["temperature"])
     if each["top_k"]:
         scores = scores[-each["top_k"] :]

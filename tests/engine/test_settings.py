@@ -1,4 +1,4 @@
-"""What a process or its environment asks of jax changes no number of an engine."""
+"""JAX settings of a process or its environment change no number of an engine."""
 
 import os
 import subprocess

@@ -31,7 +31,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def engines(monkeypatch):
-    """What each engine was made of; with DCA they repeat the prompt, else they know nothing."""
+    """Settings of each engine; with DCA engines repeat the prompt, else they answer nothing."""
     made = []
     alive = weakref.WeakSet()
 

@@ -1,4 +1,4 @@
-"""What is written, against the schemas and option lists of the tools that read it.
+"""Files of jobs match the schemas and option lists of the tools that read them.
 
 flags.json holds the flags that each tool names in its help, of the version beside them; gcloud's
 are those of `gcloud meta lint-gcloud-commands`, and sbatch's help leaves out --open-mode, which its

@@ -1,4 +1,4 @@
-"""What is written, run: with stand-ins for the tools that it calls."""
+"""Files of jobs run, with stand-ins for the tools that they call."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def direct(command: str) -> str:
 
 
 def expanded(text: str, variables: dict[str, str]) -> str:
-    """What Kubernetes makes of a word of a container's command."""
+    """Expands a word of a container's command as Kubernetes does."""
 
     def one(match):
         if match[0] == "$$":
@@ -250,7 +250,7 @@ def test_scripts_are_bash(kind, topology, place):
 
 
 class FakeRay:
-    """What the driver uses of Ray, with hosts that give these exit codes, one attempt a list."""
+    """Stand-in for Ray, with hosts that return these exit codes, one list per attempt."""
 
     class exceptions:  # noqa: N801
         class RayError(Exception):

@@ -61,7 +61,7 @@ class TestXla(Dense):
 
 
 class TestXlaInTiles(Dense, Planned):
-    """Of which a slice has several, one partly padding, and plans several steps."""
+    """Tiles of which a slice has several, one partly padding, and plans of several steps."""
 
     function = staticmethod(xla.prefill)
     options = STEPS

@@ -1,4 +1,4 @@
-"""What `import qwen_jax` gives, and what it leaves unimported."""
+"""Names that `import qwen_jax` gives, and modules that it leaves unimported."""
 
 import os
 import subprocess

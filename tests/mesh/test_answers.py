@@ -39,7 +39,7 @@ def requests(most=256):
 
 
 def serving(text, **fields):
-    """What serves a random model on a mesh, or on one device."""
+    """Builds the engine or replicas of a random model on a mesh, or on one device."""
     seq = sharding.parse(text).seq if text else 1
     sizes = {"max_len": 256, "max_seqs": 2, "page": PART * seq, "slices": (48,), "dense_tail": 16}
     sizes |= fields

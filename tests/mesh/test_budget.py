@@ -1,4 +1,4 @@
-"""What a length costs: published figures, what XLA allocates, and the longest that fits."""
+"""Memory of a length: published figures, XLA's allocations, and the longest that fits."""
 
 import dataclasses
 import itertools

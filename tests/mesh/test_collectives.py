@@ -1,4 +1,4 @@
-"""What programs send is read off their text: by hand, and as the compiler for CPUs writes it."""
+"""Collectives are parsed from HLO text: written by hand, and by the compiler for CPUs."""
 
 from collections import Counter
 

@@ -57,7 +57,7 @@ def mesh_of(kind: str, shape: MeshShape, memory: int):
 
 
 def holds(kind, shape, memory, monkeypatch, *arguments):
-    """Whether the check before a run lets pass what devices with so many bytes are to hold."""
+    """Returns True if devices with so many bytes pass the check of memory before a run."""
     monkeypatch.setattr(devices, "host_bytes", lambda: memory * shape.size)
     try:
         placement.check_memory(*arguments, mesh_of(kind, shape, memory))

@@ -1,4 +1,4 @@
-"""What processes of a job compare, and the addresses at which they meet."""
+"""Settings that processes of a job compare, and the addresses at which they meet."""
 
 import pytest
 

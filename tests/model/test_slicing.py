@@ -1,4 +1,4 @@
-"""How a prompt is cut changes nothing that it says."""
+"""Answers do not depend on how a prompt is cut into slices."""
 
 import jax
 import jax.numpy as jnp

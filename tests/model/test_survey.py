@@ -1,4 +1,4 @@
-"""What a survey says of a pair of budgets, against the plan that these budgets give."""
+"""Surveys agree, for each pair of budgets, with the plan of these budgets."""
 
 import functools
 

@@ -35,7 +35,7 @@ class Child:
         self._pipe.recv()  # everything is imported
 
     def result(self):
-        """What the function returned; raises what it raised, EOFError if it was killed."""
+        """Returns what the function returned; raises what it raised, EOFError if it was killed."""
         try:
             kind, value = self._pipe.recv()
         except ConnectionResetError:
@@ -54,7 +54,7 @@ class Child:
         return self._process.exitcode == -signal.SIGKILL
 
     def alive(self) -> bool:
-        """Whether the process has not ended yet."""
+        """Returns True if the process has not ended yet."""
         return self._process.is_alive()
 
     def signal(self, number: int) -> None:

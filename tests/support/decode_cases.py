@@ -1,4 +1,4 @@
-"""What every kernel of decode is held to; a test class of a backend inherits it."""
+"""Conformance tests of decode; a test class of a backend inherits them."""
 
 from typing import ClassVar
 

@@ -114,5 +114,5 @@ def calls(engine: Engine):
 
 
 def jitted(function):
-    """What the runner jitted, without what it calls that in."""
+    """Unwraps a program of the runner to the jitted function."""
     return inspect.unwrap(function, stop=lambda each: hasattr(each, "lower"))

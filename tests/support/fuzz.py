@@ -88,7 +88,7 @@ def mutated_template(chance) -> str:
 
 
 def try_files(chance, directory, name) -> bool:
-    """Whether a mutant of a file is accepted."""
+    """Tries a mutant of a file; returns True if it is accepted."""
     (directory / name).write_bytes(mutated_json(chance, ORIGINALS[name]))
     refusal = encode_some(directory)
     if refusal is not None:
@@ -117,7 +117,7 @@ def encode_some(directory) -> str | None:
 
 
 def try_template(chance) -> bool:
-    """Whether a mutant of a template is accepted for conversations of some kind."""
+    """Tries a mutant of a template; returns True if it is accepted for some conversations."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     template = mutated_template(chance)

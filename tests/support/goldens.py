@@ -1,4 +1,4 @@
-"""What tests/golden holds, for the script that writes it and the test that reads it."""
+"""Content of tests/golden, for the script that writes it and the test that reads it."""
 
 import hashlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What every kernel of prefill is held to; a test class of a backend inherits it.
+"""Conformance tests of prefill; a test class of a backend inherits them.
 
 A class names its kernel and its cases, and inherits `Dense`, `Planned`, `AnySlice` and `Sharded`,
 or those of them that it has cases for. Outputs are compared with attention in float64.

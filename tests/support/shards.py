@@ -36,7 +36,7 @@ BLOCK, Q_TILE, COLUMNS = 16, 24, 256
 
 
 def merged(results):
-    """Of every shard's output and log-sum-exp; where a shard has no key its output is 0."""
+    """Merges every shard's output and log-sum-exp; a shard without keys must have output 0."""
     outs, lses = (
         np.stack([np.asarray(x, np.float64) for x in xs]) for xs in zip(*results, strict=True)
     )

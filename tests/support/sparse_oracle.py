@@ -30,7 +30,7 @@ def votes(queries, keys, start, length, geometry):
 
 
 def piece_votes(queries, keys, start, length, geometry):
-    """As `votes`, of a piece inside one chunk: the scores of 3.3, region beside region."""
+    """Computes `votes` of a piece inside one chunk: the scores of 3.3, region beside region."""
     queries, keys = np.asarray(queries, np.float64), np.asarray(keys, np.float64)
     _, R, N, _ = queries.shape
     e = start + length
@@ -62,7 +62,7 @@ def largest(values, budget, forced):
 
 
 def assert_largest(found, values, budget, forced, rtol=1e-5):
-    """As `largest`, where of votes that differ by rounding either may be chosen."""
+    """Compares with `largest`; of votes that differ by rounding either may be chosen."""
     expected = largest(values, budget, forced)
     assert len(found) == len(expected)
     differing = np.setxor1d(found, expected)

@@ -56,7 +56,7 @@ def _patch_lang_tensor(tensor, scope, *, patch=interpreter._patch_lang_tensor):
 
 
 def launch(kernel, *args, outputs, grid, num_warps, num_stages, **constants):
-    """As `triton_call.launch`."""
+    """Launches a kernel like `triton.call.launch`."""
     del num_warps, num_stages
 
     def run(*arrays):

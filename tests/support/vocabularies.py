@@ -123,5 +123,5 @@ def qwen_vocabulary(wheel: Path) -> tuple[dict[str, int], list[tuple[str, str]]]
 
 
 def cache_directory() -> Path:
-    """Where downloads outlive a test run."""
+    """Returns the directory where downloads outlive a test run."""
     return user_cache.directory() or user_cache.temporary()

@@ -1,4 +1,4 @@
-"""What every kernel of the vote is held to; a test class of a backend inherits it."""
+"""Conformance tests of the vote; a test class of a backend inherits them."""
 
 import functools
 from typing import Any, ClassVar

@@ -60,7 +60,7 @@ def directory(request) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(directory) -> Tokenizer:
-    """What is tested."""
+    """Tokenizer under test."""
     return Tokenizer.load(directory)
 
 
