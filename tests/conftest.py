@@ -1,5 +1,6 @@
 """Settings that every test shares; set before jax is imported anywhere."""
 
+import gc
 import os
 import tempfile
 
@@ -24,6 +25,12 @@ jax.config.update("jax_enable_compilation_cache", False)  # tests read programs,
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "allow")
 OPTIMIZED = {"optimized", "demo", "long", "tpu_aot", "gpu_aot"}
+
+
+def pytest_collection_finish():
+    """Freezes what is imported by now: `gc.collect`, on each failed file, passes over it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

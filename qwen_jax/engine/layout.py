@@ -176,6 +176,15 @@ class EngineLayout:
         )
 
 
+def workload_budgets(
+    sparse: SparseConfig, load: memory.Workload, *, platform: str
+) -> budgets.Budgets:
+    """The same as `EngineLayout.budgets`, for what `load` describes."""
+    return budgets.budgets(
+        sparse, num_keys=load.pages * load.page, tiles=budgets.tiles_on(platform)
+    )
+
+
 def load(
     model: ModelConfig,
     config: EngineConfig,

@@ -25,12 +25,11 @@ from qwen_jax.distributed import sharding
 from qwen_jax.distributed.jax_settings import own_settings
 from qwen_jax.distributed.sharding import MeshShape
 from qwen_jax.engine import inputs as batch
+from qwen_jax.engine import layout, model_runner
 from qwen_jax.engine import memory as budget
-from qwen_jax.engine import model_runner
 from qwen_jax.models import kv_cache, params, rope
 from qwen_jax.planner import devices
 from qwen_jax.planner.hlo import Collective, collectives, sent
-from qwen_jax.sparse import budgets as sparse
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -136,10 +135,7 @@ def steps(
     seen = _placed(jax.ShapeDtypeStruct((1, config.vocab_size), jnp.bool), whole)
     kept = None
     if budgets is not None:
-        kept = sparse.budgets(
-            budgets, num_keys=table_len * load.page, tiles=sparse.tiles_on(platform)
-        )
-        kept = _placed(kept, whole)
+        kept = _placed(layout.workload_budgets(budgets, load, platform=platform), whole)
     try:
         backends = backend.choose(
             platform, choice, kind=device.device_kind, head_dim=config.head_dim, dtype=dtype.name

@@ -1,5 +1,6 @@
 """Triton kernels in Triton's interpreter, on a CPU: in place of `triton_call.launch`."""
 
+import inspect
 import os
 import threading
 
@@ -32,6 +33,7 @@ def interpret(patch: pytest.MonkeyPatch):
     patch.setattr(interpreter, "interpreter_builder", _Builder())
     patch.setattr(interpreter, "_convert_float", _convert_float)
     patch.setattr(interpreter, "_patch_lang_tensor", _patch_lang_tensor)
+    patch.setattr(interpreter, "_patch_lang", _patch_lang)
 
 
 # Triton 3.6 multiplies bfloat16 as the 16-bit integers in which it keeps it, and rounds to it
@@ -55,6 +57,22 @@ def _patch_lang_tensor(tensor, scope, *, patch=interpreter._patch_lang_tensor):
     scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
 
+_replaced = set()  # modules whose functions are Triton's replacements, in this launch
+
+
+def _patch_lang(fn, *, patch=interpreter._patch_lang):
+    """Replaces functions once a launch, not on every call of a function within a kernel."""
+    modules = frozenset(
+        id(each)
+        for each in fn.__globals__.values()
+        if inspect.ismodule(each) and each in (tl, tl.core)
+    )
+    if modules in _replaced:
+        return interpreter._LangPatchScope()
+    _replaced.add(modules)
+    return patch(fn)
+
+
 def launch(kernel, *args, outputs, grid, num_warps, num_stages, **constants):
     """Launches a kernel like `triton.call.launch`."""
     del num_warps, num_stages
@@ -65,6 +83,7 @@ def launch(kernel, *args, outputs, grid, num_warps, num_stages, **constants):
 
     def run_alone(*arrays):
         results = [_tensor(_unwritten(each)) for each in outputs]
+        _replaced.clear()
         kernel[grid](*map(_tensor, arrays), *results, **constants)
         return [_array(each, of.dtype) for each, of in zip(results, outputs, strict=True)]
 
