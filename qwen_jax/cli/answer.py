@@ -1,4 +1,4 @@
-"""What ask, chat and generate have in common: prefill with progress, then text as it comes."""
+"""Answers for ask, chat and generate: prefill with progress, then text as it comes."""
 
 import contextlib
 import signal

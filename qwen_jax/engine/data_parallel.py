@@ -320,7 +320,7 @@ def build(
     *,
     make_runner: Callable[..., Runner] | None = None,
 ) -> Engine | Replicas:
-    """What serves requests where the weights lie: replicas on a mesh with `data`, else an engine.
+    """Builds what serves requests where the weights lie: replicas with `data`, else an engine.
 
     Args:
         make_runner: as in `Engine`.

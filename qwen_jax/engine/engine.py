@@ -67,7 +67,7 @@ class Piece:
 
 
 class Runs:
-    """What an engine and replicas have in common: answering some requests to their end."""
+    """Answers requests to their end, for an engine and for replicas alike."""
 
     def run(self: Any, requests: Iterable[Request]) -> list[list[int]]:
         """Returns the answers to requests as token ids, for callers with nothing else to serve.

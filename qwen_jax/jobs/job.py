@@ -54,13 +54,13 @@ _PATTERNS = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where and how a job runs.
+    """Resources and limits of a job: what export-job asks for beside the command.
 
     Attributes:
-        name: of the job, and of what is made for it.
-        max_restarts: after other failures than exit code 75.
+        name: name of the job and prefix of what is made for it.
+        max_restarts: restarts after other failures than exit code 75.
         grace: seconds from SIGTERM to SIGKILL; a slice of the prompt must fit.
-        mount: where a bucket or a claim appears on every host.
+        mount: path at which a bucket or a claim appears on every host.
         compile_cache: directory, the same on every host; `mount`/compile-cache if there is a mount.
         spot: rent what may be taken away at any time.
 

@@ -143,7 +143,7 @@ class Streaming(Iterator[str]):
 
 
 class Front:
-    """What a model and a session of it have in common: prompts in, answers out.
+    """Prompts in, answers out: the base of a model (`LLM`) and of a session of it (`Session`).
 
     Args:
         opened: the model.

@@ -64,20 +64,20 @@ class Options:
     """Options of the Python API: silent, and spelled as keyword arguments."""
 
     counts: ClassVar[bool] = False
-    """Whether `counted` is told the tokens of files that a question comes with."""
+    """True to have `counted` told the tokens of files that a question comes with."""
 
     def spelled(self, name: str) -> str:
         """Returns the name of an option as its user writes it."""
         return name
 
     def counted(self, rows: Sequence[tuple[str, int]], total: int, limit: int) -> None:
-        """Is told the tokens of files, of the whole prompt, and of what fits."""
+        """Receives the tokens of files, of the whole prompt, and of what fits."""
 
     def say(self, text: str, level: Level = Level.SHORT) -> None:
         """Prints a message to the user; does nothing here."""
 
     def watch(self, engine: Any) -> None:
-        """Called with each engine that is built, before it has a request."""
+        """Receives each engine that is built, before it has a request."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

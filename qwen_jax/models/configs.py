@@ -1,4 +1,4 @@
-"""What the JSON files of a checkpoint say, read as the family that config.json names has it."""
+"""Configurations read from the JSON files of a checkpoint, by the family that config.json names."""
 
 import os
 from pathlib import Path
@@ -122,7 +122,7 @@ def generation_config(directory: Path) -> GenerationConfig:
 
 
 def _opened(path: Path) -> tuple[str, "Family", dict[str, Any]]:
-    """What a config.json says: `model_type`, its family, and the other fields, by their rules.
+    """Returns `model_type` of a config.json, its family, and the other fields, checked.
 
     Raises:
         ConfigError: also if it is the configuration of another kind of model.

@@ -1,4 +1,4 @@
-"""What tells one family of models from another."""
+"""The type of an entry of the registry of model families."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -11,13 +11,13 @@ from qwen_jax.models.decoder import Decoder
 
 
 class Place(NamedTuple):
-    """Where a tensor of a Hugging Face checkpoint goes.
+    """Destination of a tensor of a Hugging Face checkpoint.
 
     Attributes:
         path: keys that lead to its array in the parameter tree, joined by dots; a matrix whose
             path ends with `kernel` is transposed, from `[out, in]`, before it is reshaped.
-        source_shape: of the tensor.
-        shape: of the array, a layer's without the layer axis.
+        source_shape: shape of the tensor.
+        shape: shape of the array, a layer's without the layer axis.
     """
 
     path: str

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 class Published(NamedTuple):
-    """What a published model is called.
+    """Names of a published model.
 
     Attributes:
-        name: short, for users.
-        hub_id: in the Hugging Face hub.
+        name: short name, for users.
+        hub_id: id in the Hugging Face hub.
     """
 
     name: str
@@ -27,12 +27,12 @@ class Published(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A family.
+    """A row of the registry.
 
     Attributes:
-        module: that has its `FAMILY`.
-        models: what it is the family of, for errors.
-        published: names of its published models, by keys of `Family.presets`.
+        module: name of the module that defines `FAMILY`.
+        models: description of the models, for errors.
+        published: names of published models, by keys of `Family.presets`.
     """
 
     module: str
@@ -65,10 +65,10 @@ _OTHERS = {
 
 
 def family(model_type: Any, where: str = "") -> "Family":
-    """The family of a `model_type`.
+    """Returns the family of a `model_type`.
 
     Args:
-        where: begins the error: the file that says it.
+        where: beginning of the error: the file that says it.
 
     Raises:
         ConfigError: naming the families that there are.
