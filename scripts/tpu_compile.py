@@ -28,6 +28,7 @@ ENVIRONMENT = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_LOG_DIR": "disabled",
 }
 """Environment that keeps libtpu from probing for a TPU, and lets several processes compile."""
 _DUMP = "TPU_COMPILE_DUMP"

@@ -338,6 +338,7 @@ _WITHOUT_TPU = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_LOG_DIR": "disabled",  # else /tmp/tpu_logs, which may be another user's
 }
 
 

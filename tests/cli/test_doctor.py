@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -162,14 +163,21 @@ def test_doctor_says_where_compiled_programs_are_and_how_large(tmp_path, run, mo
     assert "compiled programs: not kept (JAX_ENABLE_COMPILATION_CACHE turns it off)\n" in out
 
 
-def test_the_first_word_of_a_command_is_its_own():
-    """In a process whose environment says nothing of platforms."""
+def test_the_first_word_of_a_command_is_its_own_and_libtpu_keeps_no_logs():
+    """In a process whose environment says nothing of platforms.
+
+    Logs of libtpu lie in one directory for all users of a machine; who cannot write there is told
+    so in a hundred lines.
+    """
     names = "TPU_", "JAX_PLATFORMS", "ALLOW_MULTIPLE_LIBTPU_LOAD"
     kept = {name: value for name, value in os.environ.items() if not name.startswith(names)}
     command = [sys.executable, "-m", "qwen_jax", "doctor"]
-    done = subprocess.run(command, capture_output=True, text=True, env=kept)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("ready: ")
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=kept) as doctor:
+        out, err = doctor.communicate()
+    assert (doctor.returncode, err) == (0, "")
+    assert out.startswith("ready: ")
+    assert not list(Path("/tmp/tpu_logs").glob(f"*.{doctor.pid}"))
 
 
 def test_what_the_environment_says_of_tpus_stays(monkeypatch):
