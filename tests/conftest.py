@@ -28,9 +28,10 @@ OPTIMIZED = {"optimized", "demo", "long", "tpu_aot", "gpu_aot"}
 
 
 def pytest_collection_finish():
-    """Freezes what is imported by now: `gc.collect`, on each failed file, passes over it."""
+    """Spares the collector of garbage, which tracing keeps busy, what is imported by now."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -9,6 +9,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
@@ -92,4 +93,4 @@ def sign(directory, change):
 def sums(folder):
     """Sizes and checksums of the files of a window, as a session lists them."""
     files = orbax_io.flush(folder, folder.parent)
-    return {name: dataclasses.asdict(file) for name, file in files.items()}
+    return msgspec.to_builtins(files)
