@@ -20,7 +20,7 @@ from qwen_jax.engine.request import EngineError, RequestError
 from qwen_jax.files.reading import FileError, printable, reason, shown
 from qwen_jax.llm.documents import DocumentError
 from qwen_jax.planner import devices
-from qwen_jax.storage.manifest import CheckpointError
+from qwen_jax.storage.errors import CheckpointError
 from qwen_jax.text.tokenizer import TokenizerError
 
 # Verb -> module, object in it, summary. Modules are imported when their verb is used:

@@ -1,5 +1,6 @@
 """Flags that several verbs share."""
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -170,8 +171,10 @@ def says(level: Level = Level.SHORT) -> bool:
 
 
 def note(text: str, level: Level = Level.SHORT) -> None:
-    """Prints one line to stderr, if the verbosity includes its level."""
+    """Prints one line to stderr, after what stdout holds, if the verbosity includes its level."""
     if says(level):
+        with contextlib.suppress(OSError, ValueError):  # a closed pipe, which is told at the end
+            sys.stdout.flush()
         print(reading.shown(text), file=sys.stderr, flush=True)
 
 

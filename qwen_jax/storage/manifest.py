@@ -17,6 +17,7 @@ from msgspec import Meta
 from qwen_jax.files import reading, schema
 from qwen_jax.files.reading import printable, shown
 from qwen_jax.files.schema import Record, SchemaError, Sha256, Size, named
+from qwen_jax.storage.errors import CheckpointError
 
 FORMAT = "qwen-jax checkpoint 1"
 DTYPES = {
@@ -53,10 +54,6 @@ _SHARD_NAME = r"(?!\.)[\w.-]+\.safetensors"
 Dtype = Annotated[str, named("|".join(DTYPES), " or ".join(map(repr, DTYPES)))]
 _Side = Annotated[int, Meta(ge=1, le=1 << 40)]
 _Shape = Annotated[tuple[_Side, ...], Meta(min_length=1)]
-
-
-class CheckpointError(ValueError):
-    """Error of a checkpoint that cannot be used; names the file and the tensor at fault."""
 
 
 class Tensor(Record, frozen=True):

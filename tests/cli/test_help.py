@@ -71,3 +71,12 @@ def test_help_does_not_wait_for_jax():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_the_list_of_verbs_does_not_wait_for_numpy():
+    code = (
+        "import sys; from qwen_jax.cli import main; main(['--help']);"
+        "print({'numpy', 'ml_dtypes', 'jax'} & {*sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
