@@ -28,10 +28,9 @@ OPTIMIZED = {"optimized", "demo", "long", "tpu_aot", "gpu_aot"}
 
 
 def pytest_collection_finish():
-    """Spares the collector of garbage, which tracing keeps busy, what is imported by now."""
+    """Spares the collector of garbage, which each failed file calls, what is imported by now."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 20)
 
 
 @pytest.hookimpl(tryfirst=True)
