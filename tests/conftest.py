@@ -20,8 +20,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+from support import compilation  # noqa: E402
 
-jax.config.update("jax_enable_compilation_cache", False)  # tests read programs, and count them
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "allow")
 OPTIMIZED = {"optimized", "demo", "long", "tpu_aot", "gpu_aot"}
@@ -37,7 +37,7 @@ def pytest_collection_finish():
 def pytest_runtest_setup(item):
     """Programs that are compiled soon and run slowly, but where much is run or looked into."""
     optimized = not OPTIMIZED.isdisjoint(mark.name for mark in item.iter_markers())
-    jax.config.update("jax_disable_most_optimizations", not optimized)
+    compilation.optimize(optimized)
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ LIMIT = 4 << 30
 
 _SUFFIX = ".program"
 _DIGEST = 32  # bytes
+_unchecked: dict[Path, int] = {}  # bytes written to a directory since its size was last looked at
 _TROUBLE = "Error (reading|writing) persistent compilation cache entry"
 
 
@@ -152,7 +153,10 @@ def write(path: Path, content: bytes, *, limit: int = LIMIT) -> None:
         except OSError:
             os.unlink(name)
             raise
-        total = 0
+        _unchecked[path.parent] = _unchecked.get(path.parent, limit) + len(content)
+        if _unchecked[path.parent] <= limit // 64:
+            return
+        total = _unchecked[path.parent] = 0
         for _, size, each in sorted(_files(path.parent), reverse=True):
             total += size
             if total > limit:

@@ -3,7 +3,7 @@
 import hlo
 import jax
 import pytest
-from support import engine_programs
+from support import compilation, engine_programs
 from support.children import run
 
 from qwen_jax.distributed import sharding
@@ -42,7 +42,7 @@ def test_every_program_writes_a_cache_in_place_on_a_mesh(mesh, pages, rows):
 
 
 def check_on_mesh(text, pages, rows):
-    jax.config.update("jax_disable_most_optimizations", False)
+    compilation.optimize(True)
     jax.config.update("jax_num_cpu_devices", 4)
     everything = {*Programs._fields} - WITHOUT_CACHE - ON_ONE_DEVICE
     engine = engine_programs.engine(pages, rows, sharding.parse(text))

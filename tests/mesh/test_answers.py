@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import demo_checkpoint, random_models
+from support import compilation, demo_checkpoint, random_models
 from support.children import run
 from support.on_meshes import CONFIG, PART, mesh_of, place
 
@@ -243,7 +243,7 @@ def test_the_demo_model_answers_alike_on_eight_devices():
 
 def ask_demo(directory):
     jax.config.update("jax_num_cpu_devices", 8)
-    jax.config.update("jax_disable_most_optimizations", False)
+    compilation.optimize(True)
     config = model_config(directory)
     budgets = sparse_config(
         directory, config, demo_checkpoint.ROOT / "docs/demo/sparse_attention_config.json"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
-from support import random_models
+from support import compilation, random_models
 from support.children import run
 from support.on_meshes import CONFIG, PART, mesh_of, place
 
@@ -148,7 +148,7 @@ def carry(meshes):
     """From a cache of each mesh into one of each, whatever the bits mean as numbers."""
     jax.config.update("jax_num_cpu_devices", 8)
     # They decide how a bfloat16 is moved: as it is, or as a float32, where subnormal ones are lost.
-    jax.config.update("jax_disable_most_optimizations", False)
+    compilation.optimize(True)
     rng = np.random.default_rng(0)
     for dtype in ("float32", "bfloat16"):
         caches_of = {text: noise(rng, text, dtype) for text in meshes}

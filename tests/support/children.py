@@ -73,9 +73,9 @@ def run(function: Callable, *arguments, **options):
 
 
 def _run(pipe, named, arguments, options, die_at):
-    import jax
+    from support import compilation
 
-    jax.config.update("jax_disable_most_optimizations", True)  # programs run once, on little
+    compilation.optimize(False)
     work = _function(*named)
     pipe.send("ready")
     if die_at is not None:
@@ -154,7 +154,9 @@ def peak_memory(work: Callable, *arguments, **options) -> tuple[int, int]:
     """Peak bytes of memory of this process before and after a call."""
     import jax
 
-    jax.config.update("jax_disable_most_optimizations", False)  # which decide about copies
+    from support import compilation
+
+    compilation.optimize(True)  # which decide about copies
     jax.block_until_ready(jax.numpy.zeros(1))  # the backend is no part of the work
     before = peak()
     work(*arguments, **options)
