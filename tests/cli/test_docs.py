@@ -99,7 +99,7 @@ def test_the_readme_is_short():
 
 @pytest.mark.parametrize("name", ["7b", "14b"])
 def test_sizes_in_the_readme_are_those_of_the_models(name, tmp_path):
-    load = memory.Workload(tokens=1_010_000, page=1)
+    load = memory.Workload(tokens=1_010_000, page=1, slice_len=1)
     found = memory.memory(presets.config(tmp_path, name), load, MeshShape())
     sizes = f"{found.weights / 1e9:.1f} GB of weights and {found.cache / 1e9:.1f} GB of keys"
     if name == "14b":
