@@ -75,7 +75,7 @@ def mermaid(edges: Edges) -> str:
     """The graph for pages that draw Mermaid, and the table of all arrows."""
     lines = ["```mermaid", "flowchart TD"]
     lines += [f"    {room} --> {each}" for room in edges for each in sorted(reduced(edges)[room])]
-    lines += ["```", "", "| room | what it is | imports |", "|---|---|---|"]
+    lines += ["```", "", "| package | what it is | imports |", "|---|---|---|"]
     order = [room for row in layers() for room in row] + list(OUTSIDE)
     lines += [
         f"| `{room}` | {summary(room)} | {', '.join(sorted(edges[room])) or 'none of these'} |"

@@ -24,6 +24,7 @@ from qwen_jax.planner import devices
 
 INSTALL = "pip install -e '.[{}]' in a checkout of qwen-jax"
 """Command that installs an extra, whose name replaces `{}`."""
+_OF_A_CHECKOUT = "demo", "dev", "docs", "test"  # extras of what a wheel does not hold
 _PACKAGES = (
     "qwen-jax jax jaxlib flax orbax-checkpoint numpy safetensors tokenizers libtpu "
     "jax-cuda12-plugin jax-cuda13-plugin jax-triton triton torch"
@@ -158,6 +159,7 @@ def examine() -> dict[str, Any]:
         "extras": {
             extra: missing("qwen-jax", extra)
             for extra in importlib.metadata.metadata("qwen-jax").get_all("Provides-Extra") or ()
+            if extra not in _OF_A_CHECKOUT
         },
     }
 

@@ -49,6 +49,8 @@ def check_ids(field: str, ids: Any, vocab_size: int) -> tuple[int, ...]:
         )
     if not ids:
         raise RequestError(f"{field} is empty: give at least one token id")
+    if set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) < vocab_size:
+        return ids
     return tuple(_token_id(field, index, token, vocab_size) for index, token in enumerate(ids))
 
 

@@ -173,12 +173,15 @@ def parse_json(data: bytes | str) -> Any:
             object_pairs_hook=_distinct,
             parse_constant=_no_number,
             parse_float=_finite,
-            parse_int=_integer,
         )
     except UnicodeDecodeError as found:
         raise ValueError(f"byte {found.start} is not UTF-8") from None
     except RecursionError:
         raise ValueError(f"it is nested over {JSON_DEPTH} levels deep") from None
+    except ValueError as found:
+        if type(found) is ValueError and "integer string conversion" in str(found):
+            raise ValueError("a number of over 4,300 digits") from None
+        raise
     level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(JSON_DEPTH):
         level = [
@@ -258,9 +261,3 @@ def _finite(digits: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{printable(digits, 30)} is too large a number")
     return value
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > 4300:  # where Python stops, since it takes quadratic time
-        raise ValueError(f"a number of {len(digits):,} digits")
-    return int(digits)

@@ -16,6 +16,7 @@ from qwen_jax.files import compile_cache
 from qwen_jax.llm import options as checks
 from qwen_jax.llm import placement
 from qwen_jax.llm.options import ModelOptions
+from qwen_jax.models import presets
 from qwen_jax.models.configs import generation_config, model_config, notes, sparse_config
 from qwen_jax.storage import hub
 from qwen_jax.text.tokenizer import Tokenizer
@@ -265,9 +266,9 @@ def open_model(directory: Path, options: ModelOptions) -> Model:
     """
     directory = hub.checkpoint(directory)
     if not os.path.exists(directory):
-        raise FileNotFoundError(
-            2, "there is no such model; give a local directory or a hub id", str(directory)
-        )
+        hub_id = presets.HUB_IDS.get(os.fspath(directory))
+        way_out = f"its hub id is {hub_id}" if hub_id else "give a local directory or a hub id"
+        raise FileNotFoundError(2, f"there is no such model; {way_out}", str(directory))
     if not os.path.isdir(directory):
         raise NotADirectoryError(20, "is a file; give the directory that holds it", str(directory))
     checks.check(options)

@@ -15,6 +15,7 @@ from qwen_jax.engine.request import LIMITS, MOST_LOGPROBS, Sampling
 from qwen_jax.files import reading
 from qwen_jax.text.tokenizer import TokenizerError, check_stop
 
+_ELSEWHERE = {"stream": ": the method `stream` yields the text of a prompt as it comes"}
 _UNIONS = (types.UnionType, typing.Union)
 
 Spell = Callable[[str], str]
@@ -192,7 +193,7 @@ def answer(arguments: Mapping[str, Any] | AnswerOptions, *own: str) -> AnswerOpt
     given, known = dict(arguments), [field.name for field in dataclasses.fields(AnswerOptions)]
     for name in given:
         if name not in known:
-            meant = did_you_mean(name, [*known, *own])
+            meant = _ELSEWHERE.get(name) or did_you_mean(name, [*known, *own])
             raise TypeError(f"there is no argument {name!r}{meant}")
     stop = given.get("stop")
     given["stop"] = [stop] if isinstance(stop, str) else stop if stop is None else list(stop)

@@ -20,6 +20,11 @@ MISTAKES = {
     "no model given": (None, "chat", "Missing argument 'MODEL'"),
     "no question given": (None, "ask MODEL", "Missing argument 'QUESTION'"),
     "unknown flag": (None, "generate MODEL --promt hello", "--prompt"),
+    "a name of plan": (
+        None,
+        "ask 7b-1m Why?",
+        "7b-1m: there is no such model; its hub id is Qwen/",
+    ),
     "no such model": (None, "ask nowhere Why?", "nowhere: there is no such model"),
     "a file as the model": (None, "ask MODEL/config.json Why?", "is a file; give the directory"),
     "an empty directory": (None, "score EMPTY --tokens T --out O.npz", "config.json is missing"),

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from support.fences import NEEDS, ROOT, RUN, SHOWN, fences, pages
 
+from qwen_jax.distributed.sharding import MeshShape
+from qwen_jax.engine import memory
 from qwen_jax.models import presets
 
 # Examples of this page run as tests of the Python interface.
@@ -93,6 +95,16 @@ def test_links_and_pictures_lead_somewhere(page):
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+@pytest.mark.parametrize("name", ["7b", "14b"])
+def test_sizes_in_the_readme_are_those_of_the_models(name, tmp_path):
+    load = memory.Workload(tokens=1_010_000, page=1, slice_len=1)
+    found = memory.memory(presets.config(tmp_path, name), load, MeshShape())
+    sizes = f"{found.weights / 1e9:.1f} GB of weights and {found.cache / 1e9:.1f} GB of keys"
+    if name == "14b":
+        sizes = f"the 14B {found.weights / 1e9:.1f} GB and {found.cache / 1e9:.1f} GB"
+    assert sizes in " ".join((ROOT / "README.md").read_text().split())
 
 
 @pytest.mark.parametrize("script", ["draw_imports", "draw_attention"])

@@ -26,7 +26,7 @@ def test_doctor_tells_versions_devices_memory_disk_and_extras(run):
     assert [device["kind"] for device in found["devices"]] == [d.device_kind for d in jax.devices()]
     assert 0 < found["memory"]["available"] <= found["memory"]["total"]
     assert 0 < found["disk"]["free"] <= found["disk"]["total"]
-    assert {"tpu", "cuda12", "cuda13", "test"} <= found["extras"].keys()
+    assert {"tpu", "cuda12", "cuda13"} <= found["extras"].keys()
     assert found["kernels"]["cpu"] == {"prefill": "xla", "decode": "xla", "select": "xla"}
     assert set(found["kernels"]["tpu v5e"].values()) == {"mosaic_tpu"}
     _, text, _ = run("doctor")

@@ -325,6 +325,7 @@ def test_errors_name_the_argument_of_a_model(checkpoint, name, unchecked):
     [
         ("temprature", "there is no argument 'temprature'; did you mean temperature?"),
         ("progres", "did you mean progress?"),
+        ("stream", "there is no argument 'stream': the method `stream` yields"),
         ("zzz", "there is no argument 'zzz'$"),
     ],
 )
