@@ -271,7 +271,11 @@ MISTAKES = {
     "an object as a token": (("T", "[{}]"), "score MODEL --tokens T --out O.npz", "is an object"),
     "null as a token": (("T", "[null]"), "generate MODEL --tokens T", "item 0 is None"),
     "a huge token": (("T", "9" * 5000), "generate MODEL --tokens T", "item 0 is '9999"),
-    "a huge token in a list": (("T", f"[{'9' * 5000}]"), "generate MODEL --tokens T", "5,000 dig"),
+    "a huge token in a list": (
+        ("T", f"[{'9' * 5000}]"),
+        "generate MODEL --tokens T",
+        "over 4,300 digits",
+    ),
     "digits of another script": (("T", "1 ٣"), "generate MODEL --tokens T", "item 1 is '٣'"),
     "an escape as a token": (("T", "\x1b[31m"), "generate MODEL --tokens T", "item 0 is '\\x1b"),
     "deep lists of tokens": (("T", "[" * 10**5), "generate MODEL --tokens T", "nested over"),
