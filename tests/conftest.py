@@ -40,6 +40,13 @@ def pytest_runtest_setup(item):
     compilation.optimize(optimized)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item, nextitem):
+    """Frees the programs of a module after it: a worker would hold gigabytes of them."""
+    if nextitem is not None and nextitem.path != item.path:
+        jax.clear_caches()
+
+
 @pytest.fixture
 def unchecked():
     """Annotations unchecked: `lower` puts descriptions of arrays where arrays are asked for."""
