@@ -3,13 +3,14 @@
 import codecs
 import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import tokenizers
 
 from qwen_jax.files.reading import printable, shown
-from qwen_jax.text import tokenizer_file
+from qwen_jax.text import pieces, tokenizer_file
 from qwen_jax.text.chat_template import Chat, examine
 from qwen_jax.text.template_probe import EMPTY, GIVEN, NONE, ROLES, chatml, kind
 from qwen_jax.text.tokenizer_file import TokenizerError
@@ -43,6 +44,7 @@ class Tokenizer:
         template: the checkpoint's chat template, or None.
         before: ids that the post-processor puts before a raw prompt (a BOS token, say).
         after: ids that it puts after a raw prompt.
+        cuttable: whether texts may be encoded in pieces, see `pieces.cut`.
         turns_fault: reason why the library encodes ChatML turns to other ids; None if it does not.
     """
 
@@ -57,6 +59,7 @@ class Tokenizer:
     template: str | None
     before: tuple[int, ...] = ()
     after: tuple[int, ...] = ()
+    cuttable: bool = False
     turns_fault: str | None = None
 
     @classmethod
@@ -81,6 +84,7 @@ class Tokenizer:
             template=files.template,
             before=files.before,
             after=files.after,
+            cuttable=files.cuttable,
         )
         # Before anybody encodes with it: the library's own ids need a switch that all share.
         return dataclasses.replace(tokenizer, turns_fault=tokenizer._compare_turns())
@@ -93,6 +97,8 @@ class Tokenizer:
     def encode_text(self, text: str) -> list[int]:
         """Encodes text, never to a control id: `<|im_end|>` in it is ten ordinary characters.
 
+        Other threads go on meanwhile, and a long text is encoded by all cores.
+
         Raises:
             TokenizerError: if the text holds a lone surrogate, which no UTF-8 text can.
         """
@@ -104,8 +110,14 @@ class Tokenizer:
                 f"{text[error.start]!a}: it is not valid Unicode, remove it"
             ) from None
         path = shown(self.directory / "tokenizer.json")
-        encoded = tokenizer_file.guarded(path, self.model.encode, text, add_special_tokens=False)
-        ids = encoded.ids
+        # `encode` holds Python's lock for as long as it takes, `encode_batch_fast` does not.
+        encoded = tokenizer_file.guarded(
+            path,
+            self.model.encode_batch_fast,
+            pieces.cut(text) if self.cuttable else [text],
+            add_special_tokens=False,
+        )
+        ids = list(itertools.chain.from_iterable(each.ids for each in encoded))
         forged = self.control_ids.intersection(ids)
         if forged:
             raise TokenizerError(

@@ -109,6 +109,7 @@ class Files:
         template: the chat template, or None.
         before: ids that the post-processor puts before a raw prompt.
         after: ids that it puts after a raw prompt.
+        cuttable: whether texts may be encoded in pieces, see `pieces.cut`.
     """
 
     model: tokenizers.Tokenizer
@@ -121,6 +122,7 @@ class Files:
     template: str | None
     before: tuple[int, ...]
     after: tuple[int, ...]
+    cuttable: bool
 
 
 def read(directory: Path) -> Files:
@@ -188,6 +190,7 @@ def read(directory: Path) -> Files:
         template=template,
         before=before,
         after=after,
+        cuttable=control == added.keys() and _is_cuttable(raw),
     )
 
 
@@ -266,6 +269,19 @@ def _try_patterns(path: Path, pre_tokenizer: dict[str, Any]) -> None:
             f"{shown(path)}: pre_tokenizer: the pattern {shown_patterns} does not end soon on long "
             f"texts or is broken: {error}"
         ) from None
+
+
+def _is_cuttable(raw: dict[str, Any]) -> bool:
+    """Returns True for a normalizer and pre-tokenizer that `pieces.cut` knows."""
+    if (raw.get("normalizer") or {"type": "NFC"})["type"] != "NFC":
+        return False
+    *splits, last = _steps("pre_tokenizer", raw["pre_tokenizer"], PRE_TOKENIZERS)
+    known = [
+        {"type": "Split", "pattern": {"Regex": each}, "behavior": "Isolated", "invert": False}
+        for each in KNOWN_PATTERNS
+    ]
+    flags = last.get("add_prefix_space", True), last.get("use_regex", True)
+    return len(splits) == 1 and splits[0] in known and flags == (False, False)
 
 
 def _steps(name: str, step: Any, kinds: tuple[str, ...]) -> Iterator[dict[str, Any]]:
