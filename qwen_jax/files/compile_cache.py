@@ -140,6 +140,8 @@ def read(path: Path) -> bytes | None:
 def write(path: Path, content: bytes, *, limit: int = LIMIT) -> None:
     """Stores bytes if possible, and deletes the least recently used programs over the limit.
 
+    A process adds up what is stored at its first call and after each 64th part of the limit.
+
     Args:
         limit: maximum bytes of all programs in the directory.
     """
