@@ -35,7 +35,10 @@ def pytest_collection_finish():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """Programs that are compiled soon and run slowly, but where much is run or looked into."""
+    """Compiles soon what runs little, and speaks as a command does at first, whoever ran before."""
+    from qwen_jax.distributed import verbosity  # after jaxtyping, which must see it imported
+
+    verbosity.set_level(verbosity.Level.SHORT)
     optimized = not OPTIMIZED.isdisjoint(mark.name for mark in item.iter_markers())
     compilation.optimize(optimized)
 

@@ -22,8 +22,11 @@ def _options_of_tests(*arguments, env_options_overrides=None, backend=None, **mo
 
 def optimize(wanted: bool) -> None:
     """Has programs compiled as users' are, and each anew; or else soon, to run slowly, and once."""
+    from qwen_jax.files import compile_cache  # after jaxtyping, which must see it imported
+
     compiler.get_compile_options = _options_of_tests
     jax.config.update("jax_disable_most_optimizations", not wanted)
     jax.config.update("jax_enable_compilation_cache", not wanted)
+    compile_cache.begin()  # in whose files no worker reads half of what another writes
     if programs := os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # commands that tests run use it
         jax.config.update("jax_compilation_cache_dir", os.path.join(programs, "of-tests"))
