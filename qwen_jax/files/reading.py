@@ -6,6 +6,7 @@ import os
 import re
 import select
 import stat
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -159,8 +160,9 @@ def read_object(
 def parse_json(data: bytes | str) -> Any:
     """Parses JSON as strictly as RFC 8259 allows, in linear time.
 
-    Refuses repeated keys, NaN and infinities (also numbers too large for a float64), numbers of
-    over 4,300 digits, lone surrogates, more than `JSON_DEPTH` levels and bytes that are not UTF-8.
+    Refuses repeated keys, NaN and infinities (also numbers too large for a float64), integers of
+    more digits than Python converts (4,300, unless PYTHONINTMAXSTRDIGITS says another number), lone
+    surrogates, more than `JSON_DEPTH` levels and bytes that are not UTF-8.
 
     Raises:
         RepeatedKey: if an object has a key twice.
@@ -180,7 +182,8 @@ def parse_json(data: bytes | str) -> Any:
         raise ValueError(f"it is nested over {JSON_DEPTH} levels deep") from None
     except ValueError as found:
         if type(found) is ValueError and "integer string conversion" in str(found):
-            raise ValueError("a number of over 4,300 digits") from None
+            most = sys.get_int_max_str_digits()
+            raise ValueError(f"a number of over {most:,} digits") from None
         raise
     level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(JSON_DEPTH):
